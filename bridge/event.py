@@ -1,0 +1,344 @@
+"""From the bytes of a message to an event that may be shown, or to the named reason why not.
+
+Pure. Owns the CloudEvents envelope (CloudEvents 1.0.2, JSON event format 1.0.2, structured mode) and the base class of
+the event catalogue. What leaves here is written anew from what was validated: members that no model declares, and
+extension attributes other than those of W3C Trace Context, stay inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from base64 import urlsafe_b64encode
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NoReturn
+
+from pydantic import BaseModel, ValidationError
+
+from bridge import sse
+from bridge.routing import check_type, split_key
+
+MAX_EVENT_BYTES = 65_536
+"""Default limit of a message's body. Larger data belongs behind a link: WebKit scans an unfinished line anew for every
+network chunk, and several clients refuse lines over 128 KiB."""
+
+MAX_ID_CHARS = 128
+
+MAX_DETAIL_CHARS = 1_000
+"""Limit of the quarantine's `x-detail` header."""
+
+SPECVERSION = "1.0"
+CONTENT_TYPE = "application/cloudevents+json"
+
+_ID = re.compile(rf"[A-Za-z0-9._:~-]{{1,{MAX_ID_CHARS}}}")
+_EXTENSION_NAME = re.compile(r"[a-z0-9]+")
+_RFC3339 = re.compile(
+    r"\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])[Tt](?:[01]\d|2[0-3]):[0-5]\d:(?:[0-5]\d|60)(?:\.\d+)?"
+    r"(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
+    re.ASCII,
+)
+_OPTIONAL = ("time", "subject", "datacontenttype", "dataschema")
+_TRACE_CONTEXT = ("traceparent", "tracestate")
+_KNOWN = frozenset({"specversion", "id", "source", "type", "data", "data_base64", *_OPTIONAL, *_TRACE_CONTEXT})
+
+Reason = Literal["malformed", "not-a-cloudevent", "unknown-type", "schema", "type-mismatch", "too-large"]
+
+
+class EventData(BaseModel):
+    """Base class of an event's `data`: one subclass an event type, in the package that `BRIDGE_SCHEMAS` names.
+
+        class JobCompleted(EventData, type="job.completed"):
+            job_id: str
+            duration_seconds: float
+
+    A subclass without `type` is a base for others. Parts of an event that are models themselves (an address, a line of
+    an invoice) are plain `pydantic.BaseModel`.
+
+    Raises:
+        InvalidType: when the class is made, for a type outside the grammar or a reserved one.
+    """
+
+    event_type: ClassVar[str]
+
+    # Pydantic takes its own keywords (`frozen=True`) out before either of these two is called, and calls both.
+    def __init_subclass__(cls, *, type: str | None = None) -> None:
+        super().__init_subclass__()
+        if type is not None:
+            cls.event_type = check_type(type)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, *, type: str | None = None, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__()
+
+    @classmethod
+    def declares_type(cls) -> bool:
+        """Whether this very class names a type; a type is never inherited."""
+        return "event_type" in cls.__dict__
+
+
+Models = Mapping[str, type[EventData]]
+
+
+class InvalidEvent(ValueError):
+    """A message that reaches no browser. `reason` is the word in the quarantine, `detail` says where and why."""
+
+    reason: ClassVar[Reason]
+
+    def __init__(self, detail: str) -> None:
+        self.detail = detail if len(detail) <= MAX_DETAIL_CHARS else detail[: MAX_DETAIL_CHARS - 3] + "..."
+        super().__init__(f"{self.reason}: {self.detail}")
+
+
+class TooLarge(InvalidEvent):
+    reason = "too-large"
+
+
+class Malformed(InvalidEvent):
+    reason = "malformed"
+
+
+class NotACloudEvent(InvalidEvent):
+    reason = "not-a-cloudevent"
+
+
+class TypeMismatch(InvalidEvent):
+    reason = "type-mismatch"
+
+
+class UnknownType(InvalidEvent):
+    reason = "unknown-type"
+
+
+class SchemaViolation(InvalidEvent):
+    reason = "schema"
+
+
+REASONS: tuple[Reason, ...] = tuple(
+    error.reason for error in (Malformed, NotACloudEvent, UnknownType, SchemaViolation, TypeMismatch, TooLarge)
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Event:
+    """A validated event, with the bytes that every connection of this process shares."""
+
+    id: str
+    type: str
+    text: bytes
+    """The CloudEvent as one line of JSON, UTF-8."""
+    digest: str = field(init=False)
+    """Four characters of base64url, 24 bits of a hash of the id: how a cursor names an event that was sent."""
+    named: bytes = field(init=False)
+    """The frame after its `id:` line, with an `event:` line."""
+    plain: bytes = field(init=False)
+    """The same without the `event:` line, for `named=false`."""
+
+    def __post_init__(self) -> None:
+        hashed = hashlib.blake2b(self.id.encode("ascii"), digest_size=3).digest()
+        object.__setattr__(self, "digest", urlsafe_b64encode(hashed).decode("ascii"))
+        object.__setattr__(self, "plain", sse.encode_tail(self.text))
+        object.__setattr__(self, "named", sse.encode_tail(self.text, event_type=self.type))
+
+
+def read_event(body: bytes, routing_key: str, models: Models, *, max_bytes: int = MAX_EVENT_BYTES) -> Event:
+    """Reads one message.
+
+    Args:
+        body: the message's body, a CloudEvent in JSON structured mode.
+        routing_key: the key it was published with; its type must be the event's.
+        models: the catalogue, event type to model.
+        max_bytes: the largest body that is read at all.
+
+    Raises:
+        InvalidEvent: one of its six subclasses. Any other exception is a bug here.
+    """
+    if len(body) > max_bytes:
+        raise TooLarge(f"the body has {len(body)} bytes, the limit is {max_bytes}")
+    try:
+        return _read(body, routing_key, models)
+    except RecursionError:
+        raise Malformed("the JSON is nested too deeply") from None
+    except UnicodeEncodeError:
+        # JSON may escape half of a surrogate pair (RFC 8259, section 8.2); no UTF-8 can carry it on.
+        raise Malformed("a string holds a lone surrogate (\\ud800 to \\udfff), which is not Unicode text") from None
+
+
+def _read(body: bytes, routing_key: str, models: Models) -> Event:
+    envelope = _parse(body)
+    attributes = _read_attributes(envelope)
+    event_type = attributes["type"]
+    _check_type_in_key(event_type, routing_key)
+    model = models.get(event_type)
+    if model is None:
+        raise UnknownType(f"the catalogue has no model for type {event_type[:200]!r}")
+    text = _join(attributes, _revalidate(envelope["data"], model))
+    return Event(id=attributes["id"], type=event_type, text=text)
+
+
+def _join(attributes: Mapping[str, object], data: str) -> bytes:
+    return f'{_JSON.encode(attributes)[:-1]},"data":{data}}}'.encode()
+
+
+class _Refused(ValueError):
+    """What JSON's grammar or Python would let through, or read in more than one way."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        # Which of the two counts differs between parsers (RFC 8259, section 4): what one validated another could show.
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise _Refused(f"the member {name[:100]!r} stands twice in one object")
+    return members
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise _Refused(f"the number {text[:40]} is out of range")
+    return number
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _Refused(f"{name} is not JSON (RFC 8259, section 6)")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_constant)
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    if text.startswith("\ufeff"):
+        raise Malformed("the body begins with a byte order mark (RFC 8259, section 8.1)")
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise Malformed(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except _Refused as error:
+        raise Malformed(str(error)) from None
+    except ValueError:  # sys.set_int_max_str_digits: reading such a number costs the square of its length.
+        raise Malformed("a number has more than 4,300 digits") from None
+    if not isinstance(value, dict):
+        raise NotACloudEvent("the body is JSON, but no object")
+    return value
+
+
+def _read_attributes(envelope: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that go out, in the order in which they are written."""
+    for name in ("specversion", "id", "source", "type"):
+        value = envelope.get(name)
+        if not isinstance(value, str) or not value:
+            problem = "is missing" if name not in envelope else "must be a string that is not empty"
+            raise NotACloudEvent(f"the attribute {name!r} {problem}")
+    if envelope["specversion"] != SPECVERSION:
+        raise NotACloudEvent(f"specversion must be '1.0', not {envelope['specversion'][:40]!r}")
+    if not _ID.fullmatch(envelope["id"]):
+        raise NotACloudEvent(f"id must be 1 to {MAX_ID_CHARS} characters of A-Z a-z 0-9 . _ : ~ -")
+    if "data" not in envelope:
+        hint = " (data_base64 is not taken: data must be JSON)" if "data_base64" in envelope else ""
+        raise NotACloudEvent(f"the member 'data' is missing{hint}")
+    for name, value in envelope.items():
+        if name not in _KNOWN or name in _TRACE_CONTEXT:
+            _check_extension(name, value)
+    attributes = {name: envelope[name] for name in ("specversion", "id", "source", "type")}
+    for name in _OPTIONAL:
+        value = envelope.get(name)
+        if value is None:  # An attribute that is null counts as absent (JSON event format, section 2.2).
+            continue
+        if not isinstance(value, str) or not value:
+            raise NotACloudEvent(f"the attribute {name!r} must be a string that is not empty")
+        if name == "time" and not _RFC3339.fullmatch(value):
+            raise NotACloudEvent(f"time must be RFC 3339 (2026-01-31T12:00:00Z), not {value[:60]!r}")
+        if name == "datacontenttype" and value != "application/json":
+            raise NotACloudEvent(f"datacontenttype must be application/json, not {value[:100]!r}")
+        attributes[name] = value
+    for name in _TRACE_CONTEXT:
+        if envelope.get(name) is not None:
+            attributes[name] = envelope[name]
+    return attributes
+
+
+def _check_extension(name: str, value: object) -> None:
+    if not _EXTENSION_NAME.fullmatch(name):
+        raise NotACloudEvent(f"the attribute name {name[:100]!r} is not of a-z and 0-9 only")
+    # CloudEvents 1.0.2, "Type system": in JSON an attribute is a string, a boolean or an integer.
+    if value is not None and not isinstance(value, str | bool | int):
+        raise NotACloudEvent(f"the extension attribute {name[:100]!r} must be a string, a boolean or an integer")
+
+
+def _check_type_in_key(event_type: str, routing_key: str) -> None:
+    try:
+        _, key_type = split_key(routing_key)
+    except ValueError as error:
+        raise TypeMismatch(f"the routing key names no event type: {error}") from None
+    if key_type != event_type:
+        raise TypeMismatch(f"the event's type is {event_type[:150]!r}, the routing key's is {key_type!r}")
+
+
+def _revalidate(data: object, model: type[EventData]) -> str:
+    """The data as its model writes it out again, as JSON: what the model does not declare is gone."""
+    # Validated as JSON, not as Python values: under `strict=True` a model takes a time as text only from JSON.
+    text = _JSON.encode(data).encode("utf-8")
+    try:
+        return _encode_data(model.model_validate_json(text))
+    except ValidationError as error:
+        raise SchemaViolation(_describe(error)) from None
+    except (RecursionError, UnicodeEncodeError):
+        raise  # Faults of the body, told apart by the caller.
+    except ValueError as error:
+        raise SchemaViolation(str(error)) from None
+    except Exception as error:
+        raise SchemaViolation(f"data: {model.__name__} raised {type(error).__name__}: {error}") from error
+
+
+def _encode_data(data: EventData) -> str:
+    value = data.model_dump(mode="json", by_alias=True)
+    try:
+        return _JSON.encode(value)
+    except ValueError:
+        # A model takes the text "inf" as a float and would write it as null.
+        where = _find_infinite(value, "data")
+        if where is None:
+            raise
+        raise ValueError(f"{where} is infinite or NaN, for which JSON has no form") from None
+
+
+def _find_infinite(value: object, where: str) -> str | None:
+    if isinstance(value, float):
+        return None if math.isfinite(value) else where
+    members: Iterable[tuple[str, object]] = ()
+    if isinstance(value, dict):
+        members = ((f"{where}.{name}", member) for name, member in value.items())
+    elif isinstance(value, list):
+        members = ((f"{where}[{index}]", item) for index, item in enumerate(value))
+    return next((found for name, member in members if (found := _find_infinite(member, name))), None)
+
+
+def _describe(error: ValidationError) -> str:
+    # Without the offending values: this text goes to logs, and they are somebody's data.
+    faults = [
+        ".".join(["data", *(str(part) for part in fault["loc"])]) + ": " + fault["msg"]
+        for fault in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    return "; ".join(faults)
+
+
+def write_event(attributes: Mapping[str, str], data: EventData) -> bytes:
+    """The body of a message for an event that is to be published.
+
+    Args:
+        attributes: the CloudEvents attributes but `specversion`, `type` and `data`.
+        data: the event's data; its class says the type.
+
+    Raises:
+        ValueError: the data holds an infinite number or text that is not Unicode.
+    """
+    return _join({"specversion": SPECVERSION, **attributes, "type": data.event_type}, _encode_data(data))

@@ -1,0 +1,74 @@
+"""The bytes of a stream (HTML Living Standard, section 9.2 "Server-sent events").
+
+Pure. Owns framing and nothing else: no clock, no events, no idea who reads. Whatever is put between the line ends is
+checked here, once, so that no text of anybody's can end a line: a field's value may not hold CR, LF or NUL (9.2.6: all
+three of LF, CR and CRLF end a line; an id with NUL is ignored).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Literal
+
+GapReason = Literal["expired", "unknown", "no-log"]
+EndReason = Literal["drain", "rotate", "expired", "slow", "busy", "revoked"]
+
+END_REASONS: tuple[EndReason, ...] = ("drain", "rotate", "expired", "slow", "busy", "revoked")
+
+MEDIA_TYPE = "text/event-stream"
+
+HEARTBEAT = b":\n"
+"""A comment (9.2.6: "if the line starts with a colon, ignore the line"). With ONE line feed: a blank line after it ends
+a block, for which fetch-event-source and httpx-sse hand out an empty event."""
+
+_UNSAFE = re.compile(rb"[\r\n\0]")
+
+
+def _check(value: bytes) -> bytes:
+    if _UNSAFE.search(value):
+        raise ValueError("a field's value must not hold CR, LF or NUL")
+    return value
+
+
+def encode_tail(text: bytes, *, event_type: str | None = None) -> bytes:
+    """A frame from after its `id:` line to its blank line; `text` is one line of UTF-8.
+
+    Raises:
+        ValueError: the text or the type holds CR, LF or NUL, which no JSON encoder leaves in.
+    """
+    data = b"data: " + _check(text) + b"\n\n"
+    return data if event_type is None else b"event: " + _check(event_type.encode("ascii")) + b"\n" + data
+
+
+def encode_id(cursor: str) -> bytes:
+    """The `id:` line. The browser sends its value back as Last-Event-ID."""
+    return f"id: {cursor}\n".encode("ascii")
+
+
+def _encode(name: str, data: dict[str, object], *, cursor: str | None = None, retry_ms: int | None = None) -> bytes:
+    # `retry:` stands in the block of an event: alone before a blank line it is an empty event to some clients.
+    head = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
+    if cursor is not None:
+        head += encode_id(cursor)
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return head + encode_tail(text, event_type=name)
+
+
+def encode_ready(*, user: str, resumed: bool, heartbeat_seconds: float, cursor: str, retry_ms: int) -> bytes:
+    seconds = int(heartbeat_seconds) if heartbeat_seconds == int(heartbeat_seconds) else heartbeat_seconds
+    data: dict[str, object] = {"user": user, "resumed": resumed, "heartbeat_seconds": seconds}
+    return _encode("bridge.ready", data, cursor=cursor, retry_ms=retry_ms)
+
+
+def encode_gap(reason: GapReason) -> bytes:
+    return _encode("bridge.gap", {"reason": reason})
+
+
+def encode_position(cursor: str) -> bytes:
+    # With data, though it is empty: Safari and Firefox take an id only from a block that has data.
+    return _encode("bridge.position", {}, cursor=cursor)
+
+
+def encode_bye(reason: EndReason, retry_ms: int) -> bytes:
+    return _encode("bridge.bye", {"reason": reason}, retry_ms=retry_ms)

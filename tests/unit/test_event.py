@@ -1,0 +1,242 @@
+"""What is let through, what is refused, and under which reason."""
+
+import json
+from datetime import datetime
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field
+
+from bridge.event import (
+    MAX_DETAIL_CHARS,
+    EventData,
+    InvalidEvent,
+    Models,
+    read_event,
+    write_event,
+)
+from bridge.routing import InvalidType
+
+
+class Part(BaseModel):
+    name: str
+
+
+class Done(EventData, type="test.done"):
+    job_id: str
+    seconds: float = 0
+    part: Part | None = None
+    anything: Any = None
+    at: datetime | None = None
+    renamed: str = Field("x", alias="reNamed")
+
+
+class Grumpy(EventData, type="test.grumpy"):
+    job_id: str
+
+    def model_post_init(self, _: Any) -> None:
+        raise KeyError("a team's bug")
+
+
+MODELS: Models = {"test.done": Done, "test.grumpy": Grumpy}
+
+
+def envelope(**changes: Any) -> dict[str, Any]:
+    event: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": "e-1",
+        "source": "/t",
+        "type": "test.done",
+        "data": {"job_id": "r"},
+    }
+    event.update(changes)
+    return {name: value for name, value in event.items() if value is not ...}
+
+
+def read(body: bytes | dict[str, Any], key: str = "user.42.test.done", **options: Any) -> Any:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return read_event(raw, key, MODELS, **options)
+
+
+def refusal(body: bytes | dict[str, Any], key: str = "user.42.test.done", **options: Any) -> InvalidEvent:
+    with pytest.raises(InvalidEvent) as caught:
+        read(body, key, **options)
+    return caught.value
+
+
+def test_an_event_comes_out_as_one_line_with_its_frame() -> None:
+    event = read(envelope(time="2026-01-31T12:00:00Z", subject="s"))
+    assert json.loads(event.text) == {
+        **envelope(time="2026-01-31T12:00:00Z", subject="s"),
+        "data": {"job_id": "r", "seconds": 0.0, "part": None, "anything": None, "at": None, "reNamed": "x"},
+    }
+    assert event.plain == b"data: " + event.text + b"\n\n"
+    assert event.named == b"event: test.done\n" + event.plain
+    assert len(event.digest) == 4
+
+
+def test_what_no_model_declares_stays_inside() -> None:
+    data = {"job_id": "r", "password": "s3cret", "part": {"name": "n", "secret": "s3cret"}}
+    event = read(envelope(data=data, tenant="s3cret", traceparent="00-ab-cd-01"))
+    assert b"s3cret" not in event.named
+    assert json.loads(event.text)["traceparent"] == "00-ab-cd-01"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\nb",
+        "a\rb",
+        "a\r\nb",
+        "\n\ndata: x\n\n",
+        "\0",
+        "\ufeff",
+        "\u2028\u2029\u0085",
+        "😀",
+        '"\\',
+        "event: x\nid: 1\n",
+    ],
+)
+def test_no_text_ends_a_line(text: str) -> None:
+    event = read(envelope(data={"job_id": text}, subject=text))
+    assert event.plain.count(b"\n") == 2
+    assert not set(event.plain) & {0, 13}
+    assert json.loads(event.text)["data"]["job_id"] == text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not json",
+        b"\xff\xfe",
+        b'{"id": "\xc3"}',
+        b"\xef\xbb\xbf" + json.dumps(envelope()).encode(),
+        json.dumps(envelope()).encode("utf-16"),
+        json.dumps(envelope()).encode() + b"{}",
+        b"[" * 30_000,
+        b"[" * 30_000 + b"]" * 30_000,
+        json.dumps(envelope(data={"job_id": "r", "seconds": "@"})).encode().replace(b'"@"', b"NaN"),
+        json.dumps(envelope(data={"job_id": "r", "seconds": "@"})).encode().replace(b'"@"', b"-Infinity"),
+        json.dumps(envelope(data={"job_id": "r", "anything": "@"})).encode().replace(b'"@"', b"1e999"),
+        json.dumps(envelope(data={"job_id": "r", "anything": "@"})).encode().replace(b'"@"', b"9" * 5000),
+        b'{"id": "a", "id": "b"}',
+        json.dumps(envelope(data={"job_id": "@"})).encode().replace(b'"@"', b'"a", "job_id": "b"'),
+        json.dumps(envelope(data={"job_id": "@"})).encode().replace(b"@", rb"\ud800"),
+        json.dumps(envelope(data={"job_id": "r", "anything": {"@": 1}})).encode().replace(b"@", rb"\udfff"),
+        json.dumps(envelope(subject="@")).encode().replace(b"@", rb"\ud83d"),
+    ],
+)
+def test_malformed(body: bytes) -> None:
+    assert refusal(body).reason == "malformed"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"specversion": "0.3"},
+        {"specversion": 1.0},
+        {"specversion": ...},
+        {"id": ...},
+        {"id": ""},
+        {"id": "a b"},
+        {"id": "a\n"},
+        {"id": "x" * 129},
+        {"id": 7},
+        {"source": ...},
+        {"source": ""},
+        {"type": ...},
+        {"type": None},
+        {"data": ...},
+        {"data": ..., "data_base64": "AA=="},
+        {"time": "yesterday"},
+        {"time": "2026-13-01T00:00:00Z"},
+        {"time": 12},
+        {"subject": ""},
+        {"datacontenttype": "text/plain"},
+        {"dataschema": {}},
+        {"Upper": "x"},
+        {"with_underscore": "x"},
+        {"nested": {}},
+        {"float": 1.5},
+        {"traceparent": ["x"]},
+    ],
+)
+def test_not_a_cloudevent(changes: dict[str, Any]) -> None:
+    assert refusal(envelope(**changes)).reason == "not-a-cloudevent"
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b"1", b'"text"', b"{}"])
+def test_json_that_is_no_cloudevent(body: bytes) -> None:
+    assert refusal(body).reason == "not-a-cloudevent"
+
+
+def test_optional_attributes_may_be_null() -> None:
+    text = json.loads(read(envelope(time=None, subject=None, traceparent=None, tenant=None)).text)
+    assert set(text) == {"specversion", "id", "source", "type", "data"}
+
+
+@pytest.mark.parametrize("key", ["user.42.test.other", "user.42", "", "user.42.Test.done", "team.x.test.done"])
+def test_type_unlike_its_key(key: str) -> None:
+    assert refusal(envelope(), key).reason == "type-mismatch"
+
+
+def test_unknown_type() -> None:
+    assert refusal(envelope(type="test.new"), "all.test.new").reason == "unknown-type"
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ({}, "data.job_id"),
+        (None, "data"),
+        ([], "data"),
+        ({"job_id": 1}, "data.job_id"),
+        ({"job_id": "r", "part": {}}, "data.part.name"),
+        ({"job_id": "r", "seconds": "inf"}, "data.seconds"),
+        ({"job_id": "r", "seconds": "NaN"}, "data.seconds"),
+    ],
+)
+def test_data_against_its_model(data: Any, where: str) -> None:
+    error = refusal(envelope(data=data))
+    assert error.reason == "schema"
+    assert where in error.detail
+
+
+def test_the_detail_does_not_repeat_the_data() -> None:
+    assert "s3cret" not in refusal(envelope(data={"job_id": ["s3cret"]})).detail
+
+
+def test_a_model_that_raises_is_a_refusal_too() -> None:
+    error = refusal(envelope(type="test.grumpy"), "all.test.grumpy")
+    assert error.reason == "schema"
+    assert "Grumpy raised KeyError" in error.detail
+
+
+def test_size_is_looked_at_first() -> None:
+    body = json.dumps(envelope(data={"job_id": "x" * 65_536})).encode()
+    assert refusal(body).reason == "too-large"
+    exact = json.dumps(envelope(data={"job_id": ""})).encode()
+    assert read(exact, max_bytes=len(exact)).id == "e-1"
+    assert refusal(exact, max_bytes=len(exact) - 1).reason == "too-large"
+
+
+def test_the_detail_is_bounded() -> None:
+    assert len(refusal(envelope(**{"X" * 5000: 1})).detail) <= MAX_DETAIL_CHARS
+    assert len(refusal(envelope(data={f"k{n}": 1 for n in range(2000)} | {"part": {}})).detail) <= MAX_DETAIL_CHARS
+
+
+def test_what_is_written_is_read() -> None:
+    data = Done.model_validate({"job_id": "r", "reNamed": "y", "at": "2026-01-01T00:00:00Z"})
+    event = read(write_event({"id": "e", "source": "/t"}, data))
+    assert json.loads(event.text)["data"]["reNamed"] == "y"
+
+
+def test_infinity_is_not_written_as_null() -> None:
+    with pytest.raises(ValueError, match=r"data\.seconds is infinite"):
+        write_event({"id": "e", "source": "/t"}, Done(job_id="r", seconds=float("inf")))
+
+
+def test_a_reserved_type_cannot_be_declared() -> None:
+    with pytest.raises(InvalidType, match="reserved"):
+        type("Mine", (EventData,), {"__module__": __name__}, type="bridge.mine")

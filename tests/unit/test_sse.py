@@ -1,0 +1,32 @@
+"""The bytes of each frame, to the letter of docs/contract.md."""
+
+import pytest
+
+from bridge import sse
+
+
+def test_the_bridges_own_frames() -> None:
+    assert (
+        sse.encode_ready(user="a.b", resumed=False, heartbeat_seconds=15.0, cursor="1.0.", retry_ms=3000)
+        == b"retry: 3000\nid: 1.0.\nevent: bridge.ready\n"
+        b'data: {"user":"a.b","resumed":false,"heartbeat_seconds":15}\n\n'
+    )
+    assert sse.encode_gap("no-log") == b'event: bridge.gap\ndata: {"reason":"no-log"}\n\n'
+    assert sse.encode_position("1.0.") == b"id: 1.0.\nevent: bridge.position\ndata: {}\n\n"
+    assert sse.encode_bye("drain", 7) == b'retry: 7\nevent: bridge.bye\ndata: {"reason":"drain"}\n\n'
+    assert sse.HEARTBEAT == b":\n"
+
+
+def test_a_user_id_cannot_break_ready() -> None:
+    frame = sse.encode_ready(user='\r\n\n"\0😀', resumed=True, heartbeat_seconds=0.5, cursor="c", retry_ms=1)
+    assert frame.count(b"\n") == 5
+    assert b"\r" not in frame
+    assert b"\0" not in frame
+
+
+@pytest.mark.parametrize("text", [b"a\nb", b"a\rb", b"\0"])
+def test_a_field_cannot_hold_a_line_end(text: bytes) -> None:
+    with pytest.raises(ValueError, match="CR, LF or NUL"):
+        sse.encode_tail(text)
+    with pytest.raises(ValueError, match="CR, LF or NUL"):
+        sse.encode_tail(b"{}", event_type=text.decode())
