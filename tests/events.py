@@ -1,0 +1,8 @@
+"""Events for tests of what comes after reading."""
+
+from bridge.event import Event
+
+
+def make_event(number: int, *, size: int = 0, event_type: str = "test.done") -> Event:
+    text = f'{{"id":"e{number}","pad":"{"x" * size}"}}'
+    return Event(id=f"e{number}", type=event_type, text=text.encode())

@@ -1,0 +1,57 @@
+"""The bounds of each draw, and what is due when."""
+
+import pytest
+
+from bridge import pacing
+from bridge.pacing import Pace
+
+DRAWS = [0.0, 0.25, 0.5, 0.999999]
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_draws_stay_in_their_bounds(draw: float) -> None:
+    assert 1500 <= pacing.retry_ms(3, draw) <= 4500
+    assert 5000 <= pacing.busy_retry_ms(draw) <= 15_000
+    assert 100 <= pacing.drain_retry_ms(10, draw) <= 10_000
+    assert pacing.drain_retry_ms(0, draw) == 100
+    assert 2880 <= pacing.lifetime(3600, draw) <= 3600
+
+
+def test_goodbyes_are_spread_evenly_over_the_drain() -> None:
+    times = [pacing.drain_at(index, 100, 10, 0.5) for index in range(100)]
+    assert times == sorted(times)
+    assert all(0 <= at <= 10 for at in times)
+    assert all(sum(second <= at < second + 1 for at in times) == 10 for second in range(10))
+
+
+def pace(**changes: float) -> Pace:
+    values = {"heartbeat_seconds": 15.0, "ends_at": 3000.0, "expires_at": 5000.0, **changes}
+    return Pace(100.0, **values)
+
+
+def test_a_heartbeat_is_due_after_silence() -> None:
+    stream = pace()
+    assert stream.deadline() == 115
+    assert not stream.heartbeat_due(114.9)
+    assert stream.heartbeat_due(115)
+    stream.wrote(114)
+    assert not stream.heartbeat_due(128.9)
+    assert stream.deadline() == 129
+
+
+def test_a_position_is_due_after_a_minute_without_an_event() -> None:
+    stream = pace()
+    for now in range(110, 170, 10):
+        stream.wrote(now)  # Heartbeats do not move a cursor.
+    assert not stream.position_due(159.9)
+    assert stream.position_due(160)
+    stream.moved(160)
+    assert not stream.position_due(219)
+
+
+def test_the_end_of_the_token_counts_as_well_as_of_the_stream() -> None:
+    assert pace().is_rotated(3000)
+    assert not pace().is_rotated(2999)
+    assert pace(expires_at=200).is_expired(200)
+    assert pace(expires_at=110).deadline() == 110
+    assert pace(ends_at=105).deadline() == 105
