@@ -1,0 +1,34 @@
+"""Streams typed events from a RabbitMQ topic exchange to browsers as Server-Sent Events.
+
+What workers need is named here; importing it imports nothing of the server's.
+"""
+
+from bridge.event import EventData
+from bridge.publisher import (
+    BlockingPublisher,
+    EventRefused,
+    ExchangeMissing,
+    Publisher,
+    PublishError,
+    PublishForbidden,
+    PublishTimeout,
+    new_id,
+)
+from bridge.routing import Audience, decode_id, encode_id
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Audience",
+    "BlockingPublisher",
+    "EventData",
+    "EventRefused",
+    "ExchangeMissing",
+    "PublishError",
+    "PublishForbidden",
+    "PublishTimeout",
+    "Publisher",
+    "decode_id",
+    "encode_id",
+    "new_id",
+]

@@ -1,0 +1,368 @@
+"""A connection to RabbitMQ and what can go wrong with it, in words of our own.
+
+The only file that names an error of aio-pika. Both sides stand on it: the bridge consumes through `connect`, the SDK
+and the quarantine publish through `Sender`. Needs aio-pika and nothing of the server's.
+
+    BrokerError
+    ├─ BrokerUnavailable    cannot be reached, went away, or did not answer in time: trying again may help
+    ├─ AccessRefused        credentials, virtual host or a permission: an operator has to change something
+    ├─ TopologyMismatch     an exchange or queue exists with other properties
+    ├─ NotFound             an exchange or queue does not exist
+    └─ Unroutable           the broker has no queue for a message that must have one
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import aio_pika
+from aio_pika.exceptions import (
+    AMQPError,
+    AuthenticationError,
+    ChannelClosed,
+    ChannelInvalidStateError,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+    DeliveryError,
+    ProbableAuthenticationError,
+    PublishError,
+)
+from aiormq.abc import AbstractChannel
+from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ConnectionNotAllowed
+from pamqp.commands import Basic
+from yarl import URL
+
+CONNECT_SECONDS = 10.0
+"""aiormq has no limit of its own for connecting: a listener that never answers would hold us for ever."""
+
+HEARTBEAT_SECONDS = 10
+"""With aiormq's default of 60 a dead broker is noticed after (60 + 1) * 3 = 183 s; with this after 33."""
+
+CLOSE_SECONDS = 5.0
+"""A broker that is blocked or gone never answers a close."""
+
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 5.0
+
+_log = logging.getLogger("bridge.amqp")
+
+_ERRORS = (AMQPError, ChannelInvalidStateError, ConnectionError, OSError, asyncio.IncompleteReadError)
+
+
+class BrokerError(Exception):
+    """Something between us and RabbitMQ; one of the five below."""
+
+
+class BrokerUnavailable(BrokerError):
+    """The broker cannot be reached, the connection broke, or no answer came in time."""
+
+
+class AccessRefused(BrokerError):
+    """RabbitMQ refuses the user, the virtual host or the operation."""
+
+
+class TopologyMismatch(BrokerError):
+    """An exchange or queue of this name exists with other properties."""
+
+
+class NotFound(BrokerError):
+    """An exchange or queue of this name does not exist."""
+
+
+class Unroutable(BrokerError):
+    """The broker has no queue for the message."""
+
+
+def parse_urls(text: str) -> tuple[str, ...]:
+    """Reads one or several AMQP addresses, joined by commas (the nodes of a cluster).
+
+    Raises:
+        ValueError: not an `amqp://` or `amqps://` address with a host; the password does not stand in the message.
+    """
+    addresses = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not addresses:
+        raise ValueError("no address; write amqp://user:password@host:5672/")
+    for address in addresses:
+        try:
+            url = URL(address)
+            good = url.scheme in ("amqp", "amqps") and bool(url.host)
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(f"{redact(address)!r} is no AMQP address; write amqp://user:password@host:5672/vhost")
+    return addresses
+
+
+def redact(address: str) -> str:
+    """The address without its password, for logs and messages."""
+    head, at, tail = address.rpartition("@")
+    if not at:
+        return address
+    scheme, slashes, userinfo = head.rpartition("://")
+    return f"{scheme}{slashes}{userinfo.partition(':')[0]}:***@{tail}"
+
+
+def translate(error: BaseException, doing: str) -> BrokerError:
+    """A foreign error as one of ours; `doing` says what was tried, for the message."""
+    if isinstance(error, BrokerError):
+        return error
+    text = f"{doing}: {_text(error)}"
+    if isinstance(
+        error, AuthenticationError | ProbableAuthenticationError | ChannelAccessRefused | ConnectionNotAllowed
+    ):
+        return AccessRefused(text)
+    if isinstance(error, ChannelNotFoundEntity):
+        return NotFound(text)
+    if isinstance(error, ChannelPreconditionFailed | ChannelLockedResource):
+        return TopologyMismatch(text)
+    return BrokerUnavailable(text)
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, AMQPError) and error.args and not isinstance(error, DeliveryError):
+        words = " ".join(str(part) for part in error.args if part is not None)
+        return words or type(error).__name__
+    return str(error) or type(error).__name__
+
+
+async def connect(addresses: Sequence[str], *, name: str) -> aio_pika.abc.AbstractConnection:
+    """A plain connection to the first address that takes one, tried in random order.
+
+    Plain, not robust: a robust connection restores its queues one after another, and one refused queue keeps all others
+    down. Who calls this has a supervisor of their own.
+
+    Args:
+        addresses: AMQP URLs. `heartbeat` in the URL wins over our 10 s.
+        name: shown in RabbitMQ's list of connections.
+
+    Raises:
+        BrokerError: none of the addresses took it; the error of the last one tried, which names it.
+
+    Cancelling leaves no connection behind.
+    """
+    failure: BrokerError | None = None
+    for address in random.sample(list(addresses), len(addresses)):
+        url = URL(address)
+        url = url.update_query({"name": name, "heartbeat": url.query.get("heartbeat", HEARTBEAT_SECONDS)})
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                return await aio_pika.connect(url)
+        except (*_ERRORS, TimeoutError) as error:
+            failure = translate(error, f"connecting to {redact(address)}")
+    assert failure is not None, "parse_urls gives at least one address"
+    raise failure
+
+
+async def open_channel(connection: aio_pika.abc.AbstractConnection, *, confirms: bool = False) -> AbstractChannel:
+    """A channel of the protocol itself, without aio-pika's objects for exchanges and queues around it.
+
+    Raises:
+        BrokerError
+    """
+    async with translating("opening a channel"):
+        transport = connection.transport
+        if transport is None:
+            raise BrokerUnavailable("opening a channel: the connection is closed")
+        return await transport.connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
+
+
+async def close(connection: aio_pika.abc.AbstractConnection) -> None:
+    """Closes within five seconds, or gives the connection up. Never raises an error of the broker's."""
+    with contextlib.suppress(*_ERRORS, TimeoutError):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await connection.close()
+
+
+def _is_rejection(error: BaseException) -> bool:
+    """Whether this is aiormq's way to tell a waiter that its connection is gone.
+
+    It rejects the futures of a connection that closes with whatever the reader ended with: a bare `Exception`, or a
+    CancelledError in a task that nobody has cancelled.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+    return type(error) is Exception
+
+
+@contextlib.asynccontextmanager
+async def translating(doing: str) -> AsyncIterator[None]:
+    """Errors of aio-pika that pass become ours."""
+    try:
+        yield
+    except _ERRORS as error:
+        raise translate(error, doing) from error
+    except (Exception, asyncio.CancelledError) as error:
+        if not _is_rejection(error):
+            raise
+        raise BrokerUnavailable(f"{doing}: the connection was closed") from error
+
+
+def pauses() -> Callable[[], float]:
+    """Pauses between tries, in seconds: at most 0.1, 0.2, 0.4, ... 5, each drawn anew from zero up ("full jitter")."""
+    ceiling = _FIRST_PAUSE_SECONDS
+
+    def draw() -> float:
+        nonlocal ceiling
+        pause = random.uniform(0, ceiling)
+        ceiling = min(ceiling * 2, _LONGEST_PAUSE_SECONDS)
+        return pause
+
+    return draw
+
+
+class Sender:
+    """A connection for publishing that comes back by itself; every message is confirmed or an error is raised.
+
+    Any number of tasks may send at once; their messages share one channel and go out in the order of the calls.
+
+    Args:
+        addresses: AMQP URLs of the cluster's nodes.
+        name: shown in RabbitMQ's list of connections.
+    """
+
+    def __init__(self, addresses: Sequence[str], *, name: str) -> None:
+        self._addresses = addresses
+        self._name = name
+        self._connection: aio_pika.abc.AbstractConnection | None = None
+        self._channel: AbstractChannel | None = None
+        self._opening: asyncio.Task[AbstractChannel] | None = None
+        self._closed = False
+
+    async def open(self) -> None:
+        """Connects now rather than with the first message.
+
+        Raises:
+            BrokerError
+        """
+        await self._shared_channel()
+
+    async def send(
+        self,
+        body: bytes,
+        *,
+        exchange: str,
+        routing_key: str,
+        properties: Basic.Properties,
+        mandatory: bool = False,
+        timeout: float,
+    ) -> None:
+        """Returns once the broker has confirmed the message: every queue and stream it is routed to has taken it.
+
+        A lost connection and a nack are answered by sending the same message again, until `timeout` (seconds) is over.
+        RabbitMQ 4.3 nacks what was on its way to a queue that died, although the others have it.
+
+        Raises:
+            BrokerUnavailable: not confirmed in time. The message may still have arrived, or arrive yet: send it again
+                with the same id, never with a new one.
+            NotFound: the exchange does not exist.
+            AccessRefused: the user may not publish this.
+            Unroutable: `mandatory`, and no queue takes it.
+
+        Cancelling leaves the channel in order; whether the message was sent is then not known.
+        """
+        doing = f"publishing {routing_key!r} to exchange {exchange!r}"
+        deadline = asyncio.get_running_loop().time() + timeout
+        next_pause = pauses()
+        alone = False
+        failure: BrokerError | None = None
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    if failure is not None:
+                        await asyncio.sleep(next_pause())
+                    channel = await (self._own_channel() if alone else self._shared_channel())
+                    try:
+                        await channel.basic_publish(
+                            body,
+                            exchange=exchange,
+                            routing_key=routing_key,
+                            properties=properties,
+                            mandatory=mandatory,
+                        )
+                    finally:
+                        if alone:
+                            await self._give_up(channel)
+                    return
+            except TimeoutError as error:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise self._overdue(doing, timeout, failure) from failure
+                failure = translate(error, doing)  # The socket's own ETIMEDOUT.
+            except PublishError as error:
+                raise Unroutable(f"{doing}: no queue takes it ({error})") from None
+            except DeliveryError:
+                failure = BrokerUnavailable(f"{doing}: the broker answered nack")
+            except ChannelClosed as error:
+                # RabbitMQ closes the channel for one bad message, and all that wait on it get that error. So whoever
+                # got it tries again on a channel of its own, where the verdict is surely about its own message.
+                failure = translate(error, doing)
+                if alone and not isinstance(failure, BrokerUnavailable):
+                    raise failure from None
+                alone = True
+            except BrokerUnavailable as error:
+                if self._closed:
+                    raise
+                failure = error
+            except _ERRORS as error:
+                failure = translate(error, doing)
+            except BrokerError:
+                raise  # A refused user or a missing right gets no better by waiting.
+            except (Exception, asyncio.CancelledError) as error:
+                if not _is_rejection(error):
+                    raise
+                failure = BrokerUnavailable(f"{doing}: the connection was closed")
+
+    def _overdue(self, doing: str, timeout: float, failure: BrokerError | None) -> BrokerUnavailable:
+        if failure is not None:
+            return BrokerUnavailable(f"not confirmed within {timeout:g} s; last: {failure}")
+        return BrokerUnavailable(
+            f"{doing}: not confirmed within {timeout:g} s, though the connection stands. A memory or disk alarm blocks "
+            "publishers until it is over (`rabbitmq-diagnostics alarms`)"
+        )
+
+    async def _shared_channel(self) -> AbstractChannel:
+        if self._closed:
+            raise BrokerUnavailable("this publisher is closed")
+        channel = self._channel
+        if channel is not None and not channel.is_closed:
+            return channel
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.create_task(self._open(), name="amqp-sender-open")
+        # Shielded: one caller that gives up must not take the connection from the others.
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> AbstractChannel:
+        if self._connection is None or not self._connection.connected.is_set():
+            if self._connection is not None:
+                await close(self._connection)
+                self._connection = None
+            self._connection = await connect(self._addresses, name=self._name)
+        self._channel = await open_channel(self._connection, confirms=True)
+        return self._channel
+
+    async def _own_channel(self) -> AbstractChannel:
+        await self._shared_channel()
+        assert self._connection is not None, "the shared channel stands on it"
+        return await open_channel(self._connection, confirms=True)
+
+    @staticmethod
+    async def _give_up(channel: AbstractChannel) -> None:
+        with contextlib.suppress(*_ERRORS, TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await channel.close()
+
+    async def close(self) -> None:
+        """Ends the connection, within five seconds. What was not confirmed by then stays unconfirmed."""
+        self._closed = True
+        if self._opening is not None and not self._opening.done():
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self._connection is not None:
+            await close(self._connection)
+            self._connection = self._channel = None
