@@ -1,0 +1,566 @@
+"""The bridge's side of RabbitMQ: topology, live queues, the shared queue.
+
+Owns every AMQP command that the bridge gives. Nobody outside awaits one: cancelling an AMQP call closes its channel
+with all consumers on it, and the tasks of HTTP requests are cancelled all the time. So `subscribe` only notes down what
+is wanted and returns; a few owner tasks make it so, for as long as it is wanted, through every loss of the connection,
+and tell by callback when it is so and when it no longer is.
+
+    Broker        supervisor: one consuming connection, made again for ever, with jittered pauses
+    └─ _Link      one life of that connection, with the queues that live and die with it
+       ├─ _Lane   two channels and their owner task; some hundred live queues each
+       └─ _Shared the process's queue for groups and broadcasts
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING
+
+import structlog
+from pamqp.commands import Basic
+
+from bridge import amqp, topology
+from bridge.amqp import BrokerError, BrokerUnavailable, NotFound
+from bridge.routing import Audience
+
+if TYPE_CHECKING:
+    import aio_pika
+    from aiormq.abc import AbstractChannel, DeliveredMessage
+
+LANES = 8
+"""Attaching is bounded by this: so many queues are being made at any time, each after the one before it. A broker
+that is slow is asked more slowly; after its restart ten thousand queues come back at the pace it can keep."""
+
+PREFETCH = 200
+"""Unacked deliveries for each consumer. They are acked as soon as they are in a session's backlog, so this is only what
+may be on its way while the process is busy."""
+
+SHARED_PREFETCH = 2_000
+
+STEADY_SECONDS = 10.0
+"""A connection that lasted this long is followed by a quick try; one that did not, by a longer pause each time."""
+
+_RETRY_SECONDS = 1.0
+
+_log = structlog.get_logger("bridge.broker")
+
+Delivery = Callable[[str, bytes], None]
+"""Called with the routing key and the body of a message; must not raise."""
+
+
+class Subscription:
+    """One connection's wish for events: a live queue of its own, and its groups on the shared queue.
+
+    Made by `Broker.subscribe`. The callbacks run in the event loop, never inside `subscribe` or `close`:
+
+        on_delivery(routing_key, body)  a message of the live queue
+        on_bound()                      all of it is bound and consumed
+        on_lost()                       no longer; on_bound follows when it is again
+    """
+
+    __slots__ = (
+        "_broker",
+        "bound",
+        "consumed",
+        "groups",
+        "keys",
+        "lane",
+        "number",
+        "on_bound",
+        "on_delivery",
+        "on_lost",
+        "wanted",
+    )
+
+    def __init__(
+        self,
+        broker: Broker,
+        number: int,
+        keys: Sequence[str],
+        groups: Sequence[str],
+        on_delivery: Delivery,
+        on_bound: Callable[[], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._broker = broker
+        self.number = number
+        self.keys = keys
+        self.groups = groups
+        self.on_delivery = on_delivery
+        self.on_bound = on_bound
+        self.on_lost = on_lost
+        self.wanted = True
+        self.consumed = False
+        self.bound = False
+        self.lane: _Lane | None = None
+
+    def close(self) -> None:
+        """Nothing more is delivered from here on. The queue is taken down soon; closing twice is harmless."""
+        if self.wanted:
+            self.wanted = False
+            self.bound = False
+            self._broker.drop(self)
+
+
+class Broker:
+    """
+    Args:
+        addresses: AMQP URLs of the cluster's nodes.
+        exchange, quarantine: names; the topology of both is declared with every new connection.
+        on_shared: called with each message of the shared queue.
+    """
+
+    def __init__(self, addresses: Sequence[str], *, exchange: str, quarantine: str, on_shared: Delivery) -> None:
+        self._addresses = addresses
+        self.exchange = exchange
+        self.quarantine = quarantine
+        self.on_shared = on_shared
+        # Queue names never hold a user id: they are seen in places where tokens are not, and take fewer characters.
+        self.instance = secrets.token_hex(4)
+        self._numbers = itertools.count(1)
+        self.subscriptions: dict[int, Subscription] = {}
+        self.groups: Counter[str] = Counter()
+        self._link: _Link | None = None
+        self.down_since: float | None = time.monotonic()
+        """Monotonic time since when there has been no consuming connection; None while there is one."""
+        self._up_since = 0.0
+        self.last_error: BrokerError | None = None
+        self.connects = 0
+        """Connections made since the start, the first included."""
+
+    @property
+    def connected(self) -> bool:
+        return self.down_since is None
+
+    def subscribe(
+        self,
+        keys: Sequence[str],
+        groups: Sequence[str],
+        *,
+        on_delivery: Delivery,
+        on_bound: Callable[[], None],
+        on_lost: Callable[[], None],
+    ) -> Subscription:
+        """Wishes for a live queue with these binding keys, and for these groups. Returns at once."""
+        subscription = Subscription(self, next(self._numbers), keys, groups, on_delivery, on_bound, on_lost)
+        self.subscriptions[subscription.number] = subscription
+        self.groups.update(groups)
+        if self._link is not None:
+            self._link.attach(subscription)
+        return subscription
+
+    def drop(self, subscription: Subscription) -> None:
+        del self.subscriptions[subscription.number]
+        for group in subscription.groups:
+            self.groups[group] -= 1
+            if not self.groups[group]:
+                del self.groups[group]
+        if self._link is not None:
+            self._link.detach(subscription)
+
+    # The supervisor.
+
+    async def run(self) -> None:
+        """Keeps a consuming connection, for ever. A broker that cannot be reached is waited for; it may be starting.
+
+        Raises:
+            AccessRefused, TopologyMismatch, NotFound: with the first connection only, what waiting does not mend.
+
+        Cancelling it ends the connection and the queues on it.
+        """
+        next_pause = amqp.pauses()
+        while True:
+            try:
+                async with self._connection() as connection:
+                    link = _Link(self, connection)
+                    await link.declare_topology()
+                    self._went_up(link)
+                    try:
+                        await link.run()
+                    finally:
+                        if time.monotonic() - self._up_since > STEADY_SECONDS:
+                            next_pause = amqp.pauses()
+                        self._went_down()
+            except BrokerError as error:
+                self.last_error = error
+                if self.connects == 0 and not isinstance(error, BrokerUnavailable):
+                    raise
+                _log.warning("broker unavailable", error=str(error), kind=type(error).__name__)
+            await asyncio.sleep(next_pause())
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[aio_pika.abc.AbstractConnection]:
+        connection = await amqp.connect(self._addresses, name=f"bridge {self.instance} consumer")
+        try:
+            yield connection
+        finally:
+            await amqp.close(connection)
+
+    def _went_up(self, link: _Link) -> None:
+        self._link = link
+        self.connects += 1
+        away = None if self.connects == 1 or self.down_since is None else round(time.monotonic() - self.down_since, 3)
+        self.down_since = None
+        self._up_since = time.monotonic()
+        self.last_error = None
+        _log.info("broker connected", exchange=self.exchange, streams=len(self.subscriptions), away_seconds=away)
+        for subscription in self.subscriptions.values():
+            link.attach(subscription)
+
+    def _went_down(self) -> None:
+        self._link = None
+        self.down_since = time.monotonic()
+        for subscription in list(self.subscriptions.values()):
+            subscription.lane = None
+            subscription.consumed = False
+            _lose(subscription)
+
+
+def _lose(subscription: Subscription) -> None:
+    if subscription.bound:
+        subscription.bound = False
+        subscription.on_lost()
+
+
+class _Link:
+    """One life of the consuming connection."""
+
+    def __init__(self, broker: Broker, connection: aio_pika.abc.AbstractConnection) -> None:
+        self.broker = broker
+        self.connection = connection
+        self._lanes = [_Lane(self) for _ in range(LANES)]
+        self.shared = _Shared(self)
+        self._waiting: dict[int, Subscription] = {}
+
+    async def declare_topology(self) -> None:
+        """Exchange and quarantine, on channels without consumers: a declare that differs closes its channel.
+
+        Raises:
+            BrokerError: with what differs or which right is missing, and what to do.
+        """
+        await topology.declare_exchange(self.connection, self.broker.exchange)
+        await topology.declare_quarantine(self.connection, self.broker.quarantine)
+
+    async def run(self) -> None:
+        """Until the connection is lost.
+
+        Raises:
+            BrokerUnavailable: always; it says why the connection ended.
+        """
+        closed = asyncio.Event()
+        cause: list[BaseException | None] = [None]
+
+        def on_close(_: object, error: BaseException | None) -> None:
+            cause[0] = error
+            closed.set()
+
+        self.connection.close_callbacks.add(on_close)
+        runs = [self.shared.run(), *(lane.run() for lane in self._lanes)]
+        owners = [asyncio.create_task(run, name="amqp-owner") for run in runs]
+        watch = asyncio.create_task(closed.wait(), name="amqp-closed")
+        try:
+            # An owner never ends by itself, so one that is done has failed at something it cannot mend.
+            done, _ = await asyncio.wait({watch, *owners}, return_when=asyncio.FIRST_COMPLETED)
+            failed = next((task for task in done if task is not watch), None)
+            if failed is not None and not closed.is_set():
+                await failed
+            error = cause[0] or BrokerUnavailable("the connection was closed")
+            raise BrokerUnavailable(f"connection lost: {amqp.translate(error, 'consuming')}")
+        finally:
+            for task in (watch, *owners):
+                task.cancel()
+            await asyncio.gather(watch, *owners, return_exceptions=True)
+
+    def attach(self, subscription: Subscription) -> None:
+        self.shared.note_groups(subscription.groups)
+        lane = min(self._lanes, key=lambda lane: lane.load)
+        lane.give(subscription)
+
+    def detach(self, subscription: Subscription) -> None:
+        self._waiting.pop(subscription.number, None)
+        self.shared.note_groups(subscription.groups)
+        if subscription.lane is not None:
+            subscription.lane.take_back(subscription)
+
+    def check(self, subscription: Subscription) -> None:
+        """Tells the subscription that it is bound, once its own queue is and the shared queue has its groups."""
+        if subscription.bound or not subscription.wanted or not subscription.consumed:
+            return
+        if self.shared.covers(subscription.groups):
+            self._waiting.pop(subscription.number, None)
+            subscription.bound = True
+            subscription.on_bound()
+        else:
+            self._waiting[subscription.number] = subscription
+
+    def check_waiting(self) -> None:
+        for subscription in list(self._waiting.values()):
+            self.check(subscription)
+
+    def lose_all(self) -> None:
+        """The shared queue is gone, and everybody is on it: each gets broadcasts by it."""
+        for subscription in list(self.broker.subscriptions.values()):
+            _lose(subscription)
+            self.check(subscription)
+
+
+class _Consumer:
+    """A channel that consumes, and its acks: one `basic.ack multiple` for all that came in the same turn of the loop.
+
+    A delivery is acked as soon as it has been handed on. The live queue may lose; the log is what remembers.
+    """
+
+    def __init__(self, channel: AbstractChannel, on_message: Callable[[str, str, bytes], None]) -> None:
+        self.channel = channel
+        self._on_message = on_message
+        self._newest_tag = 0
+        self._fresh = asyncio.Event()
+        self._acker = asyncio.create_task(self._ack(), name="amqp-ack")
+
+    async def consume(self, queue: str, tag: str) -> None:
+        await self.channel.basic_consume(queue, self._deliver, consumer_tag=tag)
+
+    async def _deliver(self, message: DeliveredMessage) -> None:
+        # aiormq runs this as a task a message, started in the order of arrival. Without an await the order stays.
+        self._newest_tag = message.delivery_tag or 0
+        self._fresh.set()
+        self._on_message(message.consumer_tag or "", message.routing_key or "", message.body)
+
+    async def _ack(self) -> None:
+        acked = 0
+        # A channel that is gone tells its owner; its unacked deliveries went with its queues.
+        with contextlib.suppress(BrokerError):
+            while True:
+                await self._fresh.wait()
+                self._fresh.clear()
+                if self._newest_tag != acked:
+                    acked = self._newest_tag
+                    async with amqp.translating("acknowledging"):
+                        await self.channel.basic_ack(acked, multiple=True, wait=False)
+
+    def stop(self) -> None:
+        self._acker.cancel()
+
+
+class _Lane:
+    """Two channels, one for commands that may be refused and one that consumes, and the task that speaks on them."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+        self._broker = link.broker
+        self._subscriptions: dict[str, Subscription] = {}
+        self._commands: asyncio.Queue[Subscription | BrokerError] = asyncio.Queue()
+        self._setup: AbstractChannel | None = None
+        self.load = 0
+
+    def give(self, subscription: Subscription) -> None:
+        subscription.lane = self
+        self.load += 1
+        self._commands.put_nowait(subscription)
+
+    def take_back(self, subscription: Subscription) -> None:
+        self.load -= 1
+        self._commands.put_nowait(subscription)
+
+    async def run(self) -> None:
+        while True:
+            async with amqp.translating("opening a channel"):
+                channel = await amqp.open_channel(self._link.connection)
+                await channel.basic_qos(prefetch_count=PREFETCH)
+            consumer = _Consumer(channel, self._deliver)
+            channel.closing.add_done_callback(self._note_closed)
+            channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
+            try:
+                await self._obey(consumer)
+            except BrokerError as error:
+                if not self._link.connection.connected.is_set():
+                    raise
+                # Only this channel is gone, and with it the queues that had their consumers on it.
+                _log.warning("live queues lost", streams=len(self._subscriptions), error=str(error))
+            finally:
+                consumer.stop()
+            self._recover()
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    def _recover(self) -> None:
+        lost, self._subscriptions = self._subscriptions, {}
+        for subscription in lost.values():
+            subscription.consumed = False
+            _lose(subscription)
+            self._commands.put_nowait(subscription)
+
+    def _note_closed(self, closing: asyncio.Future[object]) -> None:
+        error = None if closing.cancelled() else closing.exception()
+        self._commands.put_nowait(amqp.translate(error or Exception("channel closed"), "consuming live queues"))
+
+    def _note_cancelled(self, frame: Basic.Cancel) -> None:
+        """The broker took a queue away: an operator deleted it, or its node went down."""
+        subscription = self._subscriptions.pop(frame.consumer_tag or "", None)
+        if subscription is not None:
+            _log.warning("live queue cancelled by the broker", stream=subscription.number)
+            subscription.consumed = False
+            _lose(subscription)
+            self._commands.put_nowait(subscription)
+
+    def _deliver(self, tag: str, routing_key: str, body: bytes) -> None:
+        subscription = self._subscriptions.get(tag)
+        if subscription is not None and subscription.wanted:
+            subscription.on_delivery(routing_key, body)
+
+    async def _obey(self, consumer: _Consumer) -> None:
+        """Brings one subscription after another to what it should be.
+
+        Raises:
+            BrokerError: the consuming channel is gone.
+        """
+        while True:
+            command = await self._commands.get()
+            if isinstance(command, BrokerError):
+                if consumer.channel.is_closed:
+                    raise command
+                continue  # Of a channel before this one.
+            if command.wanted and not command.consumed:
+                await self._attach(command, consumer)
+            elif not command.wanted and command.consumed:
+                await self._detach(command, consumer)
+
+    async def _attach(self, subscription: Subscription, consumer: _Consumer) -> None:
+        # A name of its own for each try: the queue of a try that failed may still be there.
+        queue = f"bridge.live.{self._broker.instance}.{subscription.number}.{secrets.token_hex(2)}"
+        try:
+            async with amqp.translating("making a live queue"):
+                if self._setup is None or self._setup.is_closed:
+                    self._setup = await amqp.open_channel(self._link.connection)
+                await self._setup.queue_declare(queue, exclusive=True, auto_delete=True)
+                for key in subscription.keys:
+                    await self._setup.queue_bind(queue, self._broker.exchange, key)
+        except BrokerError as error:
+            if not self._link.connection.connected.is_set():
+                raise
+            _log.error("live queue refused", stream=subscription.number, error=str(error))
+            await self._clear_away(queue)
+            if isinstance(error, NotFound):
+                await self._link.declare_topology()  # Somebody deleted the exchange.
+            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._commands.put_nowait, subscription)
+            return
+        tag = str(subscription.number)
+        # Known before it is consumed: the first delivery may come with the same packet as the answer.
+        self._subscriptions[tag] = subscription
+        async with amqp.translating("consuming a live queue"):
+            await consumer.consume(queue, tag)
+        # What happened meanwhile (a close, a cancel) stands in the commands behind this one.
+        if tag in self._subscriptions:
+            subscription.consumed = True
+            self._link.check(subscription)
+            if not subscription.wanted:
+                await self._detach(subscription, consumer)
+
+    async def _clear_away(self, queue: str) -> None:
+        """A queue that never had a consumer is not deleted by itself before the connection ends."""
+        with contextlib.suppress(BrokerError):
+            async with amqp.translating("deleting a queue that was not bound"):
+                self._setup = await amqp.open_channel(self._link.connection)
+                await self._setup.queue_delete(queue)
+
+    async def _detach(self, subscription: Subscription, consumer: _Consumer) -> None:
+        subscription.consumed = False
+        tag = str(subscription.number)
+        if self._subscriptions.pop(tag, None) is not None:
+            # With its last consumer the queue is gone too (auto-delete), and with the queue its bindings.
+            async with amqp.translating("ending a live queue"):
+                await consumer.channel.basic_cancel(tag)
+
+
+class _Shared:
+    """The queue for `all` and for the groups that have a connection here. One delivery a process, not one a browser."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+        self._broker = link.broker
+        self._changed = asyncio.Event()
+        self._bound: set[str] = set()
+        self._consuming = False
+        self._failure: BrokerError | None = None
+
+    def note_groups(self, groups: Sequence[str]) -> None:
+        """A connection with these groups came or went."""
+        if any((group in self._bound) != (group in self._broker.groups) for group in groups):
+            self._changed.set()
+
+    def covers(self, groups: Sequence[str]) -> bool:
+        return self._consuming and self._bound.issuperset(groups)
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._live()
+            except BrokerError as error:
+                if not self._link.connection.connected.is_set():
+                    raise
+                _log.warning("shared queue lost", error=str(error))
+                if isinstance(error, NotFound):
+                    await self._link.declare_topology()
+            finally:
+                self._consuming = False
+                self._bound.clear()
+                self._failure = None
+            self._link.lose_all()
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _live(self) -> None:
+        queue = f"bridge.shared.{self._broker.instance}.{secrets.token_hex(2)}"
+        async with amqp.translating("making the shared queue"):
+            setup = await amqp.open_channel(self._link.connection)
+            channel = await amqp.open_channel(self._link.connection)
+            await channel.basic_qos(prefetch_count=SHARED_PREFETCH)
+        consumer = _Consumer(channel, lambda _, key, body: self._broker.on_shared(key, body))
+        channel.closing.add_done_callback(self._note_closed)
+        channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
+        try:
+            async with amqp.translating("making the shared queue"):
+                await setup.queue_declare(queue, exclusive=True, auto_delete=True)
+                await setup.queue_bind(queue, self._broker.exchange, Audience.everyone().binding_key())
+                await self._reconcile(setup, queue)
+                await consumer.consume(queue, "shared")
+                self._consuming = True
+                while True:
+                    self._link.check_waiting()
+                    await self._changed.wait()
+                    self._changed.clear()
+                    if self._failure is not None:
+                        raise self._failure
+                    await self._reconcile(setup, queue)
+        finally:
+            consumer.stop()
+            if self._link.connection.connected.is_set():
+                with contextlib.suppress(BrokerError):
+                    async with amqp.translating("closing the shared queue's channels"):
+                        await setup.close()
+                        await channel.close()
+
+    async def _reconcile(self, setup: AbstractChannel, queue: str) -> None:
+        """Binds with a group's first connection, unbinds with its last."""
+        wanted = set(self._broker.groups)
+        for group in sorted(wanted - self._bound):
+            await setup.queue_bind(queue, self._broker.exchange, Audience.group(group).binding_key())
+            self._bound.add(group)
+        for group in sorted(self._bound - wanted):
+            self._bound.discard(group)  # First: a connection that comes meanwhile must wait for a new binding.
+            await setup.queue_unbind(queue, self._broker.exchange, Audience.group(group).binding_key())
+
+    def _note_closed(self, closing: asyncio.Future[object]) -> None:
+        error = None if closing.cancelled() else closing.exception()
+        self._fail(amqp.translate(error or Exception("channel closed"), "consuming the shared queue"))
+
+    def _note_cancelled(self, _: Basic.Cancel) -> None:
+        self._fail(BrokerUnavailable("the broker cancelled the shared queue's consumer"))
+
+    def _fail(self, error: BrokerError) -> None:
+        self._failure = error
+        self._changed.set()

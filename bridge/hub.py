@@ -1,0 +1,381 @@
+"""All streams of the process: who is connected, and which event goes to whom.
+
+Owns the limits, the index from audience to sessions, the cache that makes an event's bytes once, and the drain.
+Asyncio, but no framework and no socket: the broker's side calls `deliver`, the web's side attaches and detaches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from bridge import pacing
+from bridge.auth import Subscriber
+from bridge.broker import Broker, Delivery, Subscription
+from bridge.event import Event, InvalidEvent, Models, read_event
+from bridge.metrics import Metrics
+from bridge.pacing import Pace
+from bridge.quarantine import Quarantine
+from bridge.routing import Audience, TypeFilter, split_key
+from bridge.session import Session, State
+from bridge.sse import EndReason, GapReason
+
+_log = structlog.get_logger("bridge.hub")
+
+CACHE_EVENTS = 1024
+CACHE_BYTES = 4_194_304
+"""Limits of the cache of read events. It only has to last while one event comes in by several queues."""
+
+ATTACH_SECONDS = 10.0
+"""A stream whose queues are not bound by then is told `busy`: the browser comes back, perhaps to another replica."""
+
+BROKER_MOMENT_SECONDS = 3.0
+"""So long a new stream waits for a broker that is away; a restart of a node's listener takes less."""
+
+
+class Limits(Protocol):
+    """Of bridge.settings.Settings, what the hub goes by."""
+
+    @property
+    def max_event_bytes(self) -> int: ...
+    @property
+    def heartbeat_seconds(self) -> float: ...
+    @property
+    def retry_seconds(self) -> float: ...
+    @property
+    def max_age_seconds(self) -> float: ...
+    @property
+    def drain_seconds(self) -> float: ...
+    @property
+    def stall_seconds(self) -> float: ...
+    @property
+    def max_connections(self) -> int: ...
+    @property
+    def max_connections_per_user(self) -> int: ...
+    @property
+    def backlog_events(self) -> int: ...
+    @property
+    def backlog_bytes(self) -> int: ...
+
+
+class Refused(Exception):
+    """No stream now; `reason` is that of the `bridge.bye` to send."""
+
+    def __init__(self, reason: EndReason, retry_ms: int) -> None:
+        self.reason = reason
+        self.retry_ms = retry_ms
+        super().__init__(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRequest:
+    """What a browser asked for, read and found good."""
+
+    subscriber: Subscriber
+    types: TypeFilter
+    named: bool
+    last_event_id: str | None
+    keys: tuple[str, ...]
+    """Binding keys of the live queue."""
+
+
+class Connection:
+    """One open stream: its session, its wish at the broker, its deadlines."""
+
+    __slots__ = (
+        "_hub",
+        "opened_at",
+        "pace",
+        "ready_at",
+        "request",
+        "ring",
+        "session",
+        "subscription",
+        "writing_since",
+    )
+
+    def __init__(
+        self, hub: Hub, request: StreamRequest, session: Session, pace: Pace, ring: Callable[[], None], now: float
+    ) -> None:
+        self._hub = hub
+        self.request = request
+        self.session = session
+        self.pace = pace
+        self.ring = ring
+        self.opened_at = now
+        self.ready_at: float | None = None
+        self.writing_since: float | None = None
+        self.subscription: Subscription
+
+    # Called by the broker's side.
+
+    def on_delivery(self, routing_key: str, body: bytes) -> None:
+        event = self._hub.read(routing_key, body, via=self.subscription.number)
+        if event is not None:
+            self.offer(event, _now_ms())
+
+    def offer(self, event: Event, now_ms: int) -> None:
+        self.session.offer(event, now_ms)
+        self.ring()
+
+    def on_bound(self) -> None:
+        gap = self.session.bound(_now_ms())
+        self._hub.note_bound(self, gap)
+        self.ring()
+
+    def on_lost(self) -> None:
+        self.session.lost()
+
+    # Called by the stream's side.
+
+    def advance(self, now: float) -> None:
+        """Does what is due at this moment (monotonic seconds)."""
+        session, pace = self.session, self.pace
+        if session.state is State.ENDED:
+            return
+        if pace.is_expired(now):
+            session.end("expired", self._hub.retry_ms())
+        elif pace.is_rotated(now):
+            session.end("rotate", self._hub.retry_ms())
+        elif session.state is State.OPENING:
+            if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
+                session.end("busy", pacing.busy_retry_ms(random.random()))
+        elif pace.position_due(now):
+            session.place(_now_ms())
+            pace.moved(now)
+            if not session.has_output and pace.heartbeat_due(now):
+                session.beat()
+        elif pace.heartbeat_due(now):
+            session.beat()
+
+    def deadline(self, now: float) -> float:
+        """When `advance` has to be called next, if nothing rings before."""
+        if self.session.state is State.OPENING:
+            return min(self.opened_at + ATTACH_SECONDS, now + BROKER_MOMENT_SECONDS)
+        return self.pace.deadline()
+
+
+@dataclass(slots=True)
+class _Refusal:
+    """A message that was refused, and by which queues it has come: by the same one again, it was published again."""
+
+    seen_via: set[int] = field(default_factory=set)
+
+
+class Hub:
+    """
+    Args:
+        models: the event catalogue.
+        make_broker: given the function for shared deliveries, makes the broker's side.
+    """
+
+    def __init__(
+        self,
+        *,
+        models: Models,
+        limits: Limits,
+        metrics: Metrics,
+        quarantine: Quarantine,
+        make_broker: Callable[[Delivery], Broker],
+    ) -> None:
+        self._models = models
+        self._limits = limits
+        self._metrics = metrics
+        self._quarantine = quarantine
+        self.broker = make_broker(self.on_shared)
+        self.draining = False
+        self._connections: dict[Connection, None] = {}
+        self._by_group: dict[str, dict[Connection, None]] = {}
+        self._by_user: Counter[str] = Counter()
+        self._cache: OrderedDict[tuple[str, bytes], Event | _Refusal] = OrderedDict()
+        self._cache_bytes = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    # From the web's side.
+
+    def attach(self, request: StreamRequest, ring: Callable[[], None]) -> Connection:
+        """Makes a stream's connection, counted from here on until `detach`.
+
+        Args:
+            ring: called when the connection's session has something to say; may be called at any time.
+
+        Raises:
+            Refused: draining, or a limit is reached. The head count and the door are one step: nobody slips in between.
+        """
+        if self.draining:
+            raise Refused("drain", pacing.drain_retry_ms(self._limits.drain_seconds, random.random()))
+        user = request.subscriber.user
+        if (
+            len(self._connections) >= self._limits.max_connections
+            or self._by_user[user] >= self._limits.max_connections_per_user
+        ):
+            raise Refused("busy", pacing.busy_retry_ms(random.random()))
+        now = time.monotonic()
+        session = Session(
+            user=user,
+            types=request.types,
+            named=request.named,
+            last_event_id=request.last_event_id,
+            retry_ms=self.retry_ms(),
+            heartbeat_seconds=self._limits.heartbeat_seconds,
+            max_events=self._limits.backlog_events,
+            max_bytes=self._limits.backlog_bytes,
+        )
+        pace = Pace(
+            now,
+            heartbeat_seconds=self._limits.heartbeat_seconds,
+            ends_at=now + pacing.lifetime(self._limits.max_age_seconds, random.random()),
+            expires_at=now + (request.subscriber.expires_at - time.time()),
+        )
+        connection = Connection(self, request, session, pace, ring, now)
+        self._connections[connection] = None
+        self._by_user[user] += 1
+        for group in request.subscriber.groups:
+            self._by_group.setdefault(group, {})[connection] = None
+        self._empty.clear()
+        self._metrics.connections.set(len(self._connections))
+        connection.subscription = self.broker.subscribe(
+            request.keys,
+            request.subscriber.groups,
+            on_delivery=connection.on_delivery,
+            on_bound=connection.on_bound,
+            on_lost=connection.on_lost,
+        )
+        return connection
+
+    def detach(self, connection: Connection) -> None:
+        """Forgets a connection. Synchronous: it is called from a `finally` that may be cancelled at any await."""
+        connection.subscription.close()
+        del self._connections[connection]
+        user = connection.request.subscriber.user
+        self._by_user[user] -= 1
+        if not self._by_user[user]:
+            del self._by_user[user]
+        for group in connection.request.subscriber.groups:
+            members = self._by_group[group]
+            del members[connection]
+            if not members:
+                del self._by_group[group]
+        if not self._connections:
+            self._empty.set()
+        self._metrics.connections.set(len(self._connections))
+
+    def retry_ms(self) -> int:
+        return pacing.retry_ms(self._limits.retry_seconds, random.random())
+
+    def broker_is_away(self, now: float) -> bool:
+        """Away for longer than a moment."""
+        down_since = self.broker.down_since
+        return down_since is not None and now >= down_since + BROKER_MOMENT_SECONDS
+
+    def note_bound(self, connection: Connection, gap: GapReason | None) -> None:
+        if gap is not None:
+            self._metrics.gaps.labels(gap).inc()
+        if connection.ready_at is None:
+            connection.ready_at = time.monotonic()
+            self._metrics.streams_opened.inc()
+            self._metrics.attach_seconds.observe(connection.ready_at - connection.opened_at)
+            if connection.request.last_event_id:
+                self._metrics.replays.labels("gap").inc()
+
+    # From the broker's side.
+
+    def on_shared(self, routing_key: str, body: bytes) -> None:
+        """A message of the shared queue: to everybody, or to the members of one group."""
+        event = self.read(routing_key, body, via=0)
+        if event is None:
+            return
+        now_ms = _now_ms()
+        for connection in self._members(routing_key):
+            # The live queue's bindings carry the types; this queue serves all, so each one's filter is applied here.
+            if connection.session.types.matches(event.type):
+                connection.offer(event, now_ms)
+
+    def _members(self, routing_key: str) -> list[Connection]:
+        audience, _ = split_key(routing_key)
+        if audience == Audience.everyone():
+            return list(self._connections)
+        return list(self._by_group.get(audience.id, ()))
+
+    def read(self, routing_key: str, body: bytes, *, via: int) -> Event | None:
+        """The event of a message, made once however many queues of this process it comes by; None if it is refused.
+
+        Args:
+            via: number of the queue. A refused message goes to quarantine once for all queues that bring it; by the
+                same queue a second time, it has been published a second time.
+        """
+        self._metrics.events_received.inc()
+        key = (routing_key, body)
+        known = self._cache.get(key)
+        if isinstance(known, Event):
+            return known
+        if known is not None and via not in known.seen_via:
+            known.seen_via.add(via)
+            return None
+        try:
+            event = read_event(body, routing_key, self._models, max_bytes=self._limits.max_event_bytes)
+        except InvalidEvent as error:
+            self._remember(key, _Refusal({via}))
+            self._refuse(routing_key, body, error)
+            return None
+        self._remember(key, event)
+        return event
+
+    def _remember(self, key: tuple[str, bytes], value: Event | _Refusal) -> None:
+        if self._cache.pop(key, None) is None:
+            self._cache_bytes += len(key[1])
+        self._cache[key] = value
+        while len(self._cache) > CACHE_EVENTS or self._cache_bytes > CACHE_BYTES:
+            (_, body), _ = self._cache.popitem(last=False)
+            self._cache_bytes -= len(body)
+
+    def _refuse(self, routing_key: str, body: bytes, error: InvalidEvent) -> None:
+        self._metrics.events_invalid.labels(error.reason).inc()
+        _log.warning(
+            "message refused", reason=error.reason, detail=error.detail, routing_key=routing_key, bytes=len(body)
+        )
+        self._quarantine.put(body, routing_key=routing_key, reason=error.reason, detail=error.detail)
+
+    # The end.
+
+    async def drain(self) -> None:
+        """Lets nobody in any more, tells each stream goodbye within `drain_seconds`, and waits until all are gone.
+
+        Streams that cannot be told (their peer reads nothing) are given up two seconds after the last goodbye.
+        """
+        self.draining = True
+        self._metrics.draining.set(1)
+        seconds = self._limits.drain_seconds
+        loop = asyncio.get_running_loop()
+        connections = list(self._connections)
+        random.shuffle(connections)
+        for index, connection in enumerate(connections):
+            at = pacing.drain_at(index, len(connections), seconds, random.random())
+            retry_ms = pacing.drain_retry_ms(seconds, random.random())
+            loop.call_later(at, self._say_goodbye, connection, retry_ms)
+        _log.info("draining", streams=len(connections), seconds=seconds)
+        try:
+            async with asyncio.timeout(seconds + 2):
+                await self._empty.wait()
+        except TimeoutError:
+            _log.warning("streams did not end", streams=len(self._connections))
+
+    @staticmethod
+    def _say_goodbye(connection: Connection, retry_ms: int) -> None:
+        connection.session.end("drain", retry_ms)
+        connection.ring()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,108 @@
+"""What an operator graphs. Every metric of the program is made here, in a registry of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from bridge.event import REASONS
+from bridge.sse import END_REASONS
+
+CLOSE_REASONS = (*END_REASONS, "client", "stalled", "error")
+"""Why a stream ended: what `bridge.bye` said, or `client` (it went away), `stalled`, `error` (ours)."""
+
+REPLAY_OUTCOMES = ("gap",)
+
+_DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_ATTACH_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class Metrics:
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # They double each counter, to say when this process began.
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+        self.connections = Gauge("bridge_connections", "Open streams", registry=self.registry)
+        self.connections_limit = Gauge("bridge_connections_limit", "Most open streams allowed", registry=self.registry)
+        self.draining = Gauge(
+            "bridge_draining", "1 while the process says goodbye to its streams", registry=self.registry
+        )
+        self.broker_connected = Gauge(
+            "bridge_broker_connected", "1 while consuming from RabbitMQ", registry=self.registry
+        )
+        self.broker_connects = Gauge(
+            "bridge_broker_connects",
+            "Connections made to RabbitMQ since the start, the first included",
+            registry=self.registry,
+        )
+        self.loop_lag_seconds = Gauge(
+            "bridge_loop_lag_seconds", "How late the event loop last came to a timer", registry=self.registry
+        )
+        self.streams_opened = Counter(
+            "bridge_streams_opened_total", "Streams that became ready", registry=self.registry
+        )
+        self.streams_ended = Counter(
+            "bridge_streams_ended_total", "Streams ended, by reason", ["reason"], registry=self.registry
+        )
+        self.refused = Counter(
+            "bridge_requests_refused_total",
+            "Requests for a stream answered with an error, by code",
+            ["code"],
+            registry=self.registry,
+        )
+        self.events_received = Counter(
+            "bridge_events_received_total", "Messages taken from RabbitMQ", registry=self.registry
+        )
+        self.events_delivered = Counter(
+            "bridge_events_delivered_total", "Events written to streams, one for each stream", registry=self.registry
+        )
+        self.events_duplicate = Counter(
+            "bridge_events_duplicate_total", "Events not written because their id just had been", registry=self.registry
+        )
+        self.events_invalid = Counter(
+            "bridge_events_invalid_total", "Messages refused, by reason", ["reason"], registry=self.registry
+        )
+        self.quarantine_dropped = Counter(
+            "bridge_quarantine_dropped_total", "Refused messages that could not be quarantined", registry=self.registry
+        )
+        self.gaps = Counter(
+            "bridge_gaps_total", "bridge.gap told to clients, by reason", ["reason"], registry=self.registry
+        )
+        self.replays = Counter(
+            "bridge_replays_total",
+            "Streams opened with a cursor, by what could be made of it",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.delivery_seconds = Histogram(
+            "bridge_delivery_seconds",
+            "From the receipt of a message to its write, the oldest of each write",
+            buckets=_DELIVERY_BUCKETS,
+            registry=self.registry,
+        )
+        self.attach_seconds = Histogram(
+            "bridge_attach_seconds",
+            "From a stream's request to its ready",
+            buckets=_ATTACH_BUCKETS,
+            registry=self.registry,
+        )
+        # All label values from the start: a rate over a series that appears with its first event misses that event.
+        for reason in CLOSE_REASONS:
+            self.streams_ended.labels(reason)
+        for reason in REASONS:
+            self.events_invalid.labels(reason)
+        for gap in ("expired", "unknown", "no-log"):
+            self.gaps.labels(gap)
+        for outcome in REPLAY_OUTCOMES:
+            self.replays.labels(outcome)

@@ -1,0 +1,174 @@
+"""The queue of refused messages: what goes in while serving, and how a person looks at it and sends things again.
+
+On connections of its own, because a memory or disk alarm blocks every connection that publishes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+from pamqp.commands import Basic
+
+from bridge import amqp
+from bridge.amqp import BrokerError, BrokerUnavailable
+from bridge.event import InvalidEvent, Models, read_event
+
+MAX_PENDING = 1_000
+"""Refused messages held while the publishing connection is away; more than that are counted and dropped here. They
+still stand wherever else the exchange led them."""
+
+SEND_SECONDS = 60.0
+
+_log = structlog.get_logger("bridge.quarantine")
+
+
+class Quarantine:
+    """Publishes refused messages to a queue where a person can look at them.
+
+    Args:
+        addresses: AMQP URLs.
+        queue: its name; `Broker` declares it.
+        on_dropped: called when a message could not be kept.
+    """
+
+    def __init__(self, addresses: Sequence[str], *, queue: str, on_dropped: Callable[[], None]) -> None:
+        self._sender = amqp.Sender(addresses, name="bridge quarantine")
+        self._queue = queue
+        self._pending: asyncio.Queue[tuple[bytes, str, str, str]] = asyncio.Queue(maxsize=MAX_PENDING)
+        self._on_dropped = on_dropped
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="quarantine")
+
+    def put(self, body: bytes, *, routing_key: str, reason: str, detail: str) -> None:
+        """Takes a refused message and returns at once. The body is kept as it came."""
+        try:
+            self._pending.put_nowait((body, routing_key, reason, detail))
+        except asyncio.QueueFull:
+            self._on_dropped()
+
+    async def _run(self) -> None:
+        while True:
+            body, routing_key, reason, detail = await self._pending.get()
+            properties = Basic.Properties(
+                delivery_mode=2,
+                headers={"x-reason": reason, "x-detail": detail, "x-routing-key": routing_key},
+            )
+            while True:
+                try:
+                    await self._sender.send(
+                        body,
+                        exchange="",
+                        routing_key=self._queue,
+                        properties=properties,
+                        mandatory=True,
+                        timeout=SEND_SECONDS,
+                    )
+                    break
+                except BrokerUnavailable as error:
+                    _log.warning("quarantine waits for the broker", pending=self._pending.qsize() + 1, error=str(error))
+                except BrokerError as error:
+                    _log.error("message not quarantined", reason=reason, routing_key=routing_key, error=str(error))
+                    self._on_dropped()
+                    break
+            self._pending.task_done()
+
+    async def close(self) -> None:
+        """Gives what is pending five seconds to leave."""
+        if self._task is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(amqp.CLOSE_SECONDS):
+                await self._pending.join()
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        await self._sender.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A message in quarantine. `reason` and `detail` are empty when something else put it there."""
+
+    body: bytes
+    routing_key: str
+    reason: str
+    detail: str
+
+
+async def peek(addresses: Sequence[str], *, queue: str, limit: int) -> list[Refused]:
+    """The oldest messages, left where they are.
+
+    Raises:
+        BrokerError
+    """
+    return [message async for message, _ in _get(addresses, queue, limit)]
+
+
+async def replay(
+    addresses: Sequence[str], *, queue: str, exchange: str, models: Models, max_bytes: int, limit: int
+) -> AsyncIterator[tuple[Refused, InvalidEvent | None]]:
+    """Publishes messages again that the catalogue would take by now, and yields each with what became of it.
+
+    A message leaves the queue once the broker has confirmed it on the exchange, under the id that it has. One that is
+    still refused stays, and is yielded with the reason.
+
+    Raises:
+        BrokerError: what was not yet replayed stays in the queue.
+    """
+    sender = amqp.Sender(addresses, name="bridge quarantine replay")
+    try:
+        async for message, take in _get(addresses, queue, limit):
+            try:
+                event = read_event(message.body, message.routing_key, models, max_bytes=max_bytes)
+            except InvalidEvent as error:
+                yield message, error
+                continue
+            properties = Basic.Properties(
+                content_type="application/cloudevents+json",
+                message_id=event.id,
+                message_type=event.type,
+                delivery_mode=2,
+            )
+            await sender.send(
+                message.body,
+                exchange=exchange,
+                routing_key=message.routing_key,
+                properties=properties,
+                timeout=SEND_SECONDS,
+            )
+            await take()
+            yield message, None
+    finally:
+        await sender.close()
+
+
+async def _get(
+    addresses: Sequence[str], queue: str, limit: int
+) -> AsyncIterator[tuple[Refused, Callable[[], Awaitable[None]]]]:
+    """Messages one by one, each with the call that takes it out. What is not taken out goes back to its place."""
+    connection = await amqp.connect(addresses, name="bridge quarantine")
+    try:
+        channel = await amqp.open_channel(connection)
+        for _ in range(limit):
+            async with amqp.translating(f"reading queue {queue!r}"):
+                message = await channel.basic_get(queue)
+            if isinstance(message.delivery, Basic.GetEmpty):
+                return
+            headers = message.header.properties.headers or {}
+            tag = message.delivery_tag or 0
+            refused = Refused(
+                message.body,
+                str(headers.get("x-routing-key", message.routing_key or "")),
+                str(headers.get("x-reason", "")),
+                str(headers.get("x-detail", "")),
+            )
+            yield refused, partial(channel.basic_ack, tag)
+    finally:
+        # Closing it gives back, in order, whatever was not acked.
+        await amqp.close(connection)

@@ -1,0 +1,107 @@
+"""What must exist in RabbitMQ before anything flows: the exchange and the queue of refused messages.
+
+Owns their properties and the words for what is wrong with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from bridge import amqp
+from bridge.amqp import AccessRefused, NotFound, TopologyMismatch
+from bridge.routing import Audience
+
+if TYPE_CHECKING:
+    import aio_pika
+    from aiormq.abc import AbstractChannel, DeliveredMessage
+    from pamqp.common import FieldTable
+
+QUARANTINE: FieldTable = {"x-max-length": 10_000, "x-message-ttl": 7 * 24 * 3600 * 1000}
+"""Arguments of the quarantine: ten thousand messages, of which the oldest go first, and seven days (in ms)."""
+
+
+class _Declare(Protocol):
+    def __call__(self, channel: AbstractChannel, *, passive: bool) -> Awaitable[object]: ...
+
+
+async def declare_exchange(connection: aio_pika.abc.AbstractConnection, name: str) -> None:
+    def declare(channel: AbstractChannel, *, passive: bool) -> Awaitable[object]:
+        return channel.exchange_declare(name, exchange_type="topic", durable=True, passive=passive)
+
+    await _declare(connection, declare, f"exchange {name!r}", "a durable topic exchange", "BRIDGE_EXCHANGE")
+
+
+async def declare_quarantine(connection: aio_pika.abc.AbstractConnection, name: str) -> None:
+
+    def declare(channel: AbstractChannel, *, passive: bool) -> Awaitable[object]:
+        return channel.queue_declare(name, durable=True, arguments=QUARANTINE, passive=passive)
+
+    await _declare(connection, declare, f"queue {name!r}", f"a durable queue with {QUARANTINE}", "BRIDGE_QUARANTINE")
+
+
+async def _declare(
+    connection: aio_pika.abc.AbstractConnection, declare: _Declare, what: str, wanted: str, setting: str
+) -> None:
+    async def attempt(doing: str, *, passive: bool) -> None:
+        # Each on a channel of its own: a declare that is refused closes it.
+        channel = await amqp.open_channel(connection)
+        async with amqp.translating(doing):
+            await declare(channel, passive=passive)
+            await channel.close()
+
+    try:
+        await attempt(f"declaring {what}", passive=False)
+    except TopologyMismatch as error:
+        raise TopologyMismatch(
+            f"{what} exists, but is not {wanted}. {error}. Delete it if nothing needs it, or name another: {setting}"
+        ) from None
+    except AccessRefused as refused:
+        # A bridge with few rights may not declare. That it is there is enough.
+        try:
+            await attempt(f"looking for {what}", passive=True)
+        except NotFound:
+            raise AccessRefused(
+                f"{what} does not exist, and this user may not make it. {refused}. Make it ({wanted}), or grant the "
+                "user the right to configure it"
+            ) from None
+
+
+async def rehearse(addresses: Sequence[str], *, exchange: str, quarantine: str) -> AsyncIterator[str]:
+    """Does once, and undoes, what the bridge will do all day; yields the name of each step that went well.
+
+    Raises:
+        BrokerError: the step that did not, with what is missing. Cancelling leaves nothing behind.
+    """
+    connection = await amqp.connect(addresses, name="bridge check")
+    try:
+        yield "connected to RabbitMQ"
+        await declare_exchange(connection, exchange)
+        yield f"exchange {exchange!r} is a topic exchange, or at least exists"
+        await declare_quarantine(connection, quarantine)
+        yield f"queue {quarantine!r} for refused messages"
+        channel = await amqp.open_channel(connection, confirms=True)
+        queue = f"bridge.check.{secrets.token_hex(4)}"
+        async with amqp.translating("making an exclusive queue (right to configure queues named bridge.*)"):
+            await channel.queue_declare(queue, exclusive=True, auto_delete=True)
+        key = Audience.user("bridge check").binding_key()
+        async with amqp.translating(f"binding it to {exchange!r} (right to read the exchange and write the queue)"):
+            await channel.queue_bind(queue, exchange, key)
+        got = asyncio.Event()
+
+        async def on_message(_: DeliveredMessage) -> None:
+            got.set()
+
+        async with amqp.translating("consuming from it (right to read queues named bridge.*)"):
+            await channel.basic_consume(queue, on_message, no_ack=True)
+        yield "a live queue can be made, bound and consumed"
+        async with amqp.translating(f"publishing to {quarantine!r} (right to write to amq.default)"):
+            # To the live queue and not to quarantine, where it would lie about; the right that it needs is the same.
+            await channel.basic_publish(b"{}", exchange="", routing_key=queue)
+            async with asyncio.timeout(amqp.CLOSE_SECONDS):
+                await got.wait()
+        yield "refused messages can be put aside"
+    finally:
+        await amqp.close(connection)

@@ -1,0 +1,29 @@
+"""When a replica takes new streams."""
+
+from dataclasses import replace
+
+import pytest
+
+from bridge.health import Status, why_not_ready
+
+GOOD = Status(started=True, draining=False, connections=5, max_connections=10, broker_away_seconds=None)
+
+
+def test_ready() -> None:
+    assert why_not_ready(GOOD, grace_seconds=30) is None
+    assert why_not_ready(replace(GOOD, broker_away_seconds=29), grace_seconds=30) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [
+        (replace(GOOD, started=False, broker_away_seconds=1), "starting"),
+        (replace(GOOD, draining=True), "draining"),
+        (replace(GOOD, connections=10), "cap"),
+        (replace(GOOD, broker_away_seconds=31), "away"),
+    ],
+)
+def test_not_ready(status: Status, word: str) -> None:
+    reason = why_not_ready(status, grace_seconds=30)
+    assert reason is not None
+    assert word in reason
