@@ -1,0 +1,384 @@
+"""The command line: `bridge serve`, `publish`, `listen`, `token`, `schemas`, `check`, `quarantine`.
+
+Exit codes: 0 done; 1 it failed on the way (the broker, the network); 2 the input or the settings are bad. `publish`
+works with the SDK's dependencies alone; the commands that need the server's say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import wraps
+from typing import IO, TYPE_CHECKING, Any, NoReturn, ParamSpec
+
+import click
+from pydantic import ValidationError
+
+from bridge import __version__, settings
+from bridge.amqp import BrokerError
+from bridge.catalogue import Catalogue, InvalidCatalogue, load_catalogue
+from bridge.event import EventData, InvalidEvent
+from bridge.publisher import EventRefused, Publisher, PublishError
+from bridge.routing import Audience, RoutingError
+from bridge.settings import BrokerSettings, InvalidSettings, Settings
+
+if TYPE_CHECKING:
+    from bridge.quarantine import Refused
+
+BAD_INPUT = 2
+
+Params = ParamSpec("Params")
+
+
+def _fail(code: int, *lines: str) -> NoReturn:
+    for line in lines:
+        click.echo(f"bridge: {line}", err=True)
+    sys.exit(code)
+
+
+def _load(kind: type[settings.Kind]) -> settings.Kind:
+    try:
+        return settings.load(kind)
+    except InvalidSettings as error:
+        _fail(BAD_INPUT, f"{len(error.faults)} setting(s) to mend:", *(f"  {fault}" for fault in error.faults))
+
+
+def _catalogue(package: str) -> Catalogue:
+    try:
+        return load_catalogue(package)
+    except InvalidCatalogue as error:
+        head = f"the event catalogue {error.package!r} has {len(error.faults)} fault(s):"
+        _fail(BAD_INPUT, head, *(f"  {fault}" for fault in error.faults))
+
+
+def _runs(function: Callable[Params, Coroutine[Any, Any, None]]) -> Callable[Params, None]:
+    """A command that is a coroutine; Ctrl-C ends it without a traceback."""
+
+    @wraps(function)
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> None:
+        try:
+            asyncio.run(function(*args, **kwargs))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            # `bridge listen | head -1`: the reader has enough. Python would complain once more when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="bridge")
+def main() -> None:
+    """Streams events from RabbitMQ to browsers. Settings are environment variables, BRIDGE_...; see README.md."""
+    # The catalogue is a package of the team's: as with `python -m`, the folder that one stands in counts.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+@main.command()
+def serve() -> None:
+    """Run the service until SIGTERM."""
+    _need_server()
+    from bridge import logs, server
+
+    loaded = _load(Settings)
+    catalogue = _catalogue(loaded.schemas)
+    logs.configure()
+    sys.exit(server.run(loaded, catalogue))
+
+
+def _need_server() -> None:
+    try:
+        import httpx_sse  # noqa: F401
+        import hypercorn  # noqa: F401
+        import quart  # noqa: F401
+    except ImportError as error:
+        _fail(BAD_INPUT, f"{error.name} is not installed: pip install 'rabbitmq-sse-bridge[server]'")
+
+
+# publish
+
+
+@main.command()
+@click.option("--to", "to", help="user:<id>, group:<id> or all.")
+@click.option("--type", "event_type", help="Event type, as in job.completed.")
+@click.option("--data", help="The event's data as JSON.")
+@click.option("--file", "file", type=click.File("r", encoding="utf-8"), help="One event a line; - is standard input.")
+@click.option("--source", default="/bridge/cli", show_default=True, help="Who publishes (CloudEvents source).")
+@click.option("--id", "event_id", help="To publish an event again: the same id is the same event.")
+@click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for the broker's confirm.")
+@_runs
+async def publish(
+    to: str | None,
+    event_type: str | None,
+    data: str | None,
+    file: IO[str] | None,
+    source: str,
+    event_id: str | None,
+    timeout: float,
+) -> None:
+    """Publish one event, or one a line, and print its id once the broker has confirmed it.
+
+    With --type, --data and each line are the event's data. Without it, each line is an object with `type`, `data`, and
+    `to` unless --to is given. Lines are all checked before the first is sent.
+    """
+    loaded = _load(BrokerSettings)
+    catalogue = _catalogue(loaded.schemas)
+    if data is not None and file is not None:
+        _fail(BAD_INPUT, "--data and --file exclude each other")
+    if data is not None:
+        lines = [("--data", data)]
+    else:
+        stream = file or sys.stdin
+        lines = [(f"line {number}", line) for number, line in enumerate(stream, 1) if line.strip()]
+    if event_id is not None and len(lines) != 1:
+        _fail(BAD_INPUT, "--id is for one event")
+    events: list[tuple[Audience, EventData]] = []
+    faults = []
+    for where, line in lines:
+        try:
+            events.append(_read_line(line, to, event_type, catalogue))
+        except (ValueError, InvalidEvent) as error:
+            faults.append(f"{where}: {error}")
+    if not lines:
+        faults.append("no event: give --data, --file, or lines on standard input")
+    if faults:
+        _fail(BAD_INPUT, *faults, "nothing was published")
+    url = loaded.amqp_url.get_secret_value()
+    attributes = {} if event_id is None else {"id": event_id}
+    try:
+        async with Publisher(
+            url,
+            source=source,
+            exchange=loaded.exchange,
+            timeout=timeout,
+            max_event_bytes=loaded.max_event_bytes,
+        ) as publisher:
+            for audience, event in events:
+                click.echo(await publisher.publish(audience, event, **attributes))
+    except EventRefused as error:
+        _fail(BAD_INPUT, str(error))
+    except PublishError as error:
+        _fail(1, str(error))
+
+
+def _read_line(line: str, to: str | None, event_type: str | None, catalogue: Catalogue) -> tuple[Audience, EventData]:
+    """
+    Raises:
+        ValueError: says what is wrong with the line.
+    """
+    text = line
+    if event_type is None:
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from None
+        if not isinstance(value, dict) or not {"type", "data"} <= value.keys() <= {"to", "type", "data"}:
+            raise ValueError("without --type a line is an object with `type`, `data` and, without --to, `to`")
+        event_type, text = str(value["type"]), json.dumps(value["data"])
+        to = to or value.get("to")
+    if not to:
+        raise ValueError("for whom? --to user:<id>, --to group:<id> or --to all")
+    model = catalogue.get(event_type)
+    if model is None:
+        raise ValueError(f"the catalogue has no type {event_type!r}; it has {', '.join(catalogue)}")
+    try:
+        return Audience.parse(str(to)), model.model_validate_json(text)
+    except ValidationError as error:
+        faults = "; ".join(
+            ".".join(["data", *map(str, fault["loc"])]) + ": " + fault["msg"]
+            for fault in error.errors(include_url=False)
+        )
+        raise ValueError(faults) from None
+    except RoutingError as error:
+        raise ValueError(str(error)) from None
+
+
+# listen
+
+
+@main.command()
+@click.option("--url", required=True, help="As in http://127.0.0.1:8080/events.")
+@click.option("--token", required=True, help="The JWT; @FILE reads it from a file.")
+@click.option("--types", help="Patterns joined by commas, as in job.*,billing.#")
+@click.option("--last-event-id", help="Cursor to resume from.")
+@click.option("--count", type=int, help="Leave after so many events.")
+@_runs
+async def listen(url: str, token: str, types: str | None, last_event_id: str | None, count: int | None) -> None:
+    """Print events, one CloudEvent a line, and resume after every cut. The bridge's own frames go to standard error."""
+    _need_server()
+    import httpx
+    import httpx_sse
+
+    if token.startswith("@"):
+        with open(token[1:], encoding="utf-8") as file:  # noqa: ASYNC230 - before anything runs beside it.
+            token = file.read().strip()
+    seen = 0
+    pause = 3.0
+    async with httpx.AsyncClient(timeout=httpx.Timeout(10, read=60)) as client:
+        while True:
+            headers = {"Authorization": f"Bearer {token}"}
+            if last_event_id:
+                headers["Last-Event-ID"] = last_event_id
+            try:
+                params = {"types": types} if types else {}
+                async with httpx_sse.aconnect_sse(client, "GET", url, headers=headers, params=params) as source:
+                    if source.response.status_code != 200:
+                        await source.response.aread()
+                        _fail(1, f"{source.response.status_code}: {source.response.text.strip()}")
+                    async for frame in source.aiter_sse():
+                        last_event_id = frame.id or last_event_id
+                        pause = frame.retry / 1000 if frame.retry is not None else pause
+                        own = frame.event.startswith("bridge.")
+                        click.echo(f"{frame.event} {frame.data}" if own else frame.data, err=own)
+                        seen += not own
+                        if count is not None and seen >= count:
+                            return
+            except httpx.HTTPError as error:
+                click.echo(f"bridge: {error or type(error).__name__}; again in {pause:.1f} s", err=True)
+                await asyncio.sleep(pause * (0.5 + random.random()))
+                continue
+            await asyncio.sleep(pause)
+
+
+# token, schemas, check
+
+
+@main.command()
+@click.option("--user", required=True, help="User id (`sub`).")
+@click.option("--group", "groups", multiple=True, help="Group id; may be given several times.")
+@click.option("--ttl", default=3600, show_default=True, type=click.IntRange(min=1), help="Seconds until it expires.")
+def token(user: str, groups: tuple[str, ...], ttl: int) -> None:
+    """Mint a token for development, signed with BRIDGE_JWT_SECRET."""
+    _need_server()
+    from bridge import auth
+
+    secret = _load(Settings).jwt_secret
+    if secret is None:
+        _fail(BAD_INPUT, "BRIDGE_JWT_SECRET is not set; tokens for BRIDGE_JWKS come from who holds the private keys")
+    click.echo(auth.mint(secret.get_secret_value(), user=user, groups=groups, ttl_seconds=ttl, now=time.time()))
+
+
+@main.group()
+def schemas() -> None:
+    """The event catalogue."""
+
+
+@schemas.command("export")
+@click.option("--format", "form", type=click.Choice(["jsonschema"]), default="jsonschema", show_default=True)
+def export(form: str) -> None:
+    """Print the JSON Schema of each type's data, as one object."""
+    catalogue = _catalogue(_load(BrokerSettings).schemas)
+    click.echo(json.dumps({name: catalogue.json_schema(name) for name in catalogue}, indent=2, ensure_ascii=False))
+
+
+@main.command()
+@_runs
+async def check() -> None:
+    """Check settings, catalogue, keys, broker and rights, and say how to mend what is wrong."""
+    _need_server()
+    from bridge import topology
+    from bridge.auth import Authenticator, InvalidKeySet
+
+    loaded = _load(Settings)
+    _passed("settings")
+    for problem in settings.unknown_names(Settings):
+        click.echo(f"  ?  {problem}")
+    catalogue = _catalogue(loaded.schemas)
+    _passed(f"catalogue {loaded.schemas!r}: {', '.join(catalogue)}")
+    if loaded.jwks is not None:
+        try:
+            await Authenticator(jwks=loaded.jwks).start(strict=True)
+        except InvalidKeySet as error:
+            _failed(str(error))
+        _passed(f"key set {loaded.jwks}")
+    try:
+        async for step in topology.rehearse(loaded.addresses, exchange=loaded.exchange, quarantine=loaded.quarantine):
+            _passed(step)
+    except BrokerError as error:
+        _failed(str(error))
+
+
+def _passed(what: str) -> None:
+    click.echo(f"  ok {what}")
+
+
+def _failed(what: str) -> NoReturn:
+    click.echo(f"  !! {what}")
+    sys.exit(1)
+
+
+# quarantine
+
+
+@main.group()
+def quarantine() -> None:
+    """Messages that the bridge refused."""
+
+
+@quarantine.command("list")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1))
+@_runs
+async def list_refused(limit: int) -> None:
+    """Print the oldest refused messages, one a line, and leave them where they are."""
+    _need_server()
+    from bridge.quarantine import peek
+
+    loaded = _load(BrokerSettings)
+    try:
+        for message in await peek(loaded.addresses, queue=loaded.quarantine, limit=limit):
+            click.echo(_shown(message))
+    except BrokerError as error:
+        _fail(1, str(error))
+
+
+@quarantine.command("replay")
+@click.option("--limit", default=10_000, show_default=True, type=click.IntRange(min=1))
+@_runs
+async def replay_refused(limit: int) -> None:
+    """Publish again what the catalogue takes by now, under its old id; leave the rest. Exit 1 when any is left."""
+    _need_server()
+    from bridge.quarantine import replay
+
+    loaded = _load(BrokerSettings)
+    catalogue = _catalogue(loaded.schemas)
+    sent = left = 0
+    try:
+        messages: AsyncIterator[tuple[Refused, InvalidEvent | None]] = replay(
+            loaded.addresses,
+            queue=loaded.quarantine,
+            exchange=loaded.exchange,
+            models=catalogue,
+            max_bytes=loaded.max_event_bytes,
+            limit=limit,
+        )
+        async for message, error in messages:
+            if error is None:
+                sent += 1
+            else:
+                left += 1
+                click.echo(_shown(message, error))
+    except BrokerError as error:
+        _fail(1, str(error), f"{sent} published again before that")
+    click.echo(f"{sent} published again, {left} still refused", err=True)
+    sys.exit(1 if left else 0)
+
+
+def _shown(message: Refused, error: InvalidEvent | None = None) -> str:
+    return json.dumps(
+        {
+            "reason": error.reason if error else message.reason,
+            "detail": error.detail if error else message.detail,
+            "routing_key": message.routing_key,
+            # Bytes that are no text are shown as \xNN; the queue has them as they came.
+            "body": message.body.decode("utf-8", errors="backslashreplace"),
+        },
+        ensure_ascii=False,
+    )

@@ -1,0 +1,258 @@
+"""The service: wiring, listening sockets, signals, the order of the end. The only file that imports hypercorn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+import structlog
+from hypercorn.asyncio import serve as hypercorn_serve
+from hypercorn.config import Config
+from quart import Quart
+
+from bridge import __version__
+from bridge.amqp import BrokerError
+from bridge.auth import Authenticator, InvalidKeySet
+from bridge.broker import Broker, Delivery
+from bridge.catalogue import Catalogue
+from bridge.health import Status, why_not_ready
+from bridge.hub import Hub
+from bridge.metrics import Metrics
+from bridge.quarantine import Quarantine
+from bridge.settings import Settings, parse_bind, unknown_names
+from bridge.web import create_app, create_internal_app
+
+BACKLOG = 4096
+"""Hypercorn's default of 100 turned 2,600 new connections a second into 200."""
+
+SEND_BUFFER_BYTES = 65_536
+"""Left to itself the kernel takes 2.7 MB for a client that reads nothing, before anybody can see that it is slow."""
+
+KEEP_ALIVE_SECONDS = 75.0
+"""Longer than the 60 s for which a load balancer keeps an idle connection, or it would use one that we just closed."""
+
+STOP_SECONDS = 5.0
+"""For each step of the end that waits on somebody else."""
+
+LAG_SECONDS = 0.5
+
+_log = structlog.get_logger("bridge.server")
+
+
+def run(settings: Settings, catalogue: Catalogue) -> int:
+    """Serves until SIGTERM or SIGINT, and returns the exit code.
+
+    0 after a drain; 1 when it could not start (an address in use, a broker that refuses); the log says why.
+    """
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(_serve(settings, catalogue))
+
+
+async def _serve(settings: Settings, catalogue: Catalogue) -> int:
+    for problem in unknown_names(Settings):
+        _log.warning("unknown setting", problem=problem)
+    try:
+        public_socket = listen(settings.bind, stall_seconds=settings.stall_seconds)
+        internal_socket = listen(settings.internal_bind, stall_seconds=settings.stall_seconds)
+    except OSError as error:
+        _log.error("cannot listen", error=str(error))
+        return 1
+    service = _Service(settings, catalogue)
+    try:
+        await service.authenticator.start()
+    except InvalidKeySet as error:
+        _log.error("cannot start", error=str(error))
+        return 1
+    return await service.run(public_socket, internal_socket)
+
+
+def listen(bind: str, *, stall_seconds: float) -> socket.socket:
+    """A listening socket whose options every accepted connection inherits.
+
+    TCP_USER_TIMEOUT ends a connection whose peer takes no bytes for `stall_seconds`: Hypercorn has no write timeout,
+    and a write that never ends would hold its shutdown for ever. Keepalive finds peers that vanished without a word.
+
+    Raises:
+        OSError: the address is in use or not ours; its text names the address.
+    """
+    host, port = parse_bind(bind)
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sys.platform == "linux":
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(stall_seconds * 1000))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"{bind}: {error.strerror or error}") from None
+    return listener
+
+
+class _Service:
+    """The parts of one process and the order in which they start and end."""
+
+    def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
+        self.settings = settings
+        self.metrics = metrics = Metrics()
+        secret = settings.jwt_secret
+        self.authenticator = Authenticator(
+            secret=None if secret is None else secret.get_secret_value(),
+            jwks=settings.jwks,
+            audience=settings.jwt_audience,
+            issuer=settings.jwt_issuer,
+        )
+        self.quarantine = Quarantine(
+            settings.addresses, queue=settings.quarantine, on_dropped=metrics.quarantine_dropped.inc
+        )
+        self.hub = Hub(
+            models=catalogue,
+            limits=settings,
+            metrics=metrics,
+            quarantine=self.quarantine,
+            make_broker=self._make_broker,
+        )
+        broker = self.hub.broker
+        metrics.connections_limit.set(settings.max_connections)
+        metrics.broker_connected.set_function(lambda: broker.connected)
+        metrics.broker_connects.set_function(lambda: broker.connects)
+        self.public = create_app(
+            hub=self.hub,
+            authenticator=self.authenticator,
+            settings=settings,
+            catalogue=catalogue,
+            metrics=metrics,
+        )
+        self.internal = create_internal_app(why_not_ready=self._why_not_ready, metrics=metrics)
+
+    def _make_broker(self, on_shared: Delivery) -> Broker:
+        settings = self.settings
+        return Broker(
+            settings.addresses, exchange=settings.exchange, quarantine=settings.quarantine, on_shared=on_shared
+        )
+
+    def _why_not_ready(self) -> str | None:
+        down_since = self.hub.broker.down_since
+        status = Status(
+            started=self.hub.broker.connects > 0,
+            draining=self.hub.draining,
+            connections=len(self.hub),
+            max_connections=self.settings.max_connections,
+            broker_away_seconds=None if down_since is None else time.monotonic() - down_since,
+        )
+        return why_not_ready(status, grace_seconds=self.settings.broker_grace_seconds)
+
+    async def run(self, public_socket: socket.socket, internal_socket: socket.socket) -> int:
+        stop = _on_signals()
+        _log.info(
+            "serving",
+            version=__version__,
+            public=_address(public_socket),
+            internal=_address(internal_socket),
+            pid=os.getpid(),
+        )
+        end_public, end_internal = asyncio.Event(), asyncio.Event()
+        internal = asyncio.create_task(_host(self.internal, internal_socket, end_internal), name="internal")
+        public = asyncio.create_task(_host(self.public, public_socket, end_public), name="public")
+        lag = asyncio.create_task(self._measure_lag(), name="loop-lag")
+        self.quarantine.start()
+        broker = asyncio.create_task(self.hub.broker.run(), name="broker")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        # From here on almost everything lives as long as the process; the collector need not walk it again and again.
+        gc.collect()
+        gc.freeze()
+
+        # Nothing but a signal ends the service; a part that ends by itself has failed.
+        done, _ = await asyncio.wait({stopping, broker, public, internal}, return_when=asyncio.FIRST_COMPLETED)
+        code = 0 if stopping in done else 1
+        for task in done - {stopping}:
+            error = task.exception()
+            if isinstance(error, BrokerError):
+                _log.error("cannot start", error=str(error))
+            else:
+                _log.error("failed", part=task.get_name(), exc_info=error)
+
+        await self.hub.drain()
+        # Only now Hypercorn: it tells streams nothing, and on Python 3.12 and later it would wait for them without end.
+        end_public.set()
+        await _finish(public)
+        broker.cancel()
+        await asyncio.gather(broker, return_exceptions=True)
+        await self.quarantine.close()
+        end_internal.set()
+        await _finish(internal)
+        for task in (lag, stopping):
+            task.cancel()
+        _log.info("stopped", code=code)
+        return code
+
+    async def _measure_lag(self) -> None:
+        while True:
+            due = time.monotonic() + LAG_SECONDS
+            await asyncio.sleep(LAG_SECONDS)
+            self.metrics.loop_lag_seconds.set(max(0.0, time.monotonic() - due))
+
+
+def _on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            _log.warning("signalled again, leaving at once", signal=number.name)
+            os._exit(128 + number)
+        _log.info("signalled", signal=number.name)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop
+
+
+async def _host(app: Quart, listener: socket.socket, end: asyncio.Event) -> None:
+    config = Config()
+    # Handed over: Hypercorn makes a socket of its own from the descriptor, and closes it.
+    config.bind = [f"fd://{listener.detach()}"]
+    config.backlog = BACKLOG
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn")
+    config.include_server_header = False
+    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
+    config.graceful_timeout = 1.0
+    await hypercorn_serve(app, config, shutdown_trigger=end.wait)
+
+
+async def _finish(task: asyncio.Task[None]) -> None:
+    """Waits for a server's end; a peer that takes no more bytes must not keep the process."""
+    _, unfinished = await asyncio.wait({task}, timeout=STOP_SECONDS)
+    if unfinished:
+        _log.warning("gave up connections that would not close", part=task.get_name())
+        task.cancel()
+    elif not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("failed", part=task.get_name(), exc_info=error)
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,212 @@
+"""The settings, and the only reader of the environment.
+
+Every setting is an environment variable with the prefix `BRIDGE_`; the table in README.md is made from these classes.
+Faults are all found before anything starts, and named together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from bridge import amqp
+from bridge.event import MAX_EVENT_BYTES
+
+PREFIX = "BRIDGE_"
+MIN_SECRET_BYTES = 32
+
+_NAME = re.compile(r"[A-Za-z0-9_.:@#,/ -]{1,127}")
+
+
+class InvalidSettings(Exception):
+    """Settings that cannot be used; `faults` has a line for each. No secret stands in any of them."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+        super().__init__("; ".join(faults))
+
+
+def _check_addresses(value: SecretStr) -> SecretStr:
+    amqp.parse_urls(value.get_secret_value())
+    return value
+
+
+def _check_name(value: str) -> str:
+    if not _NAME.fullmatch(value) or value.startswith("amq."):
+        raise ValueError(
+            "must be 1 to 127 characters of A-Z a-z 0-9 _ - . : @ # , / and space, not beginning with 'amq.'"
+        )
+    return value
+
+
+def _check_bind(value: str) -> str:
+    parse_bind(value)
+    return value
+
+
+def parse_bind(value: str) -> tuple[str, int]:
+    """Host and port of `127.0.0.1:8080` or `[::]:8080`. Port 0 lets the system choose.
+
+    Raises:
+        ValueError: neither.
+    """
+    host, colon, port = value.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError("must be host:port, as in 127.0.0.1:8080, 0.0.0.0:8080 or [::]:8080")
+    return host, int(port)
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+Bind = Annotated[str, AfterValidator(_check_bind)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class BrokerSettings(BaseSettings):
+    """What publishing needs: the SDK's side of the command line reads only these."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", env_ignore_empty=False, frozen=True)
+
+    amqp_url: Annotated[SecretStr, AfterValidator(_check_addresses)] = Field(
+        SecretStr("amqp://guest:guest@127.0.0.1:5672/"),
+        description="RabbitMQ; the nodes of a cluster joined by commas",
+    )
+    exchange: Name = Field("events", description="durable topic exchange that events are published to")
+    quarantine: Name = Field("events.invalid", description="queue for refused messages")
+    schemas: str = Field("schemas", min_length=1, description="package of the event catalogue")
+    max_event_bytes: Annotated[int, Field(ge=1024)] = Field(
+        MAX_EVENT_BYTES, description="largest message body, in bytes"
+    )
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return amqp.parse_urls(self.amqp_url.get_secret_value())
+
+
+class Settings(BrokerSettings):
+    """What the service needs."""
+
+    bind: Bind = Field("127.0.0.1:8080", description="public address")
+    internal_bind: Bind = Field("127.0.0.1:9090", description="address of probes and metrics, never exposed")
+    jwt_secret: SecretStr | None = Field(None, description="key for HS256 tokens, at least 32 bytes")
+    jwks: str | None = Field(None, description="URL or file of the keys for RS256, ES256 and EdDSA tokens")
+    jwt_audience: str | None = Field(None, description="required `aud`; unset = not checked")
+    jwt_issuer: str | None = Field(None, description="required `iss`; unset = not checked")
+    cookie: Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")] = Field(
+        "bridge_token", description="cookie that may hold the token"
+    )
+    query_token: bool = Field(False, description="whether `?access_token=` is taken")
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="origins of pages on other hosts, joined by commas"
+    )
+    heartbeat_seconds: Seconds = Field(15, description="a comment after this long without a byte")
+    retry_seconds: Seconds = Field(3, description="a browser's pause before it reconnects, times 0.5 to 1.5")
+    max_age_seconds: Seconds = Field(3600, description="life of a stream, times 0.8 to 1.0")
+    drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        10, description="after SIGTERM, streams are told goodbye spread over this long"
+    )
+    stall_seconds: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        30, description="a write without progress for this long ends the stream"
+    )
+    max_connections: Count = Field(10_000, description="streams a process")
+    max_connections_per_user: Count = Field(20, description="streams of one user a process")
+    backlog_events: Count = Field(1000, description="events that may wait for one client")
+    backlog_bytes: Annotated[int, Field(ge=1024)] = Field(1_048_576, description="bytes that may wait for one client")
+    broker_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        30, description="how long the broker may be away before /readyz says 503"
+    )
+
+    @field_validator("jwt_secret", "jwks", "jwt_audience", "jwt_issuer", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("jwt_secret")
+    @classmethod
+    def _check_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value().encode()) < MIN_SECRET_BYTES:
+            raise ValueError(
+                f"must have at least {MIN_SECRET_BYTES} bytes (RFC 7518, section 3.2): openssl rand -hex 32"
+            )
+        return value
+
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin == "*":
+                raise ValueError("'*' is not possible: the stream is read with credentials; name the origins")
+            parts = urlsplit(origin)
+            if (
+                parts.scheme not in ("http", "https")
+                or not parts.netloc
+                or origin != f"{parts.scheme}://{parts.netloc}"
+            ):
+                raise ValueError(f"{origin!r} is no origin: write https://app.example.com, without a path")
+        return tuple(origin.lower() for origin in value)
+
+
+Kind = TypeVar("Kind", bound=BrokerSettings)
+
+
+def load(kind: type[Kind]) -> Kind:
+    """Reads the settings from the environment.
+
+    Raises:
+        InvalidSettings: with every fault, not the first.
+    """
+    faults: list[str] = []
+    settings = None
+    try:
+        settings = kind()
+    except ValidationError as error:
+        faults += [_describe(kind, fault) for fault in error.errors(include_url=False, include_context=False)]
+    if issubclass(kind, Settings) and not any(_given(name) for name in ("JWT_SECRET", "JWKS")):
+        # Looked up here and not in the model, whose own checks of several fields wait until each of them is good.
+        faults.append(
+            "BRIDGE_JWT_SECRET or BRIDGE_JWKS: one of the two must be set, or nobody could be told from anybody "
+            "(for development: export BRIDGE_JWT_SECRET=$(openssl rand -hex 32))"
+        )
+    if faults or settings is None:
+        raise InvalidSettings(faults)
+    return settings
+
+
+def _given(name: str) -> bool:
+    return any(key.upper() == PREFIX + name and value for key, value in os.environ.items())
+
+
+def _describe(kind: type[BrokerSettings], fault: Any) -> str:
+    name = str(fault["loc"][0]) if fault["loc"] else "?"
+    message = fault["msg"].removeprefix("Value error, ")
+    field = kind.model_fields.get(name)
+    secret = field is None or "SecretStr" in str(field.annotation)
+    given = "" if secret else f" (it is {str(fault['input'])[:200]!r})"
+    return f"{PREFIX}{name.upper()}: {message}{given}"
+
+
+def unknown_names(kind: type[BrokerSettings]) -> list[str]:
+    """Variables that look like settings and are none, each with the one that may have been meant."""
+    known = [PREFIX + name.upper() for name in kind.model_fields]
+    found = []
+    for name in sorted(os.environ):
+        # A Kubernetes service called `bridge` puts BRIDGE_SERVICE_HOST and BRIDGE_PORT_... into every pod.
+        if name.startswith(PREFIX) and name not in known and not re.match(r"BRIDGE_(SERVICE|PORT)(_|$)", name):
+            close = difflib.get_close_matches(name, known, n=1)
+            found.append(f"{name} is no setting" + (f"; did you mean {close[0]}?" if close else ""))
+    return found

@@ -1,0 +1,284 @@
+"""The HTTP routes. The only file that imports quart.
+
+Owns what is said before the first byte of a stream: who asks, from where, for what. Until then an error is a status
+with a problem document (RFC 9457); a browser's EventSource never comes back after one, so what is only temporary is
+answered as a stream that says goodbye (docs/contract.md, "GET /events").
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from quart import Quart, Response, request
+from werkzeug.exceptions import HTTPException
+
+from bridge import __version__, pacing, sse
+from bridge.auth import Authenticator, InvalidToken, KeysUnavailable, Subscriber
+from bridge.catalogue import Catalogue
+from bridge.hub import Hub, StreamRequest
+from bridge.metrics import Metrics
+from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, TypeFilter
+from bridge.settings import Settings
+from bridge.stream import stream
+
+MAX_REQUEST_BYTES = 16_384
+"""An unread body of a GET stays in memory as long as its stream."""
+
+PREFLIGHT_SECONDS = 7200
+"""Chromium keeps a preflight no longer than two hours."""
+
+STREAM_HEADERS = {
+    "Content-Type": sse.MEDIA_TYPE,
+    # no-transform keeps compressing proxies away, which would hold events back until a block is full.
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
+
+_log = structlog.get_logger("bridge.web")
+
+
+class Problem(Exception):
+    """An error before the first byte. `code` is stable, for programs; `detail` is for whoever reads it."""
+
+    def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.headers = headers or {}
+        super().__init__(detail)
+
+    def response(self) -> Response:
+        return _problem(self.status, self.code, self.detail, self.headers)
+
+
+_TITLES = {
+    400: "Bad request",
+    401: "Not authenticated",
+    403: "Forbidden",
+    404: "Not found",
+    405: "Method not allowed",
+    406: "Not acceptable",
+    413: "Too large",
+    500: "Internal error",
+}
+
+
+def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
+    document = {
+        "type": f"urn:bridge:problem:{code}",
+        "title": _TITLES.get(status, "Error"),
+        "status": status,
+        "detail": detail,
+    }
+    response = Response(
+        json.dumps(document, ensure_ascii=False) + "\n", status=status, content_type="application/problem+json"
+    )
+    response.headers["Cache-Control"] = "no-store"
+    response.headers.update(headers or {})
+    return response
+
+
+def create_app(
+    *, hub: Hub, authenticator: Authenticator, settings: Settings, catalogue: Catalogue, metrics: Metrics
+) -> Quart:
+    """The public application."""
+    app = _bare_app("bridge")
+    schemas = {event_type: catalogue.json_schema(event_type) for event_type in catalogue}
+
+    @app.errorhandler(Problem)
+    async def refuse(problem: Problem) -> Response:
+        metrics.refused.labels(problem.code).inc()
+        return problem.response()
+
+    @app.after_request
+    async def add_cors(response: Response) -> Response:
+        # Also on errors: without it a page that fetches by hand cannot read why it was refused.
+        response.headers.add("Vary", "Origin")
+        origin = request.headers.get("Origin", "").lower()
+        if origin in settings.allowed_origins:
+            response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+            response.headers["Access-Control-Allow-Credentials"] = "true"
+        return response
+
+    @app.route("/events", methods=["OPTIONS"])
+    async def preflight() -> Response:
+        _check_origin(settings)
+        response = Response(b"", status=204)
+        response.headers["Allow"] = "GET, HEAD, OPTIONS"
+        response.headers["Access-Control-Allow-Methods"] = "GET, HEAD"
+        response.headers["Access-Control-Allow-Headers"] = "Authorization, Last-Event-ID, Cache-Control, Accept"
+        response.headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
+        return response
+
+    @app.route("/events", methods=["GET", "HEAD"], provide_automatic_options=False)
+    async def events() -> Response:
+        _check_origin(settings)
+        if request.accept_mimetypes and not request.accept_mimetypes.quality(sse.MEDIA_TYPE):
+            raise Problem(406, "not-acceptable", "this resource is text/event-stream, which `Accept` does not admit")
+        try:
+            subscriber = await _authenticate(authenticator, settings)
+        except KeysUnavailable as error:
+            _log.error("token not judged", error=str(error))
+            return _stream_response(sse.encode_bye("busy", pacing.busy_retry_ms(time.time() % 1)))
+        wish = _read_wish(subscriber)
+        if request.method == "HEAD":
+            return _stream_response([])
+        return _stream_response(stream(hub, wish, metrics, stall_seconds=settings.stall_seconds))
+
+    @app.get("/schemas")
+    async def list_schemas() -> Response:
+        return _json(schemas)
+
+    @app.get("/schemas/<event_type>")
+    async def show_schema(event_type: str) -> Response:
+        if event_type not in schemas:
+            raise Problem(
+                404, "unknown-type", f"the catalogue has no type {event_type[:128]!r}; GET /schemas lists them"
+            )
+        return _json(schemas[event_type])
+
+    return app
+
+
+def create_internal_app(*, why_not_ready: Callable[[], str | None], metrics: Metrics) -> Quart:
+    """Probes and metrics."""
+    app = _bare_app("bridge.internal")
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        # That this answers is the whole check. It never asks the broker, whose outage would then restart every replica.
+        return _json({"status": "alive", "version": __version__})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        reason = why_not_ready()
+        if reason is None:
+            return _json({"status": "ready"})
+        return _json({"status": "not ready", "reason": reason}, status=503)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), content_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _bare_app(name: str) -> Quart:
+    app = Quart(name, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
+    app.url_map.strict_slashes = False
+
+    @app.errorhandler(HTTPException)
+    async def refuse(error: HTTPException) -> Response:
+        status = error.code or 500
+        headers = {}
+        if status == 405 and getattr(error, "valid_methods", None):
+            headers["Allow"] = ", ".join(sorted(error.valid_methods))  # type: ignore[attr-defined]
+        code = (error.name or "error").lower().replace(" ", "-")
+        return _problem(status, code, error.description or error.name, headers)
+
+    @app.errorhandler(Exception)
+    async def fail(error: Exception) -> Response:
+        _log.exception("request failed", path=request.path)  # The path only: a query may hold a token.
+        return _problem(500, "internal-error", "the bridge failed to answer this; its log says why")
+
+    return app
+
+
+def _json(value: object, *, status: int = 200) -> Response:
+    response = Response(json.dumps(value, ensure_ascii=False) + "\n", status=status, content_type="application/json")
+    response.headers["Cache-Control"] = "no-store" if status != 200 else "no-cache"
+    return response
+
+
+def _stream_response(body: Any) -> Response:
+    response = Response(body)
+    response.headers.update(STREAM_HEADERS)
+    response.headers.pop("Content-Length", None)  # Quart counts a body that it can; this one is a stream in any case.
+    response.timeout = None  # Quart's own ends every response after 60 s, without a word.
+    return response
+
+
+def _check_origin(settings: Settings) -> None:
+    """
+    Raises:
+        Problem: 403 for a page of an origin that is neither ours nor allowed. A browser would keep the answer from such
+            a page anyway (CORS), but the stream would have been opened, with the user's cookie.
+    """
+    origin = request.headers.get("Origin")
+    if origin is None or origin.lower() in settings.allowed_origins:
+        return
+    if urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower():
+        return  # The page comes from this very host.
+    raise Problem(
+        403,
+        "origin-not-allowed",
+        f"pages of {origin[:200]!r} may not read this stream; the operator lists origins in BRIDGE_ALLOWED_ORIGINS",
+    )
+
+
+async def _authenticate(authenticator: Authenticator, settings: Settings) -> Subscriber:
+    """
+    Raises:
+        Problem: 401, with a challenge (RFC 6750, section 3).
+        KeysUnavailable
+    """
+    try:
+        return await authenticator.authenticate(_find_token(settings), time.time())
+    except InvalidToken as error:
+        challenge = 'Bearer realm="bridge"'
+        if error.code != "missing-token":
+            challenge += f', error="invalid_token", error_description="{_quotable(str(error))}"'
+        raise Problem(401, error.code, str(error), {"WWW-Authenticate": challenge}) from None
+
+
+def _quotable(text: str) -> str:
+    return "".join(char if " " <= char <= "~" and char not in '"\\' else "'" for char in text)
+
+
+def _find_token(settings: Settings) -> str | None:
+    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    cookie = request.cookies.get(settings.cookie)
+    if cookie:
+        return cookie
+    if settings.query_token:
+        return request.args.get("access_token")
+    return None
+
+
+def _read_wish(subscriber: Subscriber) -> StreamRequest:
+    """
+    Raises:
+        Problem: 400 or 403.
+    """
+    try:
+        types = TypeFilter.parse(",".join(request.args.getlist("types"))) if "types" in request.args else TypeFilter()
+    except InvalidPattern as error:
+        raise Problem(400, "invalid-types", str(error)) from None
+    named = request.args.get("named", "true")
+    if named not in ("true", "false"):
+        raise Problem(400, "invalid-named", f"`named` is true or false, not {named[:40]!r}")
+    audience = Audience.user(subscriber.user)
+    try:
+        audience.binding_key()
+        for group in subscriber.groups:
+            Audience.group(group).binding_key()
+    except KeyTooLong as error:
+        raise Problem(403, "id-too-long", f"the user id or a group id is too long for a routing key: {error}") from None
+    except InvalidId as error:
+        raise Problem(403, "invalid-id", f"the user id or a group id cannot stand in a routing key: {error}") from None
+    try:
+        keys = types.binding_keys(audience)
+    except KeyTooLong as error:
+        raise Problem(400, "invalid-types", f"a pattern is too long together with this user's id: {error}") from None
+    # The header wins: a browser that reconnects by itself repeats the query that it began with.
+    last_event_id = request.headers.get("Last-Event-ID") or request.args.get("lastEventId") or None
+    return StreamRequest(subscriber, types, named == "true", last_event_id, keys)

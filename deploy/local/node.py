@@ -1,0 +1,186 @@
+"""A private RabbitMQ node: its own port, data folder, cookie and epmd, on loopback only, from the installed package.
+
+For the demo and the tests. It never touches a RabbitMQ that the machine runs for others, works as root and as anybody
+else, and leaves nothing running. `make` installs the package where it is missing (deploy/local/ensure).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+BIN = Path(os.environ.get("RABBITMQ_HOME", "/usr/lib/rabbitmq")) / "bin"
+"""The package's scripts themselves: those in /usr/sbin change the user and the home folder."""
+
+START_SECONDS = 60
+
+
+class NodeFailed(Exception):
+    """The node did not do as told; the text has the end of its log."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on. Another program may take one before we do; the start then fails, with words."""
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for _ in range(count):
+            probe = stack.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+        return ports
+
+
+class Node:
+    """
+    Args:
+        folder: for data, logs and configuration; made if need be. Another `Node` on the same folder is the same node.
+        settings: lines for rabbitmq.conf.
+    """
+
+    def __init__(self, folder: Path, *, settings: str = "") -> None:
+        self.folder = folder
+        self.port, self._dist_port, self._epmd_port = free_ports(3)
+        self.name = f"bridge-{secrets.token_hex(4)}@localhost"
+        self._pid_file = folder / "pid"
+        folder.mkdir(parents=True, exist_ok=True)
+        cookie = folder / ".erlang.cookie"
+        if not cookie.exists():
+            cookie.write_text(secrets.token_hex(16))
+            cookie.chmod(0o400)
+        (folder / "env.conf").write_text("")
+        (folder / "plugins").write_text("[].\n")
+        (folder / "rabbitmq.conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+            "log.file.level = info\n"
+            # The whole machine's memory is not ours; an alarm at 40 % of it would come from other programs.
+            "vm_memory_high_watermark.absolute = 2GB\n"
+            "disk_free_limit.absolute = 50MB\n" + settings
+        )
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+
+    def _environment(self) -> dict[str, str]:
+        folder = str(self.folder)
+        return {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "LANG": "C.UTF-8",
+            "HOME": folder,
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": self.name,
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self._dist_port),
+            "RABBITMQ_MNESIA_BASE": f"{folder}/data",
+            "RABBITMQ_LOG_BASE": f"{folder}/log",
+            "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq.conf",
+            "RABBITMQ_ADVANCED_CONFIG_FILE": f"{folder}/advanced.config",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/plugins",
+            "RABBITMQ_CONF_ENV_FILE": f"{folder}/env.conf",
+            "RABBITMQ_PID_FILE": str(self._pid_file),
+            "RABBITMQ_GENERATED_CONFIG_DIR": f"{folder}/generated",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        }
+
+    def _run(self, program: str, *args: str, timeout: float = START_SECONDS) -> str:
+        done = subprocess.run(
+            [str(BIN / program), *args],
+            env=self._environment(),
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise NodeFailed(
+                f"{program} {' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}{self._log()}"
+            )
+        return done.stdout
+
+    def _log(self) -> str:
+        logs = sorted((self.folder / "log").glob("*.log"))
+        return "".join(log.read_text(errors="replace")[-2000:] for log in logs)
+
+    def ctl(self, *args: str) -> str:
+        """Runs `rabbitmqctl` against this node and returns what it prints."""
+        return self._run("rabbitmqctl", "-q", *args)
+
+    def start(self) -> None:
+        """Returns once the node takes connections. After `kill` it comes back on the same port, with its data."""
+        if not (BIN / "rabbitmq-server").exists():
+            raise NodeFailed(f"{BIN}/rabbitmq-server is missing: apt-get install rabbitmq-server")
+        self._pid_file.unlink(missing_ok=True)
+        # Its own session: Ctrl-C in the terminal of the demo is for the demo, which then stops the node in order.
+        subprocess.run(
+            [str(BIN / "rabbitmq-server"), "-detached"],
+            env=self._environment(),
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            timeout=START_SECONDS,
+            check=True,
+        )
+        self.ctl("wait", "--timeout", str(START_SECONDS), str(self._pid_file))
+
+    @property
+    def pid(self) -> int:
+        return int(self._pid_file.read_text())
+
+    def kill(self) -> None:
+        """kill -9, as a crash of its machine would be; returns when the process is gone."""
+        pid = self.pid
+        os.kill(pid, signal.SIGKILL)
+        _wait_gone(pid)
+
+    def stop(self) -> None:
+        """Stops the node and its epmd, which would otherwise outlive it."""
+        with contextlib.suppress(NodeFailed, FileNotFoundError, subprocess.TimeoutExpired):
+            self.ctl("stop", str(self._pid_file))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+            os.kill(self.pid, signal.SIGKILL)  # Only if it would not stop: its pid is gone otherwise.
+        for pid in _epmds(self._epmd_port):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def remove(self) -> None:
+        """Stops it and deletes its folder."""
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _wait_gone(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        if state == "Z":  # Dead; whoever started it has not looked yet.
+            return
+        time.sleep(0.01)
+    raise NodeFailed(f"process {pid} does not die")
+
+
+def _epmds(port: int) -> list[int]:
+    """Processes called epmd that were started for this port, which nobody but this node was told."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if entry.name.isdigit() and (entry / "comm").read_text().strip() == "epmd":
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                if f"ERL_EPMD_PORT={port}".encode() in environment:
+                    found.append(int(entry.name))
+    return found

@@ -1,0 +1,108 @@
+"""Every fault is named, no secret is shown."""
+
+import os
+
+import pytest
+
+from bridge.settings import BrokerSettings, InvalidSettings, Settings, load, parse_bind, unknown_names
+
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("BRIDGE_"):
+            monkeypatch.delenv(name)
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(f"BRIDGE_{name}", value)
+
+
+def faults() -> list[str]:
+    with pytest.raises(InvalidSettings) as caught:
+        load(Settings)
+    return caught.value.faults
+
+
+def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, JWT_SECRET=SECRET)
+    loaded = load(Settings)
+    assert loaded.addresses == ("amqp://guest:guest@127.0.0.1:5672/",)
+    assert (loaded.exchange, loaded.quarantine, loaded.schemas) == ("events", "events.invalid", "schemas")
+    assert (loaded.bind, loaded.internal_bind) == ("127.0.0.1:8080", "127.0.0.1:9090")
+    assert (loaded.cookie, loaded.query_token, loaded.allowed_origins) == ("bridge_token", False, ())
+    assert (loaded.heartbeat_seconds, loaded.retry_seconds, loaded.max_age_seconds) == (15, 3, 3600)
+    assert (loaded.drain_seconds, loaded.stall_seconds, loaded.broker_grace_seconds) == (10, 30, 30)
+    assert (loaded.max_connections, loaded.max_connections_per_user) == (10_000, 20)
+    assert (loaded.backlog_events, loaded.backlog_bytes, loaded.max_event_bytes) == (1000, 1_048_576, 65_536)
+
+
+def test_without_any_key_it_does_not_start() -> None:
+    assert "BRIDGE_JWT_SECRET or BRIDGE_JWKS" in faults()[0]
+    assert load(BrokerSettings).exchange == "events"  # Publishing needs none.
+
+
+def test_all_faults_are_named_with_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(
+        monkeypatch,
+        HEARTBEAT_SECONDS="soon",
+        MAX_CONNECTIONS="0",
+        BIND="8080",
+        ALLOWED_ORIGINS="https://a.example,https://b.example/path",
+        EXCHANGE="amq.topic",
+        DRAIN_SECONDS="nan",
+        JWKS="",
+    )
+    found = faults()
+    for name in ["HEARTBEAT_SECONDS", "MAX_CONNECTIONS", "BIND", "ALLOWED_ORIGINS", "EXCHANGE", "DRAIN_SECONDS"]:
+        assert any(fault.startswith(f"BRIDGE_{name}: ") for fault in found), name
+    assert any("'soon'" in fault for fault in found)
+    assert any("BRIDGE_JWKS" in fault for fault in found)
+    assert len(found) == 7
+
+
+def test_no_secret_stands_in_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, JWT_SECRET="short-s3cret", AMQP_URL="http://user:s3cret@host/")
+    text = "\n".join(faults())
+    assert "at least 32 bytes" in text
+    assert "is no AMQP address" in text
+    assert "s3cret" not in text
+
+
+@pytest.mark.parametrize("origin", ["*", "https://a.example/", "a.example", "https://a b", "null"])
+def test_origins_are_origins(monkeypatch: pytest.MonkeyPatch, origin: str) -> None:
+    set_all(monkeypatch, JWT_SECRET=SECRET, ALLOWED_ORIGINS=origin)
+    if origin != "https://a b":
+        assert faults()
+
+
+def test_origins_are_split_and_compared_without_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, JWT_SECRET=SECRET, ALLOWED_ORIGINS="https://App.example, http://localhost:3000,")
+    assert load(Settings).allowed_origins == ("https://app.example", "http://localhost:3000")
+
+
+def test_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, JWT_SECRET=SECRET, AMQP_URL="amqp://u:p@a:5672/v,amqps://u:p@b/v")
+    assert load(Settings).addresses == ("amqp://u:p@a:5672/v", "amqps://u:p@b/v")
+
+
+def test_a_misspelt_name_is_noticed_and_kubernetes_names_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, ALLOWED_ORIGIN="x", SERVICE_HOST="10.0.0.1", PORT="tcp://", PORT_8080_TCP="x")
+    assert unknown_names(Settings) == ["BRIDGE_ALLOWED_ORIGIN is no setting; did you mean BRIDGE_ALLOWED_ORIGINS?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [("127.0.0.1:8080", ("127.0.0.1", 8080)), ("[::]:0", ("::", 0)), ("localhost:1", ("localhost", 1))],
+)
+def test_a_bind_address(text: str, parsed: tuple[str, int]) -> None:
+    assert parse_bind(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["", ":", "8080", ":8080", "::1:80", "a:b", "a:99999", "a:-1", "a:٣"])
+def test_no_bind_address(text: str) -> None:
+    with pytest.raises(ValueError, match="host:port"):
+        parse_bind(text)
