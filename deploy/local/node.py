@@ -41,12 +41,12 @@ class Node:
     """
     Args:
         folder: for data, logs and configuration; made if need be. Another `Node` on the same folder is the same node.
-        settings: lines for rabbitmq.conf.
+        management: whether to run the management plugin too, for its HTTP API.
     """
 
-    def __init__(self, folder: Path, *, settings: str = "") -> None:
+    def __init__(self, folder: Path, *, management: bool = False) -> None:
         self.folder = folder
-        self.port, self._dist_port, self._epmd_port = free_ports(3)
+        self.port, self.management_port, self._dist_port, self._epmd_port = free_ports(4)
         self.name = f"bridge-{secrets.token_hex(4)}@localhost"
         self._pid_file = folder / "pid"
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,14 +55,17 @@ class Node:
             cookie.write_text(secrets.token_hex(16))
             cookie.chmod(0o400)
         (folder / "env.conf").write_text("")
-        (folder / "plugins").write_text("[].\n")
-        (folder / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
-            "log.file.level = info\n"
-            # The whole machine's memory is not ours; an alarm at 40 % of it would come from other programs.
-            "vm_memory_high_watermark.absolute = 2GB\n"
-            "disk_free_limit.absolute = 50MB\n" + settings
-        )
+        (folder / "plugins").write_text("[rabbitmq_management].\n" if management else "[].\n")
+        lines = [
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}",
+            "log.file.level = info",
+            # The machine's memory and disk are not ours alone; an alarm would come from what others do.
+            "vm_memory_high_watermark.absolute = 2GB",
+            "disk_free_limit.absolute = 50MB",
+        ]
+        if management:  # Left alone the plugin listens on every address.
+            lines += ["management.tcp.ip = 127.0.0.1", f"management.tcp.port = {self.management_port}"]
+        (folder / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
 
     @property
     def url(self) -> str:
@@ -144,19 +147,13 @@ class Node:
         os.kill(pid, signal.SIGKILL)
         _wait_gone(pid)
 
-    def stop(self) -> None:
-        """Stops the node and its epmd, which would otherwise outlive it."""
-        with contextlib.suppress(NodeFailed, FileNotFoundError, subprocess.TimeoutExpired):
-            self.ctl("stop", str(self._pid_file))
+    def remove(self) -> None:
+        """Kills it, ends its epmd, which would outlive it, and deletes its folder. Harmless if it does not run."""
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            os.kill(self.pid, signal.SIGKILL)  # Only if it would not stop: its pid is gone otherwise.
+            self.kill()
         for pid in _epmds(self._epmd_port):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-
-    def remove(self) -> None:
-        """Stops it and deletes its folder."""
-        self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -1,0 +1,45 @@
+# One-word commands, the same here and in CI. Each sets up what it needs: see deploy/local/ensure.
+VENV ?= .venv
+READY := $(VENV)/.ready
+
+.PHONY: help demo test check format lock clean
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends all of it
+	@[ -n "$$BRIDGE_AMQP_URL" ] || deploy/local/ensure rabbitmq
+	@exec $(VENV)/bin/python -m deploy.local.demo
+
+test: $(READY) check ## every test, on a private RabbitMQ and in Chromium
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure chromium
+	@$(VENV)/bin/python -m pytest $(TESTS)
+
+check: $(READY) ## formatting, lint and types
+	@$(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/mypy --no-error-summary
+
+format: $(READY) ## format the code
+	@$(VENV)/bin/ruff format --quiet .
+	@$(VENV)/bin/ruff check --quiet --fix .
+
+# Versions and hashes, and no registry's address.
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--no-emit-find-links --no-header --no-annotate --upgrade pyproject.toml
+lock: $(READY) ## renew the lock files (needs uv)
+	@$(LOCK) --extra server -o requirements.lock
+	@$(LOCK) --extra server --group dev -o requirements-dev.lock
+
+$(READY): requirements-dev.lock pyproject.toml
+	@set -e; python=$$(deploy/local/ensure python); \
+	echo "==> $(VENV): $$($$python --version), locked dependencies" >&2; \
+	rm -rf $(VENV); "$$python" -m venv $(VENV); \
+	export PIP_DISABLE_PIP_VERSION_CHECK=1; \
+	$(VENV)/bin/pip install --quiet --require-hashes -r requirements-dev.lock; \
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean: ## remove what the others made
+	rm -rf $(VENV) .run .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,110 @@
+"""`make demo` as a stranger sees it: one command, a page on which jobs move, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Page, expect
+
+from tests.service import ROOT, bare_environment
+
+
+class Demo:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.text = ""
+
+    async def read_until(self, pattern: str, *, seconds: float = 60) -> re.Match[str]:
+        assert self.process.stdout is not None
+        async with asyncio.timeout(seconds):
+            while (found := re.search(pattern, self.text)) is None:
+                line = await self.process.stdout.readline()
+                assert line, f"the demo ended:\n{self.text}"
+                self.text += line.decode()
+        return found
+
+    def family(self, word: str = "") -> set[int]:
+        """The demo's process and all below it, RabbitMQ's too: each was told the demo's mark in its environment.
+
+        With a word, those only on whose command line it stands.
+        """
+        found = set()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environment = (entry / "environ").read_bytes()
+                    command = (entry / "cmdline").read_bytes()
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                except OSError:
+                    continue
+                if self.mark in environment and word.encode() in command and state != "Z":
+                    found.add(int(entry.name))
+        return found
+
+    mark = b""
+
+
+@pytest.fixture
+async def demo(tmp_path: Path) -> AsyncIterator[Demo]:
+    # RabbitMQ's processes get a clean environment, but its data lies below TMPDIR, which names the demo too.
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "deploy.local.demo",
+        env={**bare_environment(), "TMPDIR": str(tmp_path)},
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    made = Demo(process)
+    made.mark = str(tmp_path).encode()
+    yield made
+    for pid in made.family():
+        os.kill(pid, signal.SIGKILL)
+    await process.wait()
+
+
+async def test_jobs_move_on_the_page_and_ctrl_c_leaves_nothing(demo: Demo, page: Page) -> None:
+    url = (await demo.read_until(r"==> Open (http://localhost:\d+)"))[1]
+    command = (await demo.read_until(r"\n +(BRIDGE_AMQP_URL=.* publish .*)\n"))[1]
+    await page.goto(url)
+    await expect(page.locator("#state")).to_have_text("live for user “demo”")
+    await expect(page.locator(".job")).not_to_have_count(0, timeout=15_000)
+    await page.wait_for_function(
+        """() => { const bar = document.querySelector(".job progress"); window.high ??= bar.value;
+                   return document.querySelector(".job.completed") && bar.value !== window.high }""",
+        timeout=40_000,
+    )
+    # The line that it offers to copy works as it stands.
+    done = await asyncio.create_subprocess_shell(command, env=bare_environment(), cwd=ROOT)
+    assert await done.wait() == 0
+    await expect(page.locator("#notices")).to_contain_text("Hello")
+    await expect(page.locator("#feed")).to_contain_text("job.progress")
+
+    assert len(demo.family()) >= 4
+    os.killpg(demo.process.pid, signal.SIGINT)
+    async with asyncio.timeout(30):
+        await demo.process.wait()
+    async with asyncio.timeout(10):
+        while demo.family():  # noqa: ASYNC110 - a killed process has nothing to tell that it is gone.
+            await asyncio.sleep(0.1)
+    assert demo.process.returncode == 0
+
+
+async def test_a_part_that_ends_by_itself_ends_the_demo(demo: Demo) -> None:
+    await demo.read_until(r"==> Open ")
+    (bridge,) = demo.family("serve")
+    os.kill(bridge, signal.SIGKILL)
+    await demo.read_until(r"demo: the bridge ended by itself")
+    async with asyncio.timeout(30):
+        assert await demo.process.wait() == 1

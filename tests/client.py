@@ -1,0 +1,143 @@
+"""A browser's end of a stream: a plain socket, HTTP/1.1 by hand, and the independent decoder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+from tests.decoder import Decoder, Frame
+
+
+class Stream:
+    """
+    Args:
+        base: as in http://127.0.0.1:8080.
+        token: sent as Authorization: Bearer, unless None.
+        headers: more of them.
+        receive_buffer: bytes that the kernel may take in while nobody reads.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        token: str | None,
+        *,
+        query: str = "",
+        headers: dict[str, str] | None = None,
+        receive_buffer: int | None = None,
+    ) -> None:
+        self._address = urlsplit(base)
+        self._path = "/events" + (f"?{query}" if query else "")
+        self._headers = {"Host": self._address.netloc, "Accept": "text/event-stream", **(headers or {})}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._receive_buffer = receive_buffer
+        self.decoder = Decoder()
+        self.frames: list[Frame] = []
+        """All frames so far; `next` hands out one after another."""
+        self.raw = b""
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.ended = False
+        """The body ended in order, with its last chunk."""
+        self._taken = 0
+
+    async def __aenter__(self) -> Stream:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        assert self._address.hostname is not None
+        raw = socket.socket()
+        if self._receive_buffer is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
+        raw.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(raw, (self._address.hostname, self._address.port))
+        limit = 1024 if self._receive_buffer is not None else 2**20
+        self._reader, self._writer = await asyncio.open_connection(sock=raw, limit=limit)
+        head = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
+        self._writer.write(f"GET {self._path} HTTP/1.1\r\n{head}\r\n".encode("latin-1"))
+        async with asyncio.timeout(15):
+            status = await self._reader.readline()
+            self.status = int(status.split()[1])
+            while (line := (await self._reader.readline()).decode("latin-1").strip()) != "":
+                name, _, value = line.partition(":")
+                self.headers[name.lower()] = value.strip()
+
+    async def _read_chunk(self) -> None:
+        size = int(await self._reader.readline() or b"-1", 16)
+        if size <= 0:
+            if size == 0:
+                self.ended = True
+                return
+            raise ConnectionResetError("cut without a last chunk")
+        chunk = await self._reader.readexactly(size)
+        await self._reader.readexactly(2)
+        self.raw += chunk
+        self.frames += self.decoder.feed(chunk)
+
+    async def next(self, *, seconds: float = 15) -> Frame:
+        """The next frame.
+
+        Raises:
+            EOFError: the body has ended.
+            ConnectionError: it was cut.
+        """
+        async with asyncio.timeout(seconds):
+            while len(self.frames) <= self._taken:
+                if self.ended:
+                    raise EOFError
+                await self._read_chunk()
+        self._taken += 1
+        return self.frames[self._taken - 1]
+
+    async def ready(self) -> Frame:
+        frame = await self.next()
+        assert frame.event == "bridge.ready", frame
+        return frame
+
+    async def next_event(self, *, seconds: float = 15) -> dict[str, Any]:
+        """The next CloudEvent; the bridge's own frames are passed over."""
+        while (frame := await self.next(seconds=seconds)).event.startswith("bridge."):
+            pass
+        value: dict[str, Any] = frame.json
+        return value
+
+    async def ids(self, count: int, *, seconds: float = 15) -> list[str]:
+        return [(await self.next_event(seconds=seconds))["id"] for _ in range(count)]
+
+    async def until(self, event: str, *, seconds: float = 15) -> Frame:
+        async with asyncio.timeout(seconds):
+            while (frame := await self.next(seconds=seconds)).event != event:
+                pass
+        return frame
+
+    async def rest(self, *, seconds: float = 15) -> list[Frame]:
+        """All frames to the end of the body."""
+        found = []
+        while True:
+            try:
+                found.append(await self.next(seconds=seconds))
+            except EOFError:
+                return found
+
+    async def comments(self, count: int, *, seconds: float = 15) -> None:
+        """Until so many heartbeats have come."""
+        async with asyncio.timeout(seconds):
+            while self.decoder.comments < count:
+                await self._read_chunk()
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+    def abort(self) -> None:
+        """Gone without a word more: a reset."""
+        self._writer.transport.abort()

@@ -1,0 +1,239 @@
+"""The command line as a subprocess: what it prints, what it exits with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import OpenStream
+from tests.rabbit import Vhost, cloudevent
+from tests.service import ROOT, SECRET, Service, bare_environment, mint
+
+ONE = '{"job_id": "r-7", "duration_seconds": 3.2}'
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code = code
+        self.out = out
+        self.err = err
+
+
+async def run(
+    *args: str, stdin: str | None = None, cwd: Path = ROOT, amqp_url: str | None = None, **settings: str
+) -> Result:
+    environment = {**bare_environment(), **{f"BRIDGE_{name}": value for name, value in settings.items()}}
+    if amqp_url is not None:
+        environment["BRIDGE_AMQP_URL"] = amqp_url
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).parent / "bridge"),
+        *args,
+        env=environment,
+        cwd=cwd,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate((stdin or "").encode()), 60)
+    return Result(process.returncode or 0, out.decode(), err.decode())
+
+
+async def test_publish_one(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    stream = await connect(service, "a b", "ops")
+    for to in ["user:a b", "group:ops", "all"]:
+        done = await run("publish", "--to", to, "--type", "job.completed", "--data", ONE, amqp_url=vhost.url)
+        assert done.code == 0, done.err
+        assert (await stream.next_event())["id"] == done.out.strip()
+
+
+async def test_publish_one_a_line(service: Service, vhost: Vhost, connect: OpenStream, tmp_path: Path) -> None:
+    stream = await connect(service)
+    lines = "\n".join(json.dumps({"job_id": str(n), "duration_seconds": n}) for n in range(5)) + "\n\n"
+    done = await run("publish", "--to", "user:42", "--type", "job.completed", stdin=lines, amqp_url=vhost.url)
+    assert done.code == 0, done.err
+    assert done.out.split() == await stream.ids(5)
+
+    file = tmp_path / "events.jsonl"
+    mixed = [
+        {"type": "notification", "data": {"title": "x"}, "to": "all"},
+        {"type": "job.completed", "data": json.loads(ONE), "to": "user:42"},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in mixed))
+    done = await run("publish", "--file", str(file), amqp_url=vhost.url)
+    assert done.code == 0, done.err
+    assert set(done.out.split()) == set(await stream.ids(2))
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "words"),
+    [
+        (["--type", "job.completed", "--data", ONE], "", "for whom?"),
+        (["--to", "me", "--type", "job.completed", "--data", ONE], "", "no audience"),
+        (["--to", "user:1", "--type", "no.such", "--data", ONE], "", "no type 'no.such'"),
+        (["--to", "user:1", "--type", "job.completed", "--data", "{"], "", "Invalid JSON"),
+        (["--to", "user:1", "--type", "job.completed", "--data", "{}"], "", "data.job_id: Field required"),
+        (["--to", "user:1", "--type", "job.completed"], f"{ONE}\n{{}}\nnope\n", "line 2: data.job_id"),
+        (["--to", "user:1", "--type", "job.completed"], f"{ONE}\n{{}}\nnope\n", "line 3: "),
+        (["--to", "user:1"], '{"data": {}}\n', "without --type a line is"),
+        (["--to", "user:1", "--type", "job.completed"], "", "no event"),
+    ],
+)
+async def test_bad_input_is_named_and_nothing_is_published(args: list[str], stdin: str, words: str) -> None:
+    # No broker at this address: it must not be asked before the input is good.
+    done = await run("publish", *args, stdin=stdin, amqp_url="amqp://127.0.0.1:1/")
+    assert done.code == 2
+    assert words in done.err
+    assert "nothing was published" in done.err
+    assert done.out == ""
+
+
+async def test_publish_without_a_confirm_fails(vhost: Vhost) -> None:
+    args = ["publish", "--to", "all", "--type", "job.completed", "--data", ONE]
+    done = await run(*args, "--timeout", "1", amqp_url="amqp://u:s3cret@127.0.0.1:1/")
+    assert done.code == 1
+    assert "no connection within 1 s" in done.err
+    assert "s3cret" not in done.err
+    assert "Traceback" not in done.err
+    done = await run(*args, amqp_url=vhost.url)
+    assert done.code == 1
+    assert "no exchange 'events'" in done.err
+
+
+async def test_a_team_brings_its_own_catalogue(vhost: Vhost, service: Service, tmp_path: Path) -> None:
+    (tmp_path / "our_events").mkdir()
+    (tmp_path / "our_events/__init__.py").write_text(
+        'from bridge import EventData\nclass Shipped(EventData, type="parcel.shipped"):\n    parcel: int\n'
+    )
+    done = await run("schemas", "export", cwd=tmp_path, SCHEMAS="our_events")
+    assert list(json.loads(done.out)) == ["parcel.shipped"]
+    args = ["publish", "--to", "all", "--type", "parcel.shipped", "--data", '{"parcel": 1}']
+    done = await run(*args, cwd=tmp_path, amqp_url=vhost.url, SCHEMAS="our_events")
+    assert done.code == 0, done.err
+
+
+async def test_serve_names_every_bad_setting_and_exits_2() -> None:
+    done = await run("serve", HEARTBEAT_SECONDS="soon", BIND="x", JWT_SECRET="too-short-s3cret")
+    assert done.code == 2
+    assert "3 setting(s) to mend" in done.err
+    for name in ["BRIDGE_HEARTBEAT_SECONDS", "BRIDGE_BIND", "BRIDGE_JWT_SECRET"]:
+        assert name in done.err
+    assert "s3cret" not in done.err
+    assert "Traceback" not in done.err
+
+
+async def test_serve_names_every_fault_of_the_catalogue_and_exits_2(tmp_path: Path) -> None:
+    (tmp_path / "bad_events").mkdir()
+    (tmp_path / "bad_events/__init__.py").write_text(
+        "from bridge import EventData\n"
+        'class A(EventData, type="x"): pass\nclass B(EventData, type="x"): pass\nclass C(EventData): pass\n'
+    )
+    done = await run("serve", cwd=tmp_path, SCHEMAS="bad_events", JWT_SECRET=SECRET)
+    assert done.code == 2
+    assert "has 2 fault(s)" in done.err
+    assert "both name the type 'x'" in done.err
+    assert "C names no type" in done.err
+
+
+async def test_a_token_from_the_command_line_opens_a_stream(service: Service) -> None:
+    from tests.client import Stream
+
+    done = await run("token", "--user", "42", "--group", "ops", "--group", "dev", "--ttl", "60", JWT_SECRET=SECRET)
+    assert done.code == 0
+    async with Stream(service.public, done.out.strip()) as stream:
+        assert (await stream.ready()).json["user"] == "42"
+
+
+async def test_listen_prints_events_and_comes_back_after_a_cut(service: Service, vhost: Vhost, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(mint("42") + "\n")
+    url = f"{service.public}/events"
+    listening = asyncio.create_task(run("listen", "--url", url, "--token", f"@{file}", "--count", "2"))
+    await service.logged("stream opened")
+    await _publish_until_delivered(service, vhost, "e1")
+    await _publish_until_delivered(service, vhost, "e2")
+    done = await listening
+    assert done.code == 0, done.err
+    assert [json.loads(line)["id"] for line in done.out.splitlines()] == ["e1", "e2"]
+    assert "bridge.ready" in done.err
+    bad = await run("listen", "--url", url, "--token", "x.y.z")
+    assert bad.code == 1
+    assert "401" in bad.err
+
+
+async def _publish_until_delivered(service: Service, vhost: Vhost, event_id: str) -> None:
+    before = await service.metric("bridge_events_delivered_total")
+    async with asyncio.timeout(20):
+        while await service.metric("bridge_events_delivered_total") == before:
+            # The stream may not be bound yet; the same id is the same event.
+            await vhost.publish("user.42.job.completed", cloudevent(event_id))
+
+
+async def test_check_says_what_is_right_and_what_is_not(vhost: Vhost) -> None:
+    done = await run("check", amqp_url=vhost.url, JWT_SECRET=SECRET, ALLOWED_ORIGIN="x")
+    assert done.code == 0, done.out
+    assert "did you mean BRIDGE_ALLOWED_ORIGINS?" in done.out
+    assert "a live queue can be made, bound and consumed" in done.out
+    assert [name for name in vhost.queues() if name.startswith("bridge.")] == []
+
+    done = await run("check", amqp_url="amqp://u:s3cret@127.0.0.1:1/", JWT_SECRET=SECRET)
+    assert done.code == 1
+    assert "!! connecting to amqp://u:***@127.0.0.1:1/" in done.out
+
+    vhost.add_user("check-test")
+    try:
+        vhost.grant("check-test", configure=r"^bridge\.", write=r"^bridge\.", read=r"^bridge\.")
+        url = vhost.url_at(vhost.node.port, user="check-test", password="secret-check-test")
+        done = await run("check", amqp_url=url, JWT_SECRET=SECRET)
+        assert done.code == 1
+        assert "right to read the exchange" in done.out
+    finally:
+        vhost.delete_user("check-test")
+
+    done = await run("check", amqp_url=vhost.url, JWKS="/no/such/file")
+    assert done.code == 1
+    assert "/no/such/file cannot be used" in done.out
+
+
+async def test_quarantine_is_listed_and_replayed(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    stream = await connect(service)
+    good = cloudevent("mended")
+    await vhost.publish("user.42.job.completed", b"hopeless \xff")
+    await vhost.publish("user.42.job.completed", cloudevent("bad", duration_seconds=-1))
+    await service.logged("message refused", count=2)
+    # As it would be after the catalogue has learnt a type: a message that is good now.
+    import aio_pika
+
+    connection = await aio_pika.connect(vhost.url)
+    async with connection:
+        channel = await connection.channel()
+        message = aio_pika.Message(
+            json.dumps(good).encode(),
+            headers={"x-reason": "schema", "x-detail": "then", "x-routing-key": "user.42.job.completed"},
+        )
+        await channel.default_exchange.publish(message, "events.invalid")
+
+    listed = await run("quarantine", "list", amqp_url=vhost.url)
+    assert listed.code == 0, listed.err
+    rows = [json.loads(line) for line in listed.out.splitlines()]
+    assert [row["reason"] for row in rows] == ["malformed", "schema", "schema"]
+    assert rows[0]["body"] == "hopeless \\xff"
+
+    replayed = await run("quarantine", "replay", amqp_url=vhost.url)
+    assert replayed.code == 1
+    assert "1 published again, 2 still refused" in replayed.err
+    assert await stream.ids(1) == ["mended"]
+    rows = [json.loads(line) for line in (await run("quarantine", "list", amqp_url=vhost.url)).out.splitlines()]
+    assert [row["reason"] for row in rows] == ["malformed", "schema"]
+
+
+async def test_help_of_every_command() -> None:
+    for command in [[], ["serve"], ["publish"], ["listen"], ["token"], ["schemas", "export"], ["check"],
+                    ["quarantine", "list"], ["quarantine", "replay"]]:  # fmt: skip
+        done = await run(*command, "--help")
+        assert done.code == 0
+        assert "Usage: bridge" in done.out

@@ -1,0 +1,206 @@
+"""What is said before the first byte: who asks, from where, for what, and every error's document."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.client import Stream
+from tests.conftest import OpenStream, StartService
+from tests.rabbit import Vhost, cloudevent
+from tests.service import Service, mint
+
+TOKEN = {"Authorization": f"Bearer {mint('42')}"}
+APP = "https://app.example"
+
+
+async def problem(service: Service, status: int, code: str, path: str = "/events", **options: Any) -> dict[str, Any]:
+    response = await service.get(path, **options)
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    document: dict[str, Any] = response.json()
+    assert document["type"] == f"urn:bridge:problem:{code}"
+    assert document["status"] == status
+    assert document["title"]
+    assert document["detail"]
+    return {**document, "headers": response.headers}
+
+
+async def test_no_token_and_bad_tokens(service: Service) -> None:
+    document = await problem(service, 401, "missing-token")
+    assert document["headers"]["www-authenticate"] == 'Bearer realm="bridge"'
+    document = await problem(service, 401, "invalid-token", headers={"Authorization": "Bearer x.y.z"})
+    assert 'error="invalid_token"' in document["headers"]["www-authenticate"]
+    expired = {"Authorization": f"Bearer {mint('42', ttl=-35)}"}
+    document = await problem(service, 401, "expired-token", headers=expired)
+    assert "expired 3" in document["detail"]
+    assert "get a new one" in document["detail"]
+    await problem(service, 401, "missing-token", headers={"Authorization": "Basic dTpw"})
+    await problem(service, 401, "missing-token", f"/events?access_token={mint('42')}")
+
+
+async def test_the_first_of_header_cookie_and_query_counts(start: StartService) -> None:
+    service = await start(QUERY_TOKEN="true", COOKIE="session")
+    query = f"access_token={mint('query')}"
+    cookie = {"Cookie": f"session={mint('cookie')}"}
+    for headers, token, user in [
+        (cookie, mint("header"), "header"),
+        (cookie, None, "cookie"),
+        (None, None, "query"),
+        # A proxy's own authentication does not stand in the way.
+        ({"Authorization": "Basic dTpw"}, None, "query"),
+    ]:
+        async with Stream(service.public, token, query=query, headers=headers) as stream:
+            assert (await stream.ready()).json["user"] == user
+    assert mint("query")[:30] not in service.text
+    assert "access_token" not in service.text
+
+
+@pytest.mark.parametrize(
+    "types", ["", ",", "job.*,", "A", "job.**", "a b", "x" * 129, ",".join("abcdefghijklmnopq"), "%23.a.%23.b.%23"]
+)
+async def test_bad_types(service: Service, types: str) -> None:
+    await problem(service, 400, "invalid-types", f"/events?types={types}", headers=TOKEN)
+
+
+async def test_a_bad_word_for_named(service: Service) -> None:
+    await problem(service, 400, "invalid-named", "/events?named=maybe", headers=TOKEN)
+
+
+@pytest.mark.parametrize("user", ["x" * 249, "x" * 300, "😀" * 75])
+async def test_a_user_id_too_long_for_a_key(service: Service, user: str) -> None:
+    await problem(service, 403, "id-too-long", headers={"Authorization": f"Bearer {mint(user)}"})
+    await problem(service, 403, "id-too-long", headers={"Authorization": f"Bearer {mint('42', user)}"})
+
+
+async def test_a_pattern_too_long_together_with_the_id(service: Service) -> None:
+    token = {"Authorization": f"Bearer {mint('x' * 200)}"}
+    await problem(service, 400, "invalid-types", f"/events?types={'y' * 60}", headers=token)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+async def test_other_methods(service: Service, method: str) -> None:
+    document = await problem(service, 405, "method-not-allowed", method=method, headers=TOKEN)
+    assert {"GET", "HEAD", "OPTIONS"} <= set(document["headers"]["allow"].split(", "))
+
+
+async def test_an_accept_that_does_not_admit_a_stream(service: Service, connect: OpenStream) -> None:
+    for accept in ["application/json", "text/html, application/json;q=0.9", "text/event-stream;q=0"]:
+        await problem(service, 406, "not-acceptable", headers={**TOKEN, "Accept": accept})
+    for accept in ["*/*", "text/*", "text/html, text/event-stream;q=0.1"]:
+        assert (await service.get("/events", method="HEAD", headers={**TOKEN, "Accept": accept})).status_code == 200
+
+
+async def test_no_such_page(service: Service) -> None:
+    await problem(service, 404, "not-found", "/nothing")
+    await problem(service, 404, "not-found", "/metrics")
+    await problem(service, 404, "unknown-type", "/schemas/no.such")
+
+
+async def test_head_gives_the_headers_and_no_stream(service: Service, vhost: Vhost) -> None:
+    response = await service.get("/events", method="HEAD", headers=TOKEN)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["cache-control"] == "no-cache, no-transform"
+    assert "content-length" not in response.headers
+    assert vhost.live_queues() == []
+    assert (await service.get("/events", method="HEAD")).status_code == 401
+
+
+async def test_cors_for_exactly_the_origins_allowed(start: StartService, connect: OpenStream) -> None:
+    service = await start(ALLOWED_ORIGINS=f"{APP},http://localhost:3000")
+    stream = await connect(service, headers={"Origin": APP})
+    assert stream.headers["access-control-allow-origin"] == APP
+    assert stream.headers["access-control-allow-credentials"] == "true"
+    assert stream.headers["vary"] == "Origin"
+    for origin in ["https://evil.example", "https://app.example.evil", "http://app.example", "null", APP + ":444"]:
+        document = await problem(service, 403, "origin-not-allowed", headers={**TOKEN, "Origin": origin})
+        assert "access-control-allow-origin" not in document["headers"]
+        assert "Origin" in document["headers"]["vary"]
+    # A page that may read streams may read why it got none.
+    document = await problem(service, 401, "missing-token", headers={"Origin": APP})
+    assert document["headers"]["access-control-allow-origin"] == APP
+
+
+async def test_a_page_of_the_bridges_own_host_needs_no_leave(service: Service, connect: OpenStream) -> None:
+    stream = await connect(service, headers={"Origin": service.public})
+    assert "access-control-allow-origin" not in stream.headers
+
+
+async def test_a_preflight_admits_the_headers_of_fetching_clients(start: StartService) -> None:
+    service = await start(ALLOWED_ORIGINS=APP)
+    ask = {"Origin": APP, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "last-event-id"}
+    response = await service.get("/events", method="OPTIONS", headers=ask)
+    assert response.status_code == 204
+    assert response.headers["access-control-allow-origin"] == APP
+    allowed = response.headers["access-control-allow-headers"].lower()
+    assert {"authorization", "last-event-id", "cache-control"} <= set(allowed.split(", "))
+    assert "GET" in response.headers["access-control-allow-methods"]
+    await problem(service, 403, "origin-not-allowed", method="OPTIONS", headers={**ask, "Origin": "https://evil"})
+
+
+async def test_the_catalogue_can_be_read(service: Service) -> None:
+    schemas = (await service.get("/schemas")).json()
+    assert {"job.started", "job.progress", "job.completed"} <= set(schemas)
+    one = (await service.get("/schemas/job.completed")).json()
+    assert one == schemas["job.completed"]
+    assert set(one["properties"]) == {"job_id", "duration_seconds", "result_url"}
+
+
+async def test_probes_and_metrics_are_on_the_internal_port(service: Service, connect: OpenStream, vhost: Vhost) -> None:
+    assert (await service.get("/livez", internal=True)).status_code == 200
+    assert (await service.get("/readyz", internal=True)).status_code == 200
+    assert (await service.get("/events", internal=True)).status_code == 404
+    stream = await connect(service)
+    await vhost.publish("user.42.job.completed", cloudevent("e1"))
+    await stream.ids(1)
+    for name in [
+        "bridge_connections",
+        "bridge_events_delivered_total",
+        "bridge_delivery_seconds_count",
+        "bridge_broker_connected",
+    ]:
+        assert await service.metric(name) == 1, name
+    for series in [
+        'bridge_events_invalid_total{reason="schema"}',
+        'bridge_replays_total{outcome="gap"}',
+        'bridge_streams_ended_total{reason="client"}',
+    ]:
+        assert await service.metric(series) == 0
+
+
+async def test_a_stream_is_two_log_lines_and_no_token_stands_in_them(
+    start: StartService, connect: OpenStream, vhost: Vhost
+) -> None:
+    service = await start(QUERY_TOKEN="true")
+    stream = await connect(service, "someone", "ops", query="types=job.*")
+    await vhost.publish("user.someone.job.completed", cloudevent("e1"))
+    await stream.ids(1)
+    await stream.close()
+    opened = await service.logged("stream opened")
+    ended = await service.logged("stream ended")
+    assert (opened["user"], opened["types"], opened["groups"]) == ("someone", ["job.*"], 1)
+    assert (ended["reason"], ended["events"], ended["stream"]) == ("client", 1, opened["stream"])
+    assert 0 <= ended["seconds"] < 10
+    for bad in ["?access_token=" + mint("x"), ""]:
+        await service.get("/events" + bad, headers={"Authorization": "Bearer " + mint("x", ttl=-1)})
+    assert "eyJ" not in service.text
+    assert "guest:guest" not in service.text
+
+
+async def test_keys_from_a_jwks_file_beside_the_secret(start: StartService, tmp_path: Path) -> None:
+    import jwt
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    key = ed25519.Ed25519PrivateKey.generate()
+    jwk = jwt.get_algorithm_by_name("EdDSA").to_jwk(key.public_key(), as_dict=True)
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [{**jwk, "kid": "k1"}]}))
+    service = await start(JWKS=str(tmp_path / "keys.json"))
+    token = jwt.encode({"sub": "ed", "exp": 4_000_000_000}, key, algorithm="EdDSA", headers={"kid": "k1"})
+    async with Stream(service.public, token) as stream:
+        assert (await stream.ready()).json["user"] == "ed"
+    async with Stream(service.public, mint("hs")) as stream:
+        assert (await stream.ready()).json["user"] == "hs"

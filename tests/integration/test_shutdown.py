@@ -1,0 +1,117 @@
+"""SIGTERM with open, idle, busy and stalled streams: goodbye, then exit 0."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.conftest import Eventually, OpenStream, StartService
+from tests.proxy import Proxy
+from tests.rabbit import Vhost, cloudevent
+
+
+async def test_a_drain_says_goodbye_to_each_stream_at_its_own_time(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start(DRAIN_SECONDS="2", RETRY_SECONDS="50")
+    streams = [await connect(service, str(n)) for n in range(40)]
+    began = time.monotonic()
+    service.signal(signal.SIGTERM)
+
+    async def goodbye(number: int) -> tuple[float, int]:
+        (bye,) = await streams[number].rest()
+        assert bye.json == {"reason": "drain"}
+        assert streams[number].ended
+        assert bye.retry is not None
+        return time.monotonic() - began, bye.retry
+
+    await service.logged("draining")
+    assert (await service.get("/readyz", internal=True)).json()["reason"] == "draining"
+    late = await connect(service, "late", ready=False)
+    assert late.status == 200
+    assert [frame.json for frame in await late.rest()] == [{"reason": "drain"}]
+
+    told = await asyncio.gather(*(goodbye(number) for number in range(40)))
+    times = sorted(at for at, _ in told)
+    assert times[0] < 0.7
+    assert 1.3 < times[-1] < 2.5
+    retries = [retry for _, retry in told]
+    assert all(100 <= retry <= 2000 for retry in retries)
+    assert len(set(retries)) > 30
+    assert await service.ended() == 0
+    assert time.monotonic() - began < 8
+    assert vhost.live_queues() == []
+
+
+async def test_what_has_arrived_is_sent_before_the_goodbye(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start(DRAIN_SECONDS="0")
+    stream = await connect(service, receive_buffer=4096)
+    await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 1000)) for n in range(200)])
+    async with asyncio.timeout(10):
+        while await service.metric("bridge_events_received_total") < 200:
+            pass
+    service.signal(signal.SIGTERM)
+    frames = await stream.rest()
+    assert [frame.json["id"] for frame in frames[:-1]] == [f"e{n}" for n in range(200)]
+    assert frames[-1].json == {"reason": "drain"}
+    assert await service.ended() == 0
+
+
+async def test_a_stalled_client_does_not_keep_the_process(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start(DRAIN_SECONDS="0.5", BACKLOG_EVENTS="100000", BACKLOG_BYTES="100000000")
+    await connect(service, receive_buffer=4096)
+    idle = await connect(service, "idle")
+    await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 2000)) for n in range(500)])
+    began = time.monotonic()
+    service.signal(signal.SIGTERM)
+    assert [frame.json for frame in await idle.rest()] == [{"reason": "drain"}]
+    assert await service.ended() == 0
+    assert time.monotonic() - began < 15
+
+
+async def test_nothing_open_nothing_to_wait_for(start: StartService) -> None:
+    service = await start()
+    began = time.monotonic()
+    service.signal(signal.SIGINT)
+    assert await service.ended() == 0
+    assert time.monotonic() - began < 3
+
+
+async def test_a_drain_while_the_broker_is_away(
+    start: StartService, vhost: Vhost, connect: OpenStream, proxy: Proxy
+) -> None:
+    service = await start(amqp_url=vhost.url_at(proxy.port), DRAIN_SECONDS="0.5")
+    stream = await connect(service)
+    await proxy.refuse()
+    proxy.cut()
+    await service.logged("broker unavailable")
+    service.signal(signal.SIGTERM)
+    assert (await stream.until("bridge.bye")).json == {"reason": "drain"}
+    assert await service.ended() == 0
+
+
+async def test_killed_outright_its_queues_go_too(
+    start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually
+) -> None:
+    service = await start()
+    for number in range(5):
+        await connect(service, str(number))
+    service.signal(signal.SIGKILL)
+    await service.ended()
+    await eventually(lambda: [name for name in vhost.queues() if name.startswith("bridge.")] == [])
+
+
+async def test_an_address_in_use(start: StartService) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(AssertionError, match="Address already in use"):  # It never comes to serving.
+            await start(ready=False, BIND=f"127.0.0.1:{taken.getsockname()[1]}")

@@ -1,0 +1,322 @@
+"""GET /events, line by line of the contract, over a real socket and a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+
+import aio_pika
+import pytest
+
+from bridge import Audience
+from tests.client import Stream
+from tests.conftest import Eventually, OpenStream, StartService
+from tests.rabbit import Vhost, cloudevent
+from tests.service import Service, mint
+
+
+async def test_ready_then_events_of_the_users_audiences_and_no_others(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    stream = await connect(service, "42", "ops")
+    assert stream.status == 200
+    assert stream.headers["content-type"] == "text/event-stream"
+    assert stream.headers["cache-control"] == "no-cache, no-transform"
+    assert stream.headers["x-accel-buffering"] == "no"
+    assert "origin" in stream.headers["vary"].lower()
+    assert re.match(
+        rb"retry: \d+\nid: [A-Za-z0-9._:~-]{1,160}\nevent: bridge\.ready\n"
+        rb'data: {"user":"42","resumed":false,"heartbeat_seconds":15}\n\n$',
+        stream.raw,
+    )
+    await vhost.publish_all(
+        [
+            ("user.43.job.completed", cloudevent("other-user")),
+            ("user.42.job.completed", cloudevent("mine")),
+            ("group.dev.job.completed", cloudevent("other-group")),
+            ("group.ops.job.completed", cloudevent("my-group")),
+            ("all.job.completed", cloudevent("everybody")),
+        ]
+    )
+    # By two queues they may come in any order.
+    assert set(await stream.ids(3)) == {"mine", "my-group", "everybody"}
+    await vhost.publish("user.42.job.completed", cloudevent("last", job_id="é\n\n"))
+    event = await stream.next_event()
+    assert event == {
+        **cloudevent("last"),
+        "data": {"job_id": "é\n\n", "duration_seconds": 3.2, "result_url": None},
+    }
+    assert not stream.decoder.phantoms
+
+
+async def test_every_id_is_a_cursor_and_every_line_ends_with_lf(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    stream = await connect(service)
+    await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}")) for n in range(50)])
+    assert await stream.ids(50) == [f"e{n}" for n in range(50)]
+    ids = re.findall(rb"^id: (.*)$", stream.raw, re.MULTILINE)
+    assert len(ids) == 51
+    assert all(re.fullmatch(rb"[A-Za-z0-9._:~-]{1,160}", cursor) for cursor in ids)
+    assert len(set(ids)) == 51
+    assert b"\r" not in stream.raw
+
+
+@pytest.mark.parametrize("user", ["*", "#", "a.b", "😀", "a b", "%2A", "x" * 248, "../..", "user.42"])
+async def test_user_ids_are_one_word_whatever_they_are(
+    service: Service, vhost: Vhost, connect: OpenStream, user: str
+) -> None:
+    stream = await connect(service, user)
+    await vhost.publish("user.bob.job.completed", cloudevent("not-mine"))
+    await vhost.publish(Audience.user(user).binding_key("x"), b"not json, but it has arrived")
+    await service.logged("message refused", reason="malformed")
+    await vhost.publish("all.job.completed", cloudevent("end"))
+    assert await stream.ids(1) == ["end"]
+    assert stream.frames[0].json["user"] == user
+
+
+async def test_the_broker_filters_types_by_the_bindings(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    stream = await connect(service, "42", "ops", query="types=job.*,billing.%23")
+    live = [key for queue, key in vhost.bindings() if queue.startswith("bridge.live.")]
+    assert live == ["user.42.billing.#", "user.42.job.*"]
+    await vhost.publish_all(
+        [
+            ("user.42.notification", cloudevent("n1", "notification", title="x")),
+            ("group.ops.notification", cloudevent("n2", "notification", title="x")),
+            ("all.notification", cloudevent("n3", "notification", title="x")),
+            ("group.ops.job.completed", cloudevent("j1")),
+            ("all.billing.notice", cloudevent("b1", "billing.notice", kind="quota_warning")),
+        ]
+    )
+    assert await stream.ids(2) == ["j1", "b1"]
+
+
+async def test_unnamed_events_reach_a_plain_onmessage(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    stream = await connect(service, query="named=false")
+    await vhost.publish("user.42.job.completed", cloudevent("e1"))
+    frame = await stream.next()
+    assert frame.event == "message"
+    assert frame.json["type"] == "job.completed"
+
+
+async def test_the_same_id_is_the_same_event(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    stream = await connect(service, "42", "ops", "dev")
+    again = cloudevent("again")
+    await vhost.publish_all(
+        [
+            ("user.42.job.completed", again),
+            ("user.42.job.completed", again),
+            ("user.42.job.completed", cloudevent("e2")),
+        ]
+    )
+    assert await stream.ids(2) == ["again", "e2"]
+    # And one event for two audiences of the same person.
+    both = cloudevent("both")
+    await vhost.publish_all([("group.ops.job.completed", both), ("group.dev.job.completed", both)])
+    await vhost.publish("group.dev.job.completed", cloudevent("e3"))
+    assert await stream.ids(2) == ["both", "e3"]
+
+
+async def test_a_broadcast_costs_one_delivery_a_process(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    streams = [await connect(service, str(n), "ops") for n in range(5)]
+    await vhost.publish("all.job.completed", cloudevent("a"))
+    await vhost.publish("group.ops.job.completed", cloudevent("g"))
+    for stream in streams:
+        assert await stream.ids(2) == ["a", "g"]
+    assert await service.metric("bridge_events_received_total") == 2
+    assert await service.metric("bridge_events_delivered_total") == 10
+
+
+async def test_a_groups_binding_comes_with_the_first_and_goes_with_the_last(
+    service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually
+) -> None:
+    def groups() -> list[str]:
+        return [key for queue, key in vhost.bindings() if queue.startswith("bridge.shared.")]
+
+    one = await connect(service, "1", "ops")
+    two = await connect(service, "2", "ops", "a.b")
+    assert groups() == ["all.#", "group.a%2Eb.#", "group.ops.#"]
+    await one.close()
+    await eventually(lambda: len(vhost.live_queues()) == 1)
+    assert groups() == ["all.#", "group.a%2Eb.#", "group.ops.#"]
+    await two.close()
+    await eventually(lambda: groups() == ["all.#"])
+    assert vhost.live_queues() == []
+
+
+async def test_queues_are_exclusive_and_never_named_after_a_user(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    await connect(service, "alice-in-person")
+    assert len(vhost.queues()) == 3
+    assert not [name for name in vhost.queues() if "alice" in name]
+
+
+async def test_a_heartbeat_is_a_colon_and_one_line_feed(start: StartService, connect: OpenStream) -> None:
+    service = await start(HEARTBEAT_SECONDS="0.2")
+    stream = await connect(service)
+    assert stream.frames[0].json["heartbeat_seconds"] == 0.2
+    before = len(stream.raw)
+    began = time.monotonic()
+    await stream.comments(3)
+    assert stream.raw[before:] == b":\n" * 3
+    assert 0.5 < time.monotonic() - began < 3
+
+
+async def test_a_stream_rotates_and_says_when_to_come_back(start: StartService, connect: OpenStream) -> None:
+    service = await start(MAX_AGE_SECONDS="1.5", RETRY_SECONDS="2")
+    stream = await connect(service)
+    (bye,) = await stream.rest()
+    assert (bye.event, bye.json) == ("bridge.bye", {"reason": "rotate"})
+    assert bye.retry is not None
+    assert 1000 <= bye.retry <= 3000
+    ended = await service.logged("stream ended", reason="rotate")
+    assert 1.2 <= ended["seconds"] <= 2
+
+
+async def test_a_stream_never_outlives_its_token(service: Service) -> None:
+    async with Stream(service.public, mint("42", ttl=2)) as stream:
+        await stream.ready()
+        (bye,) = await stream.rest()
+        assert bye.json == {"reason": "expired"}
+
+
+async def test_too_many_are_told_busy_with_a_status_that_lets_browsers_come_back(
+    start: StartService, connect: OpenStream
+) -> None:
+    service = await start(MAX_CONNECTIONS="3", MAX_CONNECTIONS_PER_USER="2")
+    first = await connect(service, "1")
+    await connect(service, "1")
+    await assert_busy(await connect(service, "1", ready=False))
+    await connect(service, "2")
+    await assert_busy(await connect(service, "3", ready=False))
+    assert (await service.get("/readyz", internal=True)).status_code == 503
+    await first.close()
+    await service.logged("stream ended")
+    await connect(service, "3")
+    assert await service.metric('bridge_streams_ended_total{reason="busy"}') == 2
+
+
+async def assert_busy(stream: Stream) -> None:
+    assert stream.status == 200
+    assert stream.headers["content-type"] == "text/event-stream"
+    (bye,) = await stream.rest()
+    assert (bye.event, bye.json) == ("bridge.bye", {"reason": "busy"})
+    assert bye.retry is not None
+    assert 5000 <= bye.retry <= 15_000
+    assert stream.ended
+
+
+async def test_a_client_that_falls_behind_is_told_slow(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+    service = await start(BACKLOG_EVENTS="50")
+    stream = await connect(service, receive_buffer=4096)
+    other = await connect(service, "43")
+    # More than the sockets' buffers and the backlog hold together.
+    await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 2000)) for n in range(500)])
+    await vhost.publish("user.43.job.completed", cloudevent("unharmed"))
+    assert await other.ids(1) == ["unharmed"]
+    frames = await stream.rest()
+    assert frames[-1].json == {"reason": "slow"}
+    await service.logged("stream ended", reason="slow")
+
+
+async def test_a_client_that_reads_nothing_is_let_go(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+    service = await start(STALL_SECONDS="1", BACKLOG_EVENTS="100000", BACKLOG_BYTES="100000000")
+    await connect(service, receive_buffer=4096)
+    await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 2000)) for n in range(500)])
+    ended = await service.logged("stream ended", seconds=20)
+    assert ended["reason"] == "stalled"
+    assert await service.metric("bridge_connections") == 0
+
+
+@pytest.mark.parametrize(
+    ("last_event_id", "reason"),
+    [("1.19b5f0c2a10.abcd", "no-log"), ("garbage", "unknown"), ("é", "unknown"), ("x" * 8000, "unknown")],
+)
+@pytest.mark.parametrize("by", ["header", "query"])
+async def test_a_client_that_comes_back_is_told_the_gap(
+    service: Service, connect: OpenStream, last_event_id: str, reason: str, by: str
+) -> None:
+    if by == "header":
+        stream = await connect(service, headers={"Last-Event-ID": last_event_id})
+    else:
+        stream = await connect(service, query=f"lastEventId={last_event_id}".replace("é", "%C3%A9"))
+    gap = await stream.next()
+    assert (gap.event, gap.json) == ("bridge.gap", {"reason": reason})
+
+
+async def test_the_header_wins_over_the_query(service: Service, connect: OpenStream) -> None:
+    stream = await connect(service, query="lastEventId=garbage", headers={"Last-Event-ID": "1.19b5f0c2a10."})
+    assert (await stream.next()).json == {"reason": "no-log"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "key", "body"),
+    [
+        ("malformed", "user.42.job.completed", b"not json"),
+        ("malformed", "user.42.job.completed", b"\xff\xfe\x00"),
+        ("malformed", "user.42.job.completed", b"\xef\xbb\xbf" + json.dumps(cloudevent("bom")).encode()),
+        ("malformed", "user.42.job.completed", b""),
+        ("malformed", "user.42.job.completed", json.dumps(cloudevent("nan")).encode().replace(b"3.2", b"NaN")),
+        ("malformed", "user.42.job.completed", b"[" * 30_000 + b"]" * 30_000),
+        ("malformed", "user.42.job.completed", json.dumps(cloudevent("s")).encode().replace(b"r-7", rb"\ud800")),
+        ("malformed", "user.42.job.completed", json.dumps(cloudevent("d")).encode().replace(b'"id"', b'"id":"x","id"')),
+        ("not-a-cloudevent", "user.42.job.completed", b'{"hello": "world"}'),
+        ("unknown-type", "user.42.no.such.type", json.dumps(cloudevent("u", "no.such.type")).encode()),
+        ("schema", "user.42.job.completed", json.dumps(cloudevent("s", duration_seconds="long")).encode()),
+        ("type-mismatch", "user.42.job.failed", json.dumps(cloudevent("m")).encode()),
+        ("too-large", "user.42.job.completed", json.dumps(cloudevent("l", job_id="x" * 66_000)).encode()),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." not in value else "",
+)
+async def test_what_is_refused_goes_to_quarantine_and_the_stream_goes_on(
+    service: Service, vhost: Vhost, connect: OpenStream, reason: str, key: str, body: bytes
+) -> None:
+    # Three streams of the user: the process meets the message three times and quarantines it once.
+    streams = [await connect(service) for _ in range(3)]
+    await vhost.publish(key, body)
+    await vhost.publish("user.42.job.completed", cloudevent("next"))
+    for stream in streams:
+        assert await stream.ids(1) == ["next"]
+    messages: list[aio_pika.abc.AbstractIncomingMessage] = []
+    async with asyncio.timeout(10):
+        while not messages:
+            messages = await vhost.take("events.invalid")
+    (message,) = messages
+    assert message.body == body
+    assert message.headers["x-reason"] == reason
+    assert message.headers["x-routing-key"] == key
+    assert 0 < len(str(message.headers["x-detail"])) <= 1000
+    assert await service.metric(f'bridge_events_invalid_total{{reason="{reason}"}}') == 1
+    # Published again it is put aside again.
+    await vhost.publish(key, body)
+    async with asyncio.timeout(10):
+        while not await vhost.take("events.invalid"):
+            pass
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\nb", "\r\n\r\n", "data: x\n\nevent: evil\ndata: y\n\n", "\0", "\ufeff", "\u2028", "😀" * 50, ":\n", "<script>"],
+)
+async def test_no_text_breaks_the_framing(service: Service, vhost: Vhost, connect: OpenStream, text: str) -> None:
+    stream = await connect(service)
+    await vhost.publish("user.42.job.completed", cloudevent("e1", job_id=text))
+    await vhost.publish("user.42.job.completed", cloudevent("e2"))
+    assert (await stream.next_event())["data"]["job_id"] == text
+    assert await stream.ids(1) == ["e2"]
+    assert [frame.event for frame in stream.frames] == ["bridge.ready", "job.completed", "job.completed"]
+
+
+async def test_an_event_of_the_largest_size_streams(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    stream = await connect(service)
+    event = cloudevent("big", "notification", title="x", body="")
+    spare = 65_536 - len(json.dumps(event).encode())
+    # The model takes 5,000 characters; a member it does not know fills the rest.
+    event["data"]["padding"] = "x" * (spare - len('"padding": "", '))
+    assert len(json.dumps(event).encode()) == 65_536 - 1
+    await vhost.publish("user.42.notification", event)
+    assert await stream.ids(1) == ["big"]
+    assert b"padding" not in stream.raw

@@ -1,0 +1,120 @@
+"""A real RabbitMQ for the tests: one private node a run, a fresh virtual host a test, and its management API."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+from urllib.parse import quote
+
+import aio_pika
+import httpx
+
+from deploy.local.node import Node
+
+
+class Vhost:
+    """One virtual host, and what an operator can see and do there."""
+
+    def __init__(self, node: Node, *, port: int | None = None) -> None:
+        self.node = node
+        self.name = f"test-{secrets.token_hex(4)}"
+        self.port = port or node.port
+        self._api = httpx.Client(
+            base_url=f"http://127.0.0.1:{node.management_port}/api/", auth=("guest", "guest"), timeout=30
+        )
+
+    @property
+    def url(self) -> str:
+        return self.url_at(self.port)
+
+    def url_at(self, port: int, *, user: str = "guest", password: str = "guest") -> str:
+        return f"amqp://{user}:{password}@127.0.0.1:{port}/{self.name}"
+
+    def _call(self, method: str, path: str, **body: Any) -> Any:
+        response = self._api.request(method, path, json=body or None)
+        if response.status_code != 404:
+            response.raise_for_status()
+        return response.json() if response.content and response.status_code == 200 else None
+
+    def create(self) -> None:
+        self._call("PUT", f"vhosts/{self.name}")
+        self.grant("guest")
+
+    def delete(self) -> None:
+        self._call("DELETE", f"vhosts/{self.name}")
+        self.close()
+
+    def close(self) -> None:
+        self._api.close()
+
+    def grant(self, user: str, *, configure: str = ".*", write: str = ".*", read: str = ".*") -> None:
+        self._call("PUT", f"permissions/{self.name}/{user}", configure=configure, write=write, read=read)
+
+    def add_user(self, user: str) -> None:
+        self._call("PUT", f"users/{user}", password="secret-" + user, tags="")
+
+    def delete_user(self, user: str) -> None:
+        self._call("DELETE", f"users/{user}")
+
+    def queues(self) -> list[str]:
+        return [queue["name"] for queue in self._call("GET", f"queues/{self.name}?columns=name")]
+
+    def live_queues(self) -> list[str]:
+        return [name for name in self.queues() if name.startswith("bridge.live.")]
+
+    def bindings(self, *, exchange: str = "events") -> list[tuple[str, str]]:
+        """Queue and binding key of each binding of the exchange."""
+        found = self._call("GET", f"exchanges/{self.name}/{exchange}/bindings/source")
+        return sorted((binding["destination"], binding["routing_key"]) for binding in found or [])
+
+    def delete_queue(self, name: str) -> None:
+        """Also an exclusive one, which the management API would not touch."""
+        self.node.ctl("delete_queue", "--vhost", self.name, name)
+
+    def add_exchange(self, name: str) -> None:
+        self._call("PUT", f"exchanges/{self.name}/{name}", type="topic", durable=True)
+
+    def delete_exchange(self, name: str) -> None:
+        self._call("DELETE", f"exchanges/{self.name}/{name}")
+
+    def close_connections(self) -> int:
+        """As an operator's "force close"; returns how many."""
+        names = [found["name"] for found in self._call("GET", f"vhosts/{self.name}/connections") or []]
+        for name in names:
+            self._call("DELETE", f"connections/{quote(name, safe='')}")
+        return len(names)
+
+    async def publish(self, key: str, body: bytes | dict[str, Any], *, exchange: str = "events") -> None:
+        """Publishes with aio-pika alone, as a worker in another language would: no code of the bridge's."""
+        await self.publish_all([(key, body)], exchange=exchange)
+
+    async def publish_all(
+        self, messages: list[tuple[str, bytes | dict[str, Any]]], *, exchange: str = "events"
+    ) -> None:
+        connection = await aio_pika.connect(self.url_at(self.node.port))
+        async with connection:
+            channel = await connection.channel()
+            target = await channel.get_exchange(exchange, ensure=False)
+            for key, body in messages:
+                raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+                await target.publish(aio_pika.Message(raw), key, mandatory=False)
+
+    async def take(self, queue: str) -> list[aio_pika.abc.AbstractIncomingMessage]:
+        """Takes all messages out of a queue."""
+        connection = await aio_pika.connect(self.url_at(self.node.port))
+        found = []
+        async with connection:
+            channel = await connection.channel()
+            declared = await channel.get_queue(queue, ensure=False)
+            while (message := await declared.get(fail=False)) is not None:
+                await message.ack()
+                found.append(message)
+        return found
+
+
+def cloudevent(event_id: str, event_type: str = "job.completed", **data: Any) -> dict[str, Any]:
+    """An event as any program might write it."""
+    if event_type == "job.completed":
+        data = {"job_id": "r-7", "duration_seconds": 3.2, **data}
+    return {"specversion": "1.0", "id": event_id, "source": "/test", "type": event_type, "data": data}

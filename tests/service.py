@@ -1,0 +1,143 @@
+"""`bridge serve` as a process of its own, started and ended as an operator would."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bridge import auth
+
+SECRET = "a-secret-of-the-tests-0123456789abcdef"
+
+ROOT = Path(__file__).parent.parent
+
+
+def bare_environment() -> dict[str, str]:
+    """Ours, without settings of the bridge's that may stand in it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("BRIDGE_")}
+
+
+def mint(user: str, *groups: str, ttl: int = 3600) -> str:
+    return auth.mint(SECRET, user=user, groups=groups, ttl_seconds=ttl, now=time.time())
+
+
+class Service:
+    """
+    Args:
+        amqp_url: where its RabbitMQ is.
+        settings: environment variables, without their prefix.
+    """
+
+    def __init__(self, amqp_url: str, **settings: str) -> None:
+        self._environment = {
+            **bare_environment(),
+            "BRIDGE_AMQP_URL": amqp_url,
+            "BRIDGE_JWT_SECRET": SECRET,
+            "BRIDGE_BIND": "127.0.0.1:0",
+            "BRIDGE_INTERNAL_BIND": "127.0.0.1:0",
+            **{f"BRIDGE_{name}": value for name, value in settings.items()},
+        }
+        self.lines: list[dict[str, Any]] = []
+        self.text = ""
+        self._heard = asyncio.Condition()
+        self._reader: asyncio.Task[None] | None = None
+        self.public = ""
+        self.internal = ""
+
+    async def start(self, *, ready: bool = True) -> None:
+        """Until it serves, and with `ready` until /readyz says so."""
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "bridge",
+            "serve",
+            env=self._environment,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self._reader = asyncio.create_task(self._read())
+        line = await self.logged("serving")
+        self.public = f"http://{line['public']}"
+        self.internal = f"http://{line['internal']}"
+        if ready:
+            await self.logged("broker connected")
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for raw in self._process.stdout:
+            self.text += raw.decode()
+            async with self._heard:
+                try:
+                    self.lines.append(json.loads(raw))
+                except ValueError:
+                    self.lines.append({"event": raw.decode()})
+                self._heard.notify_all()
+        async with self._heard:
+            self.lines.append({"event": "(end of output)"})
+            self._heard.notify_all()
+
+    async def logged(self, event: str, *, count: int = 1, seconds: float = 30, **fields: Any) -> dict[str, Any]:
+        """The log line with this event and these fields, the `count`-th of them, once it is there."""
+
+        def find() -> dict[str, Any] | None:
+            found = [
+                line
+                for line in self.lines
+                if line.get("event") == event and all(line.get(name) == value for name, value in fields.items())
+            ]
+            return found[count - 1] if len(found) >= count else None
+
+        async with self._heard:
+            try:
+                async with asyncio.timeout(seconds):
+                    while (line := find()) is None:
+                        if self.lines and self.lines[-1]["event"] == "(end of output)":
+                            raise AssertionError(f"ended without logging {event!r}:\n{self.text}")
+                        await self._heard.wait()
+            except TimeoutError:
+                raise AssertionError(f"did not log {event!r} within {seconds} s:\n{self.text}") from None
+        return line
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    async def ended(self, *, seconds: float = 30) -> int:
+        """The exit code."""
+        async with asyncio.timeout(seconds):
+            code = await self._process.wait()
+            assert self._reader is not None
+            await self._reader
+        return code
+
+    async def stop(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+        await self.ended()
+
+    async def get(self, path: str, *, internal: bool = False, method: str = "GET", **options: Any) -> httpx.Response:
+        base = self.internal if internal else self.public
+        async with httpx.AsyncClient(base_url=base, timeout=10) as client:
+            return await client.request(method, path, **options)
+
+    async def metric(self, name: str) -> float:
+        """The value of one series, labels and all, as in `bridge_streams_ended_total{reason="drain"}`."""
+        text = (await self.get("/metrics", internal=True)).text
+        for line in text.splitlines():
+            if line.rpartition(" ")[0] == name:
+                return float(line.rpartition(" ")[2])
+        raise AssertionError(f"no series {name} in\n{text}")

@@ -1,0 +1,112 @@
+"""What holds of the files themselves: which way imports point, what lock files hold, what docs promise."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from bridge.metrics import Metrics
+from bridge.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parent.parent.parent
+BRIDGE = ROOT / "bridge"
+
+# Lowest first; a file imports only from the lines above its own.
+LAYERS = [
+    ["sse", "cursor", "pacing", "routing", "health"],
+    ["event"],
+    ["session", "catalogue"],
+    ["amqp"],
+    ["publisher", "topology", "quarantine", "auth", "metrics"],
+    ["broker", "settings"],
+    ["hub"],
+    ["stream"],
+    ["web"],
+    ["logs", "server"],
+    ["cli"],
+    ["__main__"],
+]
+PURE = ["sse", "cursor", "pacing", "routing", "health", "event", "session"]
+IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
+
+
+def imports(name: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((BRIDGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "bridge"}
+    return found
+
+
+def test_every_file_has_its_layer() -> None:
+    files = {path.stem for path in BRIDGE.glob("*.py")} - {"__init__"}
+    assert files == {name for layer in LAYERS for name in layer}
+
+
+def test_imports_point_one_way() -> None:
+    height = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+    for name, level in height.items():
+        for imported in imports(name):
+            target = imported.removeprefix("bridge.").partition(".")[0]
+            if imported.startswith("bridge.") and target in height:
+                assert height[target] < level or name == target, f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_files_have_no_clock_no_chance_and_no_io(name: str) -> None:
+    assert not {found.partition(".")[0] for found in imports(name)} & IMPURE
+
+
+@pytest.mark.parametrize(
+    ("library", "owners"),
+    [("quart", {"web", "server"}), ("hypercorn", {"server", "cli"}), ("pydantic_settings", {"settings"}),
+     ("jwt", {"auth"}), ("aio_pika.exceptions", {"amqp"}), ("aiormq.exceptions", {"amqp"})],
+)  # fmt: skip
+def test_each_library_has_its_file(library: str, owners: set[str]) -> None:
+    users = {
+        path.stem
+        for path in BRIDGE.glob("*.py")
+        if any(found == library or found.startswith(library + ".") for found in imports(path.stem))
+    }
+    assert users <= owners | ({"cli"} if library == "quart" else set())
+
+
+def test_only_settings_reads_the_environment() -> None:
+    readers = {path.stem for path in BRIDGE.glob("*.py") if re.search(r"os\.(environ|getenv)", path.read_text())}
+    assert readers == {"settings"}
+
+
+def test_lock_files_hold_hashes_and_no_address() -> None:
+    for name in ["requirements.lock", "requirements-dev.lock"]:
+        text = (ROOT / name).read_text()
+        assert "://" not in text
+        assert "--index" not in text
+        assert text.count("--hash=sha256:") > 100
+
+
+def test_the_readme_names_every_setting_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(BRIDGE_[A-Z_]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    fields = {PREFIX + name.upper(): field for name, field in Settings.model_fields.items()}
+    assert set(rows) == set(fields)
+    for name, field in fields.items():
+        default = field.default
+        if isinstance(default, bool):
+            assert rows[name] == f"`{str(default).lower()}`"
+        elif isinstance(default, int | float):
+            assert rows[name] == f"`{default:g}`" or rows[name] == f"`{default}`"
+
+
+def test_the_docs_name_only_metrics_that_exist_and_all_of_them() -> None:
+    real = {
+        metric.name + ("_total" if metric.type == "counter" else "")
+        for metric in Metrics().registry.collect()
+        if metric.name.startswith("bridge_")
+    }
+    text = (ROOT / "docs/operations.md").read_text()
+    assert set(re.findall(r"`(bridge_[a-z_]+)", text)) - {"bridge_token"} == real
