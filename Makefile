@@ -37,8 +37,8 @@ $(READY): requirements-dev.lock pyproject.toml
 	echo "==> $(VENV): $$($$python --version), locked dependencies" >&2; \
 	rm -rf $(VENV); "$$python" -m venv $(VENV); \
 	export PIP_DISABLE_PIP_VERSION_CHECK=1; \
-	$(VENV)/bin/pip install --quiet --require-hashes -r requirements-dev.lock; \
-	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(VENV)/bin/pip install -qq --require-hashes -r requirements-dev.lock; \
+	$(VENV)/bin/pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 clean: ## remove what the others made
