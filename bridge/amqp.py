@@ -169,7 +169,10 @@ async def open_channel(connection: aio_pika.abc.AbstractConnection, *, confirms:
         transport = connection.transport
         if transport is None:
             raise BrokerUnavailable("opening a channel: the connection is closed")
-        return await transport.connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
+        try:
+            return await transport.connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
+        except RuntimeError as error:  # What aiormq says of a connection that has just gone.
+            raise BrokerUnavailable(f"opening a channel: {error}") from error
 
 
 async def close(connection: aio_pika.abc.AbstractConnection) -> None:
