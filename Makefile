@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format lock clean
+.PHONY: help demo test chaos mutants check format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,14 @@ test: $(READY) check ## every test, on a private RabbitMQ and in Chromium
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure chromium
 	@$(VENV)/bin/python -m pytest $(TESTS)
+
+chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on
+	@deploy/local/ensure rabbitmq
+	@$(VENV)/bin/python -m tests.chaos.run --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),5) $(if $(SEED),--seed $(SEED))
+
+mutants: $(READY) ## let each bug of the zoo loose and see that a test catches it
+	@deploy/local/ensure rabbitmq
+	@$(VENV)/bin/python -m tests.mutants
 
 check: $(READY) ## formatting, lint and types
 	@$(VENV)/bin/ruff format --check --quiet .

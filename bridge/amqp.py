@@ -17,7 +17,8 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import aio_pika
 from aio_pika.exceptions import (
@@ -32,9 +33,13 @@ from aio_pika.exceptions import (
     PublishError,
 )
 from aiormq.abc import AbstractChannel
+from aiormq.connection import TransportFactory
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ConnectionNotAllowed
 from pamqp.commands import Basic
+from pamqp.exceptions import PAMQPException
 from yarl import URL
+
+from bridge.frames import FrameFilter
 
 CONNECT_SECONDS = 10.0
 """aiormq has no limit of its own for connecting: a listener that never answers would hold us for ever."""
@@ -50,7 +55,15 @@ _LONGEST_PAUSE_SECONDS = 5.0
 
 _log = logging.getLogger("bridge.amqp")
 
-_ERRORS = (AMQPError, ChannelInvalidStateError, ConnectionError, OSError, asyncio.IncompleteReadError)
+_ERRORS = (
+    AMQPError,
+    ChannelInvalidStateError,
+    ConnectionError,
+    OSError,
+    asyncio.IncompleteReadError,
+    PAMQPException,
+    StopAsyncIteration,  # A connection that ends in the middle of its handshake.
+)
 
 
 class BrokerError(Exception):
@@ -131,7 +144,9 @@ def _text(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-async def connect(addresses: Sequence[str], *, name: str) -> aio_pika.abc.AbstractConnection:
+async def connect(
+    addresses: Sequence[str], *, name: str, bare_headers: bool = False
+) -> aio_pika.abc.AbstractConnection:
     """A plain connection to the first address that takes one, tried in random order.
 
     Plain, not robust: a robust connection restores its queues one after another, and one refused queue keeps all others
@@ -140,6 +155,8 @@ async def connect(addresses: Sequence[str], *, name: str) -> aio_pika.abc.Abstra
     Args:
         addresses: AMQP URLs. `heartbeat` in the URL wins over our 10 s.
         name: shown in RabbitMQ's list of connections.
+        bare_headers: for consuming what anybody published. Properties of messages are not read, so that none can break
+            the connection; of their headers only a stream's offset is left.
 
     Raises:
         BrokerError: none of the addresses took it; the error of the last one tried, which names it.
@@ -152,9 +169,15 @@ async def connect(addresses: Sequence[str], *, name: str) -> aio_pika.abc.Abstra
         url = url.update_query({"name": name, "heartbeat": url.query.get("heartbeat", HEARTBEAT_SECONDS)})
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                return await aio_pika.connect(url)
+                return await aio_pika.connect(
+                    url, connection_class=_ConsumingConnection if bare_headers else aio_pika.Connection
+                )
         except (*_ERRORS, TimeoutError) as error:
             failure = translate(error, f"connecting to {redact(address)}")
+        except (Exception, asyncio.CancelledError) as error:
+            if not _is_rejection(error):
+                raise
+            failure = BrokerUnavailable(f"connecting to {redact(address)}: the connection was closed")
     assert failure is not None, "parse_urls gives at least one address"
     raise failure
 
@@ -218,6 +241,38 @@ def pauses() -> Callable[[], float]:
         return pause
 
     return draw
+
+
+class _Reader(asyncio.StreamReader):
+    """Passes on what `FrameFilter` leaves of the broker's bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._filter = FrameFilter()
+
+    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
+        passed = self._filter.feed(bytes(data))
+        if passed:
+            super().feed_data(passed)
+
+
+class _Transport(TransportFactory):
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        context = await kwargs.pop("ssl_context_provider").get_context() if url.scheme == "amqps" else None
+        loop = asyncio.get_running_loop()
+        reader = _Reader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        assert url.host is not None, "parse_urls wants a host"
+        transport, _ = await loop.create_connection(lambda: protocol, url.host, url.port or 5672, ssl=context)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+class _ConsumingConnection(aio_pika.Connection):
+    """One that a message cannot break."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kwargs["transport_factory"] = _Transport()
 
 
 class Sender:

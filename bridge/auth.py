@@ -12,7 +12,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import httpx
 import jwt
@@ -155,12 +155,14 @@ class Authenticator:
 
 def _read_claims(claims: dict[str, Any], now: float) -> Subscriber:
     expires_at = claims.get("exp")
-    if isinstance(expires_at, bool) or not isinstance(expires_at, int | float) or not math.isfinite(expires_at):
+    if not _is_time(expires_at):
         raise InvalidToken("the claim 'exp' (seconds since 1970) is missing or is no number")
     if now >= expires_at:
         raise ExpiredToken(f"the token expired {now - expires_at:.0f} s ago: get a new one, then open the stream again")
     not_before = claims.get("nbf")
-    if isinstance(not_before, int | float) and now + NOT_BEFORE_LEEWAY_SECONDS < not_before:
+    if not_before is not None and not _is_time(not_before):
+        raise InvalidToken("the claim 'nbf' (seconds since 1970) is no number")
+    if not_before is not None and now + NOT_BEFORE_LEEWAY_SECONDS < not_before:
         raise InvalidToken(f"the token is not good for another {not_before - now:.0f} s (nbf)")
     user = claims.get("sub")
     if not isinstance(user, str) or not user:
@@ -169,6 +171,15 @@ def _read_claims(claims: dict[str, Any], now: float) -> Subscriber:
     if not isinstance(groups, list) or not all(isinstance(group, str) and group for group in groups):
         raise InvalidToken("the claim 'groups' is no list of group ids")
     return Subscriber(user, tuple(dict.fromkeys(groups)), float(expires_at))
+
+
+def _is_time(value: object) -> TypeGuard[int | float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # An integer of some hundred digits.
+        return False
 
 
 class KeySet:
@@ -210,11 +221,9 @@ class KeySet:
         raise InvalidToken(f"the key set does not have {named}; was the token signed by the issuer configured here?")
 
     def _lookup(self, kid: str | None, algorithm: str) -> Any:
-        fitting = [
-            key for key in self._keys if _fits(key, algorithm) and (key.get("kid") == kid if kid is not None else True)
-        ]
+        fitting = [key for key in self._keys if _fits(key, algorithm) and (kid is None or key.get("kid") == kid)]
         # A token without `kid` is taken where there is nothing to choose (RFC 7515, section 4.1.4: `kid` is optional).
-        if len(fitting) != 1:
+        if not fitting or (kid is None and len(fitting) > 1):
             return None
         return jwt.PyJWK(fitting[0], algorithm).key
 
@@ -222,12 +231,9 @@ class KeySet:
         self._tried_at = now
         try:
             text = await self._read()
-            keys = json.loads(text)["keys"]
-            usable = [key for key in keys if any(_fits(key, algorithm) for algorithm in _KEY_TYPES)]
+            usable = _usable(json.loads(text)["keys"])
             if not usable:
                 raise InvalidKeySet("it has no key for RS256, ES256 or EdDSA")
-            for key in usable:
-                jwt.PyJWK(key, next(algorithm for algorithm in _KEY_TYPES if _fits(key, algorithm)))
         except (OSError, httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, jwt.PyJWTError) as error:
             self._failure = f"the key set {self._source} cannot be used: {error or type(error).__name__}"
             _log.error("key set not read", source=self._source, error=str(error) or type(error).__name__)
@@ -246,13 +252,30 @@ class KeySet:
             return response.text
 
 
+def _usable(keys: list[object]) -> list[dict[str, Any]]:
+    """The keys that can verify something; others are passed over (RFC 7517, section 5), each once."""
+    found: list[dict[str, Any]] = []
+    for key in keys:
+        algorithm = next((algorithm for algorithm in _KEY_TYPES if _fits(key, algorithm)), None)
+        if algorithm is None or not isinstance(key, dict) or key in found:
+            continue
+        try:
+            jwt.PyJWK(key, algorithm)
+        except (jwt.PyJWTError, ValueError, TypeError) as error:
+            _log.warning("key not usable", kid=key.get("kid"), error=str(error))
+        else:
+            found.append(key)
+    return found
+
+
 def _fits(key: object, algorithm: str) -> bool:
     """Whether a JWK may verify this algorithm (RFC 7517, sections 4.1 to 4.4; RFC 7518, section 6; RFC 8037)."""
     if not isinstance(key, dict) or key.get("kty") != _KEY_TYPES[algorithm]:
         return False
     if key.get("alg", algorithm) != algorithm or key.get("use", "sig") != "sig":
         return False
-    if "verify" not in key.get("key_ops", ["verify"]):
+    operations = key.get("key_ops")
+    if operations is not None and (not isinstance(operations, list) or "verify" not in operations):
         return False
     curve = {"ES256": "P-256", "EdDSA": "Ed25519"}.get(algorithm)
     return curve is None or key.get("crv") == curve

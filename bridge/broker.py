@@ -26,7 +26,7 @@ import structlog
 from pamqp.commands import Basic
 
 from bridge import amqp, topology
-from bridge.amqp import BrokerError, BrokerUnavailable, NotFound
+from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
 from bridge.routing import Audience
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ SHARED_PREFETCH = 2_000
 
 STEADY_SECONDS = 10.0
 """A connection that lasted this long is followed by a quick try; one that did not, by a longer pause each time."""
+
+COMMAND_SECONDS = 30.0
+"""A broker that leaves a command unanswered for this long is as good as gone, though its heartbeats come."""
+
+EXCHANGE_CHECK_SECONDS = 10.0
 
 _RETRY_SECONDS = 1.0
 
@@ -112,12 +117,21 @@ class Broker:
     """
     Args:
         addresses: AMQP URLs of the cluster's nodes.
-        exchange, quarantine: names; the topology of both is declared with every new connection.
+        exchange, quarantine, log: the topology, declared with every new connection.
         on_shared: called with each message of the shared queue.
     """
 
-    def __init__(self, addresses: Sequence[str], *, exchange: str, quarantine: str, on_shared: Delivery) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        exchange: str,
+        quarantine: str,
+        log: topology.Log | None,
+        on_shared: Delivery,
+    ) -> None:
         self._addresses = addresses
+        self.log = log
         self.exchange = exchange
         self.quarantine = quarantine
         self.on_shared = on_shared
@@ -180,11 +194,13 @@ class Broker:
                 async with self._connection() as connection:
                     link = _Link(self, connection)
                     await link.declare_topology()
-                    self._went_up(link)
+                    self._link = link
+                    for subscription in self.subscriptions.values():
+                        link.attach(subscription)
                     try:
                         await link.run()
                     finally:
-                        if time.monotonic() - self._up_since > STEADY_SECONDS:
+                        if self.connected and time.monotonic() - self._up_since > STEADY_SECONDS:
                             next_pause = amqp.pauses()
                         self._went_down()
             except BrokerError as error:
@@ -196,30 +212,36 @@ class Broker:
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[aio_pika.abc.AbstractConnection]:
-        connection = await amqp.connect(self._addresses, name=f"bridge {self.instance} consumer")
+        connection = await amqp.connect(self._addresses, name=f"bridge {self.instance} consumer", bare_headers=True)
         try:
             yield connection
         finally:
             await amqp.close(connection)
 
-    def _went_up(self, link: _Link) -> None:
-        self._link = link
+    def note_up(self, link: _Link) -> None:
+        """The link consumes: its shared queue is there, which every stream needs."""
+        if link is not self._link or self.connected:
+            return
         self.connects += 1
         away = None if self.connects == 1 or self.down_since is None else round(time.monotonic() - self.down_since, 3)
         self.down_since = None
         self._up_since = time.monotonic()
         self.last_error = None
         _log.info("broker connected", exchange=self.exchange, streams=len(self.subscriptions), away_seconds=away)
-        for subscription in self.subscriptions.values():
-            link.attach(subscription)
 
     def _went_down(self) -> None:
         self._link = None
-        self.down_since = time.monotonic()
+        if self.down_since is None:
+            self.down_since = time.monotonic()
         for subscription in list(self.subscriptions.values()):
             subscription.lane = None
             subscription.consumed = False
             _lose(subscription)
+
+
+def _exchange_gone(error: BrokerError) -> BrokerUnavailable:
+    # The connection is made anew, and with it the exchange and every queue: nobody's binding is left to trust.
+    return BrokerUnavailable(f"the exchange is gone, and all bindings with it: {error}")
 
 
 def _lose(subscription: Subscription) -> None:
@@ -239,13 +261,21 @@ class _Link:
         self._waiting: dict[int, Subscription] = {}
 
     async def declare_topology(self) -> None:
-        """Exchange and quarantine, on channels without consumers: a declare that differs closes its channel.
+        """Exchange, quarantine and log, on channels without consumers: a declare that differs closes its channel.
 
         Raises:
             BrokerError: with what differs or which right is missing, and what to do.
         """
         await topology.declare_exchange(self.connection, self.broker.exchange)
         await topology.declare_quarantine(self.connection, self.broker.quarantine)
+        if self.broker.log is not None:
+            try:
+                await topology.declare_log(self.connection, self.broker.log, self.broker.exchange)
+            except (NotFound, TopologyMismatch, AccessRefused) as error:
+                # Its node may be down, or an operator at work. Live events flow without it, and who comes back is told.
+                if self.broker.connects == 0 and not isinstance(error, NotFound):
+                    raise
+                _log.error("no log", error=str(error))
 
     async def run(self) -> None:
         """Until the connection is lost.
@@ -261,7 +291,7 @@ class _Link:
             closed.set()
 
         self.connection.close_callbacks.add(on_close)
-        runs = [self.shared.run(), *(lane.run() for lane in self._lanes)]
+        runs = [self.shared.run(), self._watch_exchange(), *(lane.run() for lane in self._lanes)]
         owners = [asyncio.create_task(run, name="amqp-owner") for run in runs]
         watch = asyncio.create_task(closed.wait(), name="amqp-closed")
         try:
@@ -276,6 +306,17 @@ class _Link:
             for task in (watch, *owners):
                 task.cancel()
             await asyncio.gather(watch, *owners, return_exceptions=True)
+
+    async def _watch_exchange(self) -> None:
+        """An exchange that is deleted takes all bindings with it and tells nobody; streams would fall silent."""
+        channel = await amqp.open_channel(self.connection)
+        while True:
+            await asyncio.sleep(EXCHANGE_CHECK_SECONDS)
+            try:
+                async with amqp.translating("looking for the exchange"):
+                    await channel.exchange_declare(self.broker.exchange, passive=True)
+            except NotFound as error:
+                raise _exchange_gone(error) from error
 
     def attach(self, subscription: Subscription) -> None:
         self.shared.note_groups(subscription.groups)
@@ -379,8 +420,8 @@ class _Lane:
             try:
                 await self._obey(consumer)
             except BrokerError as error:
-                if not self._link.connection.connected.is_set():
-                    raise
+                if not channel.is_closed or not self._link.connection.connected.is_set():
+                    raise  # More than this channel is at fault: everything is made anew.
                 # Only this channel is gone, and with it the queues that had their consumers on it.
                 _log.warning("live queues lost", streams=len(self._subscriptions), error=str(error))
             finally:
@@ -425,10 +466,12 @@ class _Lane:
                 if consumer.channel.is_closed:
                     raise command
                 continue  # Of a channel before this one.
-            if command.wanted and not command.consumed:
-                await self._attach(command, consumer)
-            elif not command.wanted and command.consumed:
-                await self._detach(command, consumer)
+            # Its timeout closes the channel in the middle of a command; the whole link ends with it.
+            async with amqp.translating("making or ending a live queue"), asyncio.timeout(COMMAND_SECONDS):
+                if command.wanted and not command.consumed:
+                    await self._attach(command, consumer)
+                elif not command.wanted and command.consumed:
+                    await self._detach(command, consumer)
 
     async def _attach(self, subscription: Subscription, consumer: _Consumer) -> None:
         # A name of its own for each try: the queue of a try that failed may still be there.
@@ -444,16 +487,20 @@ class _Lane:
             if not self._link.connection.connected.is_set():
                 raise
             _log.error("live queue refused", stream=subscription.number, error=str(error))
-            await self._clear_away(queue)
             if isinstance(error, NotFound):
-                await self._link.declare_topology()  # Somebody deleted the exchange.
+                raise _exchange_gone(error) from error
+            await self._clear_away(queue)
             asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._commands.put_nowait, subscription)
             return
         tag = str(subscription.number)
         # Known before it is consumed: the first delivery may come with the same packet as the answer.
         self._subscriptions[tag] = subscription
-        async with amqp.translating("consuming a live queue"):
-            await consumer.consume(queue, tag)
+        try:
+            async with amqp.translating("consuming a live queue"):
+                await consumer.consume(queue, tag)
+        except BrokerError:
+            await self._clear_away(queue)
+            raise
         # What happened meanwhile (a close, a cancel) stands in the commands behind this one.
         if tag in self._subscriptions:
             subscription.consumed = True
@@ -486,6 +533,7 @@ class _Shared:
         self._changed = asyncio.Event()
         self._bound: set[str] = set()
         self._consuming = False
+        self.has_consumed = False
         self._failure: BrokerError | None = None
 
     def note_groups(self, groups: Sequence[str]) -> None:
@@ -505,7 +553,9 @@ class _Shared:
                     raise
                 _log.warning("shared queue lost", error=str(error))
                 if isinstance(error, NotFound):
-                    await self._link.declare_topology()
+                    raise _exchange_gone(error) from error
+                if isinstance(error, AccessRefused) and not self.has_consumed:
+                    raise  # A right is missing; waiting does not mend it.
             finally:
                 self._consuming = False
                 self._bound.clear()
@@ -528,7 +578,8 @@ class _Shared:
                 await setup.queue_bind(queue, self._broker.exchange, Audience.everyone().binding_key())
                 await self._reconcile(setup, queue)
                 await consumer.consume(queue, "shared")
-                self._consuming = True
+                self._consuming = self.has_consumed = True
+                self._broker.note_up(self._link)
                 while True:
                     self._link.check_waiting()
                     await self._changed.wait()
@@ -536,23 +587,34 @@ class _Shared:
                     if self._failure is not None:
                         raise self._failure
                     await self._reconcile(setup, queue)
-        finally:
-            consumer.stop()
+        except BrokerError:
+            self._consuming = False
+            # The connection stays: its channels are given back. When this is cancelled, the connection goes as a whole.
             if self._link.connection.connected.is_set():
                 with contextlib.suppress(BrokerError):
+                    consumer.stop()
                     async with amqp.translating("closing the shared queue's channels"):
                         await setup.close()
                         await channel.close()
+            raise
+        finally:
+            consumer.stop()
 
     async def _reconcile(self, setup: AbstractChannel, queue: str) -> None:
-        """Binds with a group's first connection, unbinds with its last."""
-        wanted = set(self._broker.groups)
-        for group in sorted(wanted - self._bound):
-            await setup.queue_bind(queue, self._broker.exchange, Audience.group(group).binding_key())
-            self._bound.add(group)
-        for group in sorted(self._bound - wanted):
-            self._bound.discard(group)  # First: a connection that comes meanwhile must wait for a new binding.
-            await setup.queue_unbind(queue, self._broker.exchange, Audience.group(group).binding_key())
+        """Binds with a group's first connection, unbinds with its last.
+
+        Looks anew at each step: groups come and go while the broker is asked.
+        """
+        while differing := self._bound.symmetric_difference(self._broker.groups):
+            group = min(differing)
+            key = Audience.group(group).binding_key()
+            if group in self._bound:
+                self._bound.discard(group)  # First: a connection that comes meanwhile must wait for a new binding.
+                await setup.queue_unbind(queue, self._broker.exchange, key)
+            else:
+                await setup.queue_bind(queue, self._broker.exchange, key)
+                self._bound.add(group)
+            self._link.check_waiting()
 
     def _note_closed(self, closing: asyncio.Future[object]) -> None:
         error = None if closing.cancelled() else closing.exception()

@@ -300,7 +300,12 @@ async def check() -> None:
             _failed(str(error))
         _passed(f"key set {loaded.jwks}")
     try:
-        async for step in topology.rehearse(loaded.addresses, exchange=loaded.exchange, quarantine=loaded.quarantine):
+        async for step in topology.rehearse(
+            loaded.addresses,
+            exchange=loaded.exchange,
+            quarantine=loaded.quarantine,
+            log=loaded.log_stream,
+        ):
             _passed(step)
     except BrokerError as error:
         _failed(str(error))

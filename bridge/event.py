@@ -7,11 +7,9 @@ extension attributes other than those of W3C Trace Context, stay inside.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NoReturn
@@ -19,6 +17,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 from pydantic import BaseModel, ValidationError
 
 from bridge import sse
+from bridge.cursor import digest
 from bridge.routing import check_type, split_key
 
 MAX_EVENT_BYTES = 65_536
@@ -130,15 +129,14 @@ class Event:
     text: bytes
     """The CloudEvent as one line of JSON, UTF-8."""
     digest: str = field(init=False)
-    """Four characters of base64url, 24 bits of a hash of the id: how a cursor names an event that was sent."""
+    """Of the id: how a cursor names an event that was sent."""
     named: bytes = field(init=False)
     """The frame after its `id:` line, with an `event:` line."""
     plain: bytes = field(init=False)
     """The same without the `event:` line, for `named=false`."""
 
     def __post_init__(self) -> None:
-        hashed = hashlib.blake2b(self.id.encode("ascii"), digest_size=3).digest()
-        object.__setattr__(self, "digest", urlsafe_b64encode(hashed).decode("ascii"))
+        object.__setattr__(self, "digest", digest(self.id.encode("ascii")))
         object.__setattr__(self, "plain", sse.encode_tail(self.text))
         object.__setattr__(self, "named", sse.encode_tail(self.text, event_type=self.type))
 

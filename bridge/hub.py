@@ -7,11 +7,13 @@ Asyncio, but no framework and no socket: the broker's side calls `deliver`, the 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -19,12 +21,14 @@ import structlog
 from bridge import pacing
 from bridge.auth import Subscriber
 from bridge.broker import Broker, Delivery, Subscription
+from bridge.cursor import Anchor
 from bridge.event import Event, InvalidEvent, Models, read_event
+from bridge.eventlog import EventLog, Request
 from bridge.metrics import Metrics
 from bridge.pacing import Pace
 from bridge.quarantine import Quarantine
 from bridge.routing import Audience, TypeFilter, split_key
-from bridge.session import Session, State
+from bridge.session import Entry, Session, State
 from bridge.sse import EndReason, GapReason
 
 _log = structlog.get_logger("bridge.hub")
@@ -38,6 +42,13 @@ ATTACH_SECONDS = 10.0
 
 BROKER_MOMENT_SECONDS = 3.0
 """So long a new stream waits for a broker that is away; a restart of a node's listener takes less."""
+
+
+ANCHOR_SECONDS = 10.0
+
+ARRIVAL_SECONDS = (5.0, 9.0)
+"""So long after an entry was written to the log all that stands before it has surely come live. Twice: the few streams
+whose last events do not show which of them stand behind it at one time do so at the other."""
 
 
 class Limits(Protocol):
@@ -90,7 +101,10 @@ class Connection:
     """One open stream: its session, its wish at the broker, its deadlines."""
 
     __slots__ = (
+        "_epoch",
         "_hub",
+        "_paused_at",
+        "_request",
         "opened_at",
         "pace",
         "ready_at",
@@ -113,6 +127,10 @@ class Connection:
         self.ready_at: float | None = None
         self.writing_since: float | None = None
         self.subscription: Subscription
+        self._epoch = 0
+        """Counts the lives of its queues: what was asked in one is not answered in the next."""
+        self._request: Request | None = None
+        self._paused_at: int | None = None
 
     # Called by the broker's side.
 
@@ -126,12 +144,84 @@ class Connection:
         self.ring()
 
     def on_bound(self) -> None:
-        gap = self.session.bound(_now_ms())
-        self._hub.note_bound(self, gap)
-        self.ring()
+        log = self._hub.log
+        if log is None:
+            self._hub.note(self, self.session.bound(_now_ms(), None))
+            self.ring()
+        else:
+            self._epoch += 1
+            log.tick(partial(self._on_tick, self._epoch))
 
     def on_lost(self) -> None:
+        self.forget()
         self.session.lost()
+
+    def forget(self) -> None:
+        """Nothing that was asked of the log is wanted any more."""
+        self._epoch += 1
+        self._paused_at = None
+        if self._request is not None:
+            self._request.cancel()
+            self._request = None
+
+    # Called by the log's side.
+
+    def _on_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
+        if epoch == self._epoch:
+            self._hub.note(self, self.session.bound(_now_ms(), anchor))
+            self._read_log()
+            self.ring()
+
+    def _on_later_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
+        if epoch != self._epoch:
+            return
+        if anchor is None:
+            self._hub.note(self, self.session.not_found("unknown"))
+        else:
+            self.session.extend(anchor)
+            self._read_log()
+        self.ring()
+
+    def _read_log(self) -> None:
+        log, replay = self._hub.log, self.session.replay
+        if log is not None and replay is not None:
+            subscriber = self.request.subscriber
+            audiences = [Audience.user(subscriber.user), *map(Audience.group, subscriber.groups), Audience.everyone()]
+            self._request = log.replay(replay, [audience.prefix for audience in audiences], self)
+
+    def found(self) -> None:
+        self.session.found()
+        self._hub.note(self, None, outcome="complete")
+        self.ring()
+
+    def not_found(self, reason: GapReason) -> None:
+        self._request = None
+        self._hub.note(self, self.session.not_found(reason))
+        self.ring()
+
+    def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
+        event = self._hub.read_logged(routing_key, body)
+        if event is None or not self.session.types.matches(event.type):
+            return True
+        taken = self.session.replayed(Entry(offset, check, event))
+        if not taken:
+            self._request = None
+            self._paused_at = offset
+        self.ring()
+        return taken
+
+    def caught_up(self) -> None:
+        log = self._hub.log
+        if not self.session.caught_up(_now_ms()) and log is not None:
+            # What came live meanwhile was too much to hold. It stands in the log, behind the tick.
+            self._request = None
+            log.tick(partial(self._on_later_tick, self._epoch))
+        self.ring()
+
+    def settle(self, routing_key: str, body: bytes) -> None:
+        event = self._hub.read_logged(routing_key, body)
+        if event is not None and self.session.types.matches(event.type):
+            self.offer(event, _now_ms())
 
     # Called by the stream's side.
 
@@ -144,9 +234,14 @@ class Connection:
             session.end("expired", self._hub.retry_ms())
         elif pace.is_rotated(now):
             session.end("rotate", self._hub.retry_ms())
-        elif session.state is State.OPENING:
+        elif not session.greeted:
             if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
                 session.end("busy", pacing.busy_retry_ms(random.random()))
+        elif self._paused_at is not None and session.wants_more:
+            # The client has read most of what the log gave it: go on where reading was stopped.
+            session.read_on(self._paused_at)
+            self._paused_at = None
+            self._read_log()
         elif pace.position_due(now):
             session.place(_now_ms())
             pace.moved(now)
@@ -157,16 +252,26 @@ class Connection:
 
     def deadline(self, now: float) -> float:
         """When `advance` has to be called next, if nothing rings before."""
-        if self.session.state is State.OPENING:
+        if not self.session.greeted:
             return min(self.opened_at + ATTACH_SECONDS, now + BROKER_MOMENT_SECONDS)
         return self.pace.deadline()
 
 
 @dataclass(slots=True)
 class _Refusal:
-    """A message that was refused, and by which queues it has come: by the same one again, it was published again."""
+    """A message that was refused: how often it came by each queue, and how often it must have been published."""
 
-    seen_via: set[int] = field(default_factory=set)
+    came_by: Counter[int] = field(default_factory=Counter)
+    published: int = 0
+
+    def is_new(self, via: int) -> bool:
+        """Whether this delivery shows another publication. A queue brings each one once, so the queue that has brought
+        most of them says how many there were."""
+        self.came_by[via] += 1
+        if self.came_by[via] <= self.published:
+            return False
+        self.published += 1
+        return True
 
 
 class Hub:
@@ -174,6 +279,7 @@ class Hub:
     Args:
         models: the event catalogue.
         make_broker: given the function for shared deliveries, makes the broker's side.
+        log: what clients resume from; None without one.
     """
 
     def __init__(
@@ -184,17 +290,20 @@ class Hub:
         metrics: Metrics,
         quarantine: Quarantine,
         make_broker: Callable[[Delivery], Broker],
+        log: EventLog | None,
     ) -> None:
         self._models = models
         self._limits = limits
         self._metrics = metrics
         self._quarantine = quarantine
         self.broker = make_broker(self.on_shared)
+        self.log = log
         self.draining = False
         self._connections: dict[Connection, None] = {}
         self._by_group: dict[str, dict[Connection, None]] = {}
         self._by_user: Counter[str] = Counter()
-        self._cache: OrderedDict[tuple[str, bytes], Event | _Refusal] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, bytes], Event] = OrderedDict()
+        self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
         self._cache_bytes = 0
         self._empty = asyncio.Event()
         self._empty.set()
@@ -227,6 +336,7 @@ class Hub:
             types=request.types,
             named=request.named,
             last_event_id=request.last_event_id,
+            has_log=self.log is not None,
             retry_ms=self.retry_ms(),
             heartbeat_seconds=self._limits.heartbeat_seconds,
             max_events=self._limits.backlog_events,
@@ -257,6 +367,7 @@ class Hub:
     def detach(self, connection: Connection) -> None:
         """Forgets a connection. Synchronous: it is called from a `finally` that may be cancelled at any await."""
         connection.subscription.close()
+        connection.forget()
         del self._connections[connection]
         user = connection.request.subscriber.user
         self._by_user[user] -= 1
@@ -279,15 +390,32 @@ class Hub:
         down_since = self.broker.down_since
         return down_since is not None and now >= down_since + BROKER_MOMENT_SECONDS
 
-    def note_bound(self, connection: Connection, gap: GapReason | None) -> None:
+    def note(self, connection: Connection, gap: GapReason | None, *, outcome: str = "gap") -> None:
+        """Counts what a connection was told: its first ready, a gap, a replay."""
         if gap is not None:
             self._metrics.gaps.labels(gap).inc()
-        if connection.ready_at is None:
+        if gap is not None or outcome == "complete":
+            self._metrics.replays.labels(outcome).inc()
+        if connection.ready_at is None and connection.session.greeted:
             connection.ready_at = time.monotonic()
             self._metrics.streams_opened.inc()
             self._metrics.attach_seconds.observe(connection.ready_at - connection.opened_at)
-            if connection.request.last_event_id:
-                self._metrics.replays.labels("gap").inc()
+
+    async def anchor_for_ever(self) -> None:
+        """Moves the cursors of open streams forward, so that who comes back has little of the log to read."""
+        while self.log is not None:
+            await asyncio.sleep(ANCHOR_SECONDS)
+            if self._connections:
+                self.log.tick(self._on_anchor)
+
+    def _on_anchor(self, anchor: Anchor | None, written_ms: int) -> None:
+        if anchor is not None:
+            for seconds in ARRIVAL_SECONDS:
+                asyncio.get_running_loop().call_later(seconds, self._anchor_all, anchor, written_ms)
+
+    def _anchor_all(self, anchor: Anchor, written_ms: int) -> None:
+        for connection in self._connections:
+            connection.session.anchor(anchor, written_ms)
 
     # From the broker's side.
 
@@ -318,21 +446,35 @@ class Hub:
         self._metrics.events_received.inc()
         key = (routing_key, body)
         known = self._cache.get(key)
-        if isinstance(known, Event):
+        if known is not None:
             return known
-        if known is not None and via not in known.seen_via:
-            known.seen_via.add(via)
-            return None
         try:
             event = read_event(body, routing_key, self._models, max_bytes=self._limits.max_event_bytes)
         except InvalidEvent as error:
-            self._remember(key, _Refusal({via}))
-            self._refuse(routing_key, body, error)
+            # Remembered by a digest: the body may be as large as the broker takes.
+            digested = (routing_key, hashlib.blake2b(body, digest_size=16).digest())
+            refusal = self._refusals.setdefault(digested, _Refusal())
+            if len(self._refusals) > CACHE_EVENTS:
+                self._refusals.popitem(last=False)
+            if refusal.is_new(via):
+                self._refuse(routing_key, body, error)
             return None
         self._remember(key, event)
         return event
 
-    def _remember(self, key: tuple[str, bytes], value: Event | _Refusal) -> None:
+    def read_logged(self, routing_key: str, body: bytes) -> Event | None:
+        """The same for an entry of the log. What is refused was put aside by whoever met it live."""
+        key = (routing_key, body)
+        known = self._cache.get(key)
+        if known is None:
+            try:
+                known = read_event(body, routing_key, self._models, max_bytes=self._limits.max_event_bytes)
+            except InvalidEvent:
+                return None
+            self._remember(key, known)
+        return known
+
+    def _remember(self, key: tuple[str, bytes], value: Event) -> None:
         if self._cache.pop(key, None) is None:
             self._cache_bytes += len(key[1])
         self._cache[key] = value

@@ -19,7 +19,7 @@ from bridge.sse import END_REASONS
 CLOSE_REASONS = (*END_REASONS, "client", "stalled", "error")
 """Why a stream ended: what `bridge.bye` said, or `client` (it went away), `stalled`, `error` (ours)."""
 
-REPLAY_OUTCOMES = ("gap",)
+REPLAY_OUTCOMES = ("complete", "gap")
 
 _DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ATTACH_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -81,7 +81,7 @@ class Metrics:
         )
         self.replays = Counter(
             "bridge_replays_total",
-            "Streams opened with a cursor, by what could be made of it",
+            "Clients that came back, and streams whose queues were lost, by whether the log had all that they missed",
             ["outcome"],
             registry=self.registry,
         )
@@ -97,6 +97,8 @@ class Metrics:
             buckets=_ATTACH_BUCKETS,
             registry=self.registry,
         )
+        self.log_passes = Gauge("bridge_log_passes", "Passes over the log since the start", registry=self.registry)
+        self.log_entries = Gauge("bridge_log_entries_read", "Entries of the log read in them", registry=self.registry)
         # All label values from the start: a rate over a series that appears with its first event misses that event.
         for reason in CLOSE_REASONS:
             self.streams_ended.labels(reason)

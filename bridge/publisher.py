@@ -244,7 +244,7 @@ class Publisher:
             message_type=event_type,
             timestamp=datetime.now(UTC),
             delivery_mode=2,
-            app_id=self._source[:255],
+            app_id=self._source.encode()[:255].decode(errors="ignore"),
         )
         return _Message(event.id, key, body, properties)
 

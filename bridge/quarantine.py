@@ -19,6 +19,7 @@ from bridge.amqp import BrokerError, BrokerUnavailable
 from bridge.event import InvalidEvent, Models, read_event
 
 MAX_PENDING = 1_000
+MAX_PENDING_BYTES = 33_554_432
 """Refused messages held while the publishing connection is away; more than that are counted and dropped here. They
 still stand wherever else the exchange led them."""
 
@@ -41,19 +42,18 @@ class Quarantine:
         self._queue = queue
         self._pending: asyncio.Queue[tuple[bytes, str, str, str]] = asyncio.Queue(maxsize=MAX_PENDING)
         self._on_dropped = on_dropped
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="quarantine")
+        self._pending_bytes = 0
 
     def put(self, body: bytes, *, routing_key: str, reason: str, detail: str) -> None:
         """Takes a refused message and returns at once. The body is kept as it came."""
-        try:
-            self._pending.put_nowait((body, routing_key, reason, detail))
-        except asyncio.QueueFull:
+        if self._pending.full() or self._pending_bytes + len(body) > MAX_PENDING_BYTES:
             self._on_dropped()
+        else:
+            self._pending_bytes += len(body)
+            self._pending.put_nowait((body, routing_key, reason, detail))
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Publishes what is put in, for ever. Cancelling it leaves the rest unpublished."""
         while True:
             body, routing_key, reason, detail = await self._pending.get()
             properties = Basic.Properties(
@@ -77,17 +77,14 @@ class Quarantine:
                     _log.error("message not quarantined", reason=reason, routing_key=routing_key, error=str(error))
                     self._on_dropped()
                     break
+            self._pending_bytes -= len(body)
             self._pending.task_done()
 
     async def close(self) -> None:
-        """Gives what is pending five seconds to leave."""
-        if self._task is None:
-            return
+        """Gives what is pending, which `run` must still be publishing, five seconds to leave."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(amqp.CLOSE_SECONDS):
                 await self._pending.join()
-        self._task.cancel()
-        await asyncio.wait({self._task})
         await self._sender.close()
 
 
@@ -155,7 +152,10 @@ async def _get(
     connection = await amqp.connect(addresses, name="bridge quarantine")
     try:
         channel = await amqp.open_channel(connection)
-        for _ in range(limit):
+        async with amqp.translating(f"looking for queue {queue!r}"):
+            declared = await channel.queue_declare(queue, passive=True)
+        # Not more than there are now: what is replayed, and refused once more by a bridge, comes in again at the end.
+        for _ in range(min(limit, declared.message_count or 0)):
             async with amqp.translating(f"reading queue {queue!r}"):
                 message = await channel.basic_get(queue)
             if isinstance(message.delivery, Basic.GetEmpty):

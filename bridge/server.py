@@ -23,6 +23,7 @@ from bridge.amqp import BrokerError
 from bridge.auth import Authenticator, InvalidKeySet
 from bridge.broker import Broker, Delivery
 from bridge.catalogue import Catalogue
+from bridge.eventlog import EventLog
 from bridge.health import Status, why_not_ready
 from bridge.hub import Hub
 from bridge.metrics import Metrics
@@ -62,6 +63,8 @@ def run(settings: Settings, catalogue: Catalogue) -> int:
 
 
 async def _serve(settings: Settings, catalogue: Catalogue) -> int:
+    # First of all: as a container's first process, a signal without a handler would be ignored.
+    stop = _on_signals()
     for problem in unknown_names(Settings):
         _log.warning("unknown setting", problem=problem)
     try:
@@ -76,7 +79,7 @@ async def _serve(settings: Settings, catalogue: Catalogue) -> int:
     except InvalidKeySet as error:
         _log.error("cannot start", error=str(error))
         return 1
-    return await service.run(public_socket, internal_socket)
+    return await service.run(public_socket, internal_socket, stop)
 
 
 def listen(bind: str, *, stall_seconds: float) -> socket.socket:
@@ -126,17 +129,24 @@ class _Service:
         self.quarantine = Quarantine(
             settings.addresses, queue=settings.quarantine, on_dropped=metrics.quarantine_dropped.inc
         )
+        stream = settings.log_stream
+        self.log = None if stream is None else EventLog(settings.addresses, log=stream, exchange=settings.exchange)
         self.hub = Hub(
             models=catalogue,
             limits=settings,
             metrics=metrics,
             quarantine=self.quarantine,
             make_broker=self._make_broker,
+            log=self.log,
         )
         broker = self.hub.broker
         metrics.connections_limit.set(settings.max_connections)
         metrics.broker_connected.set_function(lambda: broker.connected)
         metrics.broker_connects.set_function(lambda: broker.connects)
+        if self.log is not None:
+            log = self.log
+            metrics.log_passes.set_function(lambda: log.passes)
+            metrics.log_entries.set_function(lambda: log.entries_read)
         self.public = create_app(
             hub=self.hub,
             authenticator=self.authenticator,
@@ -149,7 +159,11 @@ class _Service:
     def _make_broker(self, on_shared: Delivery) -> Broker:
         settings = self.settings
         return Broker(
-            settings.addresses, exchange=settings.exchange, quarantine=settings.quarantine, on_shared=on_shared
+            settings.addresses,
+            exchange=settings.exchange,
+            quarantine=settings.quarantine,
+            log=settings.log_stream,
+            on_shared=on_shared,
         )
 
     def _why_not_ready(self) -> str | None:
@@ -163,8 +177,7 @@ class _Service:
         )
         return why_not_ready(status, grace_seconds=self.settings.broker_grace_seconds)
 
-    async def run(self, public_socket: socket.socket, internal_socket: socket.socket) -> int:
-        stop = _on_signals()
+    async def run(self, public_socket: socket.socket, internal_socket: socket.socket, stop: asyncio.Event) -> int:
         _log.info(
             "serving",
             version=__version__,
@@ -176,15 +189,18 @@ class _Service:
         internal = asyncio.create_task(_host(self.internal, internal_socket, end_internal), name="internal")
         public = asyncio.create_task(_host(self.public, public_socket, end_public), name="public")
         lag = asyncio.create_task(self._measure_lag(), name="loop-lag")
-        self.quarantine.start()
+        quarantine = asyncio.create_task(self.quarantine.run(), name="quarantine")
         broker = asyncio.create_task(self.hub.broker.run(), name="broker")
+        log = asyncio.create_task(self._read_log(), name="log")
         stopping = asyncio.create_task(stop.wait(), name="stop")
         # From here on almost everything lives as long as the process; the collector need not walk it again and again.
         gc.collect()
         gc.freeze()
 
         # Nothing but a signal ends the service; a part that ends by itself has failed.
-        done, _ = await asyncio.wait({stopping, broker, public, internal}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(
+            {stopping, broker, log, quarantine, public, internal}, return_when=asyncio.FIRST_COMPLETED
+        )
         code = 0 if stopping in done else 1
         for task in done - {stopping}:
             error = task.exception()
@@ -197,15 +213,23 @@ class _Service:
         # Only now Hypercorn: it tells streams nothing, and on Python 3.12 and later it would wait for them without end.
         end_public.set()
         await _finish(public)
-        broker.cancel()
-        await asyncio.gather(broker, return_exceptions=True)
-        await self.quarantine.close()
+        for task in (log, broker):
+            task.cancel()
+        # A broker that answers nothing more must not keep the process either.
+        await asyncio.gather(asyncio.wait({log, broker}, timeout=STOP_SECONDS), self.quarantine.close())
+        quarantine.cancel()
         end_internal.set()
         await _finish(internal)
         for task in (lag, stopping):
             task.cancel()
         _log.info("stopped", code=code)
         return code
+
+    async def _read_log(self) -> None:
+        if self.log is None:
+            await asyncio.Event().wait()
+        else:
+            await asyncio.gather(self.log.run(), self.hub.anchor_for_ever())
 
     async def _measure_lag(self) -> None:
         while True:

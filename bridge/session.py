@@ -3,12 +3,19 @@
 Pure: no clock, no I/O, no idea of RabbitMQ or HTTP. The state of a connection is here and nowhere else. Its shell (the
 hub on one side, the stream on the other) does the waiting and calls in:
 
-    offer(event)    the broker delivered an event for this connection
-    bound(now)      its queues are bound and consumed: from here on nothing is missed
-    lost()          its queues are gone (broker, network, an operator); `bound` follows when they are there again
-    beat, place     the deadlines of `pacing` came up
-    end(reason)     it is over; what may still be said is said
-    take()          the bytes to write now, empty when there is nothing to say
+    offer(event)      the broker delivered an event for this connection
+    bound(tick)       its queues are bound; `tick` is an entry of the log written after that
+    lost()            its queues are gone (broker, network, an operator); `bound` follows when they are there again
+    found, not_found  the log has, or has not, the entry from which `replay` wants to be read
+    replayed(entry)   the next entry of the log for this connection
+    caught_up()       the log has been read to the tick
+    beat, place       the deadlines of `pacing` came up
+    end(reason)       it is over; what may still be said is said
+    take()            the bytes to write now, empty when there is nothing to say
+
+The join of log and live: events that come live while the log is read are held. The log gives everything behind the
+client's anchor but for what the cursor names as sent; at the tick, which stands behind the point where the live queue
+was surely bound, the held ones follow, less those that the log has already given.
 
 What a client has is known from its cursor only: bytes that were taken may sit in a dozen buffers. So nothing here
 counts as arrived, and everything that ends a stream leaves the client a place to come back to.
@@ -17,16 +24,18 @@ counts as arrived, and everything that ends a stream leaves the client a place t
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 
 from bridge import sse
-from bridge.cursor import MAX_DIGESTS, Cursor, InvalidCursor
+from bridge.cursor import MAX_DIGESTS, Anchor, Cursor, InvalidCursor
 from bridge.event import Event
 from bridge.routing import TypeFilter
 from bridge.sse import EndReason, GapReason
 
-RECENT_IDS = 256
+RECENT_IDS = 512
 """Ids remembered to drop an event that comes again. A publisher that had no confirm repeats within its deadline; the
 window is in events, so it costs a quiet connection nothing."""
 
@@ -34,55 +43,174 @@ CHUNK_BYTES = 65_536
 """Most that one `take` gathers. What waits goes out in one write, but a slow client's bytes stay in its backlog, where
 they are counted, and not in a socket's buffer, where they are not."""
 
+OVERLAP_MS = 1_000
+"""An event may reach its live queue so much earlier than the log: what came in this long before an anchor was written
+may stand behind it, and stays among the digests."""
+
+SEEK_MATCHES = 5
+"""Where a cursor could not name all that was sent behind its anchor, everything before the fifth of those named is
+taken as sent. So events that crossed are told apart on both sides: a sent one may stand up to four behind, an unsent
+one up to fifteen before where live order would have it."""
+
+LAG_MS = 2_000
+"""An event may reach its live queue so much later than the log: what came in this long after an anchor was written
+surely stands behind it."""
+
 
 class State(Enum):
     OPENING = "opening"
-    """Not a byte has been sent: the queues are being made."""
+    """Not a byte has been sent: the queues are being made, or the log is looked up."""
+    REPLAYING = "replaying"
+    """The log is read; what comes live is held."""
     LIVE = "live"
     DETACHED = "detached"
     """The stream is open, its queues are not: nothing arrives, and something may be missed."""
     ENDED = "ended"
 
 
-# What may happen in which state. Anything not listed is a bug of the caller. `offer` and `end` may come at any time,
-# because the broker does not know what a stream is doing: both are ignored once it has ended.
-_NEXT = {
-    (State.OPENING, "bound"): State.LIVE,
-    (State.OPENING, "lost"): State.OPENING,
-    (State.LIVE, "lost"): State.DETACHED,
-    (State.DETACHED, "lost"): State.DETACHED,
-    (State.DETACHED, "bound"): State.LIVE,
-}
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What has to be read: from `start` up to and with `until`. With `check`, the entry at `start` must have it."""
+
+    start: int
+    until: int
+    check: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry of the log that is an event for this connection."""
+
+    offset: int
+    check: str
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A place in the backlog from which the client's anchor may be this one, written at `written_ms`."""
+
+    anchor: Anchor | None
+    written_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """A place in the backlog at which the log's reading passed an event that had been sent."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    event: Event
+    received_ms: int
+
+
+_Item = Entry | _Live | _Mark | _Passed | bytes
+
+
+class _Place:
+    """Where a client is: the anchor, and what was sent of the entries behind it."""
+
+    __slots__ = ("anchor", "passed", "sent", "truncated")
+
+    def __init__(self, anchor: Anchor | None, sent: Iterable[tuple[str, int]] = (), truncated: bool = False) -> None:
+        self.anchor = anchor
+        self.sent = deque(sent, maxlen=MAX_DIGESTS)
+        self.truncated = truncated
+        self.passed: deque[str] = deque(maxlen=MAX_DIGESTS)
+        """What was sent from the log, up to the anchor: a publisher's retry may stand behind it once more."""
+
+    def copy(self) -> _Place:
+        place = _Place(self.anchor, self.sent, self.truncated)
+        place.passed.extend(self.passed)
+        return place
+
+    def move(self, item: _Item) -> None:
+        """Past an item of the backlog."""
+        if isinstance(item, _Live):
+            self.truncated = self.truncated or len(self.sent) == MAX_DIGESTS
+            self.sent.append((item.event.digest, item.received_ms))
+        elif isinstance(item, Entry):
+            # Everything up to here has been sent. What was sent live from further behind stays named; what fell out
+            # of the named stands before the oldest of them, and that is before this entry.
+            self.anchor = Anchor(item.offset, item.check)
+            self.truncated = False
+            self.passed.append(item.event.digest)
+        elif isinstance(item, _Passed):
+            self.sent = deque((pair for pair in self.sent if pair[0] != item.digest), maxlen=MAX_DIGESTS)
+            self.passed.append(item.digest)
+        elif isinstance(item, _Mark):
+            self._adopt(item)
+
+    def _adopt(self, mark: _Mark) -> None:
+        needed = [pair for pair in self.sent if pair[1] >= mark.written_ms - OVERLAP_MS]
+        if self.truncated and needed and len(needed) == len(self.sent):
+            # Events behind this anchor may have fallen out of the named. Then it can be taken only if the oldest of
+            # them surely stands behind it, for the reading of the log begins among these. Another time, otherwise.
+            if needed[0][1] < mark.written_ms + LAG_MS:
+                return
+        else:
+            self.truncated = False
+        self.anchor = mark.anchor
+        self.sent = deque(needed, maxlen=MAX_DIGESTS)
+        self.passed.clear()
+
+    def cursor(self, now_ms: int) -> Cursor:
+        if self.anchor is None:
+            return Cursor(None, time_ms=now_ms)
+        digests = [digest for digest, _ in self.sent]
+        room = MAX_DIGESTS - len(
+            digests
+        )  # Those that were sent live are needed; of these as many as there is room for.
+        if room and self.passed:
+            digests += list(self.passed)[-room:]
+        return Cursor(self.anchor, tuple(digests), self.truncated)
 
 
 class Session:
     """
     Args:
         user: the user id, told to the page in `bridge.ready`.
-        types: the types asked for; what does not match is not taken.
+        types: the types asked for; the shell offers only what matches.
         named: whether events carry their `event:` line.
         last_event_id: what the client sent as Last-Event-ID; None or empty when it did not come back from anywhere.
+        has_log: whether there is a log to resume from.
         heartbeat_seconds: told in `bridge.ready`, so that a page knows when silence means a dead stream.
-        max_events, max_bytes: the backlog's limits; a client further behind than either is ended as `slow`.
+        max_events, max_bytes: the backlog's limits; a client further behind than either is ended as `slow`, or, while
+            the log is read for it, gets the rest from there.
     """
 
     __slots__ = (
         "_backlog",
         "_backlog_bytes",
-        "_digests",
+        "_backlog_events",
+        "_cursor",
         "_frames",
         "_gap",
+        "_has_log",
         "_heartbeat_seconds",
+        "_held",
+        "_held_bytes",
+        "_held_lost",
+        "_live_since_ms",
         "_max_bytes",
         "_max_events",
         "_named",
+        "_now_ms",
+        "_place",
         "_recent",
         "_retry_ms",
-        "_time_ms",
+        "_seeking",
+        "_sent_before",
+        "_tick",
         "delivered",
         "duplicates",
         "end_reason",
+        "greeted",
         "oldest_ms",
+        "replay",
         "state",
         "types",
         "user",
@@ -95,6 +223,7 @@ class Session:
         types: TypeFilter,
         named: bool,
         last_event_id: str | None,
+        has_log: bool,
         retry_ms: int,
         heartbeat_seconds: float,
         max_events: int,
@@ -103,85 +232,222 @@ class Session:
         self.user = user
         self.types = types
         self.state = State.OPENING
+        self.replay: Replay | None = None
+        """What the shell has to read from the log, while the state is REPLAYING."""
         self.end_reason: EndReason | None = None
         self.delivered = 0
         """Events handed out by `take`."""
         self.duplicates = 0
         """Events not sent because their id had just been sent."""
         self.oldest_ms: int | None = None
-        """When the oldest event of the last `take` was received."""
+        """When the oldest live event of the last `take` was received; None if it had none."""
         self._named = named
+        self._has_log = has_log
         self._retry_ms = retry_ms
         self._heartbeat_seconds = heartbeat_seconds
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._frames = b""  # The bridge's own frames; they stand before the backlog.
-        self._backlog: deque[tuple[Event, int] | bytes] = deque()
+        self._backlog: deque[_Item] = deque()
+        self._backlog_events = 0
         self._backlog_bytes = 0
-        self._digests: deque[str] = deque(maxlen=MAX_DIGESTS)
-        self._time_ms = 0
+        self._held: list[_Live] = []
+        self._held_bytes = 0
+        self._held_lost = False
+        self._place = _Place(None)
         self._recent: dict[str, None] = {}
-        self._gap = self._judge(last_event_id)
-
-    @staticmethod
-    def _judge(last_event_id: str | None) -> GapReason | None:
-        """What has to be told about the time before this stream."""
-        if not last_event_id:
-            return None
-        try:
-            Cursor.parse(last_event_id)
-        except InvalidCursor:
-            return "unknown"
-        return "no-log"
-
-    @property
-    def backlog_bytes(self) -> int:
-        return self._backlog_bytes
+        self._now_ms = 0
+        self._live_since_ms = 0
+        self.greeted = False
+        """Whether `bridge.ready` has been said."""
+        self._seeking = 0
+        self._sent_before: frozenset[str] = frozenset()
+        self._tick: Anchor | None = None
+        self._cursor: Cursor | None = None
+        self._gap: GapReason | None = None
+        if last_event_id:
+            try:
+                self._cursor = Cursor.parse(last_event_id)
+            except InvalidCursor:
+                self._gap = "unknown"
 
     @property
     def has_output(self) -> bool:
-        return bool(self._frames) or (bool(self._backlog) and self.state is not State.OPENING)
+        return bool(self._frames) or bool(self._backlog)
 
-    def _advance(self, step: str) -> None:
-        self.state = _NEXT[self.state, step]
+    @property
+    def wants_more(self) -> bool:
+        """Whether a replay that was stopped, because the client reads slowly, should go on."""
+        return self._backlog_events * 2 <= self._max_events and self._backlog_bytes * 2 <= self._max_bytes
 
-    def bound(self, now_ms: int) -> GapReason | None:
-        """The queues are bound. The first time it is `bridge.ready`; later the hole before it is told.
+    # Queues come and go.
+
+    def bound(self, now_ms: int, tick: Anchor | None) -> GapReason | None:
+        """The queues are bound. Now it is `bridge.ready`, or reading the log (`replay` says what), or telling the hole.
 
         Args:
-            now_ms: the bridge's clock, in ms since 1970. Ready's cursor is this moment: whatever was offered before is
-                sent after ready, with a cursor of its own.
+            now_ms: the bridge's clock, in ms since 1970.
+            tick: an entry of the log that was written after the queues were bound; None without a log.
 
         Returns:
-            The gap that the client is told of, if any.
+            The gap that the client is told of at once, if any.
         """
         if self.state is State.ENDED:
             return None
-        first = self.state is State.OPENING
-        self._advance("bound")
-        if first:
-            self._frames = sse.encode_ready(
-                user=self.user,
-                resumed=False,
-                heartbeat_seconds=self._heartbeat_seconds,
-                cursor=str(Cursor(now_ms)),
-                retry_ms=self._retry_ms,
-            )
-            self._time_ms = now_ms
-            if self._gap is not None:
-                self._frames += sse.encode_gap(self._gap)
-            return self._gap
-        # Told only now, not when the queues were lost: a page fetches its state when it reads this, and what it fetches
-        # must not be older than the new queue. It stands behind what came before the loss.
-        gap = sse.encode_gap("no-log")
-        if not self._backlog or self._backlog[-1] != gap:
-            self._backlog.append(gap)
-        return "no-log"
+        assert self.state in (State.OPENING, State.DETACHED), self.state
+        self._now_ms = max(self._now_ms, now_ms)
+        self._tick = tick
+        if self.greeted:
+            place = self._place_behind_backlog()
+            come_from = place.cursor(now_ms)
+        elif self._cursor is not None:
+            come_from = self._cursor
+        elif self._gap is not None:
+            return self._go_live(self._gap)
+        else:
+            return self._go_live(None)
+        if tick is None or come_from.anchor is None:
+            return self._go_live("unknown" if self._has_log else "no-log")
+        if come_from.anchor.offset > tick.offset:
+            return self._go_live("unknown")  # Of a log that is no more, or an invention.
+        self.state = State.REPLAYING
+        self.replay = Replay(come_from.anchor.offset, tick.offset, come_from.anchor.check)
+        self._sent_before = frozenset(come_from.digests)
+        self._seeking = SEEK_MATCHES if come_from.truncated else 0
+        return None
+
+    def _place_behind_backlog(self) -> _Place:
+        place = self._place.copy()
+        for item in self._backlog:
+            place.move(item)
+        return place
+
+    def _go_live(self, gap: GapReason | None) -> GapReason | None:
+        """From the tick on, with what was held; everything before it is told as a gap or was never promised."""
+        self._held_lost = False
+        if not self.greeted:
+            self._place = _Place(self._tick)
+            self._greet(self._place.cursor(self._now_ms), resumed=False)
+            if gap is not None:
+                self._backlog.append(sse.encode_gap(gap))
+        else:
+            assert gap is not None, "a stream that is open goes live again by its log, or with a gap"
+            self._tell_gap(gap)
+            self._reset()
+        self._release_held()
+        return gap
+
+    def _tell_gap(self, gap: GapReason) -> None:
+        # In the middle of a stream it is told only once the queues are bound again, not when they were lost: a page
+        # fetches its state when it reads this, and what it fetches must not be older than the new queue.
+        frame = sse.encode_gap(gap)
+        told = [item for item in islice(reversed(self._backlog), 2) if not isinstance(item, _Mark)]
+        if not told or told[0] != frame:  # A client that reads slowly needs to be told once.
+            self._backlog.append(frame)
+
+    def _release_held(self) -> None:
+        self.state = State.LIVE
+        self.replay = None
+        self._live_since_ms = self._now_ms
+        held, self._held, self._held_bytes = self._held, [], 0
+        for item in held:
+            self._admit(item.event, item)
+
+    def _greet(self, cursor: Cursor, *, resumed: bool) -> None:
+        self.greeted = True
+        self._frames = sse.encode_ready(
+            user=self.user,
+            resumed=resumed,
+            heartbeat_seconds=self._heartbeat_seconds,
+            cursor=str(cursor),
+            retry_ms=self._retry_ms,
+        )
 
     def lost(self) -> None:
         """The queues are gone. What has arrived is still sent; the stream stays open."""
-        if self.state is not State.ENDED:
-            self._advance("lost")
+        if self.state is State.ENDED:
+            return
+        self.state = State.DETACHED if self.greeted else State.OPENING
+        self.replay = None
+        # The log has them too, and will be read from before them.
+        self._held, self._held_bytes, self._held_lost = [], 0, False
+
+    # The log is read.
+
+    def found(self) -> None:
+        """The entry at the start of `replay` is the one that it should be: the log reaches back to the client."""
+        if self.state is State.REPLAYING and not self.greeted:
+            assert self._cursor is not None, "only who came with a cursor is replayed before ready"
+            # The place it came with, not a later one: cut off in the middle it must come back to where it really was.
+            sent = ((digest, self._now_ms) for digest in self._cursor.digests)
+            self._place = _Place(self._cursor.anchor, sent, self._cursor.truncated)
+            self._greet(self._cursor, resumed=True)
+
+    def not_found(self, reason: GapReason) -> GapReason | None:
+        """The log does not reach back to the client, or is another. Returns the gap that is told."""
+        if self.state is not State.REPLAYING:
+            return None
+        return self._go_live(reason)
+
+    def replayed(self, entry: Entry) -> bool:
+        """Takes an entry of the log that is for this connection, in the log's order.
+
+        Returns False when the client does not keep up: nothing was taken, and reading goes on with this very entry once
+        `wants_more` says so.
+        """
+        if self.state is not State.REPLAYING or self.replay is None:
+            return True
+        event = entry.event
+        if event.digest in self._sent_before:
+            self._seeking = max(0, self._seeking - 1)
+            self.duplicates += 1
+            passed = _Passed(event.digest)
+            if self._backlog:
+                self._backlog.append(passed)
+            else:
+                self._place.move(passed)
+            return True
+        if self._seeking:
+            return True  # Older than what the cursor names.
+        waiting = self._backlog_events
+        if waiting and (waiting >= self._max_events or self._backlog_bytes + len(event.named) > self._max_bytes):
+            return False
+        self._admit(event, entry)
+        return True
+
+    def read_on(self, offset: int) -> None:
+        """Reading was stopped, and goes on with the entry at `offset`."""
+        if self.replay is not None:
+            self.replay = Replay(offset, self.replay.until, None)
+
+    def caught_up(self, now_ms: int) -> bool:
+        """The log has been read up to the tick.
+
+        Returns False when what came live meanwhile was more than could be held: then `extend` has to follow, with a
+        tick of this moment.
+        """
+        if self.state is not State.REPLAYING:
+            return True
+        if self._held_lost:
+            return False
+        assert self._tick is not None, "there is no replay without one"
+        self._now_ms = max(self._now_ms, now_ms)
+        if self._seeking:
+            # The cursor named what it was sent, and the log does not have it: nobody can say where it was.
+            self._tell_gap("unknown")
+            self._seeking = 0
+        self._reset()
+        self._release_held()
+        return True
+
+    def extend(self, tick: Anchor) -> None:
+        """Held events had to be dropped: the log is read on, to a later tick."""
+        if self.state is State.REPLAYING and self.replay is not None:
+            self._held_lost = False
+            self.replay = Replay(self.replay.until + 1, tick.offset, None)
+            self._tick = tick
+
+    # Events.
 
     def offer(self, event: Event, now_ms: int) -> None:
         """Takes an event that the broker delivered.
@@ -191,44 +457,92 @@ class Session:
         """
         if self.state is State.ENDED:
             return
+        self._now_ms = max(self._now_ms, now_ms)
+        item = _Live(event, now_ms)
+        if self.state is State.LIVE:
+            self._admit(event, item)
+            if self._is_over(self._backlog_events, self._backlog_bytes):
+                self.end("slow", self._retry_ms)
+        elif not self._held_lost:
+            self._held.append(item)
+            self._held_bytes += len(event.named)
+            if self._is_over(len(self._held), self._held_bytes):
+                self._held, self._held_bytes = [], 0
+                if self._has_log and (self.greeted or self._cursor is not None):
+                    self._held_lost = True  # The log has them, and will be read past them.
+                else:
+                    self.end("slow", self._retry_ms)
+
+    def _is_over(self, events: int, size: int) -> bool:
+        # One event alone always fits, however small the limit: a client could never get past it otherwise.
+        return events > self._max_events or (size > self._max_bytes and events > 1)
+
+    def _admit(self, event: Event, item: Entry | _Live) -> None:
         if event.id in self._recent:
             self.duplicates += 1
             return
         self._recent[event.id] = None
         if len(self._recent) > RECENT_IDS:
             del self._recent[next(iter(self._recent))]
-        self._backlog.append((event, now_ms))
+        self._backlog.append(item)
+        self._backlog_events += 1
         self._backlog_bytes += len(event.named)
-        waiting = len(self._backlog)
-        # One event alone always fits, however small the limit: a client could never get past it otherwise.
-        if waiting > self._max_events or (self._backlog_bytes > self._max_bytes and waiting > 1):
-            self.end("slow", self._retry_ms)
+
+    # Deadlines.
 
     def beat(self) -> None:
         """Nothing was sent for a while: a heartbeat."""
-        if self.state is not State.OPENING and not self.has_output and self.state is not State.ENDED:
+        if self.greeted and not self.has_output and self.state is not State.ENDED:
             self._frames = sse.HEARTBEAT
 
+    def anchor(self, anchor: Anchor, written_ms: int) -> None:
+        """A newer entry of the log, written at `written_ms`, behind which the client is.
+
+        The shell calls this some seconds after it was written: by then all that stands before it in the log has come
+        live. A stream with just so many events that it cannot tell which of them stand behind it does not take it; it
+        may be offered again later.
+        """
+        if self.state is State.LIVE and written_ms > self._live_since_ms:
+            self._mark(_Mark(anchor, written_ms))
+
+    def _reset(self) -> None:
+        """From here on the tick is the anchor, and nothing behind it has been sent."""
+        self._mark(_Mark(self._tick, self._now_ms + OVERLAP_MS + 1))
+
+    def _mark(self, mark: _Mark) -> None:
+        if not self._backlog:
+            self._place.move(mark)
+        elif isinstance(self._backlog[-1], _Mark):
+            self._backlog[-1] = mark
+        else:
+            self._backlog.append(mark)
+
     def place(self, now_ms: int) -> None:
-        """No event for a while: the client's place is moved to now, if it is certain that nothing is missing."""
+        """No event for a while: the client is told its place anew, if it is certain that nothing is missing."""
         if self.state is State.LIVE and not self._backlog:
-            self._time_ms = max(self._time_ms, now_ms)
-            self._frames += sse.encode_position(str(self._cursor()))
+            self._now_ms = max(self._now_ms, now_ms)
+            self._frames += sse.encode_position(str(self._place.cursor(self._now_ms)))
+
+    # The end.
 
     def end(self, reason: EndReason, retry_ms: int) -> None:
         """Ends the stream with `bridge.bye`. The first reason counts.
 
-        `rotate` and `drain` send what has already arrived first. The others drop it, and the client finds it again from
-        its cursor: a slow client because it would take for ever, an expired or revoked one because it may not see it.
+        `rotate` and `drain` send what has already arrived first. The others drop it, and the client finds it again
+        by its cursor: a slow client because it would take for ever, an expired or revoked one because it may not see
+        it any more.
         """
         if self.state is State.ENDED:
             return
-        if reason not in ("rotate", "drain") or self.state is State.OPENING:
+        if reason not in ("rotate", "drain"):
             self._backlog.clear()
-            self._backlog_bytes = 0
+            self._backlog_events = self._backlog_bytes = 0
+        self._held, self._held_bytes = [], 0
         self.state = State.ENDED
+        self.replay = None
         self.end_reason = reason
-        self._backlog.append(sse.encode_bye(reason, retry_ms))
+        keeps = str(self._cursor) if self._cursor is not None and not self.greeted else None
+        self._backlog.append(sse.encode_bye(reason, retry_ms, cursor=keeps))
 
     def take(self) -> bytes:
         """Bytes to write now, whole frames, about 64 KiB at most (one frame more than that if it is larger).
@@ -236,38 +550,29 @@ class Session:
         Each event's `id:` is the cursor of a client that has this event and all that were taken before it.
         """
         self.oldest_ms = None
-        parts: list[bytes] = []
-        size = 0
-        if self._frames:
-            parts.append(self._frames)
-            size = len(self._frames)
-            self._frames = b""
-        if self.state is State.OPENING:
-            return b"".join(parts)
-        backlog = self._backlog
+        parts = [self._frames]
+        size = len(self._frames)
+        self._frames = b""
+        backlog, place = self._backlog, self._place
         while backlog and size < CHUNK_BYTES:
             item = backlog.popleft()
             if isinstance(item, bytes):
                 parts.append(item)
                 size += len(item)
                 continue
-            event, received_ms = item
+            place.move(item)
+            if isinstance(item, _Mark | _Passed):
+                continue
+            event = item.event
+            self._backlog_events -= 1
             self._backlog_bytes -= len(event.named)
             self.delivered += 1
-            if self.oldest_ms is None:
-                self.oldest_ms = received_ms
-            self._digests.append(event.digest)
-            # The bridge's clock may be set back; a cursor never is.
-            self._time_ms = max(self._time_ms, received_ms)
+            if self.oldest_ms is None and isinstance(item, _Live):
+                self.oldest_ms = item.received_ms
             tail = event.named if self._named else event.plain
-            parts += (sse.encode_id(str(self._cursor())), tail)
+            parts += (sse.encode_id(str(place.cursor(self._now_ms))), tail)
             size += len(tail)
         return b"".join(parts)
 
-    def _cursor(self) -> Cursor:
-        return Cursor(self._time_ms, "".join(self._digests))
-
     def __repr__(self) -> str:
-        waiting = len(self._backlog)
-        shown = ", ".join(item[0].type for item in islice(self._backlog, 3) if not isinstance(item, bytes))
-        return f"<Session {self.state.value} backlog={waiting} [{shown}] delivered={self.delivered}>"
+        return f"<Session {self.state.value} backlog={self._backlog_events} delivered={self.delivered}>"

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from bridge import amqp
 from bridge.event import MAX_EVENT_BYTES
+from bridge.topology import Log
 
 PREFIX = "BRIDGE_"
 MIN_SECRET_BYTES = 32
@@ -67,6 +68,7 @@ def parse_bind(value: str) -> tuple[str, int]:
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
+LogName = Annotated[str, AfterValidator(lambda value: _check_name(value) if value else value)]
 Bind = Annotated[str, AfterValidator(_check_bind)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -83,10 +85,19 @@ class BrokerSettings(BaseSettings):
     )
     exchange: Name = Field("events", description="durable topic exchange that events are published to")
     quarantine: Name = Field("events.invalid", description="queue for refused messages")
+    log: LogName = Field("events.log", description="stream that clients resume from; empty = no log")
+    log_max_age: Annotated[str, Field(pattern=r"^[1-9][0-9]*[YMDhms]$")] = Field(
+        "1h", description="how long the log keeps events: a number and Y, M, D, h, m or s"
+    )
+    log_max_bytes: Annotated[int, Field(ge=1_000_000)] = Field(1_000_000_000, description="how large the log may get")
     schemas: str = Field("schemas", min_length=1, description="package of the event catalogue")
     max_event_bytes: Annotated[int, Field(ge=1024)] = Field(
         MAX_EVENT_BYTES, description="largest message body, in bytes"
     )
+
+    @property
+    def log_stream(self) -> Log | None:
+        return Log(self.log, self.log_max_age, self.log_max_bytes) if self.log else None
 
     @property
     def addresses(self) -> tuple[str, ...]:

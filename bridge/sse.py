@@ -70,5 +70,8 @@ def encode_position(cursor: str) -> bytes:
     return _encode("bridge.position", {}, cursor=cursor)
 
 
-def encode_bye(reason: EndReason, retry_ms: int) -> bytes:
-    return _encode("bridge.bye", {"reason": reason}, retry_ms=retry_ms)
+def encode_bye(reason: EndReason, retry_ms: int, *, cursor: str | None = None) -> bytes:
+    """With a cursor where this is the stream's first block and the client came with one: a parser begins each stream
+    with an empty last event id, and by the letter of 9.2.6 a block without `id:` would make that the client's place.
+    """
+    return _encode("bridge.bye", {"reason": reason}, cursor=cursor, retry_ms=retry_ms)

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 import structlog
 
 from bridge import sse
+from bridge.cursor import echo
 from bridge.hub import Connection, Hub, Refused, StreamRequest
 from bridge.metrics import Metrics
 from bridge.session import State
@@ -76,7 +77,7 @@ async def stream(hub: Hub, request: StreamRequest, metrics: Metrics, *, stall_se
     except Refused as refusal:
         metrics.streams_ended.labels(refusal.reason).inc()
         _log.info("stream refused", user=request.subscriber.user, reason=refusal.reason)
-        yield sse.encode_bye(refusal.reason, refusal.retry_ms)
+        yield sse.encode_bye(refusal.reason, refusal.retry_ms, cursor=echo(request.last_event_id))
         return
     session = connection.session
     log = _log.bind(stream=connection.subscription.number, user=session.user)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from bridge import amqp
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 QUARANTINE: FieldTable = {"x-max-length": 10_000, "x-message-ttl": 7 * 24 * 3600 * 1000}
 """Arguments of the quarantine: ten thousand messages, of which the oldest go first, and seven days (in ms)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """The stream that clients resume from. `max_age` is in RabbitMQ's words, as in 1h."""
+
+    name: str
+    max_age: str
+    max_bytes: int
 
 
 class _Declare(Protocol):
@@ -40,6 +50,24 @@ async def declare_quarantine(connection: aio_pika.abc.AbstractConnection, name: 
         return channel.queue_declare(name, durable=True, arguments=QUARANTINE, passive=passive)
 
     await _declare(connection, declare, f"queue {name!r}", f"a durable queue with {QUARANTINE}", "BRIDGE_QUARANTINE")
+
+
+async def declare_log(connection: aio_pika.abc.AbstractConnection, log: Log, exchange: str) -> None:
+    """The stream, bound to everything on the exchange."""
+    arguments: FieldTable = {"x-queue-type": "stream", "x-max-age": log.max_age, "x-max-length-bytes": log.max_bytes}
+
+    async def declare(channel: AbstractChannel, *, passive: bool) -> None:
+        await channel.queue_declare(log.name, durable=True, arguments=arguments, passive=passive)
+        if not passive:
+            await channel.queue_bind(log.name, exchange, "#")
+
+    await _declare(
+        connection,
+        declare,
+        f"log {log.name!r}",
+        f"a stream with {arguments}, bound to {exchange!r} with '#'",
+        "BRIDGE_LOG (with BRIDGE_LOG_MAX_AGE and BRIDGE_LOG_MAX_BYTES as it was made)",
+    )
 
 
 async def _declare(
@@ -69,7 +97,11 @@ async def _declare(
             ) from None
 
 
-async def rehearse(addresses: Sequence[str], *, exchange: str, quarantine: str) -> AsyncIterator[str]:
+async def _ignore(_: DeliveredMessage) -> None:
+    pass
+
+
+async def rehearse(addresses: Sequence[str], *, exchange: str, quarantine: str, log: Log | None) -> AsyncIterator[str]:
     """Does once, and undoes, what the bridge will do all day; yields the name of each step that went well.
 
     Raises:
@@ -82,6 +114,16 @@ async def rehearse(addresses: Sequence[str], *, exchange: str, quarantine: str) 
         yield f"exchange {exchange!r} is a topic exchange, or at least exists"
         await declare_quarantine(connection, quarantine)
         yield f"queue {quarantine!r} for refused messages"
+        if log is None:
+            yield "no log (BRIDGE_LOG is empty): clients that come back are told a gap"
+        else:
+            await declare_log(connection, log, exchange)
+            channel = await amqp.open_channel(connection)
+            async with amqp.translating(f"reading the log {log.name!r} (right to read it)"):
+                await channel.basic_qos(prefetch_count=1)
+                answer = await channel.basic_consume(log.name, _ignore, arguments={"x-stream-offset": "next"})
+                await channel.basic_cancel(answer.consumer_tag or "")
+            yield f"log {log.name!r}: a stream that can be read"
         channel = await amqp.open_channel(connection, confirms=True)
         queue = f"bridge.check.{secrets.token_hex(4)}"
         async with amqp.translating("making an exclusive queue (right to configure queues named bridge.*)"):

@@ -7,6 +7,7 @@ answered as a stream that says goodbye (docs/contract.md, "GET /events").
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from werkzeug.exceptions import HTTPException
 from bridge import __version__, pacing, sse
 from bridge.auth import Authenticator, InvalidToken, KeysUnavailable, Subscriber
 from bridge.catalogue import Catalogue
+from bridge.cursor import echo
 from bridge.hub import Hub, StreamRequest
 from bridge.metrics import Metrics
 from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, TypeFilter
@@ -66,6 +68,7 @@ _TITLES = {
     406: "Not acceptable",
     413: "Too large",
     500: "Internal error",
+    505: "HTTP version not supported",
 }
 
 
@@ -125,7 +128,8 @@ def create_app(
             subscriber = await _authenticate(authenticator, settings)
         except KeysUnavailable as error:
             _log.error("token not judged", error=str(error))
-            return _stream_response(sse.encode_bye("busy", pacing.busy_retry_ms(time.time() % 1)))
+            bye = sse.encode_bye("busy", pacing.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
+            return _stream_response(bye)
         wish = _read_wish(subscriber)
         if request.method == "HEAD":
             return _stream_response([])
@@ -174,6 +178,16 @@ def _bare_app(name: str) -> Quart:
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     app.url_map.strict_slashes = False
 
+    @app.before_request
+    async def refuse_http_2() -> Response | None:
+        # Hypercorn takes it without being asked (`Upgrade: h2c`, or the preface), and its HTTP/2 has no back-pressure:
+        # one client that reads nothing would have us keep everything for it.
+        if request.http_version not in ("1.0", "1.1"):
+            return _problem(
+                505, "http-version", "this port speaks HTTP/1.1; HTTP/2 belongs to the proxy in front of it"
+            )
+        return None
+
     @app.errorhandler(HTTPException)
     async def refuse(error: HTTPException) -> Response:
         status = error.code or 500
@@ -214,8 +228,9 @@ def _check_origin(settings: Settings) -> None:
     origin = request.headers.get("Origin")
     if origin is None or origin.lower() in settings.allowed_origins:
         return
-    if urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower():
-        return  # The page comes from this very host.
+    with contextlib.suppress(ValueError):
+        if urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower():
+            return  # The page comes from this very host.
     raise Problem(
         403,
         "origin-not-allowed",
@@ -279,6 +294,9 @@ def _read_wish(subscriber: Subscriber) -> StreamRequest:
         keys = types.binding_keys(audience)
     except KeyTooLong as error:
         raise Problem(400, "invalid-types", f"a pattern is too long together with this user's id: {error}") from None
+    return StreamRequest(subscriber, types, named == "true", _last_event_id(), keys)
+
+
+def _last_event_id() -> str | None:
     # The header wins: a browser that reconnects by itself repeats the query that it began with.
-    last_event_id = request.headers.get("Last-Event-ID") or request.args.get("lastEventId") or None
-    return StreamRequest(subscriber, types, named == "true", last_event_id, keys)
+    return request.headers.get("Last-Event-ID") or request.args.get("lastEventId") or None

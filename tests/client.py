@@ -44,6 +44,7 @@ class Stream:
         self.ended = False
         """The body ended in order, with its last chunk."""
         self._taken = 0
+        self._writer: asyncio.StreamWriter | None = None
 
     async def __aenter__(self) -> Stream:
         await self.open()
@@ -58,7 +59,11 @@ class Stream:
         if self._receive_buffer is not None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
         raw.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(raw, (self._address.hostname, self._address.port))
+        try:
+            await asyncio.get_running_loop().sock_connect(raw, (self._address.hostname, self._address.port))
+        except BaseException:
+            raw.close()
+            raise
         limit = 1024 if self._receive_buffer is not None else 2**20
         self._reader, self._writer = await asyncio.open_connection(sock=raw, limit=limit)
         head = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
@@ -134,10 +139,13 @@ class Stream:
                 await self._read_chunk()
 
     async def close(self) -> None:
+        if self._writer is None:
+            return
         self._writer.close()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
 
     def abort(self) -> None:
         """Gone without a word more: a reset."""
-        self._writer.transport.abort()
+        if self._writer is not None:
+            self._writer.transport.abort()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
+import hypothesis
 import pytest
 
 from deploy.local.node import Node
@@ -32,6 +33,10 @@ def vhost(node: Node) -> Iterator[Vhost]:
     made.create()
     yield made
     made.delete()
+
+
+# For the zoo of bugs: that one is found is all that matters, not its smallest form.
+hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], print_blob=False)
 
 
 class StartService(Protocol):

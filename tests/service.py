@@ -54,7 +54,8 @@ class Service:
         self.internal = ""
 
     async def start(self, *, ready: bool = True) -> None:
-        """Until it serves, and with `ready` until /readyz says so."""
+        """Until it serves, and with `ready` until /readyz says so. What it logged in a life before is forgotten."""
+        self.lines, self.text = [], ""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -108,6 +109,10 @@ class Service:
             except TimeoutError:
                 raise AssertionError(f"did not log {event!r} within {seconds} s:\n{self.text}") from None
         return line
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.returncode is None
 
     @property
     def pid(self) -> int:

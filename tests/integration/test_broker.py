@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import struct
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +15,7 @@ from tests.client import Stream
 from tests.conftest import Eventually, OpenStream, StartService
 from tests.proxy import Proxy
 from tests.rabbit import Vhost, cloudevent
+from tests.raw_amqp import publish_raw, short_string, table
 from tests.service import Service
 
 
@@ -29,22 +33,26 @@ def own_vhost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vhost]:
         node.remove()
 
 
-async def gap_then(stream: Stream, vhost: Vhost, event_id: str) -> None:
-    """The stream was told of the hole and is live again."""
-    gap = await stream.next(seconds=60)
-    assert (gap.event, gap.json) == ("bridge.gap", {"reason": "no-log"})
+async def flows_again(stream: Stream, vhost: Vhost, event_id: str) -> None:
+    """The stream is live again, without a word about it."""
     await vhost.publish("user.42.job.completed", cloudevent(event_id))
     await vhost.publish("group.ops.job.completed", cloudevent(event_id + "-group"))
     await vhost.publish("all.job.completed", cloudevent(event_id + "-all"))
-    assert set(await stream.ids(3)) == {event_id, event_id + "-group", event_id + "-all"}
+    assert set(await stream.ids(3, seconds=60)) == {event_id, event_id + "-group", event_id + "-all"}
+    assert "bridge.gap" not in [frame.event for frame in stream.frames]
 
 
-async def test_a_broker_killed_and_started_again_is_invisible_but_for_the_gap(
+async def test_a_broker_killed_and_started_again_is_invisible(
     own_vhost: Vhost, start: StartService, connect: OpenStream
 ) -> None:
     vhost = own_vhost
     service = await start(amqp_url=vhost.url, BROKER_GRACE_SECONDS="1")
     streams = [await connect(service, "42", "ops") for _ in range(20)]
+    await vhost.publish("user.42.job.completed", cloudevent("before"))
+    for stream in streams:
+        assert await stream.ids(1) == ["before"]
+    # RabbitMQ 3.10 loses a stream for good when it is killed within about a second of the stream's declaration.
+    await asyncio.sleep(3)
     vhost.node.kill()
     await service.logged("broker unavailable")
     async with asyncio.timeout(20):
@@ -58,13 +66,11 @@ async def test_a_broker_killed_and_started_again_is_invisible_but_for_the_gap(
 
     vhost.node.start()
     await service.logged("broker connected", count=2, seconds=60)
-    for number, stream in enumerate(streams):
-        gap = await stream.next(seconds=60)
-        assert gap.event == "bridge.gap", number
     await vhost.publish("user.42.job.completed", cloudevent("after"))
     await vhost.publish("group.ops.job.completed", cloudevent("after-group"))
     for stream in streams:
-        assert set(await stream.ids(2)) == {"after", "after-group"}
+        assert set(await stream.ids(2, seconds=60)) == {"after", "after-group"}
+        assert "bridge.gap" not in [frame.event for frame in stream.frames]
     assert (await service.get("/readyz", internal=True)).status_code == 200
     assert await service.metric("bridge_connections") == 20
 
@@ -76,7 +82,7 @@ async def test_a_connection_cut_by_the_network(
     stream = await connect(service, "42", "ops")
     for number in range(3):
         proxy.cut()
-        await gap_then(stream, vhost, f"e{number}")
+        await flows_again(stream, vhost, f"e{number}")
 
 
 async def test_a_connection_closed_by_an_operator(service: Service, vhost: Vhost, connect: OpenStream) -> None:
@@ -84,7 +90,7 @@ async def test_a_connection_closed_by_an_operator(service: Service, vhost: Vhost
     async with asyncio.timeout(20):
         while not vhost.close_connections():  # noqa: ASYNC110 - the API shows connections some seconds late.
             await asyncio.sleep(0.2)
-    await gap_then(stream, vhost, "e1")
+    await flows_again(stream, vhost, "e1")
 
 
 async def test_a_network_that_swallows_everything_is_noticed_by_heartbeats(
@@ -96,7 +102,7 @@ async def test_a_network_that_swallows_everything_is_noticed_by_heartbeats(
     await service.logged("broker unavailable", seconds=30)
     proxy.cut()
     proxy.flow()
-    await gap_then(stream, vhost, "e1")
+    await flows_again(stream, vhost, "e1")
 
 
 async def test_a_live_queue_deleted_by_an_operator(service: Service, vhost: Vhost, connect: OpenStream) -> None:
@@ -104,7 +110,7 @@ async def test_a_live_queue_deleted_by_an_operator(service: Service, vhost: Vhos
     other = await connect(service, "43")
     (queue,) = [name for name, key in vhost.bindings() if key == "user.42.#"]
     vhost.delete_queue(queue)
-    await gap_then(stream, vhost, "e1")
+    await flows_again(stream, vhost, "e1")
     await vhost.publish("user.43.job.completed", cloudevent("unharmed"))
     assert "bridge.gap" not in [frame.event for frame in other.frames]
 
@@ -113,19 +119,83 @@ async def test_the_shared_queue_deleted_by_an_operator(service: Service, vhost: 
     stream = await connect(service, "42", "ops")
     (queue,) = {name for name, key in vhost.bindings() if key == "all.#"}
     vhost.delete_queue(queue)
-    await gap_then(stream, vhost, "e1")
+    await flows_again(stream, vhost, "e1")
 
 
-async def test_the_exchange_deleted_by_an_operator_is_made_again(
+@pytest.mark.parametrize("noticed_by", ["newcomer", "itself"])
+async def test_the_exchange_deleted_by_an_operator_is_made_again_with_everybodys_bindings(
+    service: Service, vhost: Vhost, connect: OpenStream, noticed_by: str
+) -> None:
+    old = await connect(service, "42", "ops")
+    vhost.delete_exchange("events")
+    if noticed_by == "newcomer":
+        new = await connect(service, "43", ready=False)
+        assert (await new.next()).event == "bridge.ready"
+    await service.logged("broker connected", count=2)
+    async with asyncio.timeout(20):
+        while len(vhost.live_queues()) < (2 if noticed_by == "newcomer" else 1) or len(vhost.bindings()) < 4:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    await flows_again(old, vhost, "e1")
+
+
+ODD = {
+    "timestamp in nanoseconds": (1 << 6, struct.pack(">Q", time.time_ns())),
+    "timestamp of all ones": (1 << 6, b"\xff" * 8),
+    "header with a time in nanoseconds": (
+        1 << 13,
+        table(short_string(b"at") + b"T" + struct.pack(">Q", time.time_ns())),
+    ),
+    "header name that is no text": (1 << 13, table(short_string(b"\xff") + b"I" + struct.pack(">i", 1))),
+    "content type that is no text": (1 << 15, short_string(b"\xff\xfe")),
+}
+
+
+async def test_no_property_of_a_message_breaks_the_connection_nor_the_log(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
-    await connect(service, "42")
-    vhost.delete_exchange("events")
-    # The next stream's binding is the first to find out.
-    stream = await connect(service, "43", ready=False)
-    assert (await stream.next()).event == "bridge.ready"
-    await vhost.publish("user.43.job.completed", cloudevent("e1"))
-    assert await stream.ids(1) == ["e1"]
+    stream = await connect(service, "42")
+    cursor = stream.frames[0].id
+    for number, (flags, properties) in enumerate(ODD.values()):
+        body = json.dumps(cloudevent(f"odd{number}")).encode()
+        await publish_raw(
+            vhost.node.port, vhost.name, key=b"user.42.job.completed", body=body, flags=flags, properties=properties
+        )
+    assert await stream.ids(len(ODD)) == [f"odd{number}" for number in range(len(ODD))]
+    await publish_raw(vhost.node.port, vhost.name, key=b"all.\xff", body=b"{}")
+    await service.logged("message refused", routing_key="all.?")
+    assert await service.metric("bridge_broker_connects") == 1
+    again = await connect(service, "42", headers={"Last-Event-ID": cursor})
+    assert await again.ids(len(ODD)) == [f"odd{number}" for number in range(len(ODD))]
+
+
+async def test_a_group_that_goes_and_comes_in_the_same_moment_is_bound(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    for attempt in range(10):
+        leaving = await connect(service, "a", *(f"g{n:02}" for n in range(8)), "zz")
+        leaving.abort()
+        await service.logged("stream ended", count=attempt * 2 + 1)
+        stream = await connect(service, "b", "zz")
+        await vhost.publish("group.zz.job.completed", cloudevent(f"e{attempt}"))
+        assert await stream.ids(1) == [f"e{attempt}"]
+        await stream.close()
+        await service.logged("stream ended", count=attempt * 2 + 2)
+
+
+async def test_connections_cut_again_while_they_come_back(
+    vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
+) -> None:
+    service = await start(amqp_url=vhost.url_at(proxy.port))
+    stream = await connect(service, "42", "ops")
+    for milliseconds in range(0, 40, 2):
+        accepted = proxy.accepted
+        proxy.cut()
+        async with asyncio.timeout(20):
+            while proxy.accepted == accepted:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(milliseconds / 1000)
+    proxy.cut()
+    await flows_again(stream, vhost, "e1")
 
 
 async def test_a_broker_that_is_not_there_yet_is_waited_for(
@@ -167,13 +237,13 @@ async def test_streams_that_leave_while_they_are_being_opened_leave_nothing(
     await asyncio.gather(*(come_and_go(number) for number in range(100)))
     await service.logged("stream ended", count=100)
     await eventually(lambda: vhost.live_queues() == [])
-    await eventually(lambda: [key for _, key in vhost.bindings()] == ["all.#"])
+    await eventually(lambda: [key for _, key in vhost.bindings()] == ["all.#", "#"])
     stream = await connect(service, "after")
     await vhost.publish("user.after.job.completed", cloudevent("e1"))
     assert await stream.ids(1) == ["e1"]
 
 
-@pytest.mark.parametrize("what", ["exchange", "quarantine"])
+@pytest.mark.parametrize("what", ["exchange", "quarantine", "log"])
 async def test_topology_that_differs_stops_the_start_with_what_to_do(
     vhost: Vhost, start: StartService, what: str
 ) -> None:
@@ -185,11 +255,11 @@ async def test_topology_that_differs_stops_the_start_with_what_to_do(
         if what == "exchange":
             await channel.declare_exchange("events", "direct", durable=True)
         else:
-            await channel.declare_queue("events.invalid", durable=True)
+            await channel.declare_queue({"quarantine": "events.invalid", "log": "events.log"}[what], durable=True)
     service = await start(ready=False)
     assert await service.ended() == 1
     error = (await service.logged("cannot start"))["error"]
-    assert {"exchange": "BRIDGE_EXCHANGE", "quarantine": "BRIDGE_QUARANTINE"}[what] in error
+    assert {"exchange": "BRIDGE_EXCHANGE", "quarantine": "BRIDGE_QUARANTINE", "log": "BRIDGE_LOG"}[what] in error
     assert "inequivalent arg" in error
 
 
@@ -199,6 +269,21 @@ async def test_refused_credentials_stop_the_start(vhost: Vhost, node: Node, star
     assert await service.ended() == 1
     assert "ACCESS_REFUSED" in (await service.logged("cannot start"))["error"]
     assert "s3cret" not in service.text
+
+
+async def test_a_right_that_every_stream_needs_stops_the_start(vhost: Vhost, node: Node, start: StartService) -> None:
+    maker = await start()
+    await maker.stop()
+    vhost.add_user("bridge-test")
+    try:
+        vhost.grant("bridge-test", configure=r"^$")
+        service = await start(
+            amqp_url=vhost.url_at(node.port, user="bridge-test", password="secret-bridge-test"), ready=False
+        )
+        assert await service.ended() == 1
+        assert "access to queue 'bridge.shared." in (await service.logged("cannot start"))["error"]
+    finally:
+        vhost.delete_user("bridge-test")
 
 
 async def test_few_rights_are_enough_and_a_missing_one_is_named(
@@ -223,3 +308,24 @@ async def test_few_rights_are_enough_and_a_missing_one_is_named(
         assert await stream.ids(1) == ["e1"]
     finally:
         vhost.delete_user("bridge-test")
+
+
+@pytest.mark.parametrize("answer", [b"", b"AMQP\x00\x00\x08\x00", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x01\x00\x00"])
+async def test_an_address_where_something_else_listens_is_tried_again(
+    vhost: Vhost, start: StartService, connect: OpenStream, answer: bytes
+) -> None:
+    async def answer_and_close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    other = await asyncio.start_server(answer_and_close, "127.0.0.1", 0)
+    port = other.sockets[0].getsockname()[1]
+    # Two nodes of a cluster, as it were, one of which is not what it should be.
+    service = await start(amqp_url=f"{vhost.url_at(port)},{vhost.url_at(port)}", ready=False)
+    await service.logged("broker unavailable", count=4)
+    assert service.is_running
+    other.close()
+    await other.wait_closed()
+    both = await start(amqp_url=f"{vhost.url_at(port)},{vhost.url}")
+    await connect(both)

@@ -186,7 +186,7 @@ async def test_check_says_what_is_right_and_what_is_not(vhost: Vhost) -> None:
 
     vhost.add_user("check-test")
     try:
-        vhost.grant("check-test", configure=r"^bridge\.", write=r"^bridge\.", read=r"^bridge\.")
+        vhost.grant("check-test", configure=r"^bridge\.", write=r"^bridge\.", read=r"^(bridge\.|events\.log$)")
         url = vhost.url_at(vhost.node.port, user="check-test", password="secret-check-test")
         done = await run("check", amqp_url=url, JWT_SECRET=SECRET)
         assert done.code == 1

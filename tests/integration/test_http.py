@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,15 @@ async def test_cors_for_exactly_the_origins_allowed(start: StartService, connect
     assert stream.headers["access-control-allow-origin"] == APP
     assert stream.headers["access-control-allow-credentials"] == "true"
     assert stream.headers["vary"] == "Origin"
-    for origin in ["https://evil.example", "https://app.example.evil", "http://app.example", "null", APP + ":444"]:
+    for origin in [
+        "https://evil.example",
+        "https://app.example.evil",
+        "http://app.example",
+        "null",
+        APP + ":444",
+        "http://[",
+        "x",
+    ]:
         document = await problem(service, 403, "origin-not-allowed", headers={**TOKEN, "Origin": origin})
         assert "access-control-allow-origin" not in document["headers"]
         assert "Origin" in document["headers"]["vary"]
@@ -204,3 +213,16 @@ async def test_keys_from_a_jwks_file_beside_the_secret(start: StartService, tmp_
         assert (await stream.ready()).json["user"] == "ed"
     async with Stream(service.public, mint("hs")) as stream:
         assert (await stream.ready()).json["user"] == "hs"
+
+
+async def test_http_2_in_the_clear_is_refused(service: Service) -> None:
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    reader, writer = await asyncio.open_connection(*service.public.removeprefix("http://").split(":"))
+    head = "".join(f"{name}: {value}\r\n" for name, value in {**TOKEN, **upgrade}.items())
+    writer.write(f"GET /events HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
+    async with asyncio.timeout(10):
+        answer = await reader.readuntil(b"urn:bridge:problem:http-version")
+    assert b"text/event-stream" not in answer
+    writer.close()
+    assert await service.metric("bridge_connections") == 0

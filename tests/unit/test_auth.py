@@ -80,7 +80,7 @@ async def test_an_expired_token_says_since_when() -> None:
     [
         {"sub": ...}, {"sub": ""}, {"sub": 42}, {"sub": None}, {"exp": ...}, {"exp": "soon"}, {"exp": True},
         {"exp": float("inf")}, {"exp": float("nan")}, {"groups": "ops"}, {"groups": [1]}, {"groups": [""]},
-        {"groups": {"a": 1}}, {"nbf": NOW + 31},
+        {"groups": {"a": 1}}, {"nbf": NOW + 31}, {"exp": 10**400}, {"nbf": 10**400}, {"nbf": "x"},
     ],
 )  # fmt: skip
 async def test_bad_claims(changes: dict[str, Any]) -> None:
@@ -227,6 +227,19 @@ async def test_a_key_set_that_does_not_answer_judges_nobody(key_server: KeyServe
     # And once it has been read, an outage does not lock out those whose key is known.
     key_server.status = 500
     assert (await authenticator.authenticate(token, NOW + 5000)).user == "42"
+
+
+@pytest.mark.parametrize(
+    "bad", [{"kty": "RSA", "kid": "x"}, {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"}, None, "x", {"kty": "OKP"},
+            {"kty": "OKP", "crv": "Ed25519", "x": "AA"}]
+)  # fmt: skip
+async def test_a_bad_key_beside_a_good_one_is_passed_over(tmp_path: Path, bad: Any) -> None:
+    good = public(ED, "d")
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [bad, good, good]}))
+    authenticator = Authenticator(jwks=str(tmp_path / "keys.json"))
+    await authenticator.start()
+    for kid in [{"kid": "d"}, {}]:
+        assert (await authenticator.authenticate(signed(key=ED, algorithm="EdDSA", **kid), NOW)).user == "42"
 
 
 async def test_a_key_set_in_a_file(tmp_path: Path) -> None:

@@ -4,20 +4,34 @@ import re
 
 import pytest
 
-from bridge.cursor import MAX_CHARS, Cursor, InvalidCursor
+from bridge.cursor import MAX_CHARS, Anchor, Cursor, InvalidCursor, digest
 
 
-def test_a_cursor_comes_back() -> None:
-    cursor = Cursor(1_795_383_917_901, "abcd" * 16)
+@pytest.mark.parametrize(
+    "cursor",
+    [
+        Cursor(Anchor(0, "AAAAAA")),
+        Cursor(Anchor(2**64 - 1, "zz_-09"), ("abcdef",) * 20, True),
+        Cursor(Anchor(7, "AAAAAA"), ("abcdef", "ghijkl")),
+        Cursor(None, time_ms=2**48 - 1),
+    ],
+)
+def test_a_cursor_comes_back(cursor: Cursor) -> None:
     assert Cursor.parse(str(cursor)) == cursor
     assert re.fullmatch(r"[A-Za-z0-9._:~-]{1,160}", str(cursor))
-    assert len(str(Cursor(2**48 - 1, "zzzz" * 16))) <= MAX_CHARS
+    assert len(str(cursor)) <= MAX_CHARS
+
+
+def test_a_digest_is_of_the_content() -> None:
+    assert digest(b"a") == digest(b"a") != digest(b"b")
+    assert re.fullmatch(r"[A-Za-z0-9_-]{6}", digest(b""))
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "1", "1.", "1.0", "2.0.", "1.-1.", "1.0.abc", "1.0." + "abcd" * 17, "1.0.abc\n", "1.0.\n",
-     "1." + "f" * 13 + ".", "1.G.", " 1.0.", "1.0.ab=d", "\0", "../../etc/passwd", "é", "1.0.abcd,"],
+    ["", "2", "2.", "2.0.AAAAAA", "1.0.AAAAAA.", "2.-1.AAAAAA.", "2.0.AAAAA.", "2.0.AAAAAA.abc", "2.0.AAAAAA.\n",
+     "2.0.AAAAAA." + "abcdef" * 21, "2." + "f" * 17 + ".AAAAAA.", "2.G.AAAAAA.", " 2.0.AAAAAA.", "2.0.AAAA=A.", "\0",
+     "../../etc/passwd", "é", "2.0.AAAAAA.abcdef,", "0.", "0.g", "2.0.AAAAAA.~~", "2.0.AAAAAA.abcdef~"],
 )  # fmt: skip
 def test_anything_else_is_no_cursor(text: str) -> None:
     with pytest.raises(InvalidCursor):

@@ -72,7 +72,7 @@ def test_an_event_comes_out_as_one_line_with_its_frame() -> None:
     }
     assert event.plain == b"data: " + event.text + b"\n\n"
     assert event.named == b"event: test.done\n" + event.plain
-    assert len(event.digest) == 4
+    assert len(event.digest) == 6
 
 
 def test_what_no_model_declares_stays_inside() -> None:

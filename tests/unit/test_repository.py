@@ -16,12 +16,12 @@ BRIDGE = ROOT / "bridge"
 
 # Lowest first; a file imports only from the lines above its own.
 LAYERS = [
-    ["sse", "cursor", "pacing", "routing", "health"],
+    ["sse", "cursor", "pacing", "routing", "health", "frames"],
     ["event"],
     ["session", "catalogue"],
     ["amqp"],
     ["publisher", "topology", "quarantine", "auth", "metrics"],
-    ["broker", "settings"],
+    ["broker", "eventlog", "settings"],
     ["hub"],
     ["stream"],
     ["web"],
@@ -29,7 +29,7 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
-PURE = ["sse", "cursor", "pacing", "routing", "health", "event", "session"]
+PURE = ["sse", "cursor", "pacing", "routing", "health", "frames", "event", "session"]
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
 
 

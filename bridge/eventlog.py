@@ -1,0 +1,427 @@
+"""Reads the event log, a RabbitMQ stream, for those who come back.
+
+Owns two questions to it. A *tick*: which entry is the newest now? It is answered by writing an entry of our own and
+waiting to see it. A *replay*: what stands between two entries for these audiences? It is answered by a *pass*, one
+consumer that reads once for everybody who waits, so that ten thousand browsers that come back after a deploy cost a few
+passes and not ten thousand. What a client has to be sent of it is the session's to decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+from pamqp.commands import Basic
+
+from bridge import amqp, topology
+from bridge.amqp import BrokerError, BrokerUnavailable, NotFound
+from bridge.cursor import Anchor, digest
+from bridge.publisher import new_id
+from bridge.session import Replay
+from bridge.sse import GapReason
+
+if TYPE_CHECKING:
+    import aio_pika
+    from aiormq.abc import AbstractChannel, DeliveredMessage
+    from pamqp.common import FieldTable
+
+MAX_PASSES = 2
+"""Passes at once: one that reads far back must not keep those waiting who were away for a moment."""
+
+SPAN_ENTRIES = 20_000
+"""Readers whose starts are this close together share a pass. The one who starts last waits while it is read."""
+
+PREFETCH = 1_000
+
+SETTLE_SECONDS = 1.0
+"""So long a pass reads on for those it has brought to their tick. In a cluster a publisher on another node may not
+route to a new queue for a moment after it was bound; what it missed stands in the log."""
+
+TICK_SECONDS = 2.0
+"""A tick that takes longer is given up: an alarm blocks the connection that writes it. The newest entry that can be
+read serves then; nobody publishes during an alarm."""
+
+TICK_KEY = "bridge.tick"
+
+_RETRY_SECONDS = 0.5
+
+_log = structlog.get_logger("bridge.eventlog")
+
+Ticked = Callable[[Anchor | None, int], None]
+"""Called with the entry and when it was written (ms since 1970); None when the log cannot be asked."""
+
+
+class Reader(Protocol):
+    """Whom a replay is for. Called in the log's order; `offset` and `check` are those of the entry."""
+
+    def found(self) -> None: ...
+    def not_found(self, reason: GapReason) -> None: ...
+    def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
+        """Takes an entry; False stops the reading, which this entry is then the first of, when it goes on."""
+        ...
+
+    def caught_up(self) -> None: ...
+    def settle(self, routing_key: str, body: bytes) -> None: ...
+
+
+class Request:
+    """One wish to read. `cancel` ends it at any time; nothing is called after that."""
+
+    __slots__ = ("cancelled", "caught_up_at", "next", "prefixes", "reader", "replay", "verified")
+
+    def __init__(self, replay: Replay, prefixes: Sequence[str], reader: Reader) -> None:
+        self.replay = replay
+        self.prefixes = prefixes
+        self.reader = reader
+        self.next = replay.start
+        self.verified = replay.check is None
+        self.cancelled = False
+        self.caught_up_at: float | None = None
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class EventLog:
+    """
+    Args:
+        addresses: AMQP URLs of the cluster's nodes.
+        log: the stream.
+        exchange: what it is bound to.
+    """
+
+    def __init__(self, addresses: Sequence[str], *, log: topology.Log, exchange: str) -> None:
+        self._addresses = addresses
+        self._log_stream = log
+        self._exchange = exchange
+        self._name = log.name
+        self._sender = amqp.Sender(addresses, name="bridge log writer")
+        self._connection: aio_pika.abc.AbstractConnection | None = None
+        self._connecting = asyncio.Lock()
+        self._tick_waiters: list[Ticked] = []
+        self._tick_wanted = asyncio.Event()
+        self._requests: list[Request] = []
+        self._request_made = asyncio.Event()
+        self._passes: set[asyncio.Task[None]] = set()
+        self.passes = 0
+        """Passes begun since the start."""
+        self.entries_read = 0
+
+    def tick(self, ticked: Ticked) -> None:
+        """Asks for an entry that is written after this call; many who ask at once share one."""
+        self._tick_waiters.append(ticked)
+        self._tick_wanted.set()
+
+    def replay(self, replay: Replay, prefixes: Sequence[str], reader: Reader) -> Request:
+        """Asks for the entries of a replay whose routing keys begin with one of the prefixes (`user.42.`, `all.`)."""
+        request = Request(replay, prefixes, reader)
+        self._requests.append(request)
+        self._request_made.set()
+        return request
+
+    async def run(self) -> None:
+        """Answers, for ever. Cancelling it ends the connections."""
+        tasks = [asyncio.create_task(self._tick_for_ever()), asyncio.create_task(self._replay_for_ever())]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in (*tasks, *self._passes):
+                task.cancel()
+            await asyncio.gather(*tasks, *self._passes, return_exceptions=True)
+            await self._sender.close()
+            if self._connection is not None:
+                await amqp.close(self._connection)
+
+    async def _channel(self) -> AbstractChannel:
+        async with self._connecting:
+            if self._connection is None or not self._connection.connected.is_set():
+                if self._connection is not None:
+                    await amqp.close(self._connection)
+                    self._connection = None
+                self._connection = await amqp.connect(self._addresses, name="bridge log reader", bare_headers=True)
+        async with amqp.translating("opening a channel"):
+            channel = await amqp.open_channel(self._connection)
+            await channel.basic_qos(prefetch_count=PREFETCH)
+            return channel
+
+    # Ticks.
+
+    async def _tick_for_ever(self) -> None:
+        next_pause = amqp.pauses()
+        while True:
+            await self._tick_wanted.wait()
+            self._tick_wanted.clear()
+            waiters, self._tick_waiters = self._tick_waiters, []
+            written_ms = time.time_ns() // 1_000_000
+            anchor: Anchor | None = None
+            try:
+                anchor = await self._write_tick()
+                next_pause = amqp.pauses()
+            except NotFound as error:
+                _log.error("the log is missing", error=str(error))
+                await self._make_anew()
+                await asyncio.sleep(next_pause())
+            except BrokerError as error:
+                # Whoever waits will ask again: their queues are gone too, or soon will be.
+                _log.warning("no tick", error=str(error))
+                await asyncio.sleep(next_pause())
+            for ticked in waiters:
+                ticked(anchor, written_ms)
+
+    async def _make_anew(self) -> None:
+        """Somebody deleted it, or its node is down. What it held is gone; who comes back is told."""
+        if self._connection is not None:
+            try:
+                await topology.declare_log(self._connection, self._log_stream, self._exchange)
+            except BrokerError as error:
+                _log.error("the log cannot be made", error=str(error))
+
+    async def _write_tick(self) -> Anchor | None:
+        mine = new_id().encode("ascii")
+        seen: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def on_entry(offset: int, _: str, body: bytes) -> None:
+            if body == mine and not seen.done():
+                seen.set_result(offset)
+
+        try:
+            async with asyncio.timeout(TICK_SECONDS), _Consumer(await self._channel(), self._name, "next", on_entry):
+                await self._sender.send(
+                    mine,
+                    exchange="",
+                    routing_key=self._name,
+                    properties=Basic.Properties(delivery_mode=2, message_type=TICK_KEY),
+                    mandatory=True,
+                    timeout=TICK_SECONDS,
+                )
+                return Anchor(await seen, digest(mine))
+        except amqp.Unroutable as error:
+            raise NotFound(str(error)) from None
+        except (TimeoutError, BrokerUnavailable) as error:
+            _log.warning("the log takes no entry; using its newest", error=str(error) or "no answer in time")
+            return await self._newest()
+
+    async def _newest(self) -> Anchor | None:
+        """The last entry there is; None for a log without any."""
+        newest: list[Anchor] = []
+        async with _Consumer(
+            await self._channel(),
+            self._name,
+            "last",
+            lambda offset, _, body: newest.append(Anchor(offset, digest(body))),
+        ):
+            # `last` is the last chunk of entries; how many it has is not told.
+            await asyncio.sleep(_RETRY_SECONDS)
+        return newest[-1] if newest else None
+
+    # Passes.
+
+    async def _replay_for_ever(self) -> None:
+        while True:
+            await self._request_made.wait()
+            self._request_made.clear()
+            while self._requests and len(self._passes) < MAX_PASSES:
+                # The newest start first: those who were away for a moment are served in a moment.
+                newest = max(request.next for request in self._requests)
+                together = [request for request in self._requests if request.next > newest - SPAN_ENTRIES]
+                self._requests = [request for request in self._requests if request.next <= newest - SPAN_ENTRIES]
+                task = asyncio.create_task(self._pass(together), name="log-pass")
+                self._passes.add(task)
+                task.add_done_callback(self._end_pass)
+
+    def _end_pass(self, task: asyncio.Task[None]) -> None:
+        self._passes.discard(task)
+        self._request_made.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("pass failed", exc_info=error)
+
+    async def _pass(self, requests: list[Request]) -> None:
+        reading = _Pass([request for request in requests if not request.cancelled])
+        if not reading.active:
+            return
+        self.passes += 1
+        began = time.monotonic()
+        try:
+            start = min(request.next for request in reading.active)
+            async with _Consumer(await self._channel(), self._name, start, reading.on_entry) as consumer:
+                while reading.active:
+                    await consumer.idle(SETTLE_SECONDS / 4)
+                    reading.settle_until(time.monotonic() - SETTLE_SECONDS)
+        except NotFound as error:
+            _log.error("the log is missing", error=str(error))
+            for request in reading.active:
+                if not request.cancelled:
+                    request.reader.not_found("no-log")
+        except BrokerError as error:
+            _log.warning("pass interrupted", error=str(error), readers=len(reading.active))
+            await asyncio.sleep(_RETRY_SECONDS)
+            self._requests += [request for request in reading.active if request.caught_up_at is None]
+        finally:
+            self.entries_read += reading.entries
+            _log.info(
+                "log read",
+                readers=len(requests),
+                entries=reading.entries,
+                seconds=round(time.monotonic() - began, 3),
+            )
+
+
+class _Pass:
+    """Hands the entries of one consumer to whom they are for. No I/O of its own."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self._pending = sorted(requests, key=lambda request: -request.next)
+        self._by_prefix: dict[str, list[Request]] = {}
+        self._by_until: list[tuple[int, int, Request]] = []
+        self.active = list(requests)
+        self.entries = 0
+
+    def on_entry(self, offset: int, routing_key: str, body: bytes) -> None:
+        self.entries += 1
+        check = ""
+        if self._pending and self._pending[-1].next <= offset:
+            check = digest(body)
+            self._begin(offset, check)
+        # `user.42.job.done` -> `user.42.`, `all.job.done` -> `all.`
+        kind, _, rest = routing_key.partition(".")
+        prefix = "all." if kind == "all" else f"{kind}.{rest.partition('.')[0]}."
+        for request in list(self._by_prefix.get(prefix, ())):
+            if request.cancelled:
+                self._remove(request)
+            elif offset < request.next:
+                continue  # Where it was stopped, or the anchor itself.
+            elif request.caught_up_at is not None:
+                request.reader.settle(routing_key, body)
+            elif request.reader.read(offset, check or digest(body), routing_key, body):
+                request.next = offset + 1
+            else:
+                request.next = offset
+                self._remove(request)
+        while self._by_until and self._by_until[0][0] <= offset:
+            _, _, request = self._by_until.pop(0)
+            if not request.cancelled and request in self.active:
+                request.caught_up_at = time.monotonic()
+                request.reader.caught_up()
+
+    def _begin(self, offset: int, check: str) -> None:
+        while self._pending and self._pending[-1].next <= offset:
+            request = self._pending.pop()
+            if request.cancelled:
+                self._remove(request)
+                continue
+            if not request.verified:
+                # The anchor itself must be there, and be it. If the log begins later, that part of it is gone.
+                if request.next != offset or request.replay.check != check:
+                    self._remove(request)
+                    request.reader.not_found("expired" if request.next < offset else "unknown")
+                    continue
+                request.verified = True
+                request.next = offset + 1
+                request.reader.found()
+                if request.cancelled:
+                    self._remove(request)
+                    continue
+            for prefix in request.prefixes:
+                self._by_prefix.setdefault(prefix, []).append(request)
+            bisect.insort(self._by_until, (request.replay.until, id(request), request))
+
+    def settle_until(self, deadline: float) -> None:
+        """Lets go of those who were caught up before `deadline`, and of those who went away."""
+        for request in list(self.active):
+            if request.cancelled or (request.caught_up_at is not None and request.caught_up_at < deadline):
+                self._remove(request)
+
+    def _remove(self, request: Request) -> None:
+        with contextlib.suppress(ValueError):
+            self.active.remove(request)
+        for prefix in request.prefixes:
+            with contextlib.suppress(ValueError):
+                self._by_prefix.get(prefix, []).remove(request)
+
+
+class _Consumer:
+    """Reads a stream from an offset, on a channel of its own, within `async with`.
+
+    On the way out it consumes no more before it closes the channel: an ack behind a closed channel would close the
+    connection.
+    """
+
+    def __init__(
+        self,
+        channel: AbstractChannel,
+        stream: str,
+        offset: int | str,
+        on_entry: Callable[[int, str, bytes], None],
+    ) -> None:
+        self._channel = channel
+        self._stream = stream
+        self._offset = offset
+        self._on_entry = on_entry
+        self._stopped = False
+        self._tag = ""
+        self._newest_tag = 0
+        self._acked = 0
+        self._fresh = asyncio.Event()
+        self._failure: BaseException | None = None
+
+    async def __aenter__(self) -> _Consumer:
+        self._channel.closing.add_done_callback(self._note_closed)
+        self._channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
+        self._acker = asyncio.create_task(self._ack(), name="log-ack")
+        arguments: FieldTable = {"x-stream-offset": self._offset}
+        async with amqp.translating(f"reading the log {self._stream!r}"):
+            answer = await self._channel.basic_consume(self._stream, self._deliver, arguments=arguments)
+        self._tag = answer.consumer_tag or ""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stopped = True
+        self._acker.cancel()
+        await asyncio.gather(self._acker, return_exceptions=True)
+        with contextlib.suppress(BrokerError, TimeoutError):
+            async with asyncio.timeout(amqp.CLOSE_SECONDS), amqp.translating("ending the reading"):
+                if not self._channel.is_closed:
+                    await self._channel.basic_cancel(self._tag)
+                    await self._channel.close()
+
+    async def idle(self, seconds: float) -> None:
+        """Waits a little.
+
+        Raises:
+            BrokerError: the consumer is gone.
+        """
+        await asyncio.sleep(seconds)
+        if self._failure is not None:
+            raise amqp.translate(self._failure, "reading the log")
+
+    async def _deliver(self, message: DeliveredMessage) -> None:
+        if self._stopped:
+            return
+        self._newest_tag = message.delivery_tag or 0
+        self._fresh.set()
+        headers = message.header.properties.headers or {}
+        offset = headers.get("x-stream-offset")
+        assert isinstance(offset, int), "every delivery of a stream carries its offset"
+        self._on_entry(offset, message.routing_key or "", message.body)
+
+    async def _ack(self) -> None:
+        with contextlib.suppress(BrokerError):
+            while True:
+                await self._fresh.wait()
+                self._fresh.clear()
+                if self._newest_tag != self._acked:
+                    self._acked = self._newest_tag
+                    async with amqp.translating("acknowledging"):
+                        await self._channel.basic_ack(self._acked, multiple=True, wait=False)
+
+    def _note_closed(self, closing: asyncio.Future[object]) -> None:
+        error = None if closing.cancelled() else closing.exception()
+        self._failure = error or Exception("channel closed")
+
+    def _note_cancelled(self, _: Basic.Cancel) -> None:
+        self._failure = NotFound("the broker cancelled the consumer")

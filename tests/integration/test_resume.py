@@ -1,0 +1,228 @@
+"""Coming back: from the log, in order, everything once, or an honest gap."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+
+from tests.client import Stream
+from tests.conftest import Eventually, OpenStream, StartService
+from tests.proxy import Proxy
+from tests.rabbit import Vhost, cloudevent
+from tests.service import Service
+
+USER = "user.42.job.completed"
+GROUP = "group.ops.job.completed"
+ALL = "all.job.completed"
+
+
+def numbered(key: str, first: int, last: int, prefix: str = "e") -> list[tuple[str, bytes | dict[str, object]]]:
+    return [(key, cloudevent(f"{prefix}{n}")) for n in range(first, last)]
+
+
+async def come_back(service: Service, connect: OpenStream, cursor: str, *, query: str = "") -> Stream:
+    return await connect(service, "42", "ops", query=query, headers={"Last-Event-ID": cursor}, ready=False)
+
+
+async def test_what_was_missed_comes_in_order_and_then_live(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    stream = await connect(service, "42", "ops")
+    await vhost.publish_all(numbered(USER, 0, 5))
+    assert await stream.ids(5) == [f"e{n}" for n in range(5)]
+    cursor = stream.frames[-1].id
+    await stream.close()
+    await vhost.publish_all(
+        [*numbered(USER, 5, 10), ("user.43.job.completed", cloudevent("not-mine")), *numbered(GROUP, 10, 12)]
+    )
+    again = await come_back(service, connect, cursor)
+    ready = await again.next()
+    assert (ready.event, ready.json["resumed"], ready.id) == ("bridge.ready", True, cursor)
+    assert await again.ids(7) == [f"e{n}" for n in range(5, 12)]
+    await vhost.publish_all(numbered(USER, 12, 14))
+    assert await again.ids(2) == ["e12", "e13"]
+    assert [frame.event for frame in again.frames].count("bridge.gap") == 0
+    assert await service.metric('bridge_replays_total{outcome="complete"}') == 1
+
+
+async def test_a_client_can_be_cut_after_every_single_event(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    stream = await connect(service, "42", "ops")
+    cursor = stream.frames[0].id
+    await stream.close()
+    await vhost.publish_all(numbered(USER, 0, 30))
+    for number in range(30):
+        stream = await come_back(service, connect, cursor)
+        assert (await stream.next()).json["resumed"] is True
+        assert await stream.ids(1) == [f"e{number}"]
+        cursor = stream.frames[1].id
+        await stream.close()
+
+
+async def test_any_replica_will_do(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+    one, two = await start(), await start()
+    stream = await connect(one, "42", "ops")
+    await vhost.publish_all(numbered(USER, 0, 40))
+    await stream.ids(40)
+    cursor = stream.frames[25].id  # As if the rest had been lost on the way.
+    await vhost.publish_all(numbered(ALL, 40, 45))
+    one.signal(signal.SIGKILL)
+    again = await come_back(two, connect, cursor)
+    assert (await again.ready()).json["resumed"] is True
+    assert await again.ids(20) == [f"e{n}" for n in range(25, 45)]
+
+
+async def test_types_are_filtered_in_the_log_as_they_are_live(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    stream = await connect(service, "42", query="types=notification")
+    cursor = stream.frames[0].id
+    await stream.close()
+    await vhost.publish_all([(USER, cloudevent("j")), ("all.notification", cloudevent("n", "notification", title="x"))])
+    again = await come_back(service, connect, cursor, query="types=notification")
+    await again.ready()
+    assert await again.ids(1) == ["n"]
+
+
+@pytest.mark.parametrize(
+    ("cursor", "reason"),
+    [
+        ("garbage", "unknown"),
+        ("0.19b5f0c2a10", "unknown"),
+        ("2.0.AAAAAA.", "unknown"),
+        ("2.fffffffffffffff.AAAAAA.", "unknown"),
+        ("2.1.AAAAAA.~BBBBBB", "unknown"),
+    ],
+)
+async def test_hostile_cursors_are_told_a_gap_and_stream_on(
+    service: Service, vhost: Vhost, connect: OpenStream, cursor: str, reason: str
+) -> None:
+    await vhost.publish_all(numbered("user.43.job.completed", 0, 10))
+    stream = await come_back(service, connect, cursor)
+    assert (await stream.next()).json["resumed"] is False
+    gap = await stream.next()
+    assert (gap.event, gap.json) == ("bridge.gap", {"reason": reason})
+    await vhost.publish(USER, cloudevent("e1"))
+    assert await stream.ids(1) == ["e1"]
+
+
+async def test_a_cursor_of_another_user_discloses_nothing(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    victim = await connect(service, "43", "dev")
+    cursor = victim.frames[0].id
+    await vhost.publish_all([*numbered("user.43.job.completed", 0, 5), *numbered("group.dev.job.completed", 5, 9)])
+    await victim.ids(9)
+    await vhost.publish(USER, cloudevent("mine"))
+    thief = await come_back(service, connect, cursor)
+    await thief.ready()
+    assert await thief.ids(1) == ["mine"]
+    assert b"e0" not in thief.raw.replace(cursor.encode(), b"")
+
+
+async def test_a_log_that_no_longer_reaches_back_says_so(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start(LOG_MAX_BYTES="1000000")
+    stream = await connect(service, "42", "ops")
+    cursor = stream.frames[0].id
+    await stream.close()
+    # Streams are cut by whole segments, whose size no setting of ours makes small; so the operator deletes it here.
+    vhost.delete_queue("events.log")
+    again = await come_back(service, connect, cursor)
+    frames = [await again.next() for _ in range(2)]
+    assert [frame.event for frame in frames] == ["bridge.ready", "bridge.gap"]
+    # It is made anew, and serves those who come after.
+    async with asyncio.timeout(20):
+        while (cursor := (await connect(service)).frames[0].id).startswith("0."):
+            pass
+    await vhost.publish(USER, cloudevent("e1"))
+    last = await come_back(service, connect, cursor)
+    assert (await last.ready()).json["resumed"] is True
+    assert await last.ids(1) == ["e1"]
+
+
+async def test_without_a_log_every_return_is_a_gap(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+    service = await start(LOG="")
+    assert "events.log" not in vhost.queues()
+    stream = await connect(service, "42")
+    cursor = stream.frames[0].id
+    again = await come_back(service, connect, cursor)
+    assert (await again.next()).json["resumed"] is False
+    assert (await again.next()).json == {"reason": "no-log"}
+
+
+async def test_a_client_far_behind_gets_it_in_pieces_and_is_not_cut_off(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start(BACKLOG_EVENTS="20")
+    stream = await connect(service, "42", "ops")
+    cursor = stream.frames[0].id
+    await stream.close()
+    await vhost.publish_all(numbered(USER, 0, 500))
+    again = await connect(service, "42", "ops", headers={"Last-Event-ID": cursor}, receive_buffer=4096, ready=False)
+    assert (await again.ready()).json["resumed"] is True
+    assert await again.ids(250) == [f"e{n}" for n in range(250)]
+    # Events that come live while it is behind are more than it may hold; they come from the log as well.
+    await vhost.publish_all(numbered(USER, 500, 600))
+    assert await again.ids(350) == [f"e{n}" for n in range(250, 600)]
+    await vhost.publish_all(numbered(USER, 600, 605))
+    assert await again.ids(5) == [f"e{n}" for n in range(600, 605)]
+
+
+async def test_ten_at_once_share_a_pass(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    stream = await connect(service, "42", "ops")
+    cursor = stream.frames[0].id
+    await vhost.publish_all(numbered(USER, 0, 200))
+    streams = await asyncio.gather(*(come_back(service, connect, cursor) for _ in range(10)))
+    for again in streams:
+        await again.ready()
+        assert await again.ids(200) == [f"e{n}" for n in range(200)]
+    assert await service.metric("bridge_log_passes") <= 6
+
+
+@pytest.mark.parametrize("fault", ["cut", "operator", "queue"])
+async def test_a_lost_queue_is_invisible(
+    vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream, eventually: Eventually, fault: str
+) -> None:
+    service = await start(amqp_url=vhost.url_at(proxy.port))
+    stream = await connect(service, "42", "ops")
+    await vhost.publish_all(numbered(USER, 0, 10))
+    await stream.ids(10)
+    if fault == "cut":
+        await proxy.refuse()
+        proxy.cut()
+        await service.logged("broker unavailable")
+        await vhost.publish_all([*numbered(USER, 10, 20), *numbered(GROUP, 20, 25)])
+        await proxy.open()
+    elif fault == "operator":
+        await eventually(lambda: vhost.close_connections() > 0)
+        await vhost.publish_all([*numbered(USER, 10, 20), *numbered(GROUP, 20, 25)])
+    else:
+        (queue,) = [name for name, key in vhost.bindings() if key == "user.42.#"]
+        vhost.delete_queue(queue)
+        await vhost.publish_all([*numbered(USER, 10, 20), *numbered(GROUP, 20, 25)])
+    assert sorted(await stream.ids(15), key=lambda name: int(name[1:])) == [f"e{n}" for n in range(10, 25)]
+    await vhost.publish_all(numbered(ALL, 25, 27))
+    assert await stream.ids(2) == ["e25", "e26"]
+    assert [frame.event for frame in stream.frames].count("bridge.gap") == 0
+
+
+async def test_a_memory_alarm_stops_publishers_and_no_stream(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    stream = await connect(service, "42", "ops")
+    await vhost.publish_all(numbered(USER, 0, 5))
+    cursor = stream.frames[0].id
+    vhost.node.ctl("set_vm_memory_high_watermark", "0.00000001")
+    try:
+        again = await come_back(service, connect, cursor)
+        assert (await again.ready()).json["resumed"] is True
+        assert await again.ids(5) == [f"e{n}" for n in range(5)]
+        fresh = await connect(service, "42", "ops")
+    finally:
+        vhost.node.ctl("set_vm_memory_high_watermark", "absolute", "2GB")
+    await vhost.publish_all(numbered(USER, 5, 7))
+    assert await again.ids(2) == ["e5", "e6"]
+    assert await fresh.ids(2) == ["e5", "e6"]
