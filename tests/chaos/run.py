@@ -1,0 +1,231 @@
+"""`python -m tests.chaos.run --seconds 60 --seed 7`: everything at once, and then nothing may be missing.
+
+Real processes: a RabbitMQ node, replicas of the bridge, each by a TCP proxy of its own. Faults are drawn with a seed,
+which is printed; the same seed draws the same faults, though the machine's timing differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from deploy.local.node import Node, free_ports
+from tests.chaos.oracle import Client, Ledger, Verdict, judge, publish
+from tests.proxy import Proxy
+from tests.rabbit import Vhost
+from tests.service import Service
+
+REPLICAS = 2
+USERS = 12
+GROUPS = 3
+CLIENTS = 24
+PUBLISHERS = 3
+QUIET_SECONDS = 90.0
+
+
+class Chaos:
+    def __init__(self, seed: int, *, rate: float) -> None:
+        self.chance = random.Random(seed)
+        self.rate = rate
+        self.faults: Counter[str] = Counter()
+        self.ledger = Ledger()
+        self.clients: list[Client] = []
+        self.replicas: list[Service] = []
+        self.proxies: list[Proxy] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, seconds: float) -> Verdict:
+        node = Node(Path(tempfile.mkdtemp(prefix="chaos-")), management=True)
+        await asyncio.to_thread(node.start)
+        self.vhost = Vhost(node)
+        self.vhost.create()
+        try:
+            for port in free_ports(REPLICAS):
+                proxy = Proxy(node.port)
+                await proxy.open()
+                self.proxies.append(proxy)
+                service = Service(
+                    self.vhost.url_at(proxy.port) + "?heartbeat=4",
+                    BIND=f"127.0.0.1:{port}",
+                    DRAIN_SECONDS="1",
+                    RETRY_SECONDS="0.5",
+                    HEARTBEAT_SECONDS="2",
+                    STALL_SECONDS="5",
+                    MAX_AGE_SECONDS="30",
+                    BACKLOG_EVENTS="200",
+                )
+                self.replicas.append(service)
+                await service.start()
+            # RabbitMQ 3.10 loses a stream for good when it is killed within about a second of its declaration.
+            await asyncio.sleep(3)
+            return await self._storm(seconds)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for service in self.replicas:
+                await service.stop()
+            for proxy in self.proxies:
+                await proxy.__aexit__(None, None, None)
+            self.vhost.close()
+            node.remove()
+
+    def _start(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        async def run() -> None:
+            await work
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        return task
+
+    async def _storm(self, seconds: float) -> Verdict:
+        for number in range(CLIENTS):
+            groups = tuple(str(group) for group in range(GROUPS) if self.chance.random() < 0.4)
+            client = Client(str(number % USERS), groups, self.replicas, random.Random(self.chance.random()))
+            self.clients.append(client)
+            self._start(client.run())
+        stop = asyncio.Event()
+        publishers = [
+            self._start(
+                publish(n, self.vhost.url_at(self.vhost.node.port), USERS, GROUPS, self.rate, self.ledger, stop)
+            )
+            for n in range(PUBLISHERS)
+        ]
+        faults: list[tuple[int, Callable[[], Awaitable[None]]]] = [
+            (6, self.cut_client),
+            (3, self.stall_client),
+            (3, self.cut_amqp),
+            (2, self.stall_amqp),
+            (2, self.refuse_amqp),
+            (2, self.delete_queue),
+            (2, self.kill_replica),
+            (2, self.drain_replica),
+            (1, self.kill_broker),
+        ]
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            await asyncio.sleep(self.chance.uniform(0.2, 2.0))
+            (fault,) = self.chance.choices([what for _, what in faults], [weight for weight, _ in faults])
+            self.faults[fault.__name__] += 1
+            await fault()
+        stop.set()
+        await asyncio.wait(publishers, timeout=60)
+        return await self._come_to_rest()
+
+    async def _come_to_rest(self) -> Verdict:
+        deadline = time.monotonic() + QUIET_SECONDS
+        while True:
+            verdict = judge(self.ledger, self.clients)
+            if verdict.good or time.monotonic() > deadline:
+                return verdict
+            await asyncio.sleep(1)
+
+    # Faults.
+
+    async def cut_client(self) -> None:
+        for client in self.chance.sample(self.clients, 3):
+            client.cut()
+
+    async def stall_client(self) -> None:
+        self._start(self.chance.choice(self.clients).stall(self.chance.uniform(1, 8)))
+
+    async def cut_amqp(self) -> None:
+        self.chance.choice(self.proxies).cut()
+
+    async def stall_amqp(self) -> None:
+        proxy = self.chance.choice(self.proxies)
+        proxy.stall()
+        await asyncio.sleep(self.chance.uniform(0.2, 3))
+        proxy.flow()
+
+    async def refuse_amqp(self) -> None:
+        proxy = self.chance.choice(self.proxies)
+        await proxy.refuse()
+        proxy.cut()
+        await asyncio.sleep(self.chance.uniform(0.2, 3))
+        await proxy.open()
+
+    async def delete_queue(self) -> None:
+        queues = sorted(name for name in self.vhost.queues() if name.startswith("bridge."))
+        if queues:
+            await asyncio.to_thread(self.vhost.delete_queue, self.chance.choice(queues))
+
+    async def kill_replica(self) -> None:
+        await self._restart(signal.SIGKILL)
+
+    async def drain_replica(self) -> None:
+        await self._restart(signal.SIGTERM)
+
+    async def _restart(self, number: signal.Signals) -> None:
+        service = self.chance.choice(self.replicas)
+        assert service.is_running, f"a replica ended by itself:\n{service.text[-6000:]}"
+        service.signal(number)
+        code = await service.ended(seconds=60)
+        assert number == signal.SIGKILL or code == 0, f"a drain ended with {code}:\n{service.text[-3000:]}"
+        await service.start(ready=False)
+
+    async def kill_broker(self) -> None:
+        await asyncio.to_thread(self.vhost.node.kill)
+        await asyncio.sleep(self.chance.uniform(0, 2))
+        await asyncio.to_thread(self.vhost.node.start)
+
+    def report(self, verdict: Verdict, seed: int, seconds: float) -> dict[str, object]:
+        return {
+            "seed": seed,
+            "seconds": round(seconds),
+            "published": self.ledger.confirmed,
+            "publish_retries": self.ledger.retries,
+            "owed": verdict.owed,
+            "missing": len(verdict.missing),
+            "disorder": len(verdict.disorder),
+            "strangers": len(verdict.strangers),
+            "duplicates": verdict.duplicates,
+            "gaps_told": sum(client.gaps for client in self.clients),
+            "connects": sum(client.connects for client in self.clients),
+            "resumed": sum(client.resumed for client in self.clients),
+            "phantoms": sum(client.phantoms for client in self.clients),
+            "faults": dict(self.faults),
+        }
+
+
+async def chaos(seed: int, seconds: float, *, rate: float = 20.0) -> tuple[dict[str, object], Verdict, Chaos]:
+    began = time.monotonic()
+    storm = Chaos(seed, rate=rate)
+    verdict = await storm.run(seconds)
+    return storm.report(verdict, seed, time.monotonic() - began), verdict, storm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    first = options.seed if options.seed is not None else random.randrange(10**6)
+    failed = 0
+    for seed in range(first, first + options.rounds):
+        print(f"==> seed {seed}", file=sys.stderr, flush=True)
+        report, verdict, storm = asyncio.run(chaos(seed, options.seconds))
+        print(json.dumps(report), flush=True)
+        if not verdict.good:
+            failed += 1
+            for line in [*verdict.missing, *verdict.disorder, *verdict.strangers][:20]:
+                print("   ", line, file=sys.stderr, flush=True)
+            for number, service in enumerate(storm.replicas):
+                path = Path(tempfile.gettempdir()) / f"chaos-{seed}-replica-{number}.log"
+                path.write_text(service.text)
+                print(f"    log: {path}", file=sys.stderr, flush=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

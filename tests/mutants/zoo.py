@@ -1,0 +1,146 @@
+"""A small zoo of bugs: one edit each, what a user would see of it, and the test that must catch it.
+
+`make mutants` lets each loose in a copy of the tree and shows whether its keeper noticed. Added when one bites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WORLD = "tests/property/test_session.py"
+SESSION = "tests/unit/test_session.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    harm: str
+    killer: str
+
+
+ZOO = [
+    Mutant(
+        "replay-skips-one",
+        "bridge/eventlog.py",
+        "                request.verified = True\n                request.next = offset + 1\n",
+        "                request.verified = True\n                request.next = offset + 2\n",
+        "the first event after a client's place is lost",
+        "tests/integration/test_resume.py::test_a_client_can_be_cut_after_every_single_event",
+    ),
+    Mutant(
+        "names-are-forgotten",
+        "bridge/session.py",
+        "        self._sent_before = frozenset(come_from.digests)\n",
+        "        self._sent_before = frozenset()\n",
+        "what was sent behind the anchor comes a second time",
+        WORLD,
+    ),
+    Mutant(
+        "held-is-dropped",
+        "bridge/session.py",
+        "        held, self._held, self._held_bytes = self._held, [], 0\n",
+        "        held, self._held, self._held_bytes = [], [], 0\n",
+        "what came live while the log was read is lost",
+        WORLD,
+    ),
+    Mutant(
+        "held-is-not-compared",
+        "bridge/session.py",
+        "        for item in held:\n",
+        "        for item in held:\n            self._recent.pop(item.event.id, None)\n",
+        "an event that the log gave comes again from the live queue",
+        WORLD,
+    ),
+    Mutant(
+        "ready-moves-the-client",
+        "bridge/session.py",
+        "            self._greet(self._cursor, resumed=True)\n",
+        "            self._greet(Cursor(self._tick), resumed=True)\n",
+        "a client cut off in its replay comes back behind what it never got",
+        WORLD,
+    ),
+    Mutant(
+        "truncation-is-not-noticed",
+        "bridge/session.py",
+        "            self.truncated = self.truncated or len(self.sent) == MAX_DIGESTS\n",
+        "            pass\n",
+        "a client with more than twenty behind its anchor gets some of them twice",
+        WORLD,
+    ),
+    Mutant(
+        "truncation-sticks",
+        "bridge/session.py",
+        "            self.anchor = Anchor(item.offset, item.check)\n            self.truncated = False\n",
+        "            self.anchor = Anchor(item.offset, item.check)\n",
+        "a client cut off in its replay is told a gap for nothing, and loses what it has not got",
+        WORLD,
+    ),
+    Mutant(
+        "anchor-drops-all-names",
+        "bridge/session.py",
+        "            self._mark(_Mark(anchor, written_ms))\n",
+        "            self._mark(_Mark(anchor, self._now_ms + OVERLAP_MS + 1))\n",
+        "what was sent behind the new anchor comes a second time",
+        WORLD,
+    ),
+    Mutant(
+        "anchor-before-all-names",
+        "bridge/session.py",
+        "            if needed[0][1] < mark.written_ms + LAG_MS:\n                return\n",
+        "            pass\n",
+        "a busy client's place names nothing that stands behind its anchor: a gap for nothing (this one bit)",
+        WORLD,
+    ),
+    Mutant(
+        "anchor-of-a-dead-queue",
+        "bridge/session.py",
+        "        if self.state is State.LIVE and written_ms > self._live_since_ms:\n",
+        "        if self.state is State.LIVE:\n",
+        "a client's place jumps over what fell in while its queues were gone",
+        SESSION,
+    ),
+    Mutant(
+        "hold-without-end",
+        "bridge/session.py",
+        "        if self._held_lost:\n            return False\n",
+        "        if self._held_lost:\n            pass\n",
+        "what was too much to hold during a replay is lost",
+        WORLD,
+    ),
+    Mutant(
+        "full-backlog-swallows",
+        "bridge/session.py",
+        "self._max_bytes):\n            return False\n",
+        "self._max_bytes):\n            return True\n",
+        "a client that reads slowly loses events of its replay",
+        WORLD,
+    ),
+    Mutant(
+        "any-anchor-will-do",
+        "bridge/eventlog.py",
+        "                if request.next != offset or request.replay.check != check:\n",
+        "                if request.next != offset:\n",
+        "a cursor of a log that was deleted is resumed in the new one, at a place that means nothing",
+        "tests/integration/test_resume.py::test_hostile_cursors_are_told_a_gap_and_stream_on",
+    ),
+    Mutant(
+        "gap-before-the-queue",
+        "bridge/session.py",
+        "        self.state = State.DETACHED if self.greeted else State.OPENING\n",
+        "        self.state = State.DETACHED if self.greeted else State.OPENING\n"
+        '        self._backlog.append(sse.encode_gap("no-log"))\n',
+        "a page fetches its state before the new queue is bound, and misses what falls between",
+        SESSION,
+    ),
+    Mutant(
+        "log-of-everybody",
+        "bridge/hub.py",
+        "            self._request = log.replay(replay, [audience.prefix for audience in audiences], self)\n",
+        '            self._request = log.replay(replay, [*(a.prefix for a in audiences), "user.43."], self)\n',
+        "a client sees events of others in its replay",
+        "tests/integration/test_resume.py::test_a_cursor_of_another_user_discloses_nothing",
+    ),
+]
