@@ -98,7 +98,11 @@ class Vhost:
             target = await channel.get_exchange(exchange, ensure=False)
             for key, body in messages:
                 raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-                await target.publish(aio_pika.Message(raw), key, mandatory=False)
+                try:
+                    await target.publish(aio_pika.Message(raw), key, mandatory=False)
+                except aio_pika.exceptions.DeliveryError:
+                    # RabbitMQ nacks what was on its way to a live queue that dies just now; the same message again.
+                    await target.publish(aio_pika.Message(raw), key, mandatory=False)
 
     async def take(self, queue: str) -> list[aio_pika.abc.AbstractIncomingMessage]:
         """Takes all messages out of a queue."""
