@@ -314,11 +314,15 @@ class _Pass:
             if request.cancelled:
                 self._remove(request)
                 continue
+            if request.next < offset:
+                # The log begins later by now: what was to be read next is gone, also for one that had begun to read.
+                self._remove(request)
+                request.reader.not_found("expired")
+                continue
             if not request.verified:
-                # The anchor itself must be there, and be it. If the log begins later, that part of it is gone.
-                if request.next != offset or request.replay.check != check:
+                if request.replay.check != check:  # The anchor itself must be there, and be it.
                     self._remove(request)
-                    request.reader.not_found("expired" if request.next < offset else "unknown")
+                    request.reader.not_found("unknown")
                     continue
                 request.verified = True
                 request.next = offset + 1

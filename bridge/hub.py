@@ -214,7 +214,9 @@ class Connection:
         log = self._hub.log
         if not self.session.caught_up(_now_ms()) and log is not None:
             # What came live meanwhile was too much to hold. It stands in the log, behind the tick.
-            self._request = None
+            if self._request is not None:
+                self._request.cancel()
+                self._request = None
             log.tick(partial(self._on_later_tick, self._epoch))
         self.ring()
 

@@ -121,8 +121,8 @@ ZOO = [
     Mutant(
         "any-anchor-will-do",
         "bridge/eventlog.py",
-        "                if request.next != offset or request.replay.check != check:\n",
-        "                if request.next != offset:\n",
+        "                if request.replay.check != check:",
+        "                if False:",
         "a cursor of a log that was deleted is resumed in the new one, at a place that means nothing",
         "tests/integration/test_resume.py::test_hostile_cursors_are_told_a_gap_and_stream_on",
     ),

@@ -1,0 +1,75 @@
+"""Whose entries a pass hands to whom, and what it says when the log does not reach back. No broker: a pass is pure."""
+
+from __future__ import annotations
+
+import pytest
+
+from bridge.cursor import digest
+from bridge.eventlog import Request, _Pass
+from bridge.session import Replay
+
+
+class Notes:
+    """A reader that notes what it is told; full after `room` entries."""
+
+    def __init__(self, room: int = 100) -> None:
+        self.room = room
+        self.told: list[str | int] = []
+
+    def found(self) -> None:
+        self.told.append("found")
+
+    def not_found(self, reason: str) -> None:
+        self.told.append(reason)
+
+    def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
+        if not self.room:
+            return False
+        self.room -= 1
+        self.told.append(offset)
+        return True
+
+    def caught_up(self) -> None:
+        self.told.append("caught up")
+
+    def settle(self, routing_key: str, body: bytes) -> None:
+        self.told.append("settle")
+
+
+def read(requests: list[Request], first: int, last: int, key: str = "user.42.x") -> None:
+    reading = _Pass(requests)
+    for offset in range(first, last + 1):
+        reading.on_entry(offset, key, b"%d" % offset)
+
+
+def test_from_behind_the_anchor_to_the_tick_and_a_little_on() -> None:
+    notes = Notes()
+    read([Request(Replay(3, 6, digest(b"3")), ["user.42."], notes)], 0, 7)
+    assert notes.told == ["found", 4, 5, 6, "caught up", "settle"]
+
+
+@pytest.mark.parametrize(("first", "check", "reason"), [(3, b"other", "unknown"), (5, b"3", "expired")])
+def test_an_anchor_that_is_not_there(first: int, check: bytes, reason: str) -> None:
+    notes = Notes()
+    read([Request(Replay(3, 9, digest(check)), ["user.42."], notes)], first, 9)
+    assert notes.told == [reason]
+
+
+def test_a_log_cut_while_a_slow_reader_was_stopped_is_told() -> None:
+    notes = Notes()
+    read([Request(Replay(3, 9, None), ["user.42."], notes)], 5, 9)
+    assert notes.told == ["expired"]
+
+
+def test_who_is_full_is_read_to_no_more() -> None:
+    notes = Notes(room=2)
+    request = Request(Replay(3, 9, digest(b"3")), ["user.42."], notes)
+    read([request], 3, 9)
+    assert notes.told == ["found", 4, 5]
+    assert request.next == 6
+
+
+def test_others_entries_are_not_handed_out() -> None:
+    notes = Notes()
+    read([Request(Replay(3, 6, digest(b"3")), ["user.42."], notes)], 3, 7, key="user.43.x")
+    assert notes.told == ["found", "caught up"]
