@@ -5,9 +5,10 @@ of the entries behind it. Nothing in it depends on a clock. It holds no authorit
 Last-Event-ID, so what comes in is read by a strict grammar and used for nothing but where to begin reading; what may be
 seen comes from the token alone. And whoever invents an anchor makes us read one entry, which does not fit.
 
-    2.1f4a.q83vEj.RWeJq8EjRWeJ     version . offset, hexadecimal . check . digests, oldest first
-    2.1f4a.q83vEj.~RWeJq8...       more than twenty were sent behind the anchor; these are the last
-    0.19b5f0c2a10                  no place in any log: there is none, or it could not be asked
+    2.1f4a.q83vEj.RWeJq8EjRWeJ          version . offset, hexadecimal . check . digests, oldest first
+    2.1f4a.q83vEj.RWeJq8EjRWeJ.mZ0_xa   and, of what stands before the anchor, some that may stand behind it once more
+    2.1f4a.q83vEj.~RWeJq8...            more than twenty were sent behind the anchor; these are the last
+    0.19b5f0c2a10                       no place in any log: there is none, or it could not be asked
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ twenty can be told by name. 120 characters."""
 DIGEST_CHARS = 6
 """36 bits: the chance that an unsent event is taken for one of twenty sent ones is one in three thousand million."""
 
-_CURSOR = re.compile(r"2\.([0-9a-f]{1,16})\.([A-Za-z0-9_-]{6})\.(~?)((?:[A-Za-z0-9_-]{6}){0,20})|0\.[0-9a-f]{1,12}")
+_CURSOR = re.compile(
+    r"2\.([0-9a-f]{1,16})\.([A-Za-z0-9_-]{6})\.(~?)((?:[A-Za-z0-9_-]{6}){0,20})(?:\.((?:[A-Za-z0-9_-]{6}){1,20}))?"
+    r"|0\.[0-9a-f]{1,12}"
+)
 
 
 class InvalidCursor(ValueError):
@@ -63,12 +67,15 @@ class Cursor:
         anchor: what is at or before it in the log needs not to be sent; None for a place in no log.
         digests: of events sent from behind the anchor, oldest first.
         truncated: whether more were sent than `digests` has.
+        passed: digests of the last events up to the anchor: a publisher's retry may stand behind it once more. Together
+            with `digests` at most MAX_DIGESTS.
         time_ms: for a place in no log, so that no two ids are the same.
     """
 
     anchor: Anchor | None
     digests: tuple[str, ...] = ()
     truncated: bool = False
+    passed: tuple[str, ...] = ()
     time_ms: int = 0
 
     @classmethod
@@ -78,14 +85,20 @@ class Cursor:
             InvalidCursor: whatever else a client sent.
         """
         match = _CURSOR.fullmatch(text)
-        if match is None:
+        if match is None or len(match[4] or "") + len(match[5] or "") > MAX_DIGESTS * DIGEST_CHARS:
             raise InvalidCursor(f"not a cursor of this bridge ({len(text)} characters)")
         if match[1] is None:
             return cls(None, time_ms=int(text[2:], 16))
-        digests = tuple(re.findall(rf".{{{DIGEST_CHARS}}}", match[4]))
-        return cls(Anchor(int(match[1], 16), match[2]), digests, match[3] == "~")
+        return cls(Anchor(int(match[1], 16), match[2]), _split(match[4]), match[3] == "~", _split(match[5] or ""))
 
     def __str__(self) -> str:
         if self.anchor is None:
             return f"0.{self.time_ms:x}"
-        return f"2.{self.anchor.offset:x}.{self.anchor.check}.{'~' if self.truncated else ''}{''.join(self.digests)}"
+        named = (
+            f"{'~' if self.truncated else ''}{''.join(self.digests)}{'.' if self.passed else ''}{''.join(self.passed)}"
+        )
+        return f"2.{self.anchor.offset:x}.{self.anchor.check}.{named}"
+
+
+def _split(digests: str) -> tuple[str, ...]:
+    return tuple(digests[at : at + DIGEST_CHARS] for at in range(0, len(digests), DIGEST_CHARS))

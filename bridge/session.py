@@ -23,7 +23,7 @@ counts as arrived, and everything that ends a stream leaves the client a place t
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -146,13 +146,14 @@ class _Place:
 
     def _adopt(self, mark: _Mark) -> None:
         needed = [pair for pair in self.sent if pair[1] >= mark.written_ms - OVERLAP_MS]
-        if self.truncated and needed and len(needed) == len(self.sent):
-            # Events behind this anchor may have fallen out of the named. Then it can be taken only if the oldest of
-            # them surely stands behind it, for the reading of the log begins among these. Another time, otherwise.
-            if needed[0][1] < mark.written_ms + LAG_MS:
-                return
-        else:
-            self.truncated = False
+        unsure = sum(received_ms < mark.written_ms + LAG_MS for _, received_ms in needed)
+        truncated = self.truncated and bool(needed) and len(needed) == len(self.sent)
+        # Once events behind the anchor have fallen out of the named, the reading of the log begins among those that
+        # are left, so enough of these must surely stand behind it: now, and when the next one falls out. Otherwise
+        # the anchor is not taken; another will be.
+        if unsure and (truncated or unsure > MAX_DIGESTS - SEEK_MATCHES):
+            return
+        self.truncated = truncated
         self.anchor = mark.anchor
         self.sent = deque(needed, maxlen=MAX_DIGESTS)
         self.passed.clear()
@@ -160,13 +161,10 @@ class _Place:
     def cursor(self, now_ms: int) -> Cursor:
         if self.anchor is None:
             return Cursor(None, time_ms=now_ms)
-        digests = [digest for digest, _ in self.sent]
-        room = MAX_DIGESTS - len(
-            digests
-        )  # Those that were sent live are needed; of these as many as there is room for.
-        if room and self.passed:
-            digests += list(self.passed)[-room:]
-        return Cursor(self.anchor, tuple(digests), self.truncated)
+        # Those that were sent from behind the anchor are needed; of the others as many as there is room for.
+        room = MAX_DIGESTS - len(self.sent)
+        passed = tuple(self.passed)[-room:] if room else ()
+        return Cursor(self.anchor, tuple(digest for digest, _ in self.sent), self.truncated, passed)
 
 
 class Session:
@@ -251,7 +249,7 @@ class Session:
         self._backlog: deque[_Item] = deque()
         self._backlog_events = 0
         self._backlog_bytes = 0
-        self._held: list[_Live] = []
+        self._held: OrderedDict[str, _Live] = OrderedDict()  # By event id.
         self._held_bytes = 0
         self._held_lost = False
         self._place = _Place(None)
@@ -312,7 +310,7 @@ class Session:
             return self._go_live("unknown")  # Of a log that is no more, or an invention.
         self.state = State.REPLAYING
         self.replay = Replay(come_from.anchor.offset, tick.offset, come_from.anchor.check)
-        self._sent_before = frozenset(come_from.digests)
+        self._sent_before = frozenset(come_from.digests + come_from.passed)
         self._seeking = SEEK_MATCHES if come_from.truncated else 0
         return None
 
@@ -349,8 +347,8 @@ class Session:
         self.state = State.LIVE
         self.replay = None
         self._live_since_ms = self._now_ms
-        held, self._held, self._held_bytes = self._held, [], 0
-        for item in held:
+        held, self._held, self._held_bytes = self._held, OrderedDict(), 0
+        for item in held.values():
             self._admit(item.event, item)
 
     def _greet(self, cursor: Cursor, *, resumed: bool) -> None:
@@ -370,7 +368,8 @@ class Session:
         self.state = State.DETACHED if self.greeted else State.OPENING
         self.replay = None
         # The log has them too, and will be read from before them.
-        self._held, self._held_bytes, self._held_lost = [], 0, False
+        self._drop_held()
+        self._held_lost = False
 
     # The log is read.
 
@@ -381,6 +380,7 @@ class Session:
             # The place it came with, not a later one: cut off in the middle it must come back to where it really was.
             sent = ((digest, self._now_ms) for digest in self._cursor.digests)
             self._place = _Place(self._cursor.anchor, sent, self._cursor.truncated)
+            self._place.passed.extend(self._cursor.passed)
             self._greet(self._cursor, resumed=True)
 
     def not_found(self, reason: GapReason) -> GapReason | None:
@@ -398,6 +398,8 @@ class Session:
         if self.state is not State.REPLAYING or self.replay is None:
             return True
         event = entry.event
+        # What the log gives is not given again from what is held, however many come between the two.
+        self._unhold(event.id)
         if event.digest in self._sent_before:
             self._seeking = max(0, self._seeking - 1)
             self.duplicates += 1
@@ -429,6 +431,15 @@ class Session:
         if self.state is not State.REPLAYING:
             return True
         if self._held_lost:
+            # The tick that is asked for now stands behind all that came until now, but for what is on its way to the
+            # log just yet. From here on events are held, not only from the answer on: it may come by another
+            # connection, later than events that stand behind the tick.
+            while self._held and (
+                next(iter(self._held.values())).received_ms < now_ms - OVERLAP_MS
+                or self._is_over(2 * len(self._held), 2 * self._held_bytes)
+            ):
+                self._unhold(next(iter(self._held)))
+            self._held_lost = False
             return False
         assert self._tick is not None, "there is no replay without one"
         self._now_ms = max(self._now_ms, now_ms)
@@ -443,7 +454,6 @@ class Session:
     def extend(self, tick: Anchor) -> None:
         """Held events had to be dropped: the log is read on, to a later tick."""
         if self.state is State.REPLAYING and self.replay is not None:
-            self._held_lost = False
             self.replay = Replay(self.replay.until + 1, tick.offset, None)
             self._tick = tick
 
@@ -463,15 +473,23 @@ class Session:
             self._admit(event, item)
             if self._is_over(self._backlog_events, self._backlog_bytes):
                 self.end("slow", self._retry_ms)
-        elif not self._held_lost:
-            self._held.append(item)
+        elif event.id not in self._held:
+            self._held[event.id] = item
             self._held_bytes += len(event.named)
-            if self._is_over(len(self._held), self._held_bytes):
-                self._held, self._held_bytes = [], 0
-                if self._has_log and (self.greeted or self._cursor is not None):
-                    self._held_lost = True  # The log has them, and will be read past them.
-                else:
+            while self._is_over(len(self._held), self._held_bytes):
+                if not self._has_log or not (self.greeted or self._cursor is not None):
                     self.end("slow", self._retry_ms)
+                    return
+                self._held_lost = True  # The log has it, and will be read past it.
+                self._unhold(next(iter(self._held)))
+
+    def _unhold(self, event_id: str) -> None:
+        if (item := self._held.pop(event_id, None)) is not None:
+            self._held_bytes -= len(item.event.named)
+
+    def _drop_held(self) -> None:
+        self._held.clear()
+        self._held_bytes = 0
 
     def _is_over(self, events: int, size: int) -> bool:
         # One event alone always fits, however small the limit: a client could never get past it otherwise.
@@ -537,7 +555,7 @@ class Session:
         if reason not in ("rotate", "drain"):
             self._backlog.clear()
             self._backlog_events = self._backlog_bytes = 0
-        self._held, self._held_bytes = [], 0
+        self._drop_held()
         self.state = State.ENDED
         self.replay = None
         self.end_reason = reason

@@ -14,6 +14,7 @@ to a new session with the last id it saw. Laws, checked whenever nothing is unde
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -54,6 +55,8 @@ class World(RuleBasedStateMachine):
         self.queues: dict[tuple[int, str], deque[Published]] = {}
         self.bound = False
         self.reading: int | None = None
+        self.extending = False
+        self.asked: Anchor | None = None  # A tick that is written, and not yet known to the bridge.
         self.anchors: list[tuple[Anchor, int, int]] = []
         self.decoder = Decoder()
         self.written: deque[Frame] = deque()
@@ -152,7 +155,29 @@ class World(RuleBasedStateMachine):
     @rule()
     def answer_tick(self) -> None:
         assert self.session is not None
-        self.session.bound(self.now_ms, self.tick())
+        self.session.bound(self.now_ms, self.asked or self.tick())
+        self.asked = None
+        self.start_reading()
+
+    @precondition(lambda self: self.awaits_tick)
+    @rule()
+    def write_tick(self) -> None:
+        """The answer comes by another connection than events do, any time later."""
+        if self.asked is None:
+            self.asked = self.tick()
+
+    @property
+    def awaits_tick(self) -> bool:
+        assert self.session is not None
+        return self.extending or (self.bound and self.session.state in (State.OPENING, State.DETACHED))
+
+    @precondition(lambda self: self.extending)
+    @rule()
+    def answer_later_tick(self) -> None:
+        assert self.session is not None
+        self.extending = False
+        self.session.extend(self.asked or self.tick())
+        self.asked = None
         self.start_reading()
 
     def start_reading(self) -> None:
@@ -186,8 +211,7 @@ class World(RuleBasedStateMachine):
             if offset == self.session.replay.until:
                 self.reading = None
                 if not self.session.caught_up(self.now_ms):
-                    self.session.extend(self.tick())
-                    self.start_reading()
+                    self.extending = True
             else:
                 self.reading = offset + 1
 
@@ -211,7 +235,8 @@ class World(RuleBasedStateMachine):
     @rule()
     def lose_queues(self) -> None:
         assert self.session is not None
-        self.bound = False
+        self.bound = self.extending = False
+        self.asked = None
         self.queues = {}
         self.reading = None
         self.session.lost()
@@ -249,12 +274,14 @@ class World(RuleBasedStateMachine):
 
     # What matters most takes several steps that chance seldom puts in a row.
 
-    @rule(count=st.integers(0, 3), delivered=st.booleans())
-    def reconnect(self, count: int, delivered: bool) -> None:
+    @rule(count=st.integers(0, 3), later=st.integers(0, 3), delivered=st.booleans())
+    def reconnect(self, count: int, later: int, delivered: bool) -> None:
         """As far as the reading of the log; what is published between the binding and the tick comes by both ways."""
         self.cut()
         self.bind()
         self.publish_some(count, delivered)
+        self.write_tick()
+        self.publish_some(later, delivered)
         self.answer_tick()
 
     def publish_some(self, count: int, delivered: bool) -> None:
@@ -270,6 +297,24 @@ class World(RuleBasedStateMachine):
     def burst(self, count: int) -> None:
         """More than a cursor can name, sometimes."""
         self.publish_some(count, True)
+
+    @rule(before=st.integers(1, 4), later=st.integers(1, 4), delivered=st.booleans())
+    def fall_behind(self, before: int, later: int, delivered: bool) -> None:
+        """More comes live during a replay than may be held, and more until the later tick is known."""
+        self.reconnect(0, 0, True)
+        self.publish_some(MAX_EVENTS + before, True)
+        self.come_as_far(lambda: self.extending)
+        if self.extending:
+            self.write_tick()
+            self.publish_some(later, delivered)
+            self.answer_later_tick()
+
+    def come_as_far(self, done: Callable[[], bool]) -> None:
+        for _ in range(50):
+            if done() or self.reading is None:
+                return
+            self.read_log(8)
+            self.write()
 
     @precondition(lambda self: self.bound)
     @rule(before=st.integers(0, 3), behind=st.integers(0, 3))
@@ -293,7 +338,8 @@ class World(RuleBasedStateMachine):
     @rule()
     def cut(self) -> None:
         self.written.clear()
-        self.bound = False
+        self.bound = self.extending = False
+        self.asked = None
         self.queues = {}
         self.reading = None
         self.open()
@@ -340,6 +386,8 @@ class World(RuleBasedStateMachine):
                 self.bind()
             elif self.session.state in (State.OPENING, State.DETACHED):
                 self.answer_tick()
+            elif self.extending:
+                self.answer_later_tick()
             elif self.reading is not None:
                 self.read_log(50)
             elif key := next((key for key, queue in self.queues.items() if queue), None):

@@ -13,6 +13,8 @@ from bridge.cursor import MAX_CHARS, Anchor, Cursor, InvalidCursor, digest
         Cursor(Anchor(0, "AAAAAA")),
         Cursor(Anchor(2**64 - 1, "zz_-09"), ("abcdef",) * 20, True),
         Cursor(Anchor(7, "AAAAAA"), ("abcdef", "ghijkl")),
+        Cursor(Anchor(7, "AAAAAA"), ("abcdef",), passed=("ghijkl",) * 19),
+        Cursor(Anchor(7, "AAAAAA"), (), passed=("ghijkl",)),
         Cursor(None, time_ms=2**48 - 1),
     ],
 )
@@ -31,7 +33,8 @@ def test_a_digest_is_of_the_content() -> None:
     "text",
     ["", "2", "2.", "2.0.AAAAAA", "1.0.AAAAAA.", "2.-1.AAAAAA.", "2.0.AAAAA.", "2.0.AAAAAA.abc", "2.0.AAAAAA.\n",
      "2.0.AAAAAA." + "abcdef" * 21, "2." + "f" * 17 + ".AAAAAA.", "2.G.AAAAAA.", " 2.0.AAAAAA.", "2.0.AAAA=A.", "\0",
-     "../../etc/passwd", "é", "2.0.AAAAAA.abcdef,", "0.", "0.g", "2.0.AAAAAA.~~", "2.0.AAAAAA.abcdef~"],
+     "../../etc/passwd", "é", "2.0.AAAAAA.abcdef,", "0.", "0.g", "2.0.AAAAAA.~~", "2.0.AAAAAA.abcdef~", "2.0.AAAAAA..",
+     "2.0.AAAAAA.abcdef." + "abcdef" * 20],
 )  # fmt: skip
 def test_anything_else_is_no_cursor(text: str) -> None:
     with pytest.raises(InvalidCursor):

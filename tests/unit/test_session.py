@@ -269,8 +269,8 @@ def test_log_then_held_then_live_each_once() -> None:
     sent = make_event(1).digest
     # In the log a cursor is exact; behind the tick it is the tick and what was sent since.
     assert [frame.id for frame in found] == [
-        f"2.9.ck0009.{sent}{make_event(2).digest}",
-        f"2.32.ck0050.{sent}{make_event(2).digest}{make_event(3).digest}",
+        f"2.9.ck0009..{sent}{make_event(2).digest}",
+        f"2.32.ck0050..{sent}{make_event(2).digest}{make_event(3).digest}",
         f"2.64.TICKTI.{make_event(4).digest}",
         f"2.64.TICKTI.{make_event(4).digest}{make_event(5).digest}",
     ]
@@ -330,10 +330,39 @@ def test_more_than_can_be_held_is_read_from_the_log_instead() -> None:
     assert not made.caught_up(5002)
     made.extend(Anchor(200, "TOCKTO"))
     assert made.replay == Replay(101, 200, None)
-    for number in range(3):
+    for number in range(10):
         assert made.replayed(entry(number, 110 + number))
+        made.take()
+    made.offer(make_event(10), 5003)
     made.caught_up(5003)
-    assert [frame.json["id"] for frame in frames(made)[1:]] == ["e0", "e1", "e2"]
+    assert [frame.json["id"] for frame in frames(made)] == ["e10"]
+
+
+def test_what_comes_between_the_asking_for_a_later_tick_and_its_answer_is_held() -> None:
+    """Events and answers come by different connections: this stands behind the tick, and came before its answer."""
+    made = returning(Cursor(Anchor(7, "abcdef")), max_events=4)
+    for number in range(10):
+        made.offer(make_event(number), 5001)
+    assert not made.caught_up(5002)
+    made.offer(make_event(10), 5003)
+    made.extend(Anchor(200, "TOCKTO"))
+    made.offer(make_event(11), 5004)
+    for number in range(10):
+        assert made.replayed(entry(number, 110 + number))
+        frames(made)
+    assert made.caught_up(5005)
+    assert [frame.json["id"] for frame in frames(made)] == ["e10", "e11"]
+
+
+def test_what_the_log_gave_is_not_given_again_however_much_is_held() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")), max_events=2000)
+    for number in range(1500):
+        made.offer(make_event(number), 5001)
+    for number in range(1500):
+        assert made.replayed(entry(number, 10 + number))
+    assert made.caught_up(5005)
+    frames(made)
+    assert made.delivered == 1500
 
 
 def test_after_a_loss_it_is_read_from_its_own_place_and_the_page_sees_nothing() -> None:
@@ -359,6 +388,18 @@ def test_a_newer_anchor_needs_fewer_names() -> None:
     made.anchor(TICK, 9000)
     made.place(14_000)
     assert frames(made)[0].id == f"2.64.TICKTI.{make_event(2).digest}"
+
+
+@pytest.mark.parametrize(("count", "taken"), [(15, True), (16, False), (21, False)])
+def test_an_anchor_that_too_many_may_stand_before_is_not_taken(count: int, taken: bool) -> None:
+    made = session(has_log=True)
+    made.bound(1000, Anchor(10, "AAAAAA"))
+    for number in range(count):
+        made.offer(make_event(number), 8990)
+    frames(made)
+    made.anchor(TICK, 9000)
+    made.place(14_000)
+    assert frames(made)[0].id.startswith("2.64.TICKTI." if taken else "2.a.AAAAAA.")
 
 
 def test_an_anchor_from_before_the_queues_were_bound_is_not_taken() -> None:
