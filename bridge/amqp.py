@@ -119,6 +119,12 @@ def redact(address: str) -> str:
     return f"{scheme}{slashes}{userinfo.partition(':')[0]}:***@{tail}"
 
 
+def address(connection: aio_pika.abc.AbstractConnection) -> str:
+    """Where a connection leads, without its password and its options."""
+    assert isinstance(connection, aio_pika.Connection)
+    return redact(str(connection.url.with_query(None)))
+
+
 def translate(error: BaseException, doing: str) -> BrokerError:
     """A foreign error as one of ours; `doing` says what was tried, for the message."""
     if isinstance(error, BrokerError):

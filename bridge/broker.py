@@ -50,6 +50,7 @@ COMMAND_SECONDS = 30.0
 """A broker that leaves a command unanswered for this long is as good as gone, though its heartbeats come."""
 
 EXCHANGE_CHECK_SECONDS = 10.0
+"""An exchange that is deleted takes all bindings with it and tells nobody; streams would fall silent."""
 
 _RETRY_SECONDS = 1.0
 
@@ -227,7 +228,13 @@ class Broker:
         self.down_since = None
         self._up_since = time.monotonic()
         self.last_error = None
-        _log.info("broker connected", exchange=self.exchange, streams=len(self.subscriptions), away_seconds=away)
+        _log.info(
+            "broker connected",
+            address=amqp.address(link.connection),
+            exchange=self.exchange,
+            streams=len(self.subscriptions),
+            away_seconds=away,
+        )
 
     def _went_down(self) -> None:
         self._link = None
@@ -267,7 +274,11 @@ class _Link:
             BrokerError: with what differs or which right is missing, and what to do.
         """
         await topology.declare_exchange(self.connection, self.broker.exchange)
-        await topology.declare_quarantine(self.connection, self.broker.quarantine)
+        try:
+            await topology.declare_quarantine(self.connection, self.broker.quarantine)
+        except NotFound as error:
+            # In a cluster its node may be down. Streams do without; what is refused meanwhile is kept for a while.
+            _log.error("no quarantine", error=str(error))
         if self.broker.log is not None:
             try:
                 await topology.declare_log(self.connection, self.broker.log, self.broker.exchange)
@@ -291,7 +302,7 @@ class _Link:
             closed.set()
 
         self.connection.close_callbacks.add(on_close)
-        runs = [self.shared.run(), self._watch_exchange(), *(lane.run() for lane in self._lanes)]
+        runs = [self.shared.run(), *(lane.run() for lane in self._lanes)]
         owners = [asyncio.create_task(run, name="amqp-owner") for run in runs]
         watch = asyncio.create_task(closed.wait(), name="amqp-closed")
         try:
@@ -306,17 +317,6 @@ class _Link:
             for task in (watch, *owners):
                 task.cancel()
             await asyncio.gather(watch, *owners, return_exceptions=True)
-
-    async def _watch_exchange(self) -> None:
-        """An exchange that is deleted takes all bindings with it and tells nobody; streams would fall silent."""
-        channel = await amqp.open_channel(self.connection)
-        while True:
-            await asyncio.sleep(EXCHANGE_CHECK_SECONDS)
-            try:
-                async with amqp.translating("looking for the exchange"):
-                    await channel.exchange_declare(self.broker.exchange, passive=True)
-            except NotFound as error:
-                raise _exchange_gone(error) from error
 
     def attach(self, subscription: Subscription) -> None:
         self.shared.note_groups(subscription.groups)
@@ -553,6 +553,10 @@ class _Shared:
                     raise
                 _log.warning("shared queue lost", error=str(error))
                 if isinstance(error, NotFound):
+                    if self._broker.connects == 0:
+                        raise NotFound(
+                            f"exchange {self._broker.exchange!r} does not exist, and this user may not make it. {error}"
+                        ) from error
                     raise _exchange_gone(error) from error
                 if isinstance(error, AccessRefused) and not self.has_consumed:
                     raise  # A right is missing; waiting does not mend it.
@@ -575,14 +579,20 @@ class _Shared:
         try:
             async with amqp.translating("making the shared queue"):
                 await setup.queue_declare(queue, exclusive=True, auto_delete=True)
-                await setup.queue_bind(queue, self._broker.exchange, Audience.everyone().binding_key())
+                await self._bind_everyone(setup, queue)
                 await self._reconcile(setup, queue)
                 await consumer.consume(queue, "shared")
                 self._consuming = self.has_consumed = True
                 self._broker.note_up(self._link)
                 while True:
                     self._link.check_waiting()
-                    await self._changed.wait()
+                    try:
+                        async with asyncio.timeout(EXCHANGE_CHECK_SECONDS):
+                            await self._changed.wait()
+                    except TimeoutError:
+                        # What is bound already is no change, and needs no right but those that we use anyway; a
+                        # passive declare would need the right to configure it (RabbitMQ 4.3).
+                        await self._bind_everyone(setup, queue)
                     self._changed.clear()
                     if self._failure is not None:
                         raise self._failure
@@ -599,6 +609,9 @@ class _Shared:
             raise
         finally:
             consumer.stop()
+
+    async def _bind_everyone(self, setup: AbstractChannel, queue: str) -> None:
+        await setup.queue_bind(queue, self._broker.exchange, Audience.everyone().binding_key())
 
     async def _reconcile(self, setup: AbstractChannel, queue: str) -> None:
         """Binds with a group's first connection, unbinds with its last.

@@ -19,7 +19,7 @@ import structlog
 from pamqp.commands import Basic
 
 from bridge import amqp, topology
-from bridge.amqp import BrokerError, BrokerUnavailable, NotFound
+from bridge.amqp import BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
 from bridge.cursor import Anchor, digest
 from bridge.publisher import new_id
 from bridge.session import Replay
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from pamqp.common import FieldTable
 
 MAX_PASSES = 2
-"""Passes at once: one that reads far back must not keep those waiting who were away for a moment."""
+"""Passes that read at once: one that reads far back must not keep those waiting who were away for a moment. As many
+more may have come to the end, and read on for a second."""
 
 SPAN_ENTRIES = 20_000
 """Readers whose starts are this close together share a pass. The one who starts last waits while it is read."""
@@ -45,6 +46,10 @@ route to a new queue for a moment after it was bound; what it missed stands in t
 TICK_SECONDS = 2.0
 """A tick that takes longer is given up: an alarm blocks the connection that writes it. The newest entry that can be
 read serves then; nobody publishes during an alarm."""
+
+PATIENCE_SECONDS = 8.0
+"""So long a tick is tried again: in a cluster whose node died, until the log has another leader. Who waited longer is
+told that there is no log. Shorter than a new stream waits for its ready."""
 
 TICK_KEY = "bridge.tick"
 
@@ -72,12 +77,13 @@ class Reader(Protocol):
 class Request:
     """One wish to read. `cancel` ends it at any time; nothing is called after that."""
 
-    __slots__ = ("cancelled", "caught_up_at", "next", "prefixes", "reader", "replay", "verified")
+    __slots__ = ("cancelled", "caught_up_at", "next", "only_settles", "prefixes", "reader", "replay", "verified")
 
-    def __init__(self, replay: Replay, prefixes: Sequence[str], reader: Reader) -> None:
+    def __init__(self, replay: Replay, prefixes: Sequence[str], reader: Reader, *, only_settles: bool = False) -> None:
         self.replay = replay
         self.prefixes = prefixes
         self.reader = reader
+        self.only_settles = only_settles
         self.next = replay.start
         self.verified = replay.check is None
         self.cancelled = False
@@ -103,23 +109,30 @@ class EventLog:
         self._sender = amqp.Sender(addresses, name="bridge log writer")
         self._connection: aio_pika.abc.AbstractConnection | None = None
         self._connecting = asyncio.Lock()
-        self._tick_waiters: list[Ticked] = []
+        self._tick_waiters: list[tuple[Ticked, float]] = []
         self._tick_wanted = asyncio.Event()
         self._requests: list[Request] = []
         self._request_made = asyncio.Event()
-        self._passes: set[asyncio.Task[None]] = set()
+        self._passes: dict[asyncio.Task[None], _Pass] = {}
         self.passes = 0
         """Passes begun since the start."""
         self.entries_read = 0
 
     def tick(self, ticked: Ticked) -> None:
         """Asks for an entry that is written after this call; many who ask at once share one."""
-        self._tick_waiters.append(ticked)
+        self._tick_waiters.append((ticked, time.monotonic()))
         self._tick_wanted.set()
 
     def replay(self, replay: Replay, prefixes: Sequence[str], reader: Reader) -> Request:
         """Asks for the entries of a replay whose routing keys begin with one of the prefixes (`user.42.`, `all.`)."""
-        request = Request(replay, prefixes, reader)
+        return self._add(Request(replay, prefixes, reader))
+
+    def settle(self, tick: Anchor, prefixes: Sequence[str], reader: Reader) -> Request:
+        """Asks only for what stands just behind a tick, for one who needs nothing from before it: of the reader nothing
+        but `settle` is called."""
+        return self._add(Request(Replay(tick.offset, tick.offset, tick.check), prefixes, reader, only_settles=True))
+
+    def _add(self, request: Request) -> Request:
         self._requests.append(request)
         self._request_made.set()
         return request
@@ -162,24 +175,33 @@ class EventLog:
             try:
                 anchor = await self._write_tick()
                 next_pause = amqp.pauses()
-            except NotFound as error:
-                _log.error("the log is missing", error=str(error))
-                await self._make_anew()
-                await asyncio.sleep(next_pause())
             except BrokerError as error:
-                # Whoever waits will ask again: their queues are gone too, or soon will be.
-                _log.warning("no tick", error=str(error))
+                _log.warning("no tick", error=str(error), waiting=len(waiters))
+                overdue = time.monotonic() - PATIENCE_SECONDS
+                if isinstance(error, NotFound) and not await self._make_anew():
+                    overdue = time.monotonic()
+                self._tick_waiters += [waiter for waiter in waiters if waiter[1] > overdue]
+                waiters = [waiter for waiter in waiters if waiter[1] <= overdue]
+                await self._elsewhere(error)
                 await asyncio.sleep(next_pause())
-            for ticked in waiters:
+                self._tick_wanted.set()
+            for ticked, _ in waiters:
                 ticked(anchor, written_ms)
 
-    async def _make_anew(self) -> None:
+    async def _elsewhere(self, error: BrokerError) -> None:
+        """A node that has no replica of the log, or one that is just starting, refuses to read it; another will do."""
+        if isinstance(error, TopologyMismatch) and self._connection is not None:
+            await amqp.close(self._connection)
+
+    async def _make_anew(self) -> bool:
         """Somebody deleted it, or its node is down. What it held is gone; who comes back is told."""
         if self._connection is not None:
             try:
                 await topology.declare_log(self._connection, self._log_stream, self._exchange)
+                return True
             except BrokerError as error:
                 _log.error("the log cannot be made", error=str(error))
+        return False
 
     async def _write_tick(self) -> Anchor | None:
         mine = new_id().encode("ascii")
@@ -225,26 +247,35 @@ class EventLog:
         while True:
             await self._request_made.wait()
             self._request_made.clear()
-            while self._requests and len(self._passes) < MAX_PASSES:
+            while self._may_begin():
                 # The newest start first: those who were away for a moment are served in a moment.
                 newest = max(request.next for request in self._requests)
                 together = [request for request in self._requests if request.next > newest - SPAN_ENTRIES]
                 self._requests = [request for request in self._requests if request.next <= newest - SPAN_ENTRIES]
-                task = asyncio.create_task(self._pass(together), name="log-pass")
-                self._passes.add(task)
+                reading = _Pass(
+                    [request for request in together if not request.cancelled], on_caught_up=self._request_made.set
+                )
+                task = asyncio.create_task(self._pass(reading), name="log-pass")
+                self._passes[task] = reading
                 task.add_done_callback(self._end_pass)
 
+    def _may_begin(self) -> bool:
+        self._requests = [request for request in self._requests if not request.cancelled]
+        if all(request.only_settles for request in self._requests):
+            # Nobody waits for these. They gather, so that streams that come all the time cost one pass after another.
+            return bool(self._requests) and len(self._passes) < MAX_PASSES
+        reading = sum(not each.has_caught_up for each in self._passes.values())
+        return reading < MAX_PASSES and len(self._passes) < 2 * MAX_PASSES
+
     def _end_pass(self, task: asyncio.Task[None]) -> None:
-        self._passes.discard(task)
+        del self._passes[task]
         self._request_made.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("pass failed", exc_info=error)
 
-    async def _pass(self, requests: list[Request]) -> None:
-        reading = _Pass([request for request in requests if not request.cancelled])
-        if not reading.active:
-            return
+    async def _pass(self, reading: _Pass) -> None:
         self.passes += 1
+        readers = len(reading.active)
         began = time.monotonic()
         try:
             start = min(request.next for request in reading.active)
@@ -255,26 +286,33 @@ class EventLog:
         except NotFound as error:
             _log.error("the log is missing", error=str(error))
             for request in reading.active:
-                if not request.cancelled:
+                if not request.cancelled and not request.only_settles:
                     request.reader.not_found("no-log")
         except BrokerError as error:
             _log.warning("pass interrupted", error=str(error), readers=len(reading.active))
+            await self._elsewhere(error)
             await asyncio.sleep(_RETRY_SECONDS)
             self._requests += [request for request in reading.active if request.caught_up_at is None]
         finally:
             self.entries_read += reading.entries
             _log.info(
                 "log read",
-                readers=len(requests),
+                readers=readers,
                 entries=reading.entries,
                 seconds=round(time.monotonic() - began, 3),
             )
 
 
 class _Pass:
-    """Hands the entries of one consumer to whom they are for. No I/O of its own."""
+    """Hands the entries of one consumer to whom they are for. No I/O of its own.
 
-    def __init__(self, requests: list[Request]) -> None:
+    Args:
+        requests: the readers.
+        on_caught_up: called when all have been brought to their ticks; from then on it only settles.
+    """
+
+    def __init__(self, requests: list[Request], on_caught_up: Callable[[], object] = bool) -> None:
+        self._on_caught_up = on_caught_up
         self._pending = sorted(requests, key=lambda request: -request.next)
         self._by_prefix: dict[str, list[Request]] = {}
         self._by_until: list[tuple[int, int, Request]] = []
@@ -306,7 +344,14 @@ class _Pass:
             _, _, request = self._by_until.pop(0)
             if not request.cancelled and request in self.active:
                 request.caught_up_at = time.monotonic()
-                request.reader.caught_up()
+                if not request.only_settles:
+                    request.reader.caught_up()
+                if self.has_caught_up:
+                    self._on_caught_up()
+
+    @property
+    def has_caught_up(self) -> bool:
+        return all(request.caught_up_at is not None for request in self.active)
 
     def _begin(self, offset: int, check: str) -> None:
         while self._pending and self._pending[-1].next <= offset:
@@ -316,23 +361,27 @@ class _Pass:
                 continue
             if request.next < offset:
                 # The log begins later by now: what was to be read next is gone, also for one that had begun to read.
-                self._remove(request)
-                request.reader.not_found("expired")
+                self._refuse(request, "expired")
                 continue
             if not request.verified:
                 if request.replay.check != check:  # The anchor itself must be there, and be it.
-                    self._remove(request)
-                    request.reader.not_found("unknown")
+                    self._refuse(request, "unknown")
                     continue
                 request.verified = True
                 request.next = offset + 1
-                request.reader.found()
+                if not request.only_settles:
+                    request.reader.found()
                 if request.cancelled:
                     self._remove(request)
                     continue
             for prefix in request.prefixes:
                 self._by_prefix.setdefault(prefix, []).append(request)
             bisect.insort(self._by_until, (request.replay.until, id(request), request))
+
+    def _refuse(self, request: Request, reason: GapReason) -> None:
+        self._remove(request)
+        if not request.only_settles:
+            request.reader.not_found(reason)
 
     def settle_until(self, deadline: float) -> None:
         """Lets go of those who were caught up before `deadline`, and of those who went away."""
@@ -376,11 +425,11 @@ class _Consumer:
     async def __aenter__(self) -> _Consumer:
         self._channel.closing.add_done_callback(self._note_closed)
         self._channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
-        self._acker = asyncio.create_task(self._ack(), name="log-ack")
         arguments: FieldTable = {"x-stream-offset": self._offset}
         async with amqp.translating(f"reading the log {self._stream!r}"):
             answer = await self._channel.basic_consume(self._stream, self._deliver, arguments=arguments)
         self._tag = answer.consumer_tag or ""
+        self._acker = asyncio.create_task(self._ack(), name="log-ack")
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -105,6 +105,7 @@ class Connection:
         "_hub",
         "_paused_at",
         "_request",
+        "_tick",
         "opened_at",
         "pace",
         "ready_at",
@@ -130,6 +131,7 @@ class Connection:
         self._epoch = 0
         """Counts the lives of its queues: what was asked in one is not answered in the next."""
         self._request: Request | None = None
+        self._tick: Anchor | None = None
         self._paused_at: int | None = None
 
     # Called by the broker's side.
@@ -168,6 +170,7 @@ class Connection:
 
     def _on_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
         if epoch == self._epoch:
+            self._tick = anchor
             self._hub.note(self, self.session.bound(_now_ms(), anchor))
             self._read_log()
             self.ring()
@@ -178,16 +181,23 @@ class Connection:
         if anchor is None:
             self._hub.note(self, self.session.not_found("unknown"))
         else:
+            self._tick = anchor
             self.session.extend(anchor)
             self._read_log()
         self.ring()
 
     def _read_log(self) -> None:
         log, replay = self._hub.log, self.session.replay
-        if log is not None and replay is not None:
-            subscriber = self.request.subscriber
-            audiences = [Audience.user(subscriber.user), *map(Audience.group, subscriber.groups), Audience.everyone()]
-            self._request = log.replay(replay, [audience.prefix for audience in audiences], self)
+        if log is None:
+            return
+        subscriber = self.request.subscriber
+        audiences = [Audience.user(subscriber.user), *map(Audience.group, subscriber.groups), Audience.everyone()]
+        prefixes = [audience.prefix for audience in audiences]
+        if replay is not None:
+            self._request = log.replay(replay, prefixes, self)
+        elif self._tick is not None and self.session.state is State.LIVE:
+            # It goes live without reading anything, with a queue that publishers may not know of yet.
+            self._request = log.settle(self._tick, prefixes, self)
 
     def found(self) -> None:
         self.session.found()
@@ -197,6 +207,7 @@ class Connection:
     def not_found(self, reason: GapReason) -> None:
         self._request = None
         self._hub.note(self, self.session.not_found(reason))
+        self._read_log()
         self.ring()
 
     def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:

@@ -14,8 +14,8 @@ from functools import partial
 import structlog
 from pamqp.commands import Basic
 
-from bridge import amqp
-from bridge.amqp import BrokerError, BrokerUnavailable
+from bridge import amqp, topology
+from bridge.amqp import BrokerError, BrokerUnavailable, Unroutable
 from bridge.event import InvalidEvent, Models, read_event
 
 MAX_PENDING = 1_000
@@ -38,6 +38,7 @@ class Quarantine:
     """
 
     def __init__(self, addresses: Sequence[str], *, queue: str, on_dropped: Callable[[], None]) -> None:
+        self._addresses = addresses
         self._sender = amqp.Sender(addresses, name="bridge quarantine")
         self._queue = queue
         self._pending: asyncio.Queue[tuple[bytes, str, str, str]] = asyncio.Queue(maxsize=MAX_PENDING)
@@ -60,6 +61,7 @@ class Quarantine:
                 delivery_mode=2,
                 headers={"x-reason": reason, "x-detail": detail, "x-routing-key": routing_key},
             )
+            next_pause = amqp.pauses()
             while True:
                 try:
                     await self._sender.send(
@@ -71,6 +73,10 @@ class Quarantine:
                         timeout=SEND_SECONDS,
                     )
                     break
+                except Unroutable:
+                    _log.error("the quarantine is missing", queue=self._queue, pending=self._pending.qsize() + 1)
+                    await self._make_anew()
+                    await asyncio.sleep(next_pause())
                 except BrokerUnavailable as error:
                     _log.warning("quarantine waits for the broker", pending=self._pending.qsize() + 1, error=str(error))
                 except BrokerError as error:
@@ -79,6 +85,17 @@ class Quarantine:
                     break
             self._pending_bytes -= len(body)
             self._pending.task_done()
+
+    async def _make_anew(self) -> None:
+        """Somebody deleted it; or its node is down, and then it is waited for."""
+        try:
+            connection = await amqp.connect(self._addresses, name="bridge quarantine maker")
+            try:
+                await topology.declare_quarantine(connection, self._queue)
+            finally:
+                await amqp.close(connection)
+        except BrokerError as error:
+            _log.error("the quarantine cannot be made", error=str(error))
 
     async def close(self) -> None:
         """Gives what is pending, which `run` must still be publishing, five seconds to leave."""

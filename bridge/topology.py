@@ -6,6 +6,7 @@ Owns their properties and the words for what is wrong with them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
@@ -87,9 +88,11 @@ async def _declare(
             f"{what} exists, but is not {wanted}. {error}. Delete it if nothing needs it, or name another: {setting}"
         ) from None
     except AccessRefused as refused:
-        # A bridge with few rights may not declare. That it is there is enough.
+        # A bridge with few rights may not declare. That it is there is enough; RabbitMQ 4.3 does not even let it look.
+        # Then its use will show.
         try:
-            await attempt(f"looking for {what}", passive=True)
+            with contextlib.suppress(AccessRefused):
+                await attempt(f"looking for {what}", passive=True)
         except NotFound:
             raise AccessRefused(
                 f"{what} does not exist, and this user may not make it. {refused}. Make it ({wanted}), or grant the "

@@ -19,6 +19,18 @@ from pathlib import Path
 BIN = Path(os.environ.get("RABBITMQ_HOME", "/usr/lib/rabbitmq")) / "bin"
 """The package's scripts themselves: those in /usr/sbin change the user and the home folder."""
 
+ROOT = os.environ.get("RABBITMQ_ROOT")
+"""A folder with another Debian in it (made by mmdebstrap, say) whose RabbitMQ to run instead of this machine's. Needs
+root: it is entered by chroot, in a mount namespace of its own."""
+
+_ENTER = """
+set -e
+mkdir -p "$1$2" && mount --bind "$2" "$1$2"
+mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev"
+root=$1; folder=$2; shift 2
+exec chroot "$root" /bin/sh -c 'cd "$0" && exec "$@"' "$folder" "$@"
+"""
+
 START_SECONDS = 60
 
 
@@ -42,9 +54,10 @@ class Node:
     Args:
         folder: for data, logs and configuration; made if need be. Another `Node` on the same folder is the same node.
         management: whether to run the management plugin too, for its HTTP API.
+        peer: a node whose cluster this one is to be able to join, by `join`.
     """
 
-    def __init__(self, folder: Path, *, management: bool = False) -> None:
+    def __init__(self, folder: Path, *, management: bool = False, peer: Node | None = None) -> None:
         self.folder = folder
         self.port, self.management_port, self._dist_port, self._epmd_port = free_ports(4)
         self.name = f"bridge-{secrets.token_hex(4)}@localhost"
@@ -52,8 +65,10 @@ class Node:
         folder.mkdir(parents=True, exist_ok=True)
         cookie = folder / ".erlang.cookie"
         if not cookie.exists():
-            cookie.write_text(secrets.token_hex(16))
+            cookie.write_text((peer.folder / ".erlang.cookie").read_text() if peer else secrets.token_hex(16))
             cookie.chmod(0o400)
+        if peer is not None:
+            self._epmd_port = peer._epmd_port
         (folder / "env.conf").write_text("")
         (folder / "plugins").write_text("[rabbitmq_management].\n" if management else "[].\n")
         lines = [
@@ -93,9 +108,16 @@ class Node:
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
         }
 
+    def _command(self, program: str, *args: str) -> list[str]:
+        command = [str(BIN / program), *args]
+        if ROOT is None:
+            return command
+        own_mounts = ["unshare", "--mount", "--propagation", "private"]
+        return [*own_mounts, "/bin/sh", "-c", _ENTER, "sh", ROOT, str(self.folder), *command]
+
     def _run(self, program: str, *args: str, timeout: float = START_SECONDS) -> str:
         done = subprocess.run(
-            [str(BIN / program), *args],
+            self._command(program, *args),
             env=self._environment(),
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
@@ -120,12 +142,13 @@ class Node:
 
     def start(self) -> None:
         """Returns once the node takes connections. After `kill` it comes back on the same port, with its data."""
-        if not (BIN / "rabbitmq-server").exists():
-            raise NodeFailed(f"{BIN}/rabbitmq-server is missing: apt-get install rabbitmq-server")
+        server = Path(ROOT or "/") / BIN.relative_to("/") / "rabbitmq-server"
+        if not server.exists():
+            raise NodeFailed(f"{server} is missing: apt-get install rabbitmq-server")
         self._pid_file.unlink(missing_ok=True)
         # Its own session: Ctrl-C in the terminal of the demo is for the demo, which then stops the node in order.
         subprocess.run(
-            [str(BIN / "rabbitmq-server"), "-detached"],
+            self._command("rabbitmq-server", "-detached"),
             env=self._environment(),
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
@@ -136,6 +159,12 @@ class Node:
             check=True,
         )
         self.ctl("wait", "--timeout", str(START_SECONDS), str(self._pid_file))
+
+    def join(self, peer: Node) -> None:
+        """Makes this node, which runs, one of its peer's cluster; what it held is gone."""
+        self.ctl("stop_app")
+        self.ctl("join_cluster", peer.name)
+        self.ctl("start_app")
 
     @property
     def pid(self) -> int:

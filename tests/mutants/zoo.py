@@ -154,8 +154,8 @@ ZOO = [
     Mutant(
         "log-of-everybody",
         "bridge/hub.py",
-        "            self._request = log.replay(replay, [audience.prefix for audience in audiences], self)\n",
-        '            self._request = log.replay(replay, [*(a.prefix for a in audiences), "user.43."], self)\n',
+        "        prefixes = [audience.prefix for audience in audiences]\n",
+        '        prefixes = [*(audience.prefix for audience in audiences), "user.43."]\n',
         "a client sees events of others in its replay",
         "tests/integration/test_resume.py::test_a_cursor_of_another_user_discloses_nothing",
     ),

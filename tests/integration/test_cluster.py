@@ -1,0 +1,99 @@
+"""Three nodes: one of them dies, and browsers see a pause at most. What the SDK confirmed is on the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bridge import Audience, Publisher
+from deploy.local.node import Node
+from schemas.jobs import JobProgress
+from tests.client import Stream
+from tests.rabbit import Vhost
+from tests.service import Service, mint
+
+USER = Audience.user("42")
+
+
+@pytest.fixture
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
+    folder = tmp_path_factory.mktemp("cluster")
+    first = Node(folder / "0", management=True)
+    nodes = [first, *(Node(folder / str(number), peer=first) for number in (1, 2))]
+    try:
+        first.start()  # And with it the epmd that all three use.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Node.start, nodes[1:]))
+        for node in nodes[1:]:
+            node.join(first)
+        yield nodes
+    finally:
+        for node in nodes:
+            node.remove()
+
+
+async def node_of(nodes: list[Node], service: Service, *, connects: int) -> Node:
+    """The node that a bridge consumes from, by what it logged when it connected."""
+    address = (await service.logged("broker connected", count=connects))["address"]
+    return next(node for node in nodes if f":{node.port}/" in address)
+
+
+@pytest.mark.timeout(240)
+async def test_the_node_that_a_replica_is_connected_to_dies(nodes: list[Node]) -> None:
+    vhost = Vhost(nodes[0])
+    vhost.create()
+    addresses = ",".join(vhost.url_at(node.port) for node in nodes)
+    service = Service(addresses)
+    publisher = Publisher(addresses, source="/cluster", timeout=60)
+    stream = Stream(service.public, "")
+    try:
+        await service.start()
+        stream = Stream(service.public, mint("42"))
+        await stream.open()
+        await stream.ready()
+        victim = await node_of(nodes, service, connects=1)
+        confirmed = 0
+
+        async def publish() -> None:
+            nonlocal confirmed
+            while True:
+                await publisher.publish(USER, JobProgress(job_id=str(confirmed), percent=1))
+                confirmed += 1
+
+        publishing = asyncio.create_task(publish())
+        for turn in range(2):
+            await asyncio.sleep(1)
+            before = confirmed
+            await asyncio.to_thread(victim.kill)
+            async with asyncio.timeout(60):
+                while confirmed < before + 100:
+                    assert not publishing.done(), publishing
+                    await asyncio.sleep(0.05)
+            if turn == 0:
+                # It comes back, and the node that took over dies: a quarantine or a stream's leader was on one of them.
+                await asyncio.to_thread(victim.start)
+                victim = await node_of(nodes, service, connects=2)
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
+        seen: list[int] = []
+        while not seen or seen[-1] < confirmed - 1:
+            frame = await stream.next(seconds=60)
+            if frame.event == "job.progress":
+                seen.append(int(frame.json["data"]["job_id"]))
+            assert frame.event in ("job.progress", "bridge.position"), f"{frame}\n{service.text}"
+        assert seen == list(range(len(seen))), "in order, each once, on the one stream that was opened"
+        cursor = stream.frames[0].id
+        again = Stream(service.public, mint("42"), headers={"Last-Event-ID": cursor})
+        await again.open()
+        assert (await again.ready()).json["resumed"] is True
+        from_log = [int((await again.next(seconds=30)).json["data"]["job_id"]) for _ in range(confirmed)]
+        assert from_log == list(range(confirmed)), "what was confirmed is in the log on the nodes that are left"
+        again.abort()
+    finally:
+        stream.abort()
+        await publisher.close()
+        await service.stop()
+        vhost.close()
