@@ -16,9 +16,10 @@ test: $(READY) check ## every test, on a private RabbitMQ and in Chromium
 	@deploy/local/ensure chromium
 	@$(VENV)/bin/python -m pytest $(TESTS)
 
-chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on
+chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on, with NODES
 	@deploy/local/ensure rabbitmq
-	@$(VENV)/bin/python -m tests.chaos.run --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),5) $(if $(SEED),--seed $(SEED))
+	@$(VENV)/bin/python -m tests.chaos.run --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),5) $(if $(SEED),--seed $(SEED)) \
+		$(if $(NODES),--nodes $(NODES))
 
 mutants: $(READY) ## let each bug of the zoo loose and see that a test catches it
 	@deploy/local/ensure rabbitmq

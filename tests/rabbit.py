@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from typing import Any
 from urllib.parse import quote
 
@@ -71,6 +72,17 @@ class Vhost:
     def delete_queue(self, name: str) -> None:
         """Also an exclusive one, which the management API would not touch."""
         self.node.ctl("delete_queue", "--vhost", self.name, name)
+
+    def wait_for_log(self, node: Node, replicas: int, *, seconds: float = 60) -> None:
+        """Until so many replicas of the log run, as `node` sees it: a node that is back is not yet one that has it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            listed = json.loads(node.ctl("list_queues", "-p", self.name, "name", "online", "--formatter", "json"))
+            online = next(len(queue["online"]) for queue in listed if queue["name"] == "events.log")
+            if online >= replicas:
+                return
+            assert time.monotonic() < deadline, f"{online} of {replicas} replicas of the log run"
+            time.sleep(0.5)
 
     def add_exchange(self, name: str) -> None:
         self._call("PUT", f"exchanges/{self.name}/{name}", type="topic", durable=True)

@@ -33,9 +33,12 @@ QUIET_SECONDS = 90.0
 
 
 class Chaos:
-    def __init__(self, seed: int, *, rate: float) -> None:
+    def __init__(self, seed: int, *, rate: float, nodes: int) -> None:
         self.chance = random.Random(seed)
         self.rate = rate
+        folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+        first = Node(folder / "0", management=True)
+        self.nodes = [first, *(Node(folder / str(number), peer=first) for number in range(1, nodes))]
         self.faults: Counter[str] = Counter()
         self.ledger = Ledger()
         self.clients: list[Client] = []
@@ -44,17 +47,22 @@ class Chaos:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, seconds: float) -> Verdict:
-        node = Node(Path(tempfile.mkdtemp(prefix="chaos-")), management=True)
-        await asyncio.to_thread(node.start)
-        self.vhost = Vhost(node)
+        first, *others = self.nodes
+        await asyncio.to_thread(first.start)
+        for node in others:
+            await asyncio.to_thread(node.start)
+            await asyncio.to_thread(node.join, first)
+        self.version = first.ctl("version").strip()
+        self.vhost = Vhost(first)
         self.vhost.create()
         try:
             for port in free_ports(REPLICAS):
-                proxy = Proxy(node.port)
-                await proxy.open()
-                self.proxies.append(proxy)
+                proxies = [Proxy(node.port) for node in self.nodes]
+                for proxy in proxies:
+                    await proxy.open()
+                self.proxies += proxies
                 service = Service(
-                    self.vhost.url_at(proxy.port) + "?heartbeat=4",
+                    ",".join(self.vhost.url_at(proxy.port) + "?heartbeat=4" for proxy in proxies),
                     BIND=f"127.0.0.1:{port}",
                     DRAIN_SECONDS="1",
                     RETRY_SECONDS="0.5",
@@ -77,7 +85,8 @@ class Chaos:
             for proxy in self.proxies:
                 await proxy.__aexit__(None, None, None)
             self.vhost.close()
-            node.remove()
+            for node in self.nodes:
+                node.remove()
 
     def _start(self, work: Awaitable[None]) -> asyncio.Task[None]:
         async def run() -> None:
@@ -94,9 +103,10 @@ class Chaos:
             self.clients.append(client)
             self._start(client.run())
         stop = asyncio.Event()
+        ports = [node.port for node in self.nodes]
         publishers = [
             self._start(
-                publish(n, self.vhost.url_at(self.vhost.node.port), USERS, GROUPS, self.rate, self.ledger, stop)
+                publish(n, ",".join(map(self.vhost.url_at, ports)), USERS, GROUPS, self.rate, self.ledger, stop)
             )
             for n in range(PUBLISHERS)
         ]
@@ -174,12 +184,17 @@ class Chaos:
         await service.start(ready=False)
 
     async def kill_broker(self) -> None:
-        await asyncio.to_thread(self.vhost.node.kill)
+        node = self.chance.choice(self.nodes)
+        await asyncio.to_thread(node.kill)
         await asyncio.sleep(self.chance.uniform(0, 2))
-        await asyncio.to_thread(self.vhost.node.start)
+        await asyncio.to_thread(node.start)
+        if len(self.nodes) > 1:  # One of them may be down at a time.
+            await asyncio.to_thread(self.vhost.wait_for_log, node, len(self.nodes))
 
     def report(self, verdict: Verdict, seed: int, seconds: float) -> dict[str, object]:
         return {
+            "rabbitmq": self.version,
+            "nodes": len(self.nodes),
             "seed": seed,
             "seconds": round(seconds),
             "published": self.ledger.confirmed,
@@ -197,9 +212,11 @@ class Chaos:
         }
 
 
-async def chaos(seed: int, seconds: float, *, rate: float = 20.0) -> tuple[dict[str, object], Verdict, Chaos]:
+async def chaos(
+    seed: int, seconds: float, *, rate: float = 20.0, nodes: int = 1
+) -> tuple[dict[str, object], Verdict, Chaos]:
     began = time.monotonic()
-    storm = Chaos(seed, rate=rate)
+    storm = Chaos(seed, rate=rate, nodes=nodes)
     verdict = await storm.run(seconds)
     return storm.report(verdict, seed, time.monotonic() - began), verdict, storm
 
@@ -209,12 +226,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1)
     options = parser.parse_args()
     first = options.seed if options.seed is not None else random.randrange(10**6)
     failed = 0
     for seed in range(first, first + options.rounds):
         print(f"==> seed {seed}", file=sys.stderr, flush=True)
-        report, verdict, storm = asyncio.run(chaos(seed, options.seconds))
+        report, verdict, storm = asyncio.run(chaos(seed, options.seconds, nodes=options.nodes))
         print(json.dumps(report), flush=True)
         if not verdict.good:
             failed += 1
