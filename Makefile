@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test chaos mutants check format lock clean
+.PHONY: help demo test chaos mutants check format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,11 @@ check: $(READY) ## formatting, lint and types
 format: $(READY) ## format the code
 	@$(VENV)/bin/ruff format --quiet .
 	@$(VENV)/bin/ruff check --quiet --fix .
+
+exports: $(READY) ## write what is made from the event catalogue
+	@$(VENV)/bin/bridge schemas export > schemas/events.schema.json
+	@$(VENV)/bin/bridge schemas export --format typescript > schemas/events.ts
+	@$(VENV)/bin/bridge schemas export --format asyncapi > schemas/asyncapi.json
 
 # Versions and hashes, and no registry's address.
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

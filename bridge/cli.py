@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, ParamSpec
 import click
 from pydantic import ValidationError
 
-from bridge import __version__, settings
+from bridge import __version__, evolution, exports, settings
 from bridge.amqp import BrokerError
 from bridge.catalogue import Catalogue, InvalidCatalogue, load_catalogue
 from bridge.event import EventData, InvalidEvent
@@ -272,11 +272,56 @@ def schemas() -> None:
 
 
 @schemas.command("export")
-@click.option("--format", "form", type=click.Choice(["jsonschema"]), default="jsonschema", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["jsonschema", "typescript", "asyncapi"]),
+    default="jsonschema",
+    show_default=True,
+)
 def export(form: str) -> None:
-    """Print the JSON Schema of each type's data, as one object."""
+    """Print the catalogue: JSON Schemas for publishers, TypeScript types for pages, or an AsyncAPI 3 document."""
     catalogue = _catalogue(_load(BrokerSettings).schemas)
-    click.echo(json.dumps({name: catalogue.json_schema(name) for name in catalogue}, indent=2, ensure_ascii=False))
+    if form == "typescript":
+        click.echo(exports.typescript(catalogue), nl=False)
+    elif form == "asyncapi":
+        click.echo(_pretty(exports.asyncapi(catalogue, version=__version__)))
+    else:
+        click.echo(_pretty({name: catalogue.json_schema(name) for name in catalogue}))
+
+
+def _pretty(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+@schemas.command("diff")
+@click.argument("old", type=click.File("r", encoding="utf-8"))
+@click.argument("new", type=click.File("r", encoding="utf-8"), required=False)
+def diff(old: IO[str], new: IO[str] | None) -> None:
+    """Name what breaks from one catalogue to another. OLD and NEW are files that `schemas export` printed; without NEW
+    it is the catalogue as it stands. Exit 1 when something breaks."""
+    before = _read_export(old)
+    if new is not None:
+        after = _read_export(new)
+    else:
+        catalogue = _catalogue(_load(BrokerSettings).schemas)
+        after = {name: catalogue.json_schema(name) for name in catalogue}
+    changes = evolution.compare(before, after)
+    for change in changes:
+        click.echo(f"{f'breaks {change.breaks}' if change.breaks else 'compatible':17} {change}")
+    if not changes:
+        click.echo("no change")
+    sys.exit(any(change.breaks for change in changes))
+
+
+def _read_export(file: IO[str]) -> dict[str, Any]:
+    try:
+        value = json.load(file)
+    except ValueError as error:
+        _fail(BAD_INPUT, f"{file.name}: not JSON: {error}")
+    if not isinstance(value, dict) or not all(isinstance(schema, dict) for schema in value.values()):
+        _fail(BAD_INPUT, f"{file.name}: not an object of JSON Schemas, as `bridge schemas export` prints it")
+    return value
 
 
 @main.command()

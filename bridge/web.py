@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException
 
-from bridge import __version__, pacing, sse
+from bridge import __version__, exports, pacing, sse
 from bridge.auth import Authenticator, InvalidToken, KeysUnavailable, Subscriber
 from bridge.catalogue import Catalogue
 from bridge.cursor import echo
@@ -92,6 +92,7 @@ def create_app(
 ) -> Quart:
     """The public application."""
     app = _bare_app("bridge")
+    asyncapi = exports.asyncapi(catalogue, version=__version__)
     schemas = {event_type: catalogue.json_schema(event_type) for event_type in catalogue}
 
     @app.errorhandler(Problem)
@@ -138,6 +139,10 @@ def create_app(
     @app.get("/schemas")
     async def list_schemas() -> Response:
         return _json(schemas)
+
+    @app.get("/asyncapi.json")
+    async def show_asyncapi() -> Response:
+        return _json(asyncapi)
 
     @app.get("/schemas/<event_type>")
     async def show_schema(event_type: str) -> Response:

@@ -116,6 +116,27 @@ async def test_a_team_brings_its_own_catalogue(vhost: Vhost, service: Service, t
     assert done.code == 0, done.err
 
 
+async def test_schemas_diff_names_what_breaks(tmp_path: Path) -> None:
+    package = tmp_path / "our_events"
+    package.mkdir()
+    shipped = 'from bridge import EventData\nclass Shipped(EventData, type="parcel.shipped"):\n    parcel: int\n'
+    (package / "__init__.py").write_text(shipped)
+    old = tmp_path / "old.json"
+    old.write_text((await run("schemas", "export", cwd=tmp_path, SCHEMAS="our_events")).out)
+    done = await run("schemas", "diff", str(old), cwd=tmp_path, SCHEMAS="our_events")
+    assert (done.code, done.out) == (0, "no change\n")
+    (package / "__init__.py").write_text(shipped + "    weight: float\n    note: str = ''\n")
+    done = await run("schemas", "diff", str(old), cwd=tmp_path, SCHEMAS="our_events")
+    assert done.code == 1
+    assert done.out.splitlines() == [
+        "compatible        parcel.shipped data.note: a new member that may be left out",
+        "breaks publishers parcel.shipped data.weight: a new member that must be given: events without it are refused",
+    ]
+    done = await run("schemas", "diff", str(old), str(package / "__init__.py"))
+    assert done.code == 2
+    assert "not JSON" in done.err
+
+
 async def test_serve_names_every_bad_setting_and_exits_2() -> None:
     done = await run("serve", HEARTBEAT_SECONDS="soon", BIND="x", JWT_SECRET="too-short-s3cret")
     assert done.code == 2

@@ -157,6 +157,9 @@ async def test_the_catalogue_can_be_read(service: Service) -> None:
     one = (await service.get("/schemas/job.completed")).json()
     assert one == schemas["job.completed"]
     assert set(one["properties"]) == {"job_id", "duration_seconds", "result_url"}
+    document = (await service.get("/asyncapi.json")).json()
+    assert document["asyncapi"] == "3.0.0"
+    assert set(document["channels"]["events"]["messages"]) == set(schemas)
 
 
 async def test_probes_and_metrics_are_on_the_internal_port(service: Service, connect: OpenStream, vhost: Vhost) -> None:

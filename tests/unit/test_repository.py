@@ -16,10 +16,10 @@ BRIDGE = ROOT / "bridge"
 
 # Lowest first; a file imports only from the lines above its own.
 LAYERS = [
-    ["sse", "cursor", "pacing", "routing", "health", "frames"],
+    ["sse", "cursor", "pacing", "routing", "health", "frames", "evolution"],
     ["event"],
     ["session", "catalogue"],
-    ["amqp"],
+    ["amqp", "exports"],
     ["publisher", "topology", "auth", "metrics"],
     ["broker", "eventlog", "quarantine", "settings"],
     ["hub"],
@@ -29,7 +29,7 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
-PURE = ["sse", "cursor", "pacing", "routing", "health", "frames", "event", "session"]
+PURE = ["sse", "cursor", "pacing", "routing", "health", "frames", "event", "session", "exports", "evolution"]
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
 
 
