@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, SupportsIndex
 
@@ -297,6 +298,7 @@ class Sender:
         self._connection: aio_pika.abc.AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
         self._opening: asyncio.Task[AbstractChannel] | None = None
+        self._connected_at = 0.0
         self._closed = False
 
     async def open(self) -> None:
@@ -315,12 +317,18 @@ class Sender:
         routing_key: str,
         properties: Basic.Properties,
         mandatory: bool = False,
+        recovery: float = 0.0,
         timeout: float,
     ) -> None:
         """Returns once the broker has confirmed the message: every queue and stream it is routed to has taken it.
 
         A lost connection and a nack are answered by sending the same message again, until `timeout` (seconds) is over.
         RabbitMQ 4.3 nacks what was on its way to a queue that died, although the others have it.
+
+        Args:
+            recovery: on a connection younger than this (seconds), `mandatory` is taken as "not yet": RabbitMQ 3.10
+                takes connections for up to half a second before it has recovered its streams, and would confirm what
+                reaches none.
 
         Raises:
             BrokerUnavailable: not confirmed in time. The message may still have arrived, or arrive yet: send it again
@@ -359,7 +367,9 @@ class Sender:
                     raise self._overdue(doing, timeout, failure) from failure
                 failure = translate(error, doing)  # The socket's own ETIMEDOUT.
             except PublishError as error:
-                raise Unroutable(f"{doing}: no queue takes it ({error})") from None
+                if time.monotonic() >= self._connected_at + recovery:
+                    raise Unroutable(f"{doing}: no queue takes it ({error})") from None
+                failure = BrokerUnavailable(f"{doing}: no queue takes it yet")
             except DeliveryError:
                 failure = BrokerUnavailable(f"{doing}: the broker answered nack")
             except ChannelClosed as error:
@@ -407,6 +417,7 @@ class Sender:
                 await close(self._connection)
                 self._connection = None
             self._connection = await connect(self._addresses, name=self._name)
+            self._connected_at = time.monotonic()
         self._channel = await open_channel(self._connection, confirms=True)
         return self._channel
 

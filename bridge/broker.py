@@ -52,7 +52,10 @@ COMMAND_SECONDS = 30.0
 EXCHANGE_CHECK_SECONDS = 10.0
 """An exchange that is deleted takes all bindings with it and tells nobody; streams would fall silent."""
 
+LOG_RECOVERY_SECONDS = 5.0
+
 _RETRY_SECONDS = 1.0
+_LOG_PAUSE_SECONDS = 0.1
 
 _log = structlog.get_logger("bridge.broker")
 
@@ -281,12 +284,24 @@ class _Link:
             _log.error("no quarantine", error=str(error))
         if self.broker.log is not None:
             try:
-                await topology.declare_log(self.connection, self.broker.log, self.broker.exchange)
+                await self._declare_log(self.broker.log)
             except (NotFound, TopologyMismatch, AccessRefused) as error:
                 # Its node may be down, or an operator at work. Live events flow without it, and who comes back is told.
                 if self.broker.connects == 0 and not isinstance(error, NotFound):
                     raise
                 _log.error("no log", error=str(error))
+
+    async def _declare_log(self, log: topology.Log) -> None:
+        # RabbitMQ 3.10 takes connections before it has recovered its streams, and says that there is none. A live queue
+        # bound then would take what the log does not get: who is connected would see it, who comes back would not.
+        deadline = time.monotonic() + LOG_RECOVERY_SECONDS
+        while True:
+            try:
+                return await topology.declare_log(self.connection, log, self.broker.exchange)
+            except NotFound:
+                if time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(_LOG_PAUSE_SECONDS)
 
     async def run(self) -> None:
         """Until the connection is lost.

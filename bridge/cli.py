@@ -160,6 +160,7 @@ async def publish(
             exchange=loaded.exchange,
             timeout=timeout,
             max_event_bytes=loaded.max_event_bytes,
+            log=bool(loaded.log),
         ) as publisher:
             for audience, event in events:
                 click.echo(await publisher.publish(audience, event, **attributes))

@@ -7,6 +7,9 @@ import signal
 
 import pytest
 
+from bridge import Publisher
+from deploy.local.node import Node
+from schemas.jobs import JobProgress
 from tests.client import Stream
 from tests.conftest import Eventually, OpenStream, StartService
 from tests.proxy import Proxy
@@ -226,3 +229,37 @@ async def test_a_memory_alarm_stops_publishers_and_no_stream(
     await vhost.publish_all(numbered(USER, 5, 7))
     assert await again.ids(2) == ["e5", "e6"]
     assert await fresh.ids(2) == ["e5", "e6"]
+
+
+async def test_what_is_confirmed_while_a_broker_starts_is_in_the_log(
+    service: Service, vhost: Vhost, node: Node, connect: OpenStream
+) -> None:
+    """RabbitMQ 3.10 takes connections, and confirms, before it has recovered its streams."""
+    stream = await connect(service, "42")
+    cursor = stream.frames[0].id
+    await asyncio.sleep(3)  # It loses a stream that is younger than this.
+    confirmed: list[str] = []
+
+    async def publish(number: int) -> None:
+        publisher = Publisher(vhost.url, source=f"/test/{number}", timeout=60)
+        try:
+            while True:
+                confirmed.append(await publisher.to_all(JobProgress(job_id="r-7", percent=1)))
+        finally:
+            await publisher.close()
+
+    publishing = [asyncio.create_task(publish(number)) for number in range(4)]
+    await asyncio.sleep(0.5)
+    await asyncio.to_thread(node.kill)
+    await asyncio.to_thread(node.start)
+    await asyncio.sleep(1)
+    for task in publishing:
+        task.cancel()
+    await asyncio.gather(*publishing, return_exceptions=True)
+    await service.logged("broker connected", count=2)
+    again = await come_back(service, connect, cursor)
+    await again.ready()
+    missing = set(confirmed)
+    while missing:
+        missing.discard((await again.next_event())["id"])
+    assert [frame.event for frame in again.frames].count("bridge.gap") == 0
