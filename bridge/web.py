@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -92,6 +93,7 @@ def create_app(
 ) -> Quart:
     """The public application."""
     app = _bare_app("bridge")
+    client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
     schemas = {event_type: catalogue.json_schema(event_type) for event_type in catalogue}
 
@@ -139,6 +141,10 @@ def create_app(
     @app.get("/schemas")
     async def list_schemas() -> Response:
         return _json(schemas)
+
+    @app.get("/client.js")
+    async def show_client() -> Response:
+        return await _file(client, "text/javascript; charset=utf-8")
 
     @app.get("/asyncapi.json")
     async def show_asyncapi() -> Response:
@@ -214,6 +220,14 @@ def _json(value: object, *, status: int = 200) -> Response:
     response = Response(json.dumps(value, ensure_ascii=False) + "\n", status=status, content_type="application/json")
     response.headers["Cache-Control"] = "no-store" if status != 200 else "no-cache"
     return response
+
+
+async def _file(content: bytes, content_type: str) -> Response:
+    response = Response(content, content_type=content_type)
+    response.headers["Cache-Control"] = "no-cache"  # Kept, but asked for each time: a new bridge brings a new one.
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    await response.add_etag()
+    return await response.make_conditional(request)
 
 
 def _stream_response(body: Any) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.server
 import shutil
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 from playwright.async_api import Browser, Page, async_playwright
@@ -26,19 +26,35 @@ async def browser() -> AsyncIterator[Browser]:
     chromium = shutil.which("chromium")
     assert chromium is not None, "chromium is missing: apt-get install chromium"
     async with async_playwright() as playwright:
-        made = await playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        made = await playwright.chromium.launch(
+            executable_path=chromium, args=CHROMIUM_FLAGS, ignore_default_args=["--disable-back-forward-cache"]
+        )
         yield made
         await made.close()
 
 
+OpenPage = Callable[[], Awaitable[Page]]
+
+
 @pytest.fixture
-async def page(browser: Browser) -> AsyncIterator[Page]:
-    """A page on which an error of its scripts fails the test."""
-    made = await browser.new_page()
+async def open_page(browser: Browser) -> AsyncIterator[OpenPage]:
+    """Opens tabs of one person's browser, in which an error of a script fails the test."""
+    context = await browser.new_context()
     errors: list[str] = []
-    made.on("pageerror", lambda error: errors.append(str(error)))
-    yield made
+
+    async def open_one() -> Page:
+        page = await context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        return page
+
+    yield open_one
+    await context.close()
     assert errors == []
+
+
+@pytest.fixture
+async def page(open_page: OpenPage) -> Page:
+    return await open_page()
 
 
 @pytest.fixture

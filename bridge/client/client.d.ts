@@ -1,0 +1,102 @@
+// Types of client.js. Those of your events are made from the catalogue: bridge schemas export --format typescript
+
+/** The part of a CloudEvent that handlers rely on; `BridgeEvent` of your catalogue's export is a union of such. */
+export interface AnyEvent {
+  id: string;
+  source: string;
+  type: string;
+  time?: string;
+  data: unknown;
+}
+
+export type GapReason =
+  /** The log no longer reaches back to where this page was. */
+  | "expired"
+  /** Nobody can say where this page was. */
+  | "unknown"
+  /** The bridge runs without a log. */
+  | "no-log"
+  /** The stream is now another person's. */
+  | "other-user";
+
+export interface Problem {
+  /** HTTP status; 0 when there was no answer. */
+  status: number;
+  /** Stable, for programs: `token-expired`, `origin-not-allowed`, ... */
+  code: string;
+  detail: string;
+}
+
+export interface State {
+  /**
+   * connecting: asking for the stream. live: events come. waiting: it was cut, and is tried again at `retryAt`.
+   * refused: asking again would not help (`problem` says why) until `reconnect()`. paused: the page is hidden.
+   */
+  status: "connecting" | "live" | "waiting" | "refused" | "paused" | "closed";
+  /** Tries since it was last live. */
+  attempt?: number;
+  /** When it is tried again, ms since 1970. */
+  retryAt?: number;
+  problem?: Problem | null;
+  /** Whose events these are, once known. */
+  user: string | null;
+  /** Whether this tab holds the connection for all tabs. */
+  leads: boolean;
+  /** Whether events wait for `load`. */
+  loading: boolean;
+}
+
+export interface Options<Event extends AnyEvent = AnyEvent> {
+  /** The bridge's `/events`, absolute or relative to the page. */
+  url: string | URL;
+  /** Patterns, as in `job.*` or `billing.#`; all types without. */
+  types?: string[];
+  /** One function for every event, or one for each type. What it throws goes to `reportError`. */
+  onEvent?:
+    | ((event: Event) => void)
+    | { [Type in Event["type"]]?: (event: Extract<Event, { type: Type }>) => void };
+  /** Events may have been missed. With `load` it is called as well; without, fetch your state here. */
+  onGap?: (gap: { reason: GapReason }) => void;
+  /** The connection changed; for a badge that says so. */
+  onState?: (state: State) => void;
+  /**
+   * Fetches the page's state: once the stream is live (so nothing falls in between), and after every gap. Events that
+   * come meanwhile are held back, and handed over when its promise has resolved. Tried again when it rejects.
+   */
+  load?: (why: { reason: GapReason | null }) => Promise<unknown> | unknown;
+  /**
+   * Gives a token, for every connection; without it the cookie is used. `reason` is null, or why the last one was not
+   * taken (`expired`, `invalid-token`, ...): fetch a new one then. null ends it: nobody is logged in.
+   */
+  token?: (why: { reason: string | null }) => string | null | Promise<string | null>;
+  /** One connection for all tabs of this origin (default true). A text parts them further, as by user. */
+  share?: boolean | string;
+  /** Keep the place in sessionStorage, and go on from there after a reload. Only for pages that keep their state too. */
+  keep?: boolean;
+  /** Leave the stream when the page has been hidden for so long, and resume when it is looked at. Default: never. */
+  pauseAfterHiddenSeconds?: number;
+  /** As in fetch. Default: `include`, or `same-origin` with `token`. */
+  credentials?: RequestCredentials;
+}
+
+export interface Subscription {
+  /** Resolves when the stream is live for the first time; rejects with a `Problem` when it is refused. */
+  readonly ready: Promise<{ user: string }>;
+  readonly state: State;
+  /** The place of the last event handed over or held; what `Last-Event-ID` would be. */
+  readonly cursor: string | null;
+  /** Tries again after `refused`, as when somebody has logged in. */
+  reconnect(): void;
+  /** Ends it. No handler is called any more, but for `onState` with `closed`. */
+  close(): void;
+}
+
+export function subscribe<Event extends AnyEvent = AnyEvent>(options: Options<Event>): Subscription;
+
+/** Reads SSE blocks from bytes (WHATWG HTML, section 9.2.6). */
+export function parse(
+  body: ReadableStream<Uint8Array>,
+  onBlock: (block: { name: string; data: string; id: string | null }) => void,
+  onRetry: (retryMs: number) => void,
+  onBytes: () => void,
+): Promise<void>;

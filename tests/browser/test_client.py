@@ -1,0 +1,348 @@
+"""The client in a real Chromium: tabs that share, leaders that die, tokens that expire, pages that come back."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import Any
+
+import pytest
+from playwright.async_api import Page
+
+from deploy.local.node import free_ports
+from tests.browser.conftest import OpenPage
+from tests.conftest import StartService
+from tests.proxy import Proxy
+from tests.rabbit import Vhost, cloudevent
+from tests.service import Service, mint
+
+USER = "user.42.job.completed"
+
+SUBSCRIBE = """
+async ([client, options]) => {
+  const { subscribe } = await import(client);
+  window.seen = []; window.gaps = []; window.states = []; window.loads = []; window.tokens = []; window.errors = [];
+  window.reportError = (error) => errors.push(String(error));
+  window.start = () => window.subscription = subscribe({
+    onEvent: (event) => seen.push(event.id),
+    onGap: ({ reason }) => gaps.push(reason),
+    onState: (state) => states.push(state),
+    ...options,
+    ...(window.extra ?? {}),
+  });
+  start();
+}
+"""
+
+
+class Tab:
+    """A page with a subscription."""
+
+    def __init__(self, page: Page, service_url: str) -> None:
+        self.page = page
+        self._url = service_url
+
+    async def subscribe(self, extra: str = "", **options: Any) -> Tab:
+        if extra:
+            await self.page.evaluate(f"window.extra = {extra}; 0")
+        await self.page.evaluate(SUBSCRIBE, [f"{self._url}/client.js", {"url": f"{self._url}/events", **options}])
+        return self
+
+    async def live(self) -> Tab:
+        await self.page.wait_for_function("window.subscription.state.status === 'live'", timeout=40_000)
+        return self
+
+    async def status(self, status: str) -> None:
+        await self.page.wait_for_function("(s) => window.subscription.state.status === s", arg=status, timeout=40_000)
+
+    async def seen(self, count: int) -> list[str]:
+        await self.page.wait_for_function("(count) => window.seen.length >= count", arg=count, timeout=40_000)
+        found: list[str] = await self.page.evaluate("window.seen")
+        return found
+
+    async def get(self, expression: str) -> Any:
+        return await self.page.evaluate(expression)
+
+    async def leads(self) -> bool:
+        return bool(await self.get("window.subscription.state.leads"))
+
+
+class OpenTab:
+    def __init__(self, open_page: OpenPage, origin: str) -> None:
+        self._open_page = open_page
+        self.origin = origin
+
+    async def __call__(self, service: Service, user: str | None = "42") -> Tab:
+        page = await self._open_page()
+        if user is not None:
+            await page.context.add_cookies(
+                [{"name": "bridge_token", "value": mint(user), "url": self.origin, "httpOnly": True}]
+            )
+        await page.goto(self.origin)
+        return Tab(page, service.public.replace("127.0.0.1", "localhost"))
+
+
+@pytest.fixture
+def tab(open_page: OpenPage, origin: str) -> OpenTab:
+    return OpenTab(open_page, origin)
+
+
+@pytest.fixture
+async def bridge(start: StartService, origin: str) -> Service:
+    return await start(ALLOWED_ORIGINS=origin, HEARTBEAT_SECONDS="1")
+
+
+async def publish(vhost: Vhost, first: int, last: int) -> None:
+    await vhost.publish_all([(USER, cloudevent(f"e{number}")) for number in range(first, last)])
+
+
+def ids(first: int, last: int) -> list[str]:
+    return [f"e{number}" for number in range(first, last)]
+
+
+async def test_one_function_or_one_for_each_type(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    one = await (await tab(bridge)).subscribe(
+        """{ onEvent: { "job.completed": (event) => seen.push(event.data.job_id),
+                       "notification": () => { throw Error("x") } } }""",
+        share=False,
+    )
+    assert await one.get("window.subscription.ready") == {"user": "42"}
+    await vhost.publish("all.notification", cloudevent("n1", "notification", title="x"))
+    await publish(vhost, 0, 1)
+    assert await one.seen(1) == ["r-7"]
+    assert await one.get("errors") == ["Error: x"], "a handler's fault is reported, and ends nothing"
+    await one.get("subscription.close()")
+    assert await one.get("subscription.state.status") == "closed"
+
+
+async def test_only_the_types_that_were_asked_for(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    one = await (await (await tab(bridge)).subscribe(types=["notification"])).live()
+    await publish(vhost, 0, 1)
+    await vhost.publish("all.notification", cloudevent("n1", "notification", title="x"))
+    assert await one.seen(1) == ["n1"]
+
+
+async def test_seven_tabs_share_one_connection_and_outlive_their_leader(
+    bridge: Service, vhost: Vhost, tab: OpenTab
+) -> None:
+    tabs = [await (await (await tab(bridge)).subscribe()).live() for _ in range(7)]
+    assert await bridge.metric("bridge_connections") == 1
+    assert [await each.leads() for each in tabs] == [True] + [False] * 6
+    await publish(vhost, 0, 5)
+    for each in tabs:
+        assert await each.seen(5) == ids(0, 5)
+    for leader in range(3):
+        await tabs[leader].page.close()
+        await publish(vhost, 5 * leader + 5, 5 * leader + 10)
+        for each in tabs[leader + 1 :]:
+            assert await each.seen(5 * leader + 10) == ids(0, 5 * leader + 10)
+            assert await each.get("gaps") == []
+    assert sum([await each.leads() for each in tabs[3:]]) == 1
+
+
+async def test_a_leader_that_says_nothing_is_replaced(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    first = await (await (await tab(bridge)).subscribe()).live()
+    second = await (await (await tab(bridge)).subscribe()).live()
+    # As if it were frozen: tabs of one origin share a process here, so nothing freezes one of them alone.
+    await first.get(
+        """() => {
+             const post = BroadcastChannel.prototype.postMessage;
+             BroadcastChannel.prototype.postMessage = function (message) {
+               if (message.kind === "hello") post.call(this, message);
+             };
+           }"""
+    )
+    await second.page.bring_to_front()
+    await second.page.wait_for_function("window.subscription.state.leads", timeout=30_000)
+    await second.live()
+    await publish(vhost, 0, 3)
+    assert await second.seen(3) == ids(0, 3)
+    assert await first.seen(3) == ids(0, 3)
+    await first.page.wait_for_function("!window.subscription.state.leads")
+    assert await first.get("gaps") == await second.get("gaps") == []
+
+
+async def test_without_locks_every_tab_has_its_own(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    tabs = [await tab(bridge) for _ in range(2)]
+    for each in tabs:
+        await each.get("delete window.BroadcastChannel")
+        await (await each.subscribe()).live()
+    assert await bridge.metric("bridge_connections") == 2
+    await publish(vhost, 0, 1)
+    for each in tabs:
+        assert await each.seen(1) == ["e0"]
+
+
+async def test_a_drained_replica_a_killed_one_and_a_restarted_broker(
+    start: StartService, vhost: Vhost, tab: OpenTab, origin: str
+) -> None:
+    port = str(free_ports(1)[0])
+    settings: dict[str, Any] = {
+        "ALLOWED_ORIGINS": origin,
+        "BIND": f"127.0.0.1:{port}",
+        "DRAIN_SECONDS": "0.5",
+        "RETRY_SECONDS": "1",
+    }
+    service = await start(**settings)
+    one = await (await (await tab(service)).subscribe()).live()
+    count = 0
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        await publish(vhost, count, count + 5)
+        service.signal(number)
+        await service.ended()
+        await publish(vhost, count + 5, count + 10)
+        await service.start()
+        count += 10
+        assert await one.seen(count) == ids(0, count)
+    await asyncio.to_thread(vhost.close_connections)
+    await publish(vhost, count, count + 5)
+    assert await one.seen(count + 5) == ids(0, count + 5)
+    assert await one.get("gaps") == []
+
+
+async def test_the_network_goes_and_comes_back(start: StartService, vhost: Vhost, tab: OpenTab, origin: str) -> None:
+    service = await start(ALLOWED_ORIGINS=origin, HEARTBEAT_SECONDS="1")
+    async with Proxy(int(service.public.rpartition(":")[2])) as proxy:
+        one = await tab(service)
+        one = Tab(one.page, f"http://localhost:{proxy.port}")
+        await (await one.subscribe()).live()
+        await publish(vhost, 0, 2)
+        await one.seen(2)
+        proxy.stall()  # Nothing is cut, nothing comes: only the heartbeats tell.
+        await publish(vhost, 2, 4)
+        await one.page.wait_for_function("window.subscription.state.status !== 'live'", timeout=20_000)
+        proxy.cut()
+        proxy.flow()
+        await one.live()
+        assert await one.seen(4) == ids(0, 4)
+        assert await one.get("gaps") == []
+
+
+async def test_a_token_that_expires_is_renewed_without_losing_the_place(
+    bridge: Service, vhost: Vhost, tab: OpenTab
+) -> None:
+    one = await tab(bridge, None)
+    given = iter([mint("42", ttl=3), mint("42", ttl=600)])
+    asked: list[Any] = []
+
+    async def token(why: Any) -> str:
+        asked.append(why)
+        return next(given)
+
+    await one.page.expose_function("mintToken", token)
+    await (await one.subscribe("{ token: (why) => mintToken(why) }")).live()
+    await publish(vhost, 0, 2)
+    await one.page.wait_for_function("window.subscription.state.status !== 'live'", timeout=20_000)
+    await publish(vhost, 2, 4)
+    await one.live()
+    assert await one.seen(4) == ids(0, 4)
+    assert asked == [{"reason": None}, {"reason": "expired"}]
+    assert await one.get("gaps") == []
+
+
+async def test_a_token_that_is_refused_is_asked_for_anew(bridge: Service, tab: OpenTab) -> None:
+    one = await tab(bridge, None)
+    await one.page.evaluate(f"window.given = ['nonsense', {mint('42')!r}]; window.asked = []; 0")
+    await one.subscribe("{ token: ({ reason }) => { asked.push(reason); return given.shift() } }")
+    await one.live()
+    assert await one.get("asked") == [None, "invalid-token"]
+
+
+async def test_who_is_refused_is_told_why_and_may_try_again(bridge: Service, tab: OpenTab, origin: str) -> None:
+    one = await (await tab(bridge, None)).subscribe()
+    two = await (await tab(bridge, None)).subscribe()
+    for each in (one, two):
+        await each.status("refused")
+        assert (await each.get("window.subscription.state.problem"))["code"] == "missing-token"
+        assert await each.get("subscription.ready.catch((error) => error.status)") == 401
+    await one.page.context.add_cookies([{"name": "bridge_token", "value": mint("42"), "url": origin}])
+    await two.get("subscription.reconnect()")
+    await two.live()
+    await one.live()
+
+
+async def test_a_page_is_loaded_once_live_and_again_after_a_gap(
+    start: StartService, vhost: Vhost, tab: OpenTab, origin: str
+) -> None:
+    service = await start(ALLOWED_ORIGINS=origin, LOG="", RETRY_SECONDS="0.2", HEARTBEAT_SECONDS="1")
+    async with Proxy(int(service.public.rpartition(":")[2])) as proxy:
+        one = Tab((await tab(service)).page, f"http://localhost:{proxy.port}")
+        await one.subscribe(
+            """{ load: ({ reason }) => { loads.push(reason); seen.push("load");
+                 return new Promise((resolve, reject) => { window.loaded = resolve; window.failed = reject }) } }"""
+        )
+        await one.seen(1)
+        await publish(vhost, 0, 2)
+        await asyncio.sleep(0.5)
+        assert await one.get("seen") == ["load"], "what comes while the state is fetched is held back"
+        await one.get("loaded()")
+        assert await one.seen(3) == ["load", "e0", "e1"]
+        proxy.cut()
+        assert await one.seen(4) == ["load", "e0", "e1", "load"]
+        assert await one.get("loads") == [None, "no-log"]
+        assert await one.get("gaps") == ["no-log"]
+        await publish(vhost, 2, 3)
+        await one.get("failed(Error('offline'))")
+        assert await one.seen(5) == ["load", "e0", "e1", "load", "load"], "a load that fails is tried again"
+        await one.get("loaded()")
+        assert (await one.seen(6))[5] == "e2"
+
+
+async def test_a_reload_keeps_the_place_if_asked(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    one = await (await (await tab(bridge)).subscribe(keep=True)).live()
+    await publish(vhost, 0, 2)
+    await one.seen(2)
+    await one.page.goto("about:blank")
+    await publish(vhost, 2, 4)
+    await one.page.goto(tab.origin)
+    await one.subscribe(keep=True)
+    assert await one.seen(2) == ids(2, 4)
+    assert await one.get("gaps") == []
+
+
+async def test_a_follower_that_comes_back_is_given_what_it_missed(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    leader = await (await (await tab(bridge)).subscribe()).live()
+    follower = await (await (await tab(bridge)).subscribe(keep=True)).live()
+    await publish(vhost, 0, 2)
+    await follower.seen(2)
+    await follower.page.goto("about:blank")
+    await publish(vhost, 2, 4)
+    await leader.seen(4)
+    await follower.page.goto(tab.origin)
+    await follower.subscribe(keep=True)
+    assert await follower.seen(2) == ids(2, 4)
+    assert not await follower.leads()
+    assert await follower.get("gaps") == []
+
+
+async def test_back_and_forward_through_the_cache(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    one = await (await (await tab(bridge)).subscribe()).live()
+    await publish(vhost, 0, 2)
+    await one.seen(2)
+    await one.page.goto(tab.origin + "/elsewhere")
+    await publish(vhost, 2, 4)
+    await one.page.go_back(wait_until="commit")
+    assert await one.get("'subscription' in window"), "the page came from the cache as it was"
+    assert await one.seen(4) == ids(0, 4)
+    assert await one.get("gaps") == []
+
+
+async def test_a_hidden_page_pauses_and_resumes(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    one = await (await (await tab(bridge)).subscribe(pauseAfterHiddenSeconds=0.2)).live()
+    await one.get(
+        "Object.defineProperty(document, 'visibilityState', { get: () => window.look, configurable: true }); 0"
+    )
+    await one.get("window.look = 'hidden'; document.dispatchEvent(new Event('visibilitychange'))")
+    await one.status("paused")
+    await publish(vhost, 0, 2)
+    await one.get("window.look = 'visible'; document.dispatchEvent(new Event('visibilitychange'))")
+    assert await one.seen(2) == ids(0, 2)
+    assert await one.get("gaps") == []
+
+
+async def test_another_person_on_the_same_page_is_a_gap(bridge: Service, tab: OpenTab, origin: str) -> None:
+    one = await (await (await tab(bridge)).subscribe()).live()
+    await one.page.context.add_cookies([{"name": "bridge_token", "value": mint("43"), "url": origin}])
+    await one.get("subscription.reconnect()")
+    await one.page.wait_for_function("window.subscription.state.user === '43'")
+    assert await one.get("gaps") == ["other-user"]
