@@ -27,6 +27,7 @@ from bridge.eventlog import EventLog
 from bridge.health import Status, why_not_ready
 from bridge.hub import Hub
 from bridge.metrics import Metrics
+from bridge.publisher import Publisher
 from bridge.quarantine import Quarantine
 from bridge.settings import Settings, parse_bind, unknown_names
 from bridge.web import create_app, create_internal_app
@@ -129,6 +130,18 @@ class _Service:
         self.quarantine = Quarantine(
             settings.addresses, queue=settings.quarantine, on_dropped=metrics.quarantine_dropped.inc
         )
+        self.publisher = (
+            Publisher(
+                settings.amqp_url.get_secret_value(),
+                source="/bridge/console",
+                exchange=settings.exchange,
+                timeout=STOP_SECONDS,
+                max_event_bytes=settings.max_event_bytes,
+                log=bool(settings.log),
+            )
+            if settings.console == "development"
+            else None
+        )
         stream = settings.log_stream
         self.log = None if stream is None else EventLog(settings.addresses, log=stream, exchange=settings.exchange)
         self.hub = Hub(
@@ -153,6 +166,7 @@ class _Service:
             settings=settings,
             catalogue=catalogue,
             metrics=metrics,
+            publisher=self.publisher,
         )
         self.internal = create_internal_app(why_not_ready=self._why_not_ready, metrics=metrics)
 
@@ -217,6 +231,8 @@ class _Service:
             task.cancel()
         # A broker that answers nothing more must not keep the process either.
         await asyncio.gather(asyncio.wait({log, broker}, timeout=STOP_SECONDS), self.quarantine.close())
+        if self.publisher is not None:
+            await self.publisher.close()
         quarantine.cancel()
         end_internal.set()
         await _finish(internal)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from bridge import amqp
@@ -31,6 +31,10 @@ class InvalidSettings(Exception):
     def __init__(self, faults: list[str]) -> None:
         self.faults = faults
         super().__init__("; ".join(faults))
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _check_addresses(value: SecretStr) -> SecretStr:
@@ -133,6 +137,9 @@ class Settings(BrokerSettings):
     max_connections_per_user: Count = Field(20, description="streams of one user a process")
     backlog_events: Count = Field(1000, description="events that may wait for one client")
     backlog_bytes: Annotated[int, Field(ge=1024)] = Field(1_048_576, description="bytes that may wait for one client")
+    console: Annotated[Literal["false", "true", "development"], BeforeValidator(_lower)] = Field(
+        "false", description="a page at `/` that shows events live; `development` lets it publish samples, too"
+    )
     broker_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         30, description="how long the broker may be away before /readyz says 503"
     )

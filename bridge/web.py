@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
 from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException
 
@@ -26,7 +27,8 @@ from bridge.catalogue import Catalogue
 from bridge.cursor import echo
 from bridge.hub import Hub, StreamRequest
 from bridge.metrics import Metrics
-from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, TypeFilter
+from bridge.publisher import EventRefused, Publisher, PublishError
+from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
 from bridge.settings import Settings
 from bridge.stream import stream
 
@@ -42,6 +44,12 @@ STREAM_HEADERS = {
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",
 }
+
+CONSOLE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Were an event ever set as HTML by mistake, it still could not run."""
 
 _log = structlog.get_logger("bridge.web")
 
@@ -69,6 +77,7 @@ _TITLES = {
     406: "Not acceptable",
     413: "Too large",
     500: "Internal error",
+    503: "Not available",
     505: "HTTP version not supported",
 }
 
@@ -89,9 +98,19 @@ def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None
 
 
 def create_app(
-    *, hub: Hub, authenticator: Authenticator, settings: Settings, catalogue: Catalogue, metrics: Metrics
+    *,
+    hub: Hub,
+    authenticator: Authenticator,
+    settings: Settings,
+    catalogue: Catalogue,
+    metrics: Metrics,
+    publisher: Publisher | None = None,
 ) -> Quart:
-    """The public application."""
+    """The public application.
+
+    Args:
+        publisher: what the console publishes samples with; None where it may not.
+    """
     app = _bare_app("bridge")
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
@@ -158,7 +177,65 @@ def create_app(
             )
         return _json(schemas[event_type])
 
+    if settings.console != "false":
+        _add_console(app, authenticator, settings, catalogue, publisher)
     return app
+
+
+def _add_console(
+    app: Quart, authenticator: Authenticator, settings: Settings, catalogue: Catalogue, publisher: Publisher | None
+) -> None:
+    folder = files("bridge") / "console"
+    page = (folder / "index.html").read_bytes()
+    if publisher is not None:
+        page = page.replace(b"<html ", b'<html data-publish="true" ', 1)
+    parts = {
+        "app.js": ((folder / "app.js").read_bytes(), "text/javascript; charset=utf-8"),
+        "style.css": ((folder / "style.css").read_bytes(), "text/css; charset=utf-8"),
+    }
+
+    @app.get("/")
+    async def show_console() -> Response:
+        response = await _file(page, "text/html; charset=utf-8")
+        response.headers["Content-Security-Policy"] = CONSOLE_POLICY
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+    @app.get("/console/<name>")
+    async def show_part(name: str) -> Response:
+        if name not in parts:
+            raise Problem(404, "not-found", "the console has no such file")
+        return await _file(*parts[name])
+
+    if publisher is None:
+        return
+
+    @app.post("/console/publish")
+    async def publish_sample() -> Response:
+        # A page of another origin, even an allowed one, must not publish with a person's cookie.
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("Host", "").lower():
+            raise Problem(403, "origin-not-allowed", "only the console itself may publish")
+        if not request.is_json:
+            raise Problem(400, "not-json", "the body must be application/json")
+        try:
+            await _authenticate(authenticator, settings)
+        except KeysUnavailable as error:
+            raise Problem(503, "keys-unavailable", str(error)) from None
+        wish = await request.get_json()
+        try:
+            model = catalogue[wish["type"]]
+            event_id = await publisher.publish(Audience.parse(wish["to"]), model.model_validate(wish["data"]))
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, ('data', *fault['loc'])))}: {fault['msg']}" for fault in error.errors()]
+            raise Problem(400, "schema", "; ".join(faults)) from None
+        except (KeyError, TypeError) as error:
+            raise Problem(400, "bad-sample", f"a sample has `type`, `to` and `data`: {error!r}") from None
+        except (RoutingError, EventRefused) as error:
+            raise Problem(400, "refused", str(error)) from None
+        except PublishError as error:
+            raise Problem(503, "not-published", str(error)) from None
+        return _json({"id": event_id})
 
 
 def create_internal_app(*, why_not_ready: Callable[[], str | None], metrics: Metrics) -> Quart:

@@ -96,13 +96,14 @@ def wait_ready(child: subprocess.Popen[bytes], url: str) -> None:
 
 
 @contextlib.contextmanager
-def page(port: int, events_url: str, secret: str) -> Iterator[None]:
-    """The page, from an origin of its own, with the token in a cookie as an application's login would set it."""
-    html = PAGE.read_text(encoding="utf-8").replace("__EVENTS_URL__", events_url).encode()
+def page(port: int, console_url: str, secret: str) -> Iterator[None]:
+    """A page at /jobs, from an origin of its own, with the token in a cookie as an application's login would set it."""
+    html = PAGE.read_text(encoding="utf-8").replace("__EVENTS_URL__", f"{console_url}events").encode()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path.partition("?")[0] != "/":
+            path = self.path.partition("?")[0]
+            if path not in ("/", "/jobs"):
                 self.send_error(404)
                 return
             cookie = SimpleCookie()
@@ -113,13 +114,18 @@ def page(port: int, events_url: str, secret: str) -> Iterator[None]:
             cookie["bridge_token"]["path"] = "/"
             cookie["bridge_token"]["httponly"] = True
             cookie["bridge_token"]["samesite"] = "Lax"
-            self.send_response(200)
+            body = html if path == "/jobs" else b""
+            if path == "/":  # As an application's login would: with the cookie set, on to where the events are.
+                self.send_response(303)
+                self.send_header("Location", console_url)
+            else:
+                self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(html)))
+            self.send_header("Content-Length", str(len(body)))
             self.send_header("Set-Cookie", cookie["bridge_token"].OutputString())
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            self.wfile.write(html)
+            self.wfile.write(body)
 
         def log_message(self, *args: object) -> None:
             pass
@@ -147,14 +153,16 @@ def run() -> None:
             "BRIDGE_BIND": f"127.0.0.1:{public_port}",
             "BRIDGE_INTERNAL_BIND": f"127.0.0.1:{internal_port}",
             "BRIDGE_ALLOWED_ORIGINS": page_url,
+            "BRIDGE_CONSOLE": "development",
             "BRIDGE_DRAIN_SECONDS": "1",
         }
         python = sys.executable
         bridge = stack.enter_context(process("bridge", [python, "-m", "bridge", "serve"], environment))
         wait_ready(bridge, f"http://127.0.0.1:{internal_port}/readyz")
         worker = stack.enter_context(process("worker", [python, "-m", "deploy.local.worker", USER], environment))
-        stack.enter_context(page(page_port, f"http://localhost:{public_port}/events", secret))
-        say(f"Open {page_url}")
+        stack.enter_context(page(page_port, f"http://localhost:{public_port}/", secret))
+        say(f"Open {page_url} (the console)")
+        say(f"A page that an application might have: {page_url}/jobs")
         say(f"Metrics: http://127.0.0.1:{internal_port}/metrics")
         say("Publish an event yourself, in another terminal:")
         # Yours stands in your environment already, and its password need not stand on the screen.
