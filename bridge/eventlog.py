@@ -19,7 +19,7 @@ import structlog
 from pamqp.commands import Basic
 
 from bridge import amqp, topology
-from bridge.amqp import BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
+from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
 from bridge.cursor import Anchor, digest
 from bridge.publisher import new_id
 from bridge.session import Replay
@@ -178,7 +178,8 @@ class EventLog:
             except BrokerError as error:
                 _log.warning("no tick", error=str(error), waiting=len(waiters))
                 overdue = time.monotonic() - PATIENCE_SECONDS
-                if isinstance(error, NotFound) and not await self._make_anew():
+                # A right that is missing does not come by waiting; nor does a log that cannot be made.
+                if isinstance(error, AccessRefused) or (isinstance(error, NotFound) and not await self._make_anew()):
                     overdue = time.monotonic()
                 self._tick_waiters += [waiter for waiter in waiters if waiter[1] > overdue]
                 waiters = [waiter for waiter in waiters if waiter[1] <= overdue]
