@@ -22,7 +22,7 @@ export type GapReason =
 export interface Problem {
   /** HTTP status; 0 when there was no answer. */
   status: number;
-  /** Stable, for programs: `token-expired`, `origin-not-allowed`, ... */
+  /** Stable, for programs: `expired-token`, `origin-not-allowed`, ... */
   code: string;
   detail: string;
 }
@@ -85,7 +85,7 @@ export interface Subscription {
   readonly state: State;
   /** The place of the last event handed over or held; what `Last-Event-ID` would be. */
   readonly cursor: string | null;
-  /** Tries again after `refused`, as when somebody has logged in. */
+  /** Tries again after `refused`, as when somebody has logged in; does nothing at any other time. */
   reconnect(): void;
   /** Ends it. No handler is called any more, but for `onState` with `closed`. */
   close(): void;

@@ -9,6 +9,7 @@
 // was refused, and cannot tell a dead connection from a quiet one, because it hides heartbeats.
 
 const CONNECT_MS = 30_000; // The bridge answers within ten seconds; a proxy may hold the request for longer.
+const TOKEN_MS = 120_000; // Somebody may have to log in.
 const MAX_BACKOFF_MS = 30_000;
 const DEFAULT_RETRY_MS = 3_000;
 const RECENT_IDS = 1_000; // Ids remembered to drop an event that comes again.
@@ -26,6 +27,33 @@ const sleep = (/** @type {number} */ ms, /** @type {AbortSignal} */ signal) =>
     addEventListener("online", done); // The network is back: no reason to wait any longer.
     signal.addEventListener("abort", done);
     if (signal.aborted) done();
+  });
+
+/**
+ * @template Value
+ * @param {number} ms
+ * @param {Value | Promise<Value>} value
+ * @param {AbortSignal} signal
+ * @returns {Promise<Value>}
+ */
+async function within(ms, value, signal) {
+  const done = new AbortController();
+  signal.addEventListener("abort", () => done.abort(), { signal: done.signal });
+  const late = sleepThrough(ms, done.signal).then(() => {
+    throw new Error(`no token within ${ms / 1000} s`);
+  });
+  late.catch(() => {});
+  try {
+    return await Promise.race([value, late]);
+  } finally {
+    done.abort();
+  }
+}
+
+const sleepThrough = (/** @type {number} */ ms, /** @type {AbortSignal} */ signal) =>
+  new Promise((resolve) => {
+    const timer = setTimeout(resolve, ms);
+    signal.addEventListener("abort", () => (clearTimeout(timer), resolve(undefined)));
   });
 
 /**
@@ -100,7 +128,7 @@ class Connection {
    */
   constructor(shell) {
     this.shell = shell;
-    this.#run();
+    queueMicrotask(() => this.#run()); // Not before who made it has it, and can stop it.
   }
 
   stop() {
@@ -125,6 +153,7 @@ class Connection {
       // everything else full jitter, so that a thousand pages do not come back in one moment.
       const again = end.unauthorized && refusal === null;
       refusal = end.expired ? "expired" : end.unauthorized ? (end.problem?.code ?? "invalid-token") : null;
+      if (refusal === "expired-token") refusal = "expired";
       const limit = Math.min(MAX_BACKOFF_MS, end.retryMs * 2 ** attempt);
       const ms = again || end.expired ? 0 : end.told ? end.retryMs : Math.max(end.afterMs, Math.random() * limit);
       attempt++;
@@ -156,7 +185,8 @@ class Connection {
     const stop = () => abort.abort();
     this.#abort.signal.addEventListener("abort", stop);
     let silenceMs = CONNECT_MS;
-    let watchdog = setTimeout(stop, silenceMs);
+    /** @type {ReturnType<typeof setTimeout> | undefined} */
+    let watchdog;
     const alive = () => {
       clearTimeout(watchdog);
       watchdog = setTimeout(stop, silenceMs);
@@ -167,7 +197,7 @@ class Connection {
       if (this.shell.token) {
         let token;
         try {
-          token = await this.shell.token({ reason: refusal });
+          token = await within(TOKEN_MS, this.shell.token({ reason: refusal }), this.#abort.signal);
         } catch (error) {
           end.problem = { status: 0, code: "token-failed", detail: String(error) };
           return end;
@@ -181,6 +211,7 @@ class Connection {
       }
       const cursor = this.shell.cursor();
       if (cursor) headers["Last-Event-ID"] = cursor;
+      alive();
       const response = await fetch(this.shell.url, {
         headers,
         credentials: this.shell.credentials,
@@ -261,13 +292,14 @@ class Subscription {
   /** @type {Block[] | null} */
   #held = null; // Events that wait for `load`; null when nothing does.
   #loads = 0;
+  /** @type {Promise<void> | undefined} */
+  #loading;
+  #over = new AbortController(); // Aborted by `close`.
   #me = `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`;
   #leads = false;
   #greeted = false; // It has been live once.
   #welcomed = false; // It has been told, since it joined, where the leading tab is; all that comes is news.
   #closed = false;
-  /** @type {string | null} */
-  #user = null;
   /** @type {any} */
   #state = { status: "connecting", attempt: 0 };
   /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -283,6 +315,8 @@ class Subscription {
   /** @param {any} options */
   constructor(options) {
     this.options = options;
+    /** @type {string | null} */
+    this.user = null; // Whose events these are, once known.
     const url = new URL(options.url, location.href);
     // The type stands in each event; without `event:` lines they take fewer bytes.
     url.searchParams.set("named", "false");
@@ -295,7 +329,7 @@ class Subscription {
       this.#rejectReady = reject;
     });
     this.ready.catch(() => {}); // Who does not ask is not bothered.
-    if (options.keep) this.#cursor = readKept(this.key);
+    if (options.keep) ({ cursor: this.#cursor, user: this.user } = readKept(this.key));
     addEventListener("pagehide", this.#onPageHide);
     addEventListener("pageshow", this.#onPageShow);
     document.addEventListener("visibilitychange", this.#onVisibility);
@@ -304,7 +338,7 @@ class Subscription {
   }
 
   get state() {
-    return { ...this.#state, user: this.#user, leads: this.#leads, loading: this.#held !== null };
+    return { ...this.#state, user: this.user, leads: this.#leads, loading: this.#held !== null };
   }
 
   get cursor() {
@@ -314,6 +348,7 @@ class Subscription {
   close() {
     if (this.#closed) return;
     this.#closed = true;
+    this.#over.abort();
     this.#leave();
     removeEventListener("pagehide", this.#onPageHide);
     removeEventListener("pageshow", this.#onPageShow);
@@ -322,12 +357,12 @@ class Subscription {
     this.#rejectReady(new Error("the subscription was closed"));
   }
 
-  /** Tries again after `refused`, as when the person has logged in anew; harmless at any other time. */
+  /** Tries again after `refused`, as when the person has logged in anew. Does nothing at any other time. */
   reconnect() {
-    if (this.#closed) return;
+    if (this.#closed || this.#state.status !== "refused") return;
     this.#leave();
     this.#join();
-    if (this.shares) this.#stand(true); // The tab that leads has given up.
+    if (this.#channel) this.#stand(true); // The tab that leads has given up.
   }
 
   // The page comes and goes.
@@ -360,7 +395,9 @@ class Subscription {
   #keep() {
     if (!this.options.keep || this.#cursor === null) return;
     try {
-      sessionStorage.setItem(this.key, this.#cursor);
+      // While the page's state is being fetched there is nothing to go on from.
+      if (this.#held) sessionStorage.removeItem(this.key);
+      else sessionStorage.setItem(this.key, JSON.stringify({ cursor: this.#cursor, user: this.user }));
     } catch {
       // Storage may be full or forbidden: the next page begins anew, and is told so.
     }
@@ -374,7 +411,13 @@ class Subscription {
       return;
     }
     this.#setState({ status: "connecting", attempt: 0 });
-    this.#channel = new BroadcastChannel(this.key);
+    if (!this.#joined) return; // A handler has closed it.
+    try {
+      this.#channel = new BroadcastChannel(this.key);
+    } catch {
+      this.#leadAlone();
+      return;
+    }
     this.#channel.onmessage = ({ data }) => this.#onMessage(data);
     this.#stand(false);
     this.#welcomed = false;
@@ -384,6 +427,11 @@ class Subscription {
 
   #hello() {
     this.#post({ kind: "hello", from: this.#me, cursor: this.#cursor });
+  }
+
+  #forget() {
+    this.#ring = [];
+    this.#ringChars = 0;
   }
 
   #leave() {
@@ -396,8 +444,7 @@ class Subscription {
     this.#connection?.stop();
     this.#connection = null;
     this.#leads = false;
-    this.#ring = [];
-    this.#ringChars = 0;
+    this.#forget();
   }
 
   // Which tab leads.
@@ -415,9 +462,13 @@ class Subscription {
       });
     navigator.locks
       .request(this.key, steal ? { steal: true } : { signal: joined.signal }, held)
-      .catch(() => {
-        // Left, or the lock was stolen by a tab that took this one for dead: follow, and stand again.
-        if (joined.signal.aborted || joined !== this.#joined) return;
+      .catch((error) => {
+        if (joined.signal.aborted || joined !== this.#joined) return; // Left.
+        if (error?.name !== "AbortError") {
+          this.#leadAlone(); // No locks for this page: a sandboxed frame, storage forbidden.
+          return;
+        }
+        // Stolen by a tab that took this one for dead: follow, and stand again.
         this.#connection?.stop();
         this.#connection = null;
         this.#leads = false;
@@ -429,11 +480,18 @@ class Subscription {
       });
   }
 
+  #leadAlone() {
+    this.shares = false;
+    this.#channel?.close();
+    this.#channel = null;
+    this.#lead();
+  }
+
   #lead() {
     clearTimeout(this.#watch);
+    this.#connection?.stop();
     this.#leads = true;
-    this.#ring = [];
-    this.#ringChars = 0;
+    this.#forget();
     this.#connection = new Connection({
       url: this.url,
       credentials: this.options.credentials ?? (this.options.token ? "same-origin" : "include"),
@@ -442,7 +500,10 @@ class Subscription {
       onBlock: (block) => {
         // A tab that leads without a place begins at "now", which is a hole for those that had one.
         this.#post({ kind: "block", block, anew: block.name === "bridge.ready" && !this.#greeted });
+        const { user } = this;
         this.#take(block);
+        // What lies before a hole, or was another person's, leads nobody on: who has a place there is told a gap.
+        if (block.name === "bridge.gap" || this.user !== user) this.#forget();
         this.#ring.push(block);
         this.#ringChars += block.data.length;
         while (this.#ringChars > RING_CHARS) this.#ringChars -= this.#ring.shift()?.data.length ?? 0;
@@ -473,7 +534,11 @@ class Subscription {
     } else if (message.kind === "block") {
       const { block, anew } = message;
       const ready = block.name === "bridge.ready";
-      if (this.#welcomed) {
+      if (this.#welcomed && ready && !anew && block.id !== this.#cursor) {
+        // Another tab leads, from another place: what comes by it is not simply news. It is asked what lies between.
+        this.#welcomed = false;
+        this.#hello();
+      } else if (this.#welcomed) {
         this.#take(block);
         if (ready && anew) this.#onGap("unknown");
       } else if (ready && this.#cursor === null) {
@@ -498,7 +563,7 @@ class Subscription {
       return;
     }
     const ready = { name: "bridge.ready", id: this.#cursor, data: "" };
-    const told = { user: this.#user, resumed: tab.cursor !== null, heartbeat_seconds: this.#silenceMs / 2_500 };
+    const told = { user: this.user, resumed: tab.cursor !== null, heartbeat_seconds: this.#silenceMs / 2_500 };
     /** @type {Block[]} */
     let blocks = [];
     if (tab.cursor !== null && tab.cursor !== this.#cursor) {
@@ -536,6 +601,7 @@ class Subscription {
 
   /** @param {Block} block */
   #take(block) {
+    if (this.#closed) return;
     if (block.name === "bridge.ready") this.#onReady(JSON.parse(block.data), block.id);
     else if (block.name === "bridge.gap") this.#onGap(JSON.parse(block.data).reason);
     if (block.id !== null) this.#cursor = block.id;
@@ -554,22 +620,25 @@ class Subscription {
    */
   #onReady(told, id) {
     const first = !this.#greeted;
-    const other = this.#user !== null && this.#user !== told.user;
+    const placed = this.#cursor !== null;
+    const other = this.user !== null && this.user !== told.user;
     this.#greeted = true;
-    this.#user = told.user;
+    this.user = told.user;
     this.#silenceMs = Math.max(5_000, told.heartbeat_seconds * 2_500);
     this.#cursor = id ?? this.#cursor;
     this.#setState({ status: "live" });
     if (first) this.#resolveReady({ user: told.user });
     // What was shown is another person's, or a tab without a place took over: the page must fetch anew.
     if (other) this.#onGap("other-user");
-    else if (first && this.options.load && !(this.options.keep && told.resumed)) this.#load(null);
+    else if (first && this.options.load && !(this.options.keep && told.resumed && placed)) this.#load(null);
   }
 
   /** @param {string} reason */
   #onGap(reason) {
     call(() => this.options.onGap?.({ reason }));
-    if (this.options.load) this.#load(reason);
+    if (!this.options.load) return;
+    if (this.#held) this.#held = []; // They are older than what is fetched now.
+    this.#load(reason);
   }
 
   /**
@@ -581,18 +650,22 @@ class Subscription {
     const mine = ++this.#loads;
     this.#held ??= [];
     this.#setState(this.#state);
-    for (let attempt = 0; mine === this.#loads && !this.#closed; attempt++) {
-      try {
-        await this.options.load({ reason });
-        break;
-      } catch (error) {
-        call(() => {
-          throw error;
-        });
-        const closed = new AbortController();
-        await sleep(Math.random() * Math.min(MAX_BACKOFF_MS, 1000 * 2 ** attempt), closed.signal);
+    const before = this.#loading;
+    this.#loading = (async () => {
+      await before; // One after another: a slow one that was begun first must not show its old state last.
+      for (let attempt = 0; mine === this.#loads && !this.#closed; attempt++) {
+        try {
+          await this.options.load({ reason });
+          return;
+        } catch (error) {
+          call(() => {
+            throw error;
+          });
+          await sleep(Math.random() * Math.min(MAX_BACKOFF_MS, 1000 * 2 ** attempt), this.#over.signal);
+        }
       }
-    }
+    })();
+    await this.#loading;
     if (mine !== this.#loads || this.#closed) return; // A later gap loads again.
     const held = this.#held ?? [];
     this.#held = null;
@@ -602,12 +675,14 @@ class Subscription {
 
   /** @param {any} event */
   #hand(event) {
+    if (this.#closed) return;
     const { onEvent } = this.options;
     call(() => (typeof onEvent === "function" ? onEvent(event) : onEvent?.[event.type]?.(event)));
   }
 
   /** @param {any} state */
   #setState(state) {
+    if (this.#closed && state.status !== "closed") return;
     this.#state = state;
     if (state.status === "refused") this.#rejectReady(Object.assign(new Error(state.problem.detail), state.problem));
     call(() => this.options.onState?.(this.state));
@@ -629,9 +704,9 @@ function call(handler) {
 /** @param {string} key */
 function readKept(key) {
   try {
-    return sessionStorage.getItem(key);
+    return { cursor: null, user: null, ...JSON.parse(sessionStorage.getItem(key) ?? "{}") };
   } catch {
-    return null;
+    return { cursor: null, user: null };
   }
 }
 

@@ -340,9 +340,72 @@ async def test_a_hidden_page_pauses_and_resumes(bridge: Service, vhost: Vhost, t
     assert await one.get("gaps") == []
 
 
-async def test_another_person_on_the_same_page_is_a_gap(bridge: Service, tab: OpenTab, origin: str) -> None:
-    one = await (await (await tab(bridge)).subscribe()).live()
+async def test_another_person_on_the_same_page_is_a_gap(start: StartService, tab: OpenTab, origin: str) -> None:
+    service = await start(ALLOWED_ORIGINS=origin, MAX_AGE_SECONDS="2", RETRY_SECONDS="0.2")
+    one = await (await (await tab(service)).subscribe(keep=True)).live()
     await one.page.context.add_cookies([{"name": "bridge_token", "value": mint("43"), "url": origin}])
-    await one.get("subscription.reconnect()")
     await one.page.wait_for_function("window.subscription.state.user === '43'")
     assert await one.get("gaps") == ["other-user"]
+    await one.page.context.add_cookies([{"name": "bridge_token", "value": mint("44"), "url": origin}])
+    await one.page.reload()
+    await (await one.subscribe(keep=True)).live()
+    assert await one.get("gaps") == ["other-user"], "also where the page was left in between"
+
+
+async def test_a_reload_before_the_state_is_there_begins_anew(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    load = "{ load: ({ reason }) => { loads.push(reason); return new Promise(() => {}) } }"
+    one = await (await (await tab(bridge)).subscribe(load, keep=True)).live()
+    await publish(vhost, 0, 1)
+    await asyncio.sleep(0.3)
+    await one.page.reload()
+    await (await one.subscribe(load, keep=True)).live()
+    await one.page.wait_for_function("loads.length === 1")
+
+
+async def test_a_gap_while_the_state_is_fetched(start: StartService, vhost: Vhost, tab: OpenTab, origin: str) -> None:
+    service = await start(ALLOWED_ORIGINS=origin, LOG="", RETRY_SECONDS="0.2", HEARTBEAT_SECONDS="1")
+    async with Proxy(int(service.public.rpartition(":")[2])) as proxy:
+        one = Tab((await tab(service)).page, f"http://localhost:{proxy.port}")
+        await one.subscribe(
+            """{ load: () => { const number = loads.push(0);
+                 return new Promise((resolve) => {
+                   window[`loaded${number}`] = () => { seen.push(`load ${number}`); resolve() };
+                 }) } }"""
+        )
+        await one.live()
+        await publish(vhost, 0, 1)
+        await asyncio.sleep(0.3)
+        proxy.cut()
+        await one.page.wait_for_function("gaps.length === 1", timeout=20_000)
+        await publish(vhost, 1, 2)
+        await one.get("loaded1()")
+        await one.page.wait_for_function("loads.length === 2")
+        await one.get("loaded2()")
+        # What was held from before the gap is older than what is fetched after it, and is not handed over behind it.
+        assert await one.seen(3) == ["load 1", "load 2", "e1"]
+
+
+async def test_closing_in_a_handler_ends_everything(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    one = await tab(bridge)
+    await one.subscribe("{ onEvent: (event) => { seen.push(event.id); subscription.close() } }")
+    await one.live()
+    await publish(vhost, 0, 5)
+    await one.status("closed")
+    await asyncio.sleep(0.5)
+    assert await one.get("seen") == ["e0"]
+    two = await tab(bridge)
+    await two.subscribe("{ onState: (state) => { states.push(state.status); window.subscription?.close() } }")
+    await two.status("closed")
+    await asyncio.sleep(0.5)
+    assert await two.get("states.at(-1)") == "closed"
+    assert await bridge.metric("bridge_connections") == 0
+
+
+async def test_where_locks_are_forbidden_a_tab_has_its_own(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    one = await tab(bridge)
+    await one.get(
+        "() => { LockManager.prototype.request = () => Promise.reject(new DOMException('no', 'SecurityError')) }"
+    )
+    await (await one.subscribe()).live()
+    await publish(vhost, 0, 1)
+    assert await one.seen(1) == ["e0"]
