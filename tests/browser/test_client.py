@@ -194,7 +194,10 @@ async def test_a_drained_replica_a_killed_one_and_a_restarted_broker(
         await service.start()
         count += 10
         assert await one.seen(count) == ids(0, count)
-    await asyncio.to_thread(vhost.close_connections)
+    await asyncio.sleep(3)  # RabbitMQ 3.10 loses a stream that is younger than this when it is killed.
+    await asyncio.to_thread(vhost.node.kill)
+    await asyncio.to_thread(vhost.node.start)
+    await service.logged("broker connected", count=2)
     await publish(vhost, count, count + 5)
     assert await one.seen(count + 5) == ids(0, count + 5)
     assert await one.get("gaps") == []
