@@ -92,6 +92,13 @@ class Request:
     def cancel(self) -> None:
         self.cancelled = True
 
+    def begin_again(self) -> None:
+        """A pass has broken off. Who had been brought to the tick still needs what stands just behind it."""
+        if self.caught_up_at is not None:
+            self.only_settles = True
+            self.next = self.replay.until
+            self.caught_up_at = None
+
 
 class EventLog:
     """
@@ -171,7 +178,6 @@ class EventLog:
             self._tick_wanted.clear()
             waiters, self._tick_waiters = self._tick_waiters, []
             written_ms = time.time_ns() // 1_000_000
-            anchor: Anchor | None = None
             try:
                 anchor = await self._write_tick()
                 next_pause = amqp.pauses()
@@ -181,13 +187,20 @@ class EventLog:
                 # A right that is missing does not come by waiting; nor does a log that cannot be made.
                 if isinstance(error, AccessRefused) or (isinstance(error, NotFound) and not await self._make_anew()):
                     overdue = time.monotonic()
-                self._tick_waiters += [waiter for waiter in waiters if waiter[1] > overdue]
-                waiters = [waiter for waiter in waiters if waiter[1] <= overdue]
+                patient = [waiter for waiter in waiters if waiter[1] > overdue]
+                self._answer([waiter for waiter in waiters if waiter[1] <= overdue], None, written_ms)
                 await self._elsewhere(error)
                 await asyncio.sleep(next_pause())
-                self._tick_wanted.set()
-            for ticked, _ in waiters:
-                ticked(anchor, written_ms)
+                if patient:
+                    self._tick_waiters += patient
+                    self._tick_wanted.set()
+            else:
+                self._answer(waiters, anchor, written_ms)
+
+    @staticmethod
+    def _answer(waiters: list[tuple[Ticked, float]], anchor: Anchor | None, written_ms: int) -> None:
+        for ticked, _ in waiters:
+            ticked(anchor, written_ms)
 
     async def _elsewhere(self, error: BrokerError) -> None:
         """A node that has no replica of the log, or one that is just starting, refuses to read it; another will do."""
@@ -293,7 +306,9 @@ class EventLog:
             _log.warning("pass interrupted", error=str(error), readers=len(reading.active))
             await self._elsewhere(error)
             await asyncio.sleep(_RETRY_SECONDS)
-            self._requests += [request for request in reading.active if request.caught_up_at is None]
+            for request in reading.active:
+                request.begin_again()
+            self._requests += reading.active
         finally:
             self.entries_read += reading.entries
             _log.info(
@@ -334,7 +349,7 @@ class _Pass:
                 self._remove(request)
             elif offset < request.next:
                 continue  # Where it was stopped, or the anchor itself.
-            elif request.caught_up_at is not None:
+            elif request.only_settles or request.caught_up_at is not None:
                 request.reader.settle(routing_key, body)
             elif request.reader.read(offset, check or digest(body), routing_key, body):
                 request.next = offset + 1

@@ -73,3 +73,21 @@ def test_others_entries_are_not_handed_out() -> None:
     notes = Notes()
     read([Request(Replay(3, 6, digest(b"3")), ["user.42."], notes)], 3, 7, key="user.43.x")
     assert notes.told == ["found", "caught up"]
+
+
+def test_who_only_settles_is_told_nothing_else() -> None:
+    notes = Notes()
+    read([Request(Replay(3, 3, digest(b"3")), ["user.42."], notes, only_settles=True)], 3, 5)
+    assert notes.told == ["settle", "settle"]
+
+
+@pytest.mark.parametrize("last", [5, 6, 7])
+def test_a_pass_that_breaks_off_anywhere_is_begun_again_with_what_is_left(last: int) -> None:
+    """Also in the second behind the tick, which a cluster whose node dies needs most."""
+    notes = Notes()
+    request = Request(Replay(3, 6, digest(b"3")), ["user.42."], notes)
+    read([request], 3, last)
+    request.begin_again()
+    read([request], request.next, 8)
+    assert [told for told in notes.told if told != "settle"] == ["found", 4, 5, 6, "caught up"]
+    assert notes.told[-2:] == ["settle", "settle"], "7 and 8"
