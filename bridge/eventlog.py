@@ -72,6 +72,7 @@ class Reader(Protocol):
 
     def caught_up(self) -> None: ...
     def settle(self, routing_key: str, body: bytes) -> None: ...
+    def settled(self) -> None: ...
 
 
 class Request:
@@ -299,9 +300,7 @@ class EventLog:
                     reading.settle_until(time.monotonic() - SETTLE_SECONDS)
         except NotFound as error:
             _log.error("the log is missing", error=str(error))
-            for request in reading.active:
-                if not request.cancelled and not request.only_settles:
-                    request.reader.not_found("no-log")
+            reading.refuse_all("no-log")
         except BrokerError as error:
             _log.warning("pass interrupted", error=str(error), readers=len(reading.active))
             await self._elsewhere(error)
@@ -396,14 +395,24 @@ class _Pass:
 
     def _refuse(self, request: Request, reason: GapReason) -> None:
         self._remove(request)
-        if not request.only_settles:
+        if request.only_settles or request.caught_up_at is not None:
+            request.reader.settled()
+        else:
             request.reader.not_found(reason)
+
+    def refuse_all(self, reason: GapReason) -> None:
+        for request in list(self.active):
+            if not request.cancelled:
+                self._refuse(request, reason)
 
     def settle_until(self, deadline: float) -> None:
         """Lets go of those who were caught up before `deadline`, and of those who went away."""
         for request in list(self.active):
-            if request.cancelled or (request.caught_up_at is not None and request.caught_up_at < deadline):
+            if request.cancelled:
                 self._remove(request)
+            elif request.caught_up_at is not None and request.caught_up_at < deadline:
+                self._remove(request)
+                request.reader.settled()
 
     def _remove(self, request: Request) -> None:
         with contextlib.suppress(ValueError):

@@ -105,7 +105,6 @@ class Connection:
         "_hub",
         "_paused_at",
         "_request",
-        "_tick",
         "opened_at",
         "pace",
         "ready_at",
@@ -131,7 +130,6 @@ class Connection:
         self._epoch = 0
         """Counts the lives of its queues: what was asked in one is not answered in the next."""
         self._request: Request | None = None
-        self._tick: Anchor | None = None
         self._paused_at: int | None = None
 
     # Called by the broker's side.
@@ -170,7 +168,6 @@ class Connection:
 
     def _on_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
         if epoch == self._epoch:
-            self._tick = anchor
             self._hub.note(self, self.session.bound(_now_ms(), anchor))
             self._read_log()
             self.ring()
@@ -181,9 +178,8 @@ class Connection:
         if anchor is None:
             self._hub.note(self, self.session.not_found("unknown"))
         else:
-            self._tick = anchor
             self.session.extend(anchor)
-            self._read_log()
+        self._read_log()
         self.ring()
 
     def _read_log(self) -> None:
@@ -195,9 +191,9 @@ class Connection:
         prefixes = [audience.prefix for audience in audiences]
         if replay is not None:
             self._request = log.replay(replay, prefixes, self)
-        elif self._tick is not None and self.session.state is State.LIVE:
+        elif self.session.tick is not None and self.session.state is State.LIVE:
             # It goes live without reading anything, with a queue that publishers may not know of yet.
-            self._request = log.settle(self._tick, prefixes, self)
+            self._request = log.settle(self.session.tick, prefixes, self)
 
     def found(self) -> None:
         self.session.found()
@@ -234,7 +230,12 @@ class Connection:
     def settle(self, routing_key: str, body: bytes) -> None:
         event = self._hub.read_logged(routing_key, body)
         if event is not None and self.session.types.matches(event.type):
-            self.offer(event, _now_ms())
+            self.session.settle(event, _now_ms())
+            self.ring()
+
+    def settled(self) -> None:
+        self._request = None
+        self.session.settled()
 
     # Called by the stream's side.
 

@@ -9,6 +9,8 @@ hub on one side, the stream on the other) does the waiting and calls in:
     found, not_found  the log has, or has not, the entry from which `replay` wants to be read
     replayed(entry)   the next entry of the log for this connection
     caught_up()       the log has been read to the tick
+    settle(event)     an entry from just behind the tick, in case the live queue missed it
+    settled()         no more of these
     beat, place       the deadlines of `pacing` came up
     end(reason)       it is over; what may still be said is said
     take()            the bytes to write now, empty when there is nothing to say
@@ -38,6 +40,10 @@ from bridge.sse import EndReason, GapReason
 RECENT_IDS = 512
 """Ids remembered to drop an event that comes again. A publisher that had no confirm repeats within its deadline; the
 window is in events, so it costs a quiet connection nothing."""
+
+OVERLAP_IDS = 20_000
+"""The same while log and live are both read for a client. Each event then comes by either way, one of which may be a
+second or more behind the other; how many events that is depends on their rate alone."""
 
 CHUNK_BYTES = 65_536
 """Most that one `take` gathers. What waits goes out in one write, but a slow client's bytes stay in its backlog, where
@@ -197,12 +203,12 @@ class Session:
         "_max_events",
         "_named",
         "_now_ms",
+        "_overlapping",
         "_place",
         "_recent",
         "_retry_ms",
         "_seeking",
         "_sent_before",
-        "_tick",
         "delivered",
         "duplicates",
         "end_reason",
@@ -210,6 +216,7 @@ class Session:
         "oldest_ms",
         "replay",
         "state",
+        "tick",
         "types",
         "user",
     )
@@ -259,8 +266,10 @@ class Session:
         self.greeted = False
         """Whether `bridge.ready` has been said."""
         self._seeking = 0
+        self._overlapping = False
         self._sent_before: frozenset[str] = frozenset()
-        self._tick: Anchor | None = None
+        self.tick: Anchor | None = None
+        """The entry of the log behind which live events follow; None without a log."""
         self._cursor: Cursor | None = None
         self._gap: GapReason | None = None
         if last_event_id:
@@ -294,7 +303,7 @@ class Session:
             return None
         assert self.state in (State.OPENING, State.DETACHED), self.state
         self._now_ms = max(self._now_ms, now_ms)
-        self._tick = tick
+        self.tick = tick
         if self.greeted:
             place = self._place_behind_backlog()
             come_from = place.cursor(now_ms)
@@ -324,7 +333,7 @@ class Session:
         """From the tick on, with what was held; everything before it is told as a gap or was never promised."""
         self._held_lost = False
         if not self.greeted:
-            self._place = _Place(self._tick)
+            self._place = _Place(self.tick)
             self._greet(self._place.cursor(self._now_ms), resumed=False)
             if gap is not None:
                 self._backlog.append(sse.encode_gap(gap))
@@ -347,6 +356,7 @@ class Session:
         self.state = State.LIVE
         self.replay = None
         self._live_since_ms = self._now_ms
+        self._overlapping = self.tick is not None
         held, self._held, self._held_bytes = self._held, OrderedDict(), 0
         for item in held.values():
             self._admit(item.event, item)
@@ -369,7 +379,7 @@ class Session:
         self.replay = None
         # The log has them too, and will be read from before them.
         self._drop_held()
-        self._held_lost = False
+        self._held_lost = self._overlapping = False
 
     # The log is read.
 
@@ -441,7 +451,7 @@ class Session:
                 self._unhold(next(iter(self._held)))
             self._held_lost = False
             return False
-        assert self._tick is not None, "there is no replay without one"
+        assert self.tick is not None, "there is no replay without one"
         self._now_ms = max(self._now_ms, now_ms)
         if self._seeking:
             # The cursor named what it was sent, and the log does not have it: nobody can say where it was.
@@ -455,7 +465,17 @@ class Session:
         """Held events had to be dropped: the log is read on, to a later tick."""
         if self.state is State.REPLAYING and self.replay is not None:
             self.replay = Replay(self.replay.until + 1, tick.offset, None)
-            self._tick = tick
+            self.tick = tick
+            self._overlapping = True
+
+    def settle(self, event: Event, now_ms: int) -> None:
+        """Takes an event that stands in the log just behind the tick. It has nearly always come live before."""
+        if self.state is State.LIVE and self._overlapping:
+            self.offer(event, now_ms)
+
+    def settled(self) -> None:
+        """What follows comes live, and only live."""
+        self._overlapping = False
 
     # Events.
 
@@ -500,7 +520,9 @@ class Session:
             self.duplicates += 1
             return
         self._recent[event.id] = None
-        if len(self._recent) > RECENT_IDS:
+        # One by one, so that after an overlap those are forgotten last that may still be on their way.
+        limit = OVERLAP_IDS if self._overlapping else RECENT_IDS
+        for _ in range(min(2, len(self._recent) - limit)):
             del self._recent[next(iter(self._recent))]
         self._backlog.append(item)
         self._backlog_events += 1
@@ -525,7 +547,7 @@ class Session:
 
     def _reset(self) -> None:
         """From here on the tick is the anchor, and nothing behind it has been sent."""
-        self._mark(_Mark(self._tick, self._now_ms + OVERLAP_MS + 1))
+        self._mark(_Mark(self.tick, self._now_ms + OVERLAP_MS + 1))
 
     def _mark(self, mark: _Mark) -> None:
         if not self._backlog:

@@ -56,6 +56,7 @@ class World(RuleBasedStateMachine):
         self.bound = False
         self.reading: int | None = None
         self.extending = False
+        self.settling: int | None = None  # The entry of the log from which it is read on behind the tick.
         self.asked: Anchor | None = None  # A tick that is written, and not yet known to the bridge.
         self.anchors: list[tuple[Anchor, int, int]] = []
         self.decoder = Decoder()
@@ -184,6 +185,7 @@ class World(RuleBasedStateMachine):
         assert self.session is not None
         replay = self.session.replay
         if replay is None:
+            self.start_settling()
             return
         if replay.check is not None:
             if self.check(replay.start) == replay.check:
@@ -191,6 +193,7 @@ class World(RuleBasedStateMachine):
                 self.reading = replay.start + 1
             else:
                 self.session.not_found("unknown")
+                self.start_settling()
         else:
             self.reading = replay.start
 
@@ -212,8 +215,35 @@ class World(RuleBasedStateMachine):
                 self.reading = None
                 if not self.session.caught_up(self.now_ms):
                     self.extending = True
+                else:
+                    self.start_settling()
             else:
                 self.reading = offset + 1
+
+    def start_settling(self) -> None:
+        assert self.session is not None
+        if self.session.state is State.LIVE and self.session.tick is not None:
+            self.settling = self.session.tick.offset + 1
+
+    @precondition(lambda self: self.settling is not None)
+    @rule(steps=st.integers(1, 30))
+    def settle(self, steps: int) -> None:
+        """The log's reading behind the tick may be ahead of the live queues, or far behind them."""
+        assert self.session is not None
+        for _ in range(steps):
+            if self.settling is None or self.settling >= len(self.log):
+                return
+            item = self.log[self.settling]
+            if isinstance(item, Published) and item.audience in MINE:
+                self.session.settle(make_event(item.number), self.now_ms)
+            self.settling += 1
+
+    @precondition(lambda self: self.settling is not None)
+    @rule()
+    def end_settling(self) -> None:
+        assert self.session is not None
+        self.settling = None
+        self.session.settled()
 
     @precondition(lambda self: self.bound)
     @rule()
@@ -236,7 +266,7 @@ class World(RuleBasedStateMachine):
     def lose_queues(self) -> None:
         assert self.session is not None
         self.bound = self.extending = False
-        self.asked = None
+        self.asked = self.settling = None
         self.queues = {}
         self.reading = None
         self.session.lost()
@@ -339,7 +369,7 @@ class World(RuleBasedStateMachine):
     def cut(self) -> None:
         self.written.clear()
         self.bound = self.extending = False
-        self.asked = None
+        self.asked = self.settling = None
         self.queues = {}
         self.reading = None
         self.open()

@@ -35,6 +35,9 @@ class Notes:
     def settle(self, routing_key: str, body: bytes) -> None:
         self.told.append("settle")
 
+    def settled(self) -> None:
+        self.told.append("settled")
+
 
 def read(requests: list[Request], first: int, last: int, key: str = "user.42.x") -> None:
     reading = _Pass(requests)
@@ -77,8 +80,26 @@ def test_others_entries_are_not_handed_out() -> None:
 
 def test_who_only_settles_is_told_nothing_else() -> None:
     notes = Notes()
-    read([Request(Replay(3, 3, digest(b"3")), ["user.42."], notes, only_settles=True)], 3, 5)
-    assert notes.told == ["settle", "settle"]
+    reading = _Pass([Request(Replay(3, 3, digest(b"3")), ["user.42."], notes, only_settles=True)])
+    for offset in range(3, 6):
+        reading.on_entry(offset, "user.42.x", b"%d" % offset)
+    reading.settle_until(0)
+    assert notes.told == ["settle", "settle"], "a second is not over"
+    reading.settle_until(float("inf"))
+    assert notes.told == ["settle", "settle", "settled"]
+    assert not reading.active
+
+
+def test_who_settles_in_a_log_that_is_gone_is_let_go() -> None:
+    replays, settles = Notes(), Notes()
+    reading = _Pass(
+        [
+            Request(Replay(3, 6, digest(b"3")), ["user.42."], replays),
+            Request(Replay(3, 3, digest(b"3")), ["user.42."], settles, only_settles=True),
+        ]
+    )
+    reading.refuse_all("no-log")
+    assert (replays.told, settles.told) == (["no-log"], ["settled"])
 
 
 @pytest.mark.parametrize("last", [5, 6, 7])

@@ -412,3 +412,28 @@ def test_an_anchor_from_before_the_queues_were_bound_is_not_taken() -> None:
     made.anchor(TICK, 9000)
     made.place(14_000)
     assert [frame.id for frame in frames(made)][-1] == "2.5a.BBBBBB."
+
+
+def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is() -> None:
+    made = session(has_log=True, max_events=3000)
+    made.bound(1000, TICK)
+    for number in range(2000):
+        made.offer(make_event(number), 1001)
+    for number in range(2000):
+        made.settle(make_event(number), 1500)
+    made.settle(make_event(5000), 1500)
+    while made.take():
+        pass
+    assert made.delivered == 2001, "each once, and the one that the live queue had missed"
+    for number in [*range(1500, 2000), 5000]:  # The live queue may be behind the log just as well.
+        made.offer(make_event(number), 1600)
+    while made.take():
+        pass
+    assert made.delivered == 2001
+    made.settled()
+    for number in range(6000, 9000):
+        made.offer(make_event(number), 2000)
+        made.take()
+    assert len(made._recent) == RECENT_IDS, "what was remembered meanwhile is forgotten again"
+    made.settle(make_event(1), 2001)
+    assert made.take() == b"", "nothing comes from the log any more"
