@@ -250,6 +250,46 @@ def pauses() -> Callable[[], float]:
     return draw
 
 
+class Acks:
+    """Acknowledges what a channel has delivered: one `basic.ack multiple` for all that came in one turn of the loop."""
+
+    def __init__(self, channel: AbstractChannel) -> None:
+        self._channel = channel
+        self._newest_tag = 0
+        self._fresh = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def note(self, delivery_tag: int) -> None:
+        """This delivery and all before it have been handed on."""
+        self._newest_tag = delivery_tag
+        self._fresh.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="amqp-ack")
+
+    async def _run(self) -> None:
+        acked = 0
+        # A channel that is gone tells its owner; what was unacked went with it.
+        with contextlib.suppress(BrokerError):
+            while True:
+                await self._fresh.wait()
+                self._fresh.clear()
+                if self._newest_tag != acked:
+                    acked = self._newest_tag
+                    async with translating("acknowledging"):
+                        await self._channel.basic_ack(acked, multiple=True, wait=False)
+
+    def stop(self) -> None:
+        """No more, from the next turn of the loop on."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def stopped(self) -> None:
+        """Waits until the last one has left; after it the channel may be closed."""
+        self.stop()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
 class _Reader(asyncio.StreamReader):
     """Passes on what `FrameFilter` leaves of the broker's bytes."""
 

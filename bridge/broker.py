@@ -367,7 +367,7 @@ class _Link:
 
 
 class _Consumer:
-    """A channel that consumes, and its acks: one `basic.ack multiple` for all that came in the same turn of the loop.
+    """A channel that consumes, and its acks.
 
     A delivery is acked as soon as it has been handed on. The live queue may lose; the log is what remembers.
     """
@@ -375,33 +375,18 @@ class _Consumer:
     def __init__(self, channel: AbstractChannel, on_message: Callable[[str, str, bytes], None]) -> None:
         self.channel = channel
         self._on_message = on_message
-        self._newest_tag = 0
-        self._fresh = asyncio.Event()
-        self._acker = asyncio.create_task(self._ack(), name="amqp-ack")
+        self._acks = amqp.Acks(channel)
 
     async def consume(self, queue: str, tag: str) -> None:
         await self.channel.basic_consume(queue, self._deliver, consumer_tag=tag)
 
     async def _deliver(self, message: DeliveredMessage) -> None:
         # aiormq runs this as a task a message, started in the order of arrival. Without an await the order stays.
-        self._newest_tag = message.delivery_tag or 0
-        self._fresh.set()
+        self._acks.note(message.delivery_tag or 0)
         self._on_message(message.consumer_tag or "", message.routing_key or "", message.body)
 
-    async def _ack(self) -> None:
-        acked = 0
-        # A channel that is gone tells its owner; its unacked deliveries went with its queues.
-        with contextlib.suppress(BrokerError):
-            while True:
-                await self._fresh.wait()
-                self._fresh.clear()
-                if self._newest_tag != acked:
-                    acked = self._newest_tag
-                    async with amqp.translating("acknowledging"):
-                        await self.channel.basic_ack(acked, multiple=True, wait=False)
-
     def stop(self) -> None:
-        self._acker.cancel()
+        self._acks.stop()
 
 
 class _Lane:

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from bridge.event import EventData
+from pydantic import ValidationError
+
+from bridge.event import EventData, describe_faults
 from bridge.routing import InvalidType
 
 EVENTSOURCE_NAMES = ("open", "error")
@@ -44,6 +46,19 @@ class Catalogue(Mapping[str, type[EventData]]):
 
     def __len__(self) -> int:
         return len(self._models)
+
+    def parse(self, event_type: str, data: str) -> EventData:
+        """The data of an event, from JSON.
+
+        Raises:
+            ValueError: no such type, or what is wrong with which member.
+        """
+        if event_type not in self:
+            raise ValueError(f"the catalogue has no type {event_type[:128]!r}; it has {', '.join(self)}")
+        try:
+            return self[event_type].model_validate_json(data)
+        except ValidationError as error:
+            raise ValueError(describe_faults(error)) from None
 
     def json_schema(self, event_type: str) -> dict[str, Any]:
         """JSON Schema (draft 2020-12) of the data of one type, as a publisher must write it.

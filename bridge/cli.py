@@ -17,7 +17,6 @@ from functools import wraps
 from typing import IO, TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
-from pydantic import ValidationError
 
 from bridge import __version__, evolution, exports, settings
 from bridge.amqp import BrokerError
@@ -187,17 +186,8 @@ def _read_line(line: str, to: str | None, event_type: str | None, catalogue: Cat
         to = to or value.get("to")
     if not to:
         raise ValueError("for whom? --to user:<id>, --to group:<id> or --to all")
-    model = catalogue.get(event_type)
-    if model is None:
-        raise ValueError(f"the catalogue has no type {event_type!r}; it has {', '.join(catalogue)}")
     try:
-        return Audience.parse(str(to)), model.model_validate_json(text)
-    except ValidationError as error:
-        faults = "; ".join(
-            ".".join(["data", *map(str, fault["loc"])]) + ": " + fault["msg"]
-            for fault in error.errors(include_url=False)
-        )
-        raise ValueError(faults) from None
+        return Audience.parse(str(to)), catalogue.parse(event_type, text)
     except RoutingError as error:
         raise ValueError(str(error)) from None
 

@@ -288,7 +288,7 @@ def _revalidate(data: object, model: type[EventData]) -> str:
     try:
         return _encode_data(model.model_validate_json(text))
     except ValidationError as error:
-        raise SchemaViolation(_describe(error)) from None
+        raise SchemaViolation(describe_faults(error)) from None
     except (RecursionError, UnicodeEncodeError):
         raise  # Faults of the body, told apart by the caller.
     except ValueError as error:
@@ -320,8 +320,8 @@ def _find_infinite(value: object, where: str) -> str | None:
     return next((found for name, member in members if (found := _find_infinite(member, name))), None)
 
 
-def _describe(error: ValidationError) -> str:
-    # Without the offending values: this text goes to logs, and they are somebody's data.
+def describe_faults(error: ValidationError) -> str:
+    """What is wrong with which member of an event's data, without its value: texts go to logs, values are people's."""
     faults = [
         ".".join(["data", *(str(part) for part in fault["loc"])]) + ": " + fault["msg"]
         for fault in error.errors(include_url=False, include_context=False, include_input=False)

@@ -442,9 +442,7 @@ class _Consumer:
         self._on_entry = on_entry
         self._stopped = False
         self._tag = ""
-        self._newest_tag = 0
-        self._acked = 0
-        self._fresh = asyncio.Event()
+        self._acks = amqp.Acks(channel)
         self._failure: BaseException | None = None
 
     async def __aenter__(self) -> _Consumer:
@@ -454,13 +452,11 @@ class _Consumer:
         async with amqp.translating(f"reading the log {self._stream!r}"):
             answer = await self._channel.basic_consume(self._stream, self._deliver, arguments=arguments)
         self._tag = answer.consumer_tag or ""
-        self._acker = asyncio.create_task(self._ack(), name="log-ack")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._stopped = True
-        self._acker.cancel()
-        await asyncio.gather(self._acker, return_exceptions=True)
+        await self._acks.stopped()
         with contextlib.suppress(BrokerError, TimeoutError):
             async with asyncio.timeout(amqp.CLOSE_SECONDS), amqp.translating("ending the reading"):
                 if not self._channel.is_closed:
@@ -480,22 +476,11 @@ class _Consumer:
     async def _deliver(self, message: DeliveredMessage) -> None:
         if self._stopped:
             return
-        self._newest_tag = message.delivery_tag or 0
-        self._fresh.set()
+        self._acks.note(message.delivery_tag or 0)
         headers = message.header.properties.headers or {}
         offset = headers.get("x-stream-offset")
         assert isinstance(offset, int), "every delivery of a stream carries its offset"
         self._on_entry(offset, message.routing_key or "", message.body)
-
-    async def _ack(self) -> None:
-        with contextlib.suppress(BrokerError):
-            while True:
-                await self._fresh.wait()
-                self._fresh.clear()
-                if self._newest_tag != self._acked:
-                    self._acked = self._newest_tag
-                    async with amqp.translating("acknowledging"):
-                        await self._channel.basic_ack(self._acked, multiple=True, wait=False)
 
     def _note_closed(self, closing: asyncio.Future[object]) -> None:
         error = None if closing.cancelled() else closing.exception()
