@@ -112,7 +112,6 @@ class Connection:
         "ring",
         "session",
         "subscription",
-        "writing_since",
     )
 
     def __init__(
@@ -125,7 +124,6 @@ class Connection:
         self.ring = ring
         self.opened_at = now
         self.ready_at: float | None = None
-        self.writing_since: float | None = None
         self.subscription: Subscription
         self._epoch = 0
         """Counts the lives of its queues: what was asked in one is not answered in the next."""
@@ -251,11 +249,6 @@ class Connection:
         elif not session.greeted:
             if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
                 session.end("busy", pacing.busy_retry_ms(random.random()))
-        elif self._paused_at is not None and session.wants_more:
-            # The client has read most of what the log gave it: go on where reading was stopped.
-            session.read_on(self._paused_at)
-            self._paused_at = None
-            self._read_log()
         elif pace.position_due(now):
             session.place(_now_ms())
             pace.moved(now)
@@ -264,10 +257,18 @@ class Connection:
         elif pace.heartbeat_due(now):
             session.beat()
 
+    def read_on(self) -> None:
+        """Bytes have been taken. Where reading the log was stopped it goes on, once the client has read most of it."""
+        if self._paused_at is not None and self.session.wants_more:
+            self.session.read_on(self._paused_at)
+            self._paused_at = None
+            self._read_log()
+
     def deadline(self, now: float) -> float:
-        """When `advance` has to be called next, if nothing rings before."""
+        """When `advance` has to be called next. No later moment has an earlier one, so one timer is enough."""
         if not self.session.greeted:
-            return min(self.opened_at + ATTACH_SECONDS, now + BROKER_MOMENT_SECONDS)
+            look_again = now + min(BROKER_MOMENT_SECONDS, self.pace.heartbeat_seconds)
+            return min(self.opened_at + ATTACH_SECONDS, look_again, self.pace.end)
         return self.pace.deadline()
 
 

@@ -41,10 +41,10 @@ def drain_at(index: int, count: int, drain_seconds: float, draw: float) -> float
 class Pace:
     """The deadlines of one stream."""
 
-    __slots__ = ("_ends_at", "_expires_at", "_heartbeat_seconds", "_last_byte", "_last_event")
+    __slots__ = ("_ends_at", "_expires_at", "_last_byte", "_last_event", "heartbeat_seconds")
 
     def __init__(self, now: float, *, heartbeat_seconds: float, ends_at: float, expires_at: float) -> None:
-        self._heartbeat_seconds = heartbeat_seconds
+        self.heartbeat_seconds = heartbeat_seconds
         self._ends_at = ends_at
         self._expires_at = expires_at
         self._last_byte = now
@@ -68,13 +68,13 @@ class Pace:
         return now >= self._last_event + POSITION_SECONDS
 
     def heartbeat_due(self, now: float) -> bool:
-        return now >= self._last_byte + self._heartbeat_seconds
+        return now >= self._last_byte + self.heartbeat_seconds
+
+    @property
+    def end(self) -> float:
+        """When the stream ends in any case."""
+        return min(self._ends_at, self._expires_at)
 
     def deadline(self) -> float:
         """The first moment at which any of the four can be due."""
-        return min(
-            self._last_byte + self._heartbeat_seconds,
-            self._last_event + POSITION_SECONDS,
-            self._ends_at,
-            self._expires_at,
-        )
+        return min(self._last_byte + self.heartbeat_seconds, self._last_event + POSITION_SECONDS, self.end)

@@ -1,14 +1,16 @@
-"""One HTTP stream: a single async generator, one task, one deadline.
+"""The streams of the process, from the moment that their heads are out: sessions' bytes on their way to sockets.
 
-Whatever a stream holds is acquired inside its first step and given back in its `finally`, without an await: a generator
-that was never started never runs its `finally`, and one that is ended may be cancelled a second time while it runs it.
+A stream is no task and has none. What wakes it is a callback: somebody has something for it (`ring`), its peer reads
+again, its deadline is there, or its socket is gone. All that ring within one turn of the event loop are served together
+in the next one, so that ten events that came in one packet leave in one write.
+
+Whatever a stream holds it has from `open` until its transport says `connection_lost`, which it says exactly once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
 
 import structlog
 
@@ -20,114 +22,188 @@ from bridge.session import State
 
 _log = structlog.get_logger("bridge.stream")
 
+BLOCKED_SECONDS = 1.0
+"""So often a stream is looked at whose peer reads nothing. All it can do is end, and say so once the peer reads."""
 
-class Bell:
-    """Wakes one waiting task, when somebody rings or when it is time.
+LAST_CHUNK = b"0\r\n\r\n"
+"""RFC 9112, section 7.1."""
 
-    The timer stays armed from wait to wait: a busy stream would otherwise make and cancel one for each event.
+
+class Streams:
+    """
+    Args:
+        stall_seconds: a stream whose peer has taken nothing for so long counts as stalled when its socket goes.
     """
 
-    __slots__ = ("_loop", "_rung", "_timer", "_waiter")
+    def __init__(self, hub: Hub, metrics: Metrics, *, stall_seconds: float) -> None:
+        self.hub = hub
+        self.metrics = metrics
+        self.stall_seconds = stall_seconds
+        self._rung: list[_Stream] = []
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._waiter: asyncio.Future[None] | None = None
+    def open(self, transport: asyncio.Transport, request: StreamRequest, *, chunked: bool) -> None:
+        """Streams to a connection whose response head has been written, until its end; then the connection is closed.
+
+        Args:
+            transport: not closing. It is ours from here on.
+            chunked: whether the body is in chunks (HTTP/1.1), or ends with the connection (HTTP/1.0).
+        """
+        stream = _Stream(self, transport, chunked=chunked)
+        transport.set_protocol(stream)
+        transport.resume_reading()  # Whoever had it before may have had enough; we have to see its end.
+        stream.begin(request)
+
+    def ring(self, stream: _Stream) -> None:
+        if not self._rung:
+            asyncio.get_running_loop().call_soon(self._serve)
+        self._rung.append(stream)
+
+    def _serve(self) -> None:
+        rung, self._rung = self._rung, []
+        now = time.monotonic()
+        for stream in rung:
+            stream.serve(now)
+
+
+class _Stream(asyncio.Protocol):
+    __slots__ = ("_blocked_since", "_chunked", "_closing", "_connection", "_failed", "_rung", "_streams", "_timer",
+                 "_transport")  # fmt: skip
+
+    def __init__(self, streams: Streams, transport: asyncio.Transport, *, chunked: bool) -> None:
+        self._streams = streams
+        self._transport = transport
+        self._chunked = chunked
+        self._connection: Connection | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._blocked_since: float | None = None
         self._rung = False
+        self._closing = False
+        self._failed = False
+
+    def begin(self, request: StreamRequest) -> None:
+        try:
+            self._connection = self._streams.hub.attach(request, self.ring)
+        except Refused as refusal:
+            self._streams.metrics.streams_ended.labels(refusal.reason).inc()
+            _log.info("stream refused", user=request.subscriber.user, reason=refusal.reason)
+            self._write(sse.encode_bye(refusal.reason, refusal.retry_ms, cursor=echo(request.last_event_id)))
+            self._close()
+            return
+        _log.info(
+            "stream opened",
+            stream=self._connection.subscription.number,
+            user=request.subscriber.user,
+            types=list(request.types.patterns),
+            groups=len(request.subscriber.groups),
+            resumes=bool(request.last_event_id),
+        )
+        self._arm(time.monotonic())
 
     def ring(self) -> None:
-        self._rung = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        """There is something to say, or to end."""
+        if not self._rung:
+            self._rung = True
+            self._streams.ring(self)
 
-    async def wait_until(self, deadline: float) -> None:
-        """Returns when rung (also if that was before), or at `deadline` (monotonic seconds), or a little too early."""
-        if self._rung:
-            self._rung = False
+    def serve(self, now: float) -> None:
+        """Writes what there is, as far as the peer reads."""
+        self._rung = False
+        connection = self._connection
+        if connection is None or self._closing or self._blocked_since is not None:
             return
-        when = deadline - time.monotonic() + self._loop.time()
-        if self._timer is None or self._timer.when() > when:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(when, self._on_time)
-        self._waiter = self._loop.create_future()
         try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            self._rung = False
+            self._say(connection, now)
+        except Exception as error:  # noqa: BLE001
+            # One stream's fault is that stream's end, not that of the others that are served in the same turn.
+            self._failed = True
+            _log.error("stream failed", stream=connection.subscription.number, exc_info=error)
+            self._transport.abort()
+
+    def _say(self, connection: Connection, now: float) -> None:
+        session = connection.session
+        delivered = session.delivered
+        chunk = session.take()
+        if chunk:
+            if session.oldest_ms is not None:
+                connection.pace.moved(now)
+                self._streams.metrics.events_delivered.inc(session.delivered - delivered)
+                self._streams.metrics.delivery_seconds.observe(max(0.0, time.time() - session.oldest_ms / 1000))
+            self._write(chunk)
+            connection.pace.wrote(now)
+            connection.read_on()
+        if session.has_output:
+            self.ring()  # One chunk a turn: whoever has a long way to catch up leaves room to the others.
+        elif session.state is State.ENDED:
+            self._close()
+
+    def _write(self, chunk: bytes) -> None:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
+
+    def _close(self) -> None:
+        self._closing = True
+        if self._chunked:
+            self._transport.write(LAST_CHUNK)
+        self._transport.close()  # Once all that was written is out.
+
+    # Deadlines. One timer, always armed: when it comes too early, because bytes have been written meanwhile, it is set
+    # anew. A timer that moved with every write would cost more than the write.
+
+    def _arm(self, now: float) -> None:
+        assert self._connection is not None, "only what is attached has deadlines"
+        seconds = BLOCKED_SECONDS if self._blocked_since is not None else self._connection.deadline(now) - now
+        self._timer = asyncio.get_running_loop().call_later(max(seconds, 0.0), self._on_time)
 
     def _on_time(self) -> None:
-        self._timer = None
+        assert self._connection is not None, "only what is attached has deadlines"
+        now = time.monotonic()
+        self._connection.advance(now)
+        session = self._connection.session
+        if session.has_output:
+            self.serve(now)
+        if session.state is not State.ENDED:
+            self._arm(time.monotonic())
+
+    # asyncio's side (asyncio.Protocol).
+
+    def data_received(self, data: bytes) -> None:
+        """A client has nothing more to say on this connection; what it says is dropped."""
+
+    def eof_received(self) -> None:
+        """It has hung up, or will not read; the transport closes itself."""
+
+    def pause_writing(self) -> None:
+        self._blocked_since = time.monotonic()
+
+    def resume_writing(self) -> None:
+        self._blocked_since = None
         self.ring()
 
-    def stop(self) -> None:
+    def connection_lost(self, error: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-
-
-async def stream(hub: Hub, request: StreamRequest, metrics: Metrics, *, stall_seconds: float) -> AsyncGenerator[bytes]:
-    """The body of one `GET /events`, in chunks that are whole frames.
-
-    Ends by itself after `bridge.bye`. Closing or cancelling it at any point takes its queue down and counts it.
-    """
-    bell = Bell(asyncio.get_running_loop())
-    try:
-        connection = hub.attach(request, bell.ring)
-    except Refused as refusal:
-        metrics.streams_ended.labels(refusal.reason).inc()
-        _log.info("stream refused", user=request.subscriber.user, reason=refusal.reason)
-        yield sse.encode_bye(refusal.reason, refusal.retry_ms, cursor=echo(request.last_event_id))
-        return
-    session = connection.session
-    log = _log.bind(stream=connection.subscription.number, user=session.user)
-    log.info("stream opened", types=list(request.types.patterns), groups=len(request.subscriber.groups),
-             resumes=bool(request.last_event_id))  # fmt: skip
-    failed = False
-    try:
-        while True:
-            now = time.monotonic()
-            connection.advance(now)
-            delivered = session.delivered
-            chunk = session.take()
-            if chunk:
-                if session.oldest_ms is not None:
-                    connection.pace.moved(now)
-                    metrics.events_delivered.inc(session.delivered - delivered)
-                    metrics.delivery_seconds.observe(max(0.0, time.time() - session.oldest_ms / 1000))
-                connection.writing_since = now
-                yield chunk
-                connection.writing_since = None
-                connection.pace.wrote(now)
-            elif session.state is State.ENDED:
-                return
-            else:
-                await bell.wait_until(connection.deadline(now))
-    except (asyncio.CancelledError, GeneratorExit):
-        raise
-    except BaseException:
-        failed = True
-        raise
-    finally:
-        bell.stop()
-        hub.detach(connection)
-        reason = "error" if failed else _why(connection, stall_seconds)
-        metrics.streams_ended.labels(reason).inc()
-        metrics.events_duplicate.inc(session.duplicates)
-        log.info(
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        session = connection.session
+        self._streams.hub.detach(connection)
+        reason = self._why(connection)
+        self._streams.metrics.streams_ended.labels(reason).inc()
+        self._streams.metrics.events_duplicate.inc(session.duplicates)
+        _log.info(
             "stream ended",
+            stream=connection.subscription.number,
+            user=session.user,
             reason=reason,
             seconds=round(time.monotonic() - connection.opened_at, 3),
             events=session.delivered,
             duplicates=session.duplicates,
         )
 
-
-def _why(connection: Connection, stall_seconds: float) -> str:
-    """Why it ended: what was said, or what became of the client."""
-    writing_since = connection.writing_since
-    if writing_since is not None and time.monotonic() - writing_since >= stall_seconds:
-        return "stalled"
-    if connection.session.end_reason is not None:
-        return connection.session.end_reason
-    return "client"
+    def _why(self, connection: Connection) -> str:
+        """Why it ended: what was said, or what became of the client."""
+        if self._failed:
+            return "error"
+        blocked_since = self._blocked_since
+        if blocked_since is not None and time.monotonic() - blocked_since >= self._streams.stall_seconds:
+            return "stalled"
+        return connection.session.end_reason or "client"

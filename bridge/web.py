@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +29,7 @@ from bridge.metrics import Metrics
 from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
 from bridge.settings import Settings
-from bridge.stream import stream
+from bridge.stream import Streams
 
 MAX_REQUEST_BYTES = 16_384
 """An unread body of a GET stays in memory as long as its stream."""
@@ -42,7 +42,13 @@ STREAM_HEADERS = {
     # no-transform keeps compressing proxies away, which would hold events back until a block is full.
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",
+    # A stream ends with its connection, so that no proxy sends another request into it (RFC 9112, section 9.6).
+    "Connection": "close",
 }
+
+TAKE_OVER = "bridge.take_over"
+"""Name of the ASGI extension by which a connection is had from the server: a function without arguments. It returns the
+transport, whose bytes are the caller's from then on, or None when the client is gone."""
 
 CONSOLE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -111,6 +117,7 @@ def create_app(
         publisher: what the console publishes samples with; None where it may not.
     """
     app = _bare_app("bridge")
+    streams = Streams(hub, metrics, stall_seconds=settings.stall_seconds)
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
     schemas = {event_type: catalogue.json_schema(event_type) for event_type in catalogue}
@@ -154,7 +161,7 @@ def create_app(
         wish = _read_wish(subscriber)
         if request.method == "HEAD":
             return _stream_response([])
-        return _stream_response(stream(hub, wish, metrics, stall_seconds=settings.stall_seconds))
+        return _stream_response(_hand_over(request.scope, streams, wish))
 
     @app.get("/schemas")
     async def list_schemas() -> Response:
@@ -309,6 +316,17 @@ def _stream_response(body: Any) -> Response:
     response.headers.pop("Content-Length", None)  # Quart counts a body that it can; this one is a stream in any case.
     response.timeout = None  # Quart's own ends every response after 60 s, without a word.
     return response
+
+
+async def _hand_over(scope: Any, streams: Streams, wish: StreamRequest) -> AsyncGenerator[bytes]:
+    """The body of a stream as Quart sees it: nothing, and then the connection is no longer Quart's.
+
+    Nothing is acquired before the head is out: a generator that was never started never runs its `finally`.
+    """
+    yield b""  # Hypercorn writes the head with the first piece of the body, also with an empty one.
+    transport = scope["extensions"][TAKE_OVER]()
+    if transport is not None:
+        streams.open(transport, wish, chunked=scope["http_version"] == "1.1")
 
 
 def _check_origin(settings: Settings) -> None:
