@@ -19,7 +19,8 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, SupportsIndex
+from contextlib import AbstractContextManager
+from typing import Any, Self, SupportsIndex, cast
 
 import aio_pika
 from aio_pika.exceptions import (
@@ -33,14 +34,15 @@ from aio_pika.exceptions import (
     ProbableAuthenticationError,
     PublishError,
 )
-from aiormq.abc import AbstractChannel
+from aiormq.abc import AbstractChannel, DeliveredMessage
 from aiormq.connection import TransportFactory
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ConnectionNotAllowed
 from pamqp.commands import Basic
+from pamqp.common import FieldTable
 from pamqp.exceptions import PAMQPException
 from yarl import URL
 
-from bridge.frames import FrameFilter
+from bridge.deliveries import HEARTBEAT, Deliveries, Sink
 
 CONNECT_SECONDS = 10.0
 """aiormq has no limit of its own for connecting: a listener that never answers would hold us for ever."""
@@ -50,6 +52,22 @@ HEARTBEAT_SECONDS = 10
 
 CLOSE_SECONDS = 5.0
 """A broker that is blocked or gone never answers a close."""
+
+GATHER_SECONDS = 0.008
+"""So long nothing is read from a connection after deliveries that came close behind others: half of what a screen shows
+one picture for. An event that comes alone is not delayed."""
+
+TALK_SECONDS = 0.1
+"""So long after an answer of the broker's another may be awaited."""
+
+ACK_SECONDS = 0.025
+"""Acks wait this long for others of their channel to go with."""
+
+ACK_AT_ONCE = 100
+"""So many deliveries are acknowledged without waiting: half of a live queue's prefetch, so that none runs dry."""
+
+QUIET_SECONDS = 1.0
+"""A connection that brings deliveries only shows the library a frame this often."""
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
@@ -65,6 +83,9 @@ _ERRORS = (
     PAMQPException,
     StopAsyncIteration,  # A connection that ends in the middle of its handshake.
 )
+
+
+Packet = AbstractContextManager[object]
 
 
 class BrokerError(Exception):
@@ -152,7 +173,7 @@ def _text(error: BaseException) -> str:
 
 
 async def connect(
-    addresses: Sequence[str], *, name: str, bare_headers: bool = False
+    addresses: Sequence[str], *, name: str, consuming: Packet | None = None
 ) -> aio_pika.abc.AbstractConnection:
     """A plain connection to the first address that takes one, tried in random order.
 
@@ -162,8 +183,8 @@ async def connect(
     Args:
         addresses: AMQP URLs. `heartbeat` in the URL wins over our 10 s.
         name: shown in RabbitMQ's list of connections.
-        bare_headers: for consuming what anybody published. Properties of messages are not read, so that none can break
-            the connection; of their headers only a stream's offset is left.
+        consuming: for `Consumer`; entered and left around the callbacks of all deliveries that come in one packet.
+            Properties of messages are not read, so that none that anybody published can break the connection.
 
     Raises:
         BrokerError: none of the addresses took it; the error of the last one tried, which names it.
@@ -176,9 +197,9 @@ async def connect(
         url = url.update_query({"name": name, "heartbeat": url.query.get("heartbeat", HEARTBEAT_SECONDS)})
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                return await aio_pika.connect(
-                    url, connection_class=_ConsumingConnection if bare_headers else aio_pika.Connection
-                )
+                connection = aio_pika.Connection(url) if consuming is None else _ConsumingConnection(url, consuming)
+                await connection.connect()
+                return connection
         except (*_ERRORS, TimeoutError) as error:
             failure = translate(error, f"connecting to {redact(address)}")
         except (Exception, asyncio.CancelledError) as error:
@@ -250,76 +271,152 @@ def pauses() -> Callable[[], float]:
     return draw
 
 
-class Acks:
-    """Acknowledges what a channel has delivered: one `basic.ack multiple` for all that came in one turn of the loop."""
+class Consumer:
+    """A channel that consumes: its deliveries go to a callback as they come from the socket, and are acknowledged.
 
-    def __init__(self, channel: AbstractChannel) -> None:
-        self._channel = channel
-        self._newest_tag = 0
-        self._fresh = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+    Acknowledged as soon as the callback returns: the live queue may lose, the log is what remembers.
 
-    def note(self, delivery_tag: int) -> None:
-        """This delivery and all before it have been handed on."""
-        self._newest_tag = delivery_tag
-        self._fresh.set()
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="amqp-ack")
+    Made by `open`.
+    """
 
-    async def _run(self) -> None:
-        acked = 0
-        # A channel that is gone tells its owner; what was unacked went with it.
-        with contextlib.suppress(BrokerError):
-            while True:
-                await self._fresh.wait()
-                self._fresh.clear()
-                if self._newest_tag != acked:
-                    acked = self._newest_tag
-                    async with translating("acknowledging"):
-                        await self._channel.basic_ack(acked, multiple=True, wait=False)
+    def __init__(self, deliveries: Deliveries, channel: AbstractChannel, on_message: Sink) -> None:
+        self._deliveries = deliveries
+        self.channel = channel
+        deliveries.take(channel.number, on_message)
+
+    @classmethod
+    async def open(cls, connection: aio_pika.abc.AbstractConnection, on_message: Sink, *, prefetch: int) -> Self:
+        """
+        Args:
+            connection: made by `connect` with `consuming`.
+            on_message: called with the consumer's tag, the routing key, the body, and the offset if the queue is a
+                stream. What it raises is logged, and the next message comes.
+            prefetch: most deliveries that are on their way unacknowledged, for each consumer.
+
+        Raises:
+            BrokerError
+        """
+        assert isinstance(connection, _ConsumingConnection), "only what was opened for consuming cuts out deliveries"
+        channel = await open_channel(connection)
+        async with translating("setting the prefetch"):
+            await channel.basic_qos(prefetch_count=prefetch)
+        return cls(connection.deliveries, channel, on_message)
+
+    async def consume(self, queue: str, tag: str, *, arguments: FieldTable | None = None) -> None:
+        """
+        Raises:
+            BrokerError
+        """
+        async with translating(f"consuming {queue!r}"):
+            await self.channel.basic_consume(queue, _unexpected, consumer_tag=tag, arguments=arguments)
 
     def stop(self) -> None:
-        """No more, from the next turn of the loop on."""
-        if self._task is not None:
-            self._task.cancel()
+        """No more, and no ack either: to be called before the channel is closed."""
+        self._deliveries.drop(self.channel.number)
 
-    async def stopped(self) -> None:
-        """Waits until the last one has left; after it the channel may be closed."""
-        self.stop()
-        if self._task is not None:
-            await asyncio.gather(self._task, return_exceptions=True)
+
+async def _unexpected(message: DeliveredMessage) -> None:
+    raise AssertionError(f"a delivery came through the library: {message.delivery!r}")
 
 
 class _Reader(asyncio.StreamReader):
-    """Passes on what `FrameFilter` leaves of the broker's bytes."""
+    """What the library reads of a connection: everything but deliveries.
 
-    def __init__(self) -> None:
+    While deliveries come close upon each other, nothing is read for a moment after each packet, so that the next one
+    brings all that came meanwhile. To be woken costs a process more than the event that it was woken for: it comes
+    back to caches that others have filled (figures in docs/design.md).
+    """
+
+    def __init__(self, deliveries: Deliveries, packet: Packet) -> None:
         super().__init__()
-        self._filter = FrameFilter()
+        self._deliveries = deliveries
+        self._packet = packet
+        self._clock = asyncio.get_running_loop()
+        self._passed_at = self._answered_at = self._delivered_at = self._acked_at = 0.0
+        self._gathering = False
+        self._ack_timer: asyncio.TimerHandle | None = None
+        self.writer: asyncio.StreamWriter
 
     def feed_data(self, data: Iterable[SupportsIndex]) -> None:
-        passed = self._filter.feed(bytes(data))
+        deliveries = self._deliveries
+        with self._packet:
+            passed = deliveries.feed(bytes(data))
+        now = self._clock.time()
+        if deliveries.faults:
+            self._tell_faults()
+        if passed:
+            self._answered_at = self._passed_at = now
+        elif now - self._passed_at > QUIET_SECONDS:
+            # The library takes a connection for dead on which it reads nothing, and a busy one has no heartbeats.
+            passed = HEARTBEAT
+            self._passed_at = now
+        if deliveries.unacked:
+            self._delivered(now)
         if passed:
             super().feed_data(passed)
 
+    def _delivered(self, now: float) -> None:
+        unacked = self._deliveries.unacked
+        busy = now - self._delivered_at < 2 * GATHER_SECONDS
+        # Queues are being made, one question after the other: who waits for the answers must not wait for us too.
+        in_talk = now - self._answered_at < TALK_SECONDS
+        if busy and not in_talk and unacked < ACK_AT_ONCE and not self._gathering:
+            self._gathering = True
+            cast("asyncio.Transport", self.writer.transport).pause_reading()
+            self._clock.call_later(GATHER_SECONDS, self._go_on)
+        self._delivered_at = now
+        if unacked >= ACK_AT_ONCE or now - self._acked_at >= ACK_SECONDS:
+            self._ack()
+        elif self._ack_timer is None:
+            self._ack_timer = self._clock.call_later(ACK_SECONDS, self._ack)
+
+    def _go_on(self) -> None:
+        self._gathering = False
+        if not self.writer.is_closing():
+            cast("asyncio.Transport", self.writer.transport).resume_reading()
+
+    def _ack(self) -> None:
+        """One write for all that came meanwhile, on all channels."""
+        self._acked_at = self._clock.time()
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None
+        acks = self._deliveries.take_acks()
+        if acks and not self.writer.is_closing():
+            self.writer.write(acks)
+
+    def _tell_faults(self) -> None:
+        for fault in self._deliveries.faults:
+            _log.error("a delivery was not taken", exc_info=fault)
+        self._deliveries.faults.clear()
+
 
 class _Transport(TransportFactory):
+    def __init__(self, packet: Packet) -> None:
+        self._packet = packet
+        self.deliveries = Deliveries()
+
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         context = await kwargs.pop("ssl_context_provider").get_context() if url.scheme == "amqps" else None
         loop = asyncio.get_running_loop()
-        reader = _Reader()
+        reader = _Reader(self.deliveries, self._packet)
         protocol = asyncio.StreamReaderProtocol(reader)
         assert url.host is not None, "parse_urls wants a host"
-        transport, _ = await loop.create_connection(lambda: protocol, url.host, url.port or 5672, ssl=context)
-        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+        port = url.port or (5671 if context else 5672)
+        transport, _ = await loop.create_connection(lambda: protocol, url.host, port, ssl=context)
+        reader.writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        return reader, reader.writer
 
 
 class _ConsumingConnection(aio_pika.Connection):
-    """One that a message cannot break."""
+    """One whose deliveries are cut out before the library reads them, so that none can break it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kwargs["transport_factory"] = _Transport()
+    def __init__(self, url: URL, packet: Packet) -> None:
+        super().__init__(url)
+        transport = _Transport(packet)
+        self.deliveries = transport.deliveries
+        # aio_pika passes on what it knows from a URL, and this is of aiormq only.
+        self.kwargs["transport_factory"] = transport
 
 
 class Sender:

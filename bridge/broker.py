@@ -26,12 +26,12 @@ import structlog
 from pamqp.commands import Basic
 
 from bridge import amqp, topology
-from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
+from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, Packet, TopologyMismatch
 from bridge.routing import Audience
 
 if TYPE_CHECKING:
     import aio_pika
-    from aiormq.abc import AbstractChannel, DeliveredMessage
+    from aiormq.abc import AbstractChannel
 
 LANES = 8
 """Attaching is bounded by this: so many queues are being made at any time, each after the one before it. A broker
@@ -123,6 +123,7 @@ class Broker:
         addresses: AMQP URLs of the cluster's nodes.
         exchange, quarantine, log: the topology, declared with every new connection.
         on_shared: called with each message of the shared queue.
+        packet: entered and left around the callbacks of all messages that come in one packet.
     """
 
     def __init__(
@@ -133,8 +134,10 @@ class Broker:
         quarantine: str,
         log: topology.Log | None,
         on_shared: Delivery,
+        packet: Packet,
     ) -> None:
         self._addresses = addresses
+        self._packet = packet
         self.log = log
         self.exchange = exchange
         self.quarantine = quarantine
@@ -216,7 +219,9 @@ class Broker:
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[aio_pika.abc.AbstractConnection]:
-        connection = await amqp.connect(self._addresses, name=f"bridge {self.instance} consumer", bare_headers=True)
+        connection = await amqp.connect(
+            self._addresses, name=f"bridge {self.instance} consumer", consuming=self._packet
+        )
         try:
             yield connection
         finally:
@@ -366,36 +371,13 @@ class _Link:
             self.check(subscription)
 
 
-class _Consumer:
-    """A channel that consumes, and its acks.
-
-    A delivery is acked as soon as it has been handed on. The live queue may lose; the log is what remembers.
-    """
-
-    def __init__(self, channel: AbstractChannel, on_message: Callable[[str, str, bytes], None]) -> None:
-        self.channel = channel
-        self._on_message = on_message
-        self._acks = amqp.Acks(channel)
-
-    async def consume(self, queue: str, tag: str) -> None:
-        await self.channel.basic_consume(queue, self._deliver, consumer_tag=tag)
-
-    async def _deliver(self, message: DeliveredMessage) -> None:
-        # aiormq runs this as a task a message, started in the order of arrival. Without an await the order stays.
-        self._acks.note(message.delivery_tag or 0)
-        self._on_message(message.consumer_tag or "", message.routing_key or "", message.body)
-
-    def stop(self) -> None:
-        self._acks.stop()
-
-
 class _Lane:
     """Two channels, one for commands that may be refused and one that consumes, and the task that speaks on them."""
 
     def __init__(self, link: _Link) -> None:
         self._link = link
         self._broker = link.broker
-        self._subscriptions: dict[str, Subscription] = {}
+        self._subscriptions: dict[bytes, Subscription] = {}
         self._commands: asyncio.Queue[Subscription | BrokerError] = asyncio.Queue()
         self._setup: AbstractChannel | None = None
         self.load = 0
@@ -411,10 +393,8 @@ class _Lane:
 
     async def run(self) -> None:
         while True:
-            async with amqp.translating("opening a channel"):
-                channel = await amqp.open_channel(self._link.connection)
-                await channel.basic_qos(prefetch_count=PREFETCH)
-            consumer = _Consumer(channel, self._deliver)
+            consumer = await amqp.Consumer.open(self._link.connection, self._deliver, prefetch=PREFETCH)
+            channel = consumer.channel
             channel.closing.add_done_callback(self._note_closed)
             channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
             try:
@@ -442,19 +422,19 @@ class _Lane:
 
     def _note_cancelled(self, frame: Basic.Cancel) -> None:
         """The broker took a queue away: an operator deleted it, or its node went down."""
-        subscription = self._subscriptions.pop(frame.consumer_tag or "", None)
+        subscription = self._subscriptions.pop((frame.consumer_tag or "").encode(), None)
         if subscription is not None:
             _log.warning("live queue cancelled by the broker", stream=subscription.number)
             subscription.consumed = False
             _lose(subscription)
             self._commands.put_nowait(subscription)
 
-    def _deliver(self, tag: str, routing_key: str, body: bytes) -> None:
+    def _deliver(self, tag: bytes, routing_key: str, body: bytes, _: int | None) -> None:
         subscription = self._subscriptions.get(tag)
         if subscription is not None and subscription.wanted:
             subscription.on_delivery(routing_key, body)
 
-    async def _obey(self, consumer: _Consumer) -> None:
+    async def _obey(self, consumer: amqp.Consumer) -> None:
         """Brings one subscription after another to what it should be.
 
         Raises:
@@ -473,7 +453,7 @@ class _Lane:
                 elif not command.wanted and command.consumed:
                     await self._detach(command, consumer)
 
-    async def _attach(self, subscription: Subscription, consumer: _Consumer) -> None:
+    async def _attach(self, subscription: Subscription, consumer: amqp.Consumer) -> None:
         # A name of its own for each try: the queue of a try that failed may still be there.
         queue = f"bridge.live.{self._broker.instance}.{subscription.number}.{secrets.token_hex(2)}"
         try:
@@ -492,12 +472,11 @@ class _Lane:
             await self._clear_away(queue)
             asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._commands.put_nowait, subscription)
             return
-        tag = str(subscription.number)
+        tag = b"%d" % subscription.number
         # Known before it is consumed: the first delivery may come with the same packet as the answer.
         self._subscriptions[tag] = subscription
         try:
-            async with amqp.translating("consuming a live queue"):
-                await consumer.consume(queue, tag)
+            await consumer.consume(queue, tag.decode())
         except BrokerError:
             await self._clear_away(queue)
             raise
@@ -515,13 +494,13 @@ class _Lane:
                 self._setup = await amqp.open_channel(self._link.connection)
                 await self._setup.queue_delete(queue)
 
-    async def _detach(self, subscription: Subscription, consumer: _Consumer) -> None:
+    async def _detach(self, subscription: Subscription, consumer: amqp.Consumer) -> None:
         subscription.consumed = False
-        tag = str(subscription.number)
+        tag = b"%d" % subscription.number
         if self._subscriptions.pop(tag, None) is not None:
             # With its last consumer the queue is gone too (auto-delete), and with the queue its bindings.
             async with amqp.translating("ending a live queue"):
-                await consumer.channel.basic_cancel(tag)
+                await consumer.channel.basic_cancel(tag.decode())
 
 
 class _Shared:
@@ -571,9 +550,12 @@ class _Shared:
         queue = f"bridge.shared.{self._broker.instance}.{secrets.token_hex(2)}"
         async with amqp.translating("making the shared queue"):
             setup = await amqp.open_channel(self._link.connection)
-            channel = await amqp.open_channel(self._link.connection)
-            await channel.basic_qos(prefetch_count=SHARED_PREFETCH)
-        consumer = _Consumer(channel, lambda _, key, body: self._broker.on_shared(key, body))
+        consumer = await amqp.Consumer.open(
+            self._link.connection,
+            lambda _tag, key, body, _offset: self._broker.on_shared(key, body),
+            prefetch=SHARED_PREFETCH,
+        )
+        channel = consumer.channel
         channel.closing.add_done_callback(self._note_closed)
         channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
         try:

@@ -13,10 +13,11 @@ seen comes from the token alone. And whoever invents an anchor makes us read one
 
 from __future__ import annotations
 
-import hashlib
 import re
-from base64 import urlsafe_b64encode
+from binascii import b2a_base64
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Self
 
 MAX_CHARS = 160
@@ -34,13 +35,16 @@ _CURSOR = re.compile(
 )
 
 
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")  # RFC 4648, section 5.
+
+
 class InvalidCursor(ValueError):
     """Text that no bridge wrote. It is answered with `bridge.gap`, `unknown`, never with a status."""
 
 
 def digest(content: bytes) -> str:
     """Six characters of base64url, 36 bits of a hash."""
-    return urlsafe_b64encode(hashlib.blake2b(content, digest_size=5).digest())[:DIGEST_CHARS].decode("ascii")
+    return b2a_base64(blake2b(content, digest_size=5).digest())[:DIGEST_CHARS].translate(_URL_SAFE).decode("ascii")
 
 
 def echo(last_event_id: str | None) -> str | None:
@@ -58,6 +62,12 @@ class Anchor:
 
     offset: int
     check: str
+
+
+def encode(anchor: Anchor, digests: Iterable[str], truncated: bool, passed: Collection[str]) -> str:
+    """The text of a cursor with an anchor, straight from its parts: a busy stream writes one with every event."""
+    text = f"2.{anchor.offset:x}.{anchor.check}.{'~' if truncated else ''}{''.join(digests)}"
+    return f"{text}.{''.join(passed)}" if passed else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +104,7 @@ class Cursor:
     def __str__(self) -> str:
         if self.anchor is None:
             return f"0.{self.time_ms:x}"
-        named = (
-            f"{'~' if self.truncated else ''}{''.join(self.digests)}{'.' if self.passed else ''}{''.join(self.passed)}"
-        )
-        return f"2.{self.anchor.offset:x}.{self.anchor.check}.{named}"
+        return encode(self.anchor, self.digests, self.truncated, self.passed)
 
 
 def _split(digests: str) -> tuple[str, ...]:

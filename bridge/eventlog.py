@@ -13,6 +13,7 @@ import bisect
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -27,15 +28,15 @@ from bridge.sse import GapReason
 
 if TYPE_CHECKING:
     import aio_pika
-    from aiormq.abc import AbstractChannel, DeliveredMessage
-    from pamqp.common import FieldTable
 
 MAX_PASSES = 2
-"""Passes that read at once: one that reads far back must not keep those waiting who were away for a moment. As many
-more may have come to the end, and read on for a second."""
+"""Passes that read at once: one far back, and one for those who were away for a moment. As many more may have come to
+the end, and read on for a second."""
 
 SPAN_ENTRIES = 20_000
 """Readers whose starts are this close together share a pass. The one who starts last waits while it is read."""
+
+LONGEST_REST_SECONDS = 3.0
 
 PREFETCH = 1_000
 
@@ -52,6 +53,8 @@ PATIENCE_SECONDS = 8.0
 told that there is no log. Shorter than a new stream waits for its ready."""
 
 TICK_KEY = "bridge.tick"
+
+_CONSUMER_TAG = "log"
 
 _RETRY_SECONDS = 0.5
 
@@ -107,10 +110,12 @@ class EventLog:
         addresses: AMQP URLs of the cluster's nodes.
         log: the stream.
         exchange: what it is bound to.
+        packet: entered and left around the calls of readers for all entries that come in one packet.
     """
 
-    def __init__(self, addresses: Sequence[str], *, log: topology.Log, exchange: str) -> None:
+    def __init__(self, addresses: Sequence[str], *, log: topology.Log, exchange: str, packet: amqp.Packet) -> None:
         self._addresses = addresses
+        self._packet = packet
         self._log_stream = log
         self._exchange = exchange
         self._name = log.name
@@ -122,6 +127,7 @@ class EventLog:
         self._requests: list[Request] = []
         self._request_made = asyncio.Event()
         self._passes: dict[asyncio.Task[None], _Pass] = {}
+        self._rested_at = 0.0
         self.passes = 0
         """Passes begun since the start."""
         self.entries_read = 0
@@ -158,17 +164,14 @@ class EventLog:
             if self._connection is not None:
                 await amqp.close(self._connection)
 
-    async def _channel(self) -> AbstractChannel:
+    async def _connect(self) -> aio_pika.abc.AbstractConnection:
         async with self._connecting:
             if self._connection is None or not self._connection.connected.is_set():
                 if self._connection is not None:
                     await amqp.close(self._connection)
                     self._connection = None
-                self._connection = await amqp.connect(self._addresses, name="bridge log reader", bare_headers=True)
-        async with amqp.translating("opening a channel"):
-            channel = await amqp.open_channel(self._connection)
-            await channel.basic_qos(prefetch_count=PREFETCH)
-            return channel
+                self._connection = await amqp.connect(self._addresses, name="bridge log reader", consuming=self._packet)
+            return self._connection
 
     # Ticks.
 
@@ -227,7 +230,7 @@ class EventLog:
                 seen.set_result(offset)
 
         try:
-            async with asyncio.timeout(TICK_SECONDS), _Consumer(await self._channel(), self._name, "next", on_entry):
+            async with asyncio.timeout(TICK_SECONDS), _Consumer(await self._connect(), self._name, "next", on_entry):
                 await self._sender.send(
                     mine,
                     exchange="",
@@ -247,7 +250,7 @@ class EventLog:
         """The last entry there is; None for a log without any."""
         newest: list[Anchor] = []
         async with _Consumer(
-            await self._channel(),
+            await self._connect(),
             self._name,
             "last",
             lambda offset, _, body: newest.append(Anchor(offset, digest(body))),
@@ -268,7 +271,8 @@ class EventLog:
                 together = [request for request in self._requests if request.next > newest - SPAN_ENTRIES]
                 self._requests = [request for request in self._requests if request.next <= newest - SPAN_ENTRIES]
                 reading = _Pass(
-                    [request for request in together if not request.cancelled], on_caught_up=self._request_made.set
+                    [request for request in together if not request.cancelled],
+                    on_caught_up=partial(self._rest, time.monotonic()),
                 )
                 task = asyncio.create_task(self._pass(reading), name="log-pass")
                 self._passes[task] = reading
@@ -280,7 +284,22 @@ class EventLog:
             # Nobody waits for these. They gather, so that streams that come all the time cost one pass after another.
             return bool(self._requests) and len(self._passes) < MAX_PASSES
         reading = sum(not each.has_caught_up for each in self._passes.values())
-        return reading < MAX_PASSES and len(self._passes) < 2 * MAX_PASSES
+        if reading >= MAX_PASSES or len(self._passes) >= 2 * MAX_PASSES:
+            return False
+        near = any(request.replay.until - request.next < SPAN_ENTRIES for request in self._requests)
+        return near or (reading == 0 and time.monotonic() >= self._rested_at)
+
+    def _rest(self, began: float) -> None:
+        """A pass has caught up. Before the next one that reads far back, as long again is left to others.
+
+        When a replica's ten thousand come back their queues are made one by one, and with each comes a request. Passes
+        that followed each other at once would take from the broker what it needs to make the queues.
+        """
+        now = time.monotonic()
+        seconds = min(now - began, LONGEST_REST_SECONDS)
+        self._rested_at = now + seconds
+        asyncio.get_running_loop().call_later(seconds, self._request_made.set)
+        self._request_made.set()
 
     def _end_pass(self, task: asyncio.Task[None]) -> None:
         del self._passes[task]
@@ -294,7 +313,7 @@ class EventLog:
         began = time.monotonic()
         try:
             start = min(request.next for request in reading.active)
-            async with _Consumer(await self._channel(), self._name, start, reading.on_entry) as consumer:
+            async with _Consumer(await self._connect(), self._name, start, reading.on_entry) as consumer:
                 while reading.active:
                     await consumer.idle(SETTLE_SECONDS / 4)
                     reading.settle_until(time.monotonic() - SETTLE_SECONDS)
@@ -431,37 +450,34 @@ class _Consumer:
 
     def __init__(
         self,
-        channel: AbstractChannel,
+        connection: aio_pika.abc.AbstractConnection,
         stream: str,
         offset: int | str,
         on_entry: Callable[[int, str, bytes], None],
     ) -> None:
-        self._channel = channel
+        self._connection = connection
         self._stream = stream
         self._offset = offset
         self._on_entry = on_entry
-        self._stopped = False
-        self._tag = ""
-        self._acks = amqp.Acks(channel)
+        self._consumer: amqp.Consumer
         self._failure: BaseException | None = None
 
     async def __aenter__(self) -> _Consumer:
-        self._channel.closing.add_done_callback(self._note_closed)
-        self._channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
-        arguments: FieldTable = {"x-stream-offset": self._offset}
-        async with amqp.translating(f"reading the log {self._stream!r}"):
-            answer = await self._channel.basic_consume(self._stream, self._deliver, arguments=arguments)
-        self._tag = answer.consumer_tag or ""
+        self._consumer = await amqp.Consumer.open(self._connection, self._deliver, prefetch=PREFETCH)
+        channel = self._consumer.channel
+        channel.closing.add_done_callback(self._note_closed)
+        channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
+        await self._consumer.consume(self._stream, _CONSUMER_TAG, arguments={"x-stream-offset": self._offset})
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._stopped = True
-        await self._acks.stopped()
+        self._consumer.stop()
+        channel = self._consumer.channel
         with contextlib.suppress(BrokerError, TimeoutError):
             async with asyncio.timeout(amqp.CLOSE_SECONDS), amqp.translating("ending the reading"):
-                if not self._channel.is_closed:
-                    await self._channel.basic_cancel(self._tag)
-                    await self._channel.close()
+                if not channel.is_closed:
+                    await channel.basic_cancel(_CONSUMER_TAG)
+                    await channel.close()
 
     async def idle(self, seconds: float) -> None:
         """Waits a little.
@@ -473,14 +489,9 @@ class _Consumer:
         if self._failure is not None:
             raise amqp.translate(self._failure, "reading the log")
 
-    async def _deliver(self, message: DeliveredMessage) -> None:
-        if self._stopped:
-            return
-        self._acks.note(message.delivery_tag or 0)
-        headers = message.header.properties.headers or {}
-        offset = headers.get("x-stream-offset")
-        assert isinstance(offset, int), "every delivery of a stream carries its offset"
-        self._on_entry(offset, message.routing_key or "", message.body)
+    def _deliver(self, _: bytes, routing_key: str, body: bytes, offset: int | None) -> None:
+        assert offset is not None, "every delivery of a stream carries its offset"
+        self._on_entry(offset, routing_key, body)
 
     def _note_closed(self, closing: asyncio.Future[object]) -> None:
         error = None if closing.cancelled() else closing.exception()

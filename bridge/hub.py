@@ -33,12 +33,13 @@ from bridge.sse import EndReason, GapReason
 
 _log = structlog.get_logger("bridge.hub")
 
-CACHE_EVENTS = 1024
+CACHE_EVENTS = 256
 CACHE_BYTES = 4_194_304
 """Limits of the cache of read events. It only has to last while one event comes in by several queues."""
 
-ATTACH_SECONDS = 10.0
-"""A stream whose queues are not bound by then is told `busy`: the browser comes back, perhaps to another replica."""
+ATTACH_SECONDS = 20.0
+"""A stream whose queues are not bound by then is told `busy`: the browser comes back, perhaps to another replica. Long
+enough for five thousand at once: who is sent away from so long a line has to stand in it again from the end."""
 
 BROKER_MOMENT_SECONDS = 3.0
 """So long a new stream waits for a broker that is away; a restart of a node's listener takes less."""
@@ -133,7 +134,7 @@ class Connection:
     # Called by the broker's side.
 
     def on_delivery(self, routing_key: str, body: bytes) -> None:
-        event = self._hub.read(routing_key, body, via=self.subscription.number)
+        event = self._hub.read(routing_key, body, via=self.subscription.number, only=self._hub.is_only(self))
         if event is not None:
             self.offer(event, _now_ms())
 
@@ -451,17 +452,21 @@ class Hub:
             return list(self._connections)
         return list(self._by_group.get(audience.id, ()))
 
-    def read(self, routing_key: str, body: bytes, *, via: int) -> Event | None:
+    def is_only(self, connection: Connection) -> bool:
+        """Whether its user has no other connection here."""
+        return self._by_user[connection.session.user] == 1
+
+    def read(self, routing_key: str, body: bytes, *, via: int, only: bool = False) -> Event | None:
         """The event of a message, made once however many queues of this process it comes by; None if it is refused.
 
         Args:
             via: number of the queue. A refused message goes to quarantine once for all queues that bring it; by the
                 same queue a second time, it has been published a second time.
+            only: no other queue brings it, so it need not be kept for another.
         """
-        self._metrics.events_received.inc()
+        self._metrics.events_received.value += 1
         key = (routing_key, body)
-        known = self._cache.get(key)
-        if known is not None:
+        if not only and (known := self._cache.get(key)) is not None:
             return known
         try:
             event = read_event(body, routing_key, self._models, max_bytes=self._limits.max_event_bytes)
@@ -474,7 +479,8 @@ class Hub:
             if refusal.is_new(via):
                 self._refuse(routing_key, body, error)
             return None
-        self._remember(key, event)
+        if not only:
+            self._remember(key, event)
         return event
 
     def read_logged(self, routing_key: str, body: bytes) -> Event | None:
@@ -490,9 +496,9 @@ class Hub:
         return known
 
     def _remember(self, key: tuple[str, bytes], value: Event) -> None:
-        if self._cache.pop(key, None) is None:
-            self._cache_bytes += len(key[1])
+        """Of a key that is not known yet."""
         self._cache[key] = value
+        self._cache_bytes += len(key[1])
         while len(self._cache) > CACHE_EVENTS or self._cache_bytes > CACHE_BYTES:
             (_, body), _ = self._cache.popitem(last=False)
             self._cache_bytes -= len(body)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -12,6 +16,9 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from bridge.event import REASONS
 from bridge.sse import END_REASONS
@@ -23,6 +30,40 @@ REPLAY_OUTCOMES = ("complete", "gap")
 
 _DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ATTACH_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class Tally(Collector):
+    """A counter for the hot path: to count is to add to `value`, a tenth of what the library's own costs."""
+
+    def __init__(self, name: str, about: str, *, registry: CollectorRegistry) -> None:
+        self.value = 0
+        self._name = name
+        self._about = about
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(self._name, self._about, value=self.value)
+
+
+class Timings(Collector):
+    """The same of a histogram."""
+
+    def __init__(self, name: str, about: str, *, buckets: Sequence[float], registry: CollectorRegistry) -> None:
+        self._name = name
+        self._about = about
+        self._bounds = tuple(buckets)
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+        yield HistogramMetricFamily(self._name, self._about, buckets=buckets, sum_value=self._sum)
 
 
 class Metrics:
@@ -61,10 +102,10 @@ class Metrics:
             ["code"],
             registry=self.registry,
         )
-        self.events_received = Counter(
+        self.events_received = Tally(
             "bridge_events_received_total", "Messages taken from RabbitMQ", registry=self.registry
         )
-        self.events_delivered = Counter(
+        self.events_delivered = Tally(
             "bridge_events_delivered_total", "Events written to streams, one for each stream", registry=self.registry
         )
         self.events_duplicate = Counter(
@@ -85,7 +126,7 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
-        self.delivery_seconds = Histogram(
+        self.delivery_seconds = Timings(
             "bridge_delivery_seconds",
             "From the receipt of a message to its write, the oldest of each write",
             buckets=_DELIVERY_BUCKETS,

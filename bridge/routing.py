@@ -191,6 +191,16 @@ def split_key(key: str) -> tuple[Audience, str]:
     return (Audience.user if kind == "user" else Audience.group)(identity), check_type(event_type)
 
 
+# The audience of a key without escapes: what `split_key` would find in it can be read off.
+_PLAIN_AUDIENCE = re.compile(r"all\.|(?:user|group)\.[A-Za-z0-9_~-]+\.")
+
+
+def is_key_of(key: str, event_type: str) -> bool:
+    """Whether the key surely names this type, which is a good one. False says nothing: then `split_key` has to tell."""
+    match = _PLAIN_AUDIENCE.match(key)
+    return match is not None and key[match.end() :] == event_type
+
+
 class TypeFilter:
     """The types that a browser asked for. Without patterns it is every type.
 

@@ -32,6 +32,7 @@ from bridge.metrics import Metrics
 from bridge.publisher import Publisher
 from bridge.quarantine import Quarantine
 from bridge.settings import Settings, parse_bind, unknown_names
+from bridge.stream import Turn
 from bridge.web import TAKE_OVER, create_app, create_internal_app
 
 BACKLOG = 4096
@@ -125,6 +126,7 @@ class _Service:
     def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
         self.settings = settings
         self.metrics = metrics = Metrics()
+        self.turn = Turn()
         secret = settings.jwt_secret
         self.authenticator = Authenticator(
             secret=None if secret is None else secret.get_secret_value(),
@@ -148,7 +150,11 @@ class _Service:
             else None
         )
         stream = settings.log_stream
-        self.log = None if stream is None else EventLog(settings.addresses, log=stream, exchange=settings.exchange)
+        self.log = (
+            None
+            if stream is None
+            else EventLog(settings.addresses, log=stream, exchange=settings.exchange, packet=self.turn)
+        )
         self.hub = Hub(
             models=catalogue,
             limits=settings,
@@ -171,6 +177,7 @@ class _Service:
             settings=settings,
             catalogue=catalogue,
             metrics=metrics,
+            turn=self.turn,
             publisher=self.publisher,
         )
         self.internal = create_internal_app(why_not_ready=self._why_not_ready, metrics=metrics)
@@ -183,6 +190,7 @@ class _Service:
             quarantine=settings.quarantine,
             log=settings.log_stream,
             on_shared=on_shared,
+            packet=self.turn,
         )
 
     def _why_not_ready(self) -> str | None:

@@ -30,9 +30,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
+from typing import NamedTuple
 
 from bridge import sse
-from bridge.cursor import MAX_DIGESTS, Anchor, Cursor, InvalidCursor
+from bridge.cursor import MAX_DIGESTS, Anchor, Cursor, InvalidCursor, encode
 from bridge.event import Event
 from bridge.routing import TypeFilter
 from bridge.sse import EndReason, GapReason
@@ -107,8 +108,7 @@ class _Passed:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Live:
+class _Live(NamedTuple):
     event: Event
     received_ms: int
 
@@ -119,25 +119,40 @@ _Item = Entry | _Live | _Mark | _Passed | bytes
 class _Place:
     """Where a client is: the anchor, and what was sent of the entries behind it."""
 
-    __slots__ = ("anchor", "passed", "sent", "truncated")
+    __slots__ = ("_digests", "_received_ms", "anchor", "passed", "truncated")
 
     def __init__(self, anchor: Anchor | None, sent: Iterable[tuple[str, int]] = (), truncated: bool = False) -> None:
         self.anchor = anchor
-        self.sent = deque(sent, maxlen=MAX_DIGESTS)
         self.truncated = truncated
+        # What was sent from behind the anchor, oldest first, and when it was received. Side by side, because the names
+        # are joined with every event, and the times are looked at every ten seconds.
+        self._digests: deque[str] = deque(maxlen=MAX_DIGESTS)
+        self._received_ms: deque[int] = deque(maxlen=MAX_DIGESTS)
+        self._name(sent)
         self.passed: deque[str] = deque(maxlen=MAX_DIGESTS)
         """What was sent from the log, up to the anchor: a publisher's retry may stand behind it once more."""
 
+    def _name(self, sent: Iterable[tuple[str, int]]) -> None:
+        pairs = list(sent)
+        self._digests.clear()
+        self._received_ms.clear()
+        self._digests.extend([digest for digest, _ in pairs])
+        self._received_ms.extend([received_ms for _, received_ms in pairs])
+
+    def _sent(self) -> list[tuple[str, int]]:
+        return list(zip(self._digests, self._received_ms, strict=True))
+
     def copy(self) -> _Place:
-        place = _Place(self.anchor, self.sent, self.truncated)
+        place = _Place(self.anchor, self._sent(), self.truncated)
         place.passed.extend(self.passed)
         return place
 
     def move(self, item: _Item) -> None:
         """Past an item of the backlog."""
         if isinstance(item, _Live):
-            self.truncated = self.truncated or len(self.sent) == MAX_DIGESTS
-            self.sent.append((item.event.digest, item.received_ms))
+            self.truncated = self.truncated or len(self._digests) == MAX_DIGESTS
+            self._digests.append(item.event.digest)
+            self._received_ms.append(item.received_ms)
         elif isinstance(item, Entry):
             # Everything up to here has been sent. What was sent live from further behind stays named; what fell out
             # of the named stands before the oldest of them, and that is before this entry.
@@ -145,15 +160,16 @@ class _Place:
             self.truncated = False
             self.passed.append(item.event.digest)
         elif isinstance(item, _Passed):
-            self.sent = deque((pair for pair in self.sent if pair[0] != item.digest), maxlen=MAX_DIGESTS)
+            self._name([pair for pair in self._sent() if pair[0] != item.digest])
             self.passed.append(item.digest)
         elif isinstance(item, _Mark):
             self._adopt(item)
 
     def _adopt(self, mark: _Mark) -> None:
-        needed = [pair for pair in self.sent if pair[1] >= mark.written_ms - OVERLAP_MS]
+        sent = self._sent()
+        needed = [pair for pair in sent if pair[1] >= mark.written_ms - OVERLAP_MS]
         unsure = sum(received_ms < mark.written_ms + LAG_MS for _, received_ms in needed)
-        truncated = self.truncated and bool(needed) and len(needed) == len(self.sent)
+        truncated = self.truncated and bool(needed) and len(needed) == len(sent)
         # Once events behind the anchor have fallen out of the named, the reading of the log begins among those that
         # are left, so enough of these must surely stand behind it: now, and when the next one falls out. Otherwise
         # the anchor is not taken; another will be.
@@ -161,16 +177,24 @@ class _Place:
             return
         self.truncated = truncated
         self.anchor = mark.anchor
-        self.sent = deque(needed, maxlen=MAX_DIGESTS)
+        self._name(needed)
         self.passed.clear()
 
     def cursor(self, now_ms: int) -> Cursor:
         if self.anchor is None:
             return Cursor(None, time_ms=now_ms)
+        return Cursor(self.anchor, tuple(self._digests), self.truncated, self._passed())
+
+    def text(self, now_ms: int) -> str:
+        """Of the cursor."""
+        if self.anchor is None:
+            return str(self.cursor(now_ms))
+        return encode(self.anchor, self._digests, self.truncated, self._passed() if self.passed else ())
+
+    def _passed(self) -> tuple[str, ...]:
         # Those that were sent from behind the anchor are needed; of the others as many as there is room for.
-        room = MAX_DIGESTS - len(self.sent)
-        passed = tuple(self.passed)[-room:] if room else ()
-        return Cursor(self.anchor, tuple(digest for digest, _ in self.sent), self.truncated, passed)
+        room = MAX_DIGESTS - len(self._digests)
+        return tuple(self.passed)[-room:] if room else ()
 
 
 class Session:
@@ -487,7 +511,8 @@ class Session:
         """
         if self.state is State.ENDED:
             return
-        self._now_ms = max(self._now_ms, now_ms)
+        if now_ms > self._now_ms:
+            self._now_ms = now_ms
         item = _Live(event, now_ms)
         if self.state is State.LIVE:
             self._admit(event, item)
@@ -521,8 +546,8 @@ class Session:
             return
         self._recent[event.id] = None
         # One by one, so that after an overlap those are forgotten last that may still be on their way.
-        limit = OVERLAP_IDS if self._overlapping else RECENT_IDS
-        for _ in range(min(2, len(self._recent) - limit)):
+        excess = len(self._recent) - (OVERLAP_IDS if self._overlapping else RECENT_IDS)
+        for _ in range(min(2, excess)) if excess > 0 else ():
             del self._recent[next(iter(self._recent))]
         self._backlog.append(item)
         self._backlog_events += 1
@@ -561,7 +586,7 @@ class Session:
         """No event for a while: the client is told its place anew, if it is certain that nothing is missing."""
         if self.state is State.LIVE and not self._backlog:
             self._now_ms = max(self._now_ms, now_ms)
-            self._frames += sse.encode_position(str(self._place.cursor(self._now_ms)))
+            self._frames += sse.encode_position(self._place.text(self._now_ms))
 
     # The end.
 
@@ -610,7 +635,7 @@ class Session:
             if self.oldest_ms is None and isinstance(item, _Live):
                 self.oldest_ms = item.received_ms
             tail = event.named if self._named else event.plain
-            parts += (sse.encode_id(str(place.cursor(self._now_ms))), tail)
+            parts += (sse.encode_id(place.text(self._now_ms)), tail)
             size += len(tail)
         return b"".join(parts)
 

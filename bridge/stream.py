@@ -1,8 +1,8 @@
 """The streams of the process, from the moment that their heads are out: sessions' bytes on their way to sockets.
 
 A stream is no task and has none. What wakes it is a callback: somebody has something for it (`ring`), its peer reads
-again, its deadline is there, or its socket is gone. All that ring within one turn of the event loop are served together
-in the next one, so that ten events that came in one packet leave in one write.
+again, its deadline is there, or its socket is gone. All that ring together are served together (`Turn`), so that ten
+events that came in one packet leave in one write.
 
 Whatever a stream holds it has from `open` until its transport says `connection_lost`, which it says exactly once.
 """
@@ -29,17 +29,50 @@ LAST_CHUNK = b"0\r\n\r\n"
 """RFC 9112, section 7.1."""
 
 
+class Turn:
+    """Gathers the streams that have something to say, and has them say it together.
+
+    Entered and left around all that one packet of the broker's brings, they speak as it is left: what that takes no
+    turn of the loop, and no look at its sockets, to get to. Outside of that, in the loop's next turn.
+    """
+
+    __slots__ = ("_gathering", "_rung")
+
+    def __init__(self) -> None:
+        self._rung: list[_Stream] = []
+        self._gathering = False
+
+    def __enter__(self) -> None:
+        self._gathering = True
+
+    def __exit__(self, *_: object) -> None:
+        self._gathering = False
+        if self._rung:
+            self._serve()
+
+    def ring(self, stream: _Stream) -> None:
+        if not self._rung and not self._gathering:
+            asyncio.get_running_loop().call_soon(self._serve)
+        self._rung.append(stream)
+
+    def _serve(self) -> None:
+        rung, self._rung = self._rung, []
+        now = time.monotonic()
+        for stream in rung:
+            stream.serve(now)
+
+
 class Streams:
     """
     Args:
         stall_seconds: a stream whose peer has taken nothing for so long counts as stalled when its socket goes.
     """
 
-    def __init__(self, hub: Hub, metrics: Metrics, *, stall_seconds: float) -> None:
+    def __init__(self, hub: Hub, metrics: Metrics, turn: Turn, *, stall_seconds: float) -> None:
         self.hub = hub
         self.metrics = metrics
+        self.turn = turn
         self.stall_seconds = stall_seconds
-        self._rung: list[_Stream] = []
 
     def open(self, transport: asyncio.Transport, request: StreamRequest, *, chunked: bool) -> None:
         """Streams to a connection whose response head has been written, until its end; then the connection is closed.
@@ -52,17 +85,6 @@ class Streams:
         transport.set_protocol(stream)
         transport.resume_reading()  # Whoever had it before may have had enough; we have to see its end.
         stream.begin(request)
-
-    def ring(self, stream: _Stream) -> None:
-        if not self._rung:
-            asyncio.get_running_loop().call_soon(self._serve)
-        self._rung.append(stream)
-
-    def _serve(self) -> None:
-        rung, self._rung = self._rung, []
-        now = time.monotonic()
-        for stream in rung:
-            stream.serve(now)
 
 
 class _Stream(asyncio.Protocol):
@@ -103,7 +125,7 @@ class _Stream(asyncio.Protocol):
         """There is something to say, or to end."""
         if not self._rung:
             self._rung = True
-            self._streams.ring(self)
+            self._streams.turn.ring(self)
 
     def serve(self, now: float) -> None:
         """Writes what there is, as far as the peer reads."""
@@ -115,9 +137,7 @@ class _Stream(asyncio.Protocol):
             self._say(connection, now)
         except Exception as error:  # noqa: BLE001
             # One stream's fault is that stream's end, not that of the others that are served in the same turn.
-            self._failed = True
-            _log.error("stream failed", stream=connection.subscription.number, exc_info=error)
-            self._transport.abort()
+            self._fail(connection, error)
 
     def _say(self, connection: Connection, now: float) -> None:
         session = connection.session
@@ -126,9 +146,10 @@ class _Stream(asyncio.Protocol):
         if chunk:
             if session.oldest_ms is not None:
                 connection.pace.moved(now)
-                self._streams.metrics.events_delivered.inc(session.delivered - delivered)
-                self._streams.metrics.delivery_seconds.observe(max(0.0, time.time() - session.oldest_ms / 1000))
-            self._write(chunk)
+                metrics = self._streams.metrics
+                metrics.events_delivered.value += session.delivered - delivered
+                metrics.delivery_seconds.observe(max(0.0, time.time() - session.oldest_ms / 1000))
+            self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
             connection.pace.wrote(now)
             connection.read_on()
         if session.has_output:
@@ -138,6 +159,11 @@ class _Stream(asyncio.Protocol):
 
     def _write(self, chunk: bytes) -> None:
         self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
+
+    def _fail(self, connection: Connection, error: Exception) -> None:
+        self._failed = True
+        _log.error("stream failed", stream=connection.subscription.number, exc_info=error)
+        self._transport.abort()
 
     def _close(self) -> None:
         self._closing = True
@@ -156,11 +182,15 @@ class _Stream(asyncio.Protocol):
     def _on_time(self) -> None:
         assert self._connection is not None, "only what is attached has deadlines"
         now = time.monotonic()
-        self._connection.advance(now)
+        try:
+            self._connection.advance(now)
+        except Exception as error:  # noqa: BLE001
+            self._fail(self._connection, error)
+            return
         session = self._connection.session
         if session.has_output:
             self.serve(now)
-        if session.state is not State.ENDED:
+        if session.state is not State.ENDED and not self._failed:
             self._arm(time.monotonic())
 
     # asyncio's side (asyncio.Protocol).

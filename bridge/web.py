@@ -29,7 +29,7 @@ from bridge.metrics import Metrics
 from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
 from bridge.settings import Settings
-from bridge.stream import Streams
+from bridge.stream import Streams, Turn
 
 MAX_REQUEST_BYTES = 16_384
 """An unread body of a GET stays in memory as long as its stream."""
@@ -109,6 +109,7 @@ def create_app(
     settings: Settings,
     catalogue: Catalogue,
     metrics: Metrics,
+    turn: Turn,
     publisher: Publisher | None = None,
 ) -> Quart:
     """The public application.
@@ -117,7 +118,7 @@ def create_app(
         publisher: what the console publishes samples with; None where it may not.
     """
     app = _bare_app("bridge")
-    streams = Streams(hub, metrics, stall_seconds=settings.stall_seconds)
+    streams = Streams(hub, metrics, turn, stall_seconds=settings.stall_seconds)
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
     schemas = {event_type: catalogue.json_schema(event_type) for event_type in catalogue}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from types import TracebackType
 
 
 class Proxy:
-    """Forwards to `127.0.0.1:target`. `stall` keeps connections open and moves no byte; `cut` resets them all."""
+    """Forwards to `127.0.0.1:target`. `stall` keeps connections open and moves no byte; `cut` resets them all.
 
-    def __init__(self, target: int) -> None:
+    Args:
+        tls: to speak TLS on the side of those who connect.
+    """
+
+    def __init__(self, target: int, *, tls: ssl.SSLContext | None = None) -> None:
         self._target = target
+        self._tls = tls
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -34,7 +40,7 @@ class Proxy:
 
     async def open(self) -> None:
         """Takes connections, again if it did before."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def refuse(self) -> None:

@@ -18,6 +18,9 @@ from bridge import auth
 
 SECRET = "a-secret-of-the-tests-0123456789abcdef"
 
+BRIDGE = os.environ.get("SUITE_BRIDGE", "bridge")
+"""The module that is run; `tests.slow` is the other one."""
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -59,7 +62,7 @@ class Service:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "bridge",
+            BRIDGE,
             "serve",
             env=self._environment,
             cwd=ROOT,

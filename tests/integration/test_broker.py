@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import struct
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from deploy.local.node import Node
 from tests.client import Stream
@@ -332,3 +340,65 @@ async def test_an_address_where_something_else_listens_is_tried_again(
     await other.wait_closed()
     both = await start(amqp_url=f"{vhost.url_at(port)},{vhost.url}")
     await connect(both)
+
+
+def certificate(folder: Path) -> Path:
+    """A certificate of its own for 127.0.0.1, and its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "broker.pem"
+    path.write_bytes(
+        made.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return path
+
+
+async def test_over_tls_events_of_all_sizes_arrive(
+    vhost: Vhost, start: StartService, connect: OpenStream, tmp_path: Path
+) -> None:
+    """A record of TLS ends where it likes, not where a frame does."""
+    pem = certificate(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pem)
+    async with Proxy(vhost.node.port, tls=context) as proxy:
+        url = vhost.url_at(proxy.port).replace("amqp://", "amqps://") + f"?cafile={pem}"
+        service = await start(amqp_url=url)
+        stream = await connect(service)
+        sizes = [0, 1, 4_000, 16_384, 60_000, 3, 30_000] * 5
+        await vhost.publish_all(
+            [
+                ("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * min(size, 2_000), padding="x" * size))
+                for n, size in enumerate(sizes)
+            ]
+        )
+        assert await stream.ids(len(sizes)) == [f"e{n}" for n in range(len(sizes))]
+        assert await service.metric("bridge_events_received_total") == len(sizes)
+
+
+async def test_a_connection_that_brings_nothing_but_events_is_not_taken_for_dead(
+    vhost: Vhost, start: StartService, connect: OpenStream
+) -> None:
+    """The broker sends no heartbeat while it sends anything else, and the library sees none of the events."""
+    service = await start(amqp_url=vhost.url + "?heartbeat=1")
+    stream = await connect(service)
+    # aiormq gives a connection up after (heartbeat + 1) * 3 seconds without a frame.
+    began, sent = time.monotonic(), 0
+    while time.monotonic() - began < 8:
+        await vhost.publish("user.42.job.completed", cloudevent(f"e{sent}"))
+        sent += 1
+    assert await stream.ids(sent) == [f"e{n}" for n in range(sent)]
+    assert await service.metric("bridge_broker_connects") == 1

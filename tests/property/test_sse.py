@@ -36,7 +36,7 @@ def test_ready(user: str, cursor: str, retry_ms: int, cuts: list[int]) -> None:
 )
 def test_a_tail_is_one_frame_or_is_refused(data: bytes, event_type: str, cuts: list[int]) -> None:
     try:
-        raw = sse.encode_id("c") + sse.encode_tail(data, event_type=event_type)
+        raw = sse.encode_id("c") + sse.encode_type(event_type) + sse.encode_data(data)
         data.decode("utf-8")
     except ValueError:
         assert set(data) & {0, 10, 13} or not is_utf8(data)

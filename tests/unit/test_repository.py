@@ -16,7 +16,7 @@ BRIDGE = ROOT / "bridge"
 
 # Lowest first; a file imports only from the lines above its own.
 LAYERS = [
-    ["sse", "cursor", "pacing", "routing", "health", "frames", "evolution"],
+    ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution"],
     ["event"],
     ["session", "catalogue"],
     ["amqp", "exports"],
@@ -29,7 +29,7 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
-PURE = ["sse", "cursor", "pacing", "routing", "health", "frames", "event", "session", "exports", "evolution"]
+PURE = ["sse", "cursor", "pacing", "routing", "health", "deliveries", "event", "session", "exports", "evolution"]
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
 
 

@@ -27,6 +27,6 @@ def test_a_user_id_cannot_break_ready() -> None:
 @pytest.mark.parametrize("text", [b"a\nb", b"a\rb", b"\0"])
 def test_a_field_cannot_hold_a_line_end(text: bytes) -> None:
     with pytest.raises(ValueError, match="CR, LF or NUL"):
-        sse.encode_tail(text)
+        sse.encode_data(text)
     with pytest.raises(ValueError, match="CR, LF or NUL"):
-        sse.encode_tail(b"{}", event_type=text.decode())
+        sse.encode_type(text.decode())

@@ -1,0 +1,266 @@
+"""Deliveries, cut out of what the broker sends (AMQP 0-9-1, sections 2.3.5 and 4.2).
+
+Pure: bytes in any pieces go in; deliveries on the channels that were taken go to their callbacks; every other frame
+comes out, whole and unchanged, for the AMQP library. Through aiormq a delivery costs ten times as much: objects for its
+three frames, two tasks, a queue.
+
+What is not taken goes on without the properties of messages. The library decodes every one of them and gives the whole
+connection up over one that it cannot: a timestamp in nanoseconds or a header name that is no UTF-8, which the broker
+takes from anybody. The bridge relies on no property, so none gets that far: a content header goes on with its size
+alone (and a stream's offset, which the broker itself put there), and a routing key that is no text goes on with `?` for
+what is none.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+_METHOD, _HEADER, _BODY = 1, 2, 3
+_FRAME_END = 0xCE
+_BASIC_DELIVER = b"\x00\x3c\x00\x3c"
+_BASIC_GET_OK = b"\x00\x3c\x00\x47"
+_CHANNEL_CLOSE = b"\x00\x14\x00\x28"
+_CHANNEL_CLOSE_OK = b"\x00\x14\x00\x29"
+_HEADERS_FLAG = 1 << 13
+_CONTENT_TYPE_FLAG = 1 << 15
+_CONTENT_ENCODING_FLAG = 1 << 14
+_OFFSET = b"\x0fx-stream-offset"
+
+_FRAME = struct.Struct(">BHI")  # Type, channel, size of the payload; 4.2.3.
+_CONTENT = struct.Struct(">BHIHHQ")  # The same of a content header's frame, then class, weight, size of the body.
+_TAG = struct.Struct(">Q")
+_ACK = struct.Struct(">BHIHHQBB")
+
+# Sizes of the values of a field table that have one (RabbitMQ's reading of 4.2.5.5); S, x, A and F say theirs.
+_SIZES = {b"t": 1, b"b": 1, b"B": 1, b"s": 2, b"u": 2, b"I": 4, b"i": 4, b"f": 4, b"D": 5, b"l": 8, b"d": 8, b"T": 8,
+          b"L": 8, b"V": 0}  # fmt: skip
+
+HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
+"""A heartbeat's frame (4.2.7)."""
+
+Sink = Callable[[bytes, str, bytes, int | None], None]
+"""Called with the consumer's tag, the routing key, the body, and the offset if the queue is a stream."""
+
+
+class _Open:
+    """A delivery whose frames have not all come."""
+
+    __slots__ = ("delivery_tag", "key", "missing", "offset", "parts", "tag")
+
+    def __init__(self, tag: bytes, delivery_tag: int, key: bytes) -> None:
+        self.tag = tag
+        self.delivery_tag = delivery_tag
+        self.key = key
+        self.missing = -1  # Until the content header says it.
+        self.offset: int | None = None
+        self.parts: list[bytes] = []
+
+
+class Deliveries:
+    """One connection's bytes, from the broker's greeting on."""
+
+    __slots__ = ("_buffer", "_newest", "_open", "_raw", "_sinks", "faults", "unacked")
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._raw = False
+        self._sinks: dict[int, Sink] = {}
+        self._open: dict[int, _Open] = {}
+        self._newest: dict[int, int] = {}  # By channel, the newest delivery that was handed to its callback.
+        self.unacked = 0
+        """Deliveries that were handed to callbacks since the acks were last taken."""
+        self.faults: list[Exception] = []
+        """What callbacks have raised; the deliveries after it went on. Whoever logs them clears it."""
+
+    def take(self, channel: int, sink: Sink) -> None:
+        """From here on the channel's deliveries go to `sink`, until the channel is closed."""
+        self._sinks[channel] = sink
+
+    def drop(self, channel: int) -> None:
+        """The channel's deliveries go nowhere from here on, and are not acknowledged.
+
+        To be called before the channel is closed from our side: an ack behind the close would close the connection.
+        """
+        if channel in self._sinks:
+            self._sinks[channel] = _nowhere
+        self._newest.pop(channel, None)
+
+    def take_acks(self) -> bytes:
+        """The frames that acknowledge all that was handed on: a `basic.ack`, `multiple`, for each channel."""
+        acks = b"".join(
+            _ACK.pack(_METHOD, channel, 13, 60, 80, tag, 1, _FRAME_END) for channel, tag in self._newest.items()
+        )
+        self._newest.clear()
+        self.unacked = 0
+        return acks
+
+    def feed(self, data: bytes) -> bytes:
+        """Returns what the library shall read."""
+        if self._buffer:
+            data = self._buffer + data
+        if not self._raw and data[:1] == b"A":
+            self._raw = True  # `AMQP` and a version: the broker speaks another one, and the library says so.
+        if self._raw:
+            self._buffer = b""
+            return data
+        passed: list[bytes] = []
+        sinks, size, at = self._sinks, len(data), 0
+        while size - at >= 8:
+            kind, channel, length = _FRAME.unpack_from(data, at)
+            end = at + 8 + length
+            if end > size:
+                break
+            if data[end - 1] != _FRAME_END:
+                # Not a frame. What follows cannot be understood, and the library shall say so.
+                self._raw = True
+                passed.append(data[at:])
+                at = size
+                break
+            if channel not in sinks:
+                passed.append(_bare(kind, channel, data[at + 7 : end - 1]))
+            elif kind == _METHOD:
+                method = data[at + 7 : at + 11]
+                if method == _BASIC_DELIVER:
+                    end = self._deliver(data, at, end, size, channel)
+                else:
+                    if method in (_CHANNEL_CLOSE, _CHANNEL_CLOSE_OK):
+                        # Its number may be another channel's next.
+                        del sinks[channel]
+                        self._open.pop(channel, None)
+                        self._newest.pop(channel, None)
+                    passed.append(data[at:end])
+            else:
+                self._go_on(kind, channel, data[at + 7 : end - 1])
+            at = end
+        self._buffer = data[at:]
+        return b"".join(passed)
+
+    def _deliver(self, data: bytes, at: int, end: int, size: int, channel: int) -> int:
+        """Reads a `deliver`, and the frames behind it if they are there. Returns where what it has read ends."""
+        tag_end = at + 12 + data[at + 11]
+        (delivery_tag,) = _TAG.unpack_from(data, tag_end)
+        key_at = tag_end + 10 + data[tag_end + 9]  # Behind `redelivered` and the exchange.
+        tag, key = data[at + 12 : tag_end], data[key_at + 1 : key_at + 1 + data[key_at]]
+        # Nearly always the rest is there too, in one header and one body.
+        if size - end >= 22:
+            kind, of, length, _, _, body_size = _CONTENT.unpack_from(data, end)
+            header_end: int = end + 8 + length
+            body_end: int = header_end + 8 + body_size if body_size else header_end
+            if (
+                kind == _HEADER
+                and of == channel
+                and body_end <= size
+                and data[header_end - 1] == _FRAME_END == data[body_end - 1]
+                and (not body_size or _FRAME.unpack_from(data, header_end) == (_BODY, channel, body_size))
+            ):
+                offset = _offset(data[end + 7 : header_end - 1]) if length > 14 else None
+                body = data[header_end + 7 : body_end - 1] if body_size else b""
+                self._hand_on(channel, tag, delivery_tag, key, body, offset)
+                return body_end
+        self._open[channel] = _Open(tag, delivery_tag, key)
+        return end
+
+    def _go_on(self, kind: int, channel: int, payload: bytes) -> None:
+        """A frame of a delivery that did not come in one piece."""
+        delivery = self._open.get(channel)
+        if delivery is None:
+            return  # Of a message that the library asked for; there is none on a channel that was taken.
+        if kind == _HEADER:
+            (delivery.missing,) = _TAG.unpack_from(payload, 4)
+            delivery.offset = _offset(payload)
+        elif kind == _BODY:
+            delivery.parts.append(payload)
+            delivery.missing -= len(payload)
+        if delivery.missing == 0:
+            del self._open[channel]
+            body = b"".join(delivery.parts)
+            self._hand_on(channel, delivery.tag, delivery.delivery_tag, delivery.key, body, delivery.offset)
+
+    def _hand_on(
+        self, channel: int, tag: bytes, delivery_tag: int, key: bytes, body: bytes, offset: int | None
+    ) -> None:
+        sink = self._sinks[channel]
+        if sink is _nowhere:
+            return
+        self._newest[channel] = delivery_tag
+        self.unacked += 1
+        try:
+            sink(tag, _text(key), body, offset)
+        except Exception as fault:  # noqa: BLE001
+            self.faults.append(fault)
+
+
+def _nowhere(tag: bytes, routing_key: str, body: bytes, offset: int | None) -> None: ...
+
+
+def _bare(kind: int, channel: int, payload: bytes) -> bytes:
+    if kind == _HEADER:
+        payload = _bare_header(payload)
+    elif kind == _METHOD and payload[:4] in (_BASIC_DELIVER, _BASIC_GET_OK) and not payload.isascii():
+        payload = _readable_key(payload)
+    return b"%b%b\xce" % (_FRAME.pack(kind, channel, len(payload)), payload)
+
+
+def _offset(payload: bytes) -> int | None:
+    found = _stream_offset(payload)
+    return None if found is None else int.from_bytes(found, "big", signed=True)
+
+
+def _text(key: bytes) -> str:
+    try:
+        return key.decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(chr(byte) if byte < 0x80 else "?" for byte in key)
+
+
+def _bare_header(payload: bytes) -> bytes:
+    offset = _stream_offset(payload)
+    if offset is None:
+        return payload[:12] + b"\x00\x00"
+    field = _OFFSET + b"l" + offset
+    return payload[:12] + struct.pack(">HI", _HEADERS_FLAG, len(field)) + field
+
+
+def _stream_offset(payload: bytes) -> bytes | None:
+    """The eight bytes of the header `x-stream-offset`, where there is one."""
+    if _OFFSET not in payload:
+        return None
+    try:
+        (flags,) = struct.unpack_from(">H", payload, 12)
+        at, more = 14, flags
+        while more & 1:  # Another word of flags follows (2.3.5.2).
+            (more,) = struct.unpack_from(">H", payload, at)
+            at += 2
+        for flag in (_CONTENT_TYPE_FLAG, _CONTENT_ENCODING_FLAG):
+            if flags & flag:
+                at += 1 + payload[at]
+        (size,) = struct.unpack_from(">I", payload, at)
+        at += 4
+        end = at + size
+        while at < end:
+            name_end = at + 1 + payload[at]
+            name, kind = payload[at:name_end], payload[name_end : name_end + 1]
+            at = name_end + 1
+            if name == _OFFSET and kind == b"l":
+                return payload[at : at + 8]
+            if kind in b"SxAF" and kind:
+                (length,) = struct.unpack_from(">I", payload, at)
+                at += 4 + length
+            else:
+                at += _SIZES[kind]
+    except (struct.error, IndexError, KeyError):
+        pass
+    return None
+
+
+def _readable_key(payload: bytes) -> bytes:
+    """The routing key is the last short string of `deliver`; what is no UTF-8 in it becomes `?`, byte for byte."""
+    deliver = payload[:4] == _BASIC_DELIVER
+    at = 4
+    if deliver:
+        at += 1 + payload[at]  # consumer tag
+    at += 9  # delivery tag, redelivered
+    at += 1 + payload[at]  # exchange
+    key = payload[at + 1 : at + 1 + payload[at]]
+    return payload[: at + 1] + _text(key).encode() + payload[at + 1 + len(key) :]

@@ -1,0 +1,291 @@
+"""What is cut out of a connection's bytes, and what is left of them, against the AMQP library's own parser."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from datetime import UTC, datetime
+from random import Random
+from typing import Any
+
+import hypothesis.strategies as st
+import pamqp.frame
+from aiormq.connection import FrameReceiver
+from hypothesis import given, settings
+from pamqp.body import ContentBody
+from pamqp.commands import Basic, Channel, Queue
+from pamqp.header import ContentHeader
+from pamqp.heartbeat import Heartbeat
+
+from bridge.deliveries import HEARTBEAT, Deliveries
+from tests.raw_amqp import short_string, table
+
+keys = st.text("abc.*#%é", max_size=20).filter(lambda key: len(key.encode()) < 60)
+values = st.one_of(
+    st.booleans(), st.integers(-(2**31), 2**31), st.text(max_size=8), st.none(), st.floats(allow_nan=False, width=32),
+    st.lists(st.integers(0, 9), max_size=3), st.dictionaries(st.text("ab", min_size=1, max_size=3), st.integers(0, 9)),
+)  # fmt: skip
+headers = st.dictionaries(st.text("abcx-", min_size=1, max_size=8), values, max_size=4)
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> tuple[list[Any], str, bytes, int | None]:
+    """The frames of one delivery, with what has to be left of it."""
+    key, body = draw(keys), draw(st.binary(max_size=30))
+    offset = draw(st.none() | st.integers(0, 2**40))
+    table_of: dict[str, Any] = dict(draw(headers))
+    if offset is not None:
+        table_of["x-stream-offset"] = offset + 2**33  # Written as a 64-bit integer, as the broker does.
+    properties = Basic.Properties(
+        content_type=draw(st.none() | st.text("a/", max_size=9)),
+        content_encoding=draw(st.none() | st.text("a", max_size=9)),
+        headers=table_of or None,
+        delivery_mode=draw(st.sampled_from([None, 1, 2])),
+        message_id=draw(st.none() | st.text("x", max_size=9)),
+        timestamp=draw(st.none() | st.just(datetime(2026, 1, 1, tzinfo=UTC))),
+    )
+    frames: list[Any] = [
+        Basic.Deliver("tag", draw(st.integers(1, 2**40)), False, "events", key),
+        ContentHeader(body_size=len(body), properties=properties),
+    ]
+    if body:
+        frames.append(ContentBody(body))
+    return frames, key, body, None if offset is None else table_of["x-stream-offset"]
+
+
+@settings(max_examples=300)
+@given(st.lists(messages(), max_size=5), st.lists(st.integers(1, 50), min_size=1))
+def test_deliveries_keep_their_key_their_body_and_a_streams_offset(
+    deliveries: list[tuple[list[Any], str, bytes, int | None]], cuts: list[int]
+) -> None:
+    raw = b""
+    for frames, *_ in deliveries:
+        raw += b"".join(pamqp.frame.marshal(frame, 7) for frame in frames)
+        raw += pamqp.frame.marshal(Heartbeat(), 0) + pamqp.frame.marshal(Queue.DeclareOk("q", 1, 2), 3)
+    sieve, out, at = Deliveries(), b"", 0
+    while at < len(raw):
+        size = cuts[at % len(cuts)]
+        out += sieve.feed(raw[at : at + size])
+        at += size
+    for _, key, body, offset in deliveries:
+        out, _, deliver = take(out)
+        assert (deliver.routing_key, deliver.consumer_tag) == (key, "tag")
+        out, channel, header = take(out)
+        assert (channel, header.body_size) == (7, len(body))
+        assert (header.properties.headers or {}) == ({} if offset is None else {"x-stream-offset": offset})
+        assert header.properties.content_type is None
+        if body:
+            out, _, content = take(out)
+            assert content.value == body
+        out, _, beat = take(out)
+        assert isinstance(beat, Heartbeat)
+        out, _, declared = take(out)
+        assert declared.message_count == 1
+    assert out == b""
+
+
+CHANNELS = [1, 2, 3]
+TAKEN = [1, 2]
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[list[bytes]]:
+    """For each channel, its frames in order; bodies in several frames, empty ones, and other methods between them."""
+    found = []
+    for channel in CHANNELS:
+        raw = []
+        for _ in range(draw(st.integers(0, 5))):
+            kind = draw(st.sampled_from(["delivery", "delivery", "delivery", "method", "cancel"]))
+            if kind == "method":
+                raw.append(pamqp.frame.marshal(Queue.DeclareOk("q", 1, 2), channel))
+            elif kind == "cancel":
+                raw.append(pamqp.frame.marshal(Basic.Cancel("gone"), channel))
+            else:
+                (deliver, header, *_), _, body, _ = draw(messages())
+                raw += [pamqp.frame.marshal(deliver, channel), pamqp.frame.marshal(header, channel)]
+                cuts = sorted(draw(st.lists(st.integers(1, max(1, len(body) - 1)), max_size=3, unique=True)))
+                parts = [body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+                raw += [pamqp.frame.marshal(ContentBody(part), channel) for part in parts if part]
+        found.append(raw)
+    return found
+
+
+class Library:
+    """What aiormq itself makes of the same bytes: its frame receiver, and its rules for putting messages together."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.deliveries: list[tuple[int, str, int, str, bytes, int | None]] = []
+        self.others: list[tuple[int, str]] = []
+        self._raw = raw
+
+    async def read(self) -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(self._raw)
+        reader.feed_eof()
+        receiver = FrameReceiver(reader)
+        begun: dict[int, tuple[Any, Any, list[bytes]]] = {}
+        while not reader.at_eof():
+            _, channel, frame = await receiver.get_frame()
+            if isinstance(frame, Basic.Deliver):
+                begun[channel] = (frame, None, [])
+            elif isinstance(frame, ContentHeader):
+                begun[channel] = (begun[channel][0], frame, [])
+            elif isinstance(frame, ContentBody):
+                begun[channel][2].append(frame.value)
+            else:
+                self.others.append((channel, frame.name))
+                continue
+            deliver, header, parts = begun[channel]
+            if header is not None and sum(map(len, parts)) == header.body_size:
+                del begun[channel]
+                offset = (header.properties.headers or {}).get("x-stream-offset")
+                self.deliveries.append(
+                    (channel, deliver.consumer_tag, deliver.delivery_tag, deliver.routing_key, b"".join(parts), offset)
+                )
+
+
+@settings(max_examples=500)
+@given(conversations(), st.lists(st.integers(1, 60), min_size=1), st.randoms(use_true_random=False), st.booleans())
+def test_it_finds_what_the_library_finds(
+    conversation: list[list[bytes]], cuts: list[int], random: Random, whole: bool
+) -> None:
+    # The frames of each channel in order, those of different channels in any (4.2.6: content frames may be interleaved
+    # with those of other channels).
+    waiting = [list(frames) for frames in conversation]
+    raw = b""
+    while any(waiting):
+        raw += random.choice([frames for frames in waiting if frames]).pop(0)
+        if random.random() < 0.1:
+            raw += pamqp.frame.marshal(Heartbeat(), 0)
+    library = Library(raw)
+    asyncio.run(library.read())
+
+    found: list[tuple[int, str, str, bytes, int | None]] = []
+    cutter = Deliveries()
+    for channel in TAKEN:
+
+        def sink(tag: bytes, key: str, body: bytes, offset: int | None, channel: int = channel) -> None:
+            found.append((channel, tag.decode(), key, body, offset))
+
+        cutter.take(channel, sink)
+    out, at = b"", 0
+    while at < len(raw):
+        size = len(raw) if whole else cuts[at % len(cuts)]
+        out += cutter.feed(raw[at : at + size])
+        at += size
+    rest = Library(out)
+    asyncio.run(rest.read())
+    taken = [delivery for delivery in library.deliveries if delivery[0] in TAKEN]
+    assert found == [(channel, tag, key, body, offset) for channel, tag, _, key, body, offset in taken]
+    assert [each[:5] for each in rest.deliveries] == [each[:5] for each in library.deliveries if each[0] not in TAKEN]
+    assert rest.others == library.others
+    newest = {channel: tag for channel, _, tag, *_ in taken}
+    assert cutter.unacked == len(found)
+    acks = cutter.take_acks()
+    for channel, tag in newest.items():
+        acks, on, ack = take(acks)
+        assert (on, ack.name, ack.delivery_tag, ack.multiple) == (channel, "Basic.Ack", tag, True)
+    assert (acks, cutter.take_acks()) == (b"", b"")
+
+
+def delivery(body: bytes, channel: int = 1) -> list[bytes]:
+    deliver = Basic.Deliver("tag", 7, False, "events", "all.x")
+    return [
+        pamqp.frame.marshal(deliver, channel),
+        pamqp.frame.marshal(ContentHeader(body_size=len(body)), channel),
+        pamqp.frame.marshal(ContentBody(body), channel),
+    ]
+
+
+def test_a_channel_closed_in_mid_message_takes_the_rest_of_it_along() -> None:
+    found: list[bytes] = []
+    cutter = Deliveries()
+    cutter.take(1, lambda _tag, _key, body, _offset: found.append(body))
+    deliver, header, _ = delivery(b"first")
+    assert cutter.feed(deliver + header) == b""
+    close = pamqp.frame.marshal(Channel.Close(406, "no", 0, 0), 1)
+    assert cutter.feed(close) == close
+    # The number is another channel's now: the library has it until it is taken.
+    assert cutter.feed(b"".join(delivery(b"second"))) != b""
+    cutter.take(1, lambda _tag, _key, body, _offset: found.append(body))
+    assert cutter.feed(b"".join(delivery(b"third"))) == b""
+    assert found == [b"third"]
+
+
+def test_a_channel_that_was_dropped_is_neither_heard_nor_acknowledged() -> None:
+    found: list[bytes] = []
+    cutter = Deliveries()
+    cutter.take(1, lambda _tag, _key, body, _offset: found.append(body))
+    deliver, header, body = delivery(b"first")
+    cutter.feed(b"".join(delivery(b"before")) + deliver)
+    cutter.drop(1)
+    assert cutter.feed(header + body + b"".join(delivery(b"second"))) == b""
+    assert found == [b"before"]
+    assert cutter.take_acks() == b""
+    closed = pamqp.frame.marshal(Channel.CloseOk(), 1)
+    assert cutter.feed(closed) == closed
+
+
+def test_a_callback_that_fails_keeps_no_other_delivery_back() -> None:
+    found: list[bytes] = []
+
+    def sink(_tag: bytes, _key: str, body: bytes, _offset: int | None) -> None:
+        if body == b"bad":
+            raise ValueError("bad")
+        found.append(body)
+
+    cutter = Deliveries()
+    cutter.take(1, sink)
+    cutter.feed(b"".join(delivery(b"good") + delivery(b"bad") + delivery(b"better")))
+    assert found == [b"good", b"better"]
+    assert [str(fault) for fault in cutter.faults] == ["bad"]
+
+
+def test_the_heartbeat_is_one_to_the_library() -> None:
+    _, channel, frame = take(HEARTBEAT)
+    assert (channel, frame.name) == (0, "Heartbeat")
+
+
+def take(raw: bytes) -> tuple[bytes, int, Any]:
+    size, channel, frame = pamqp.frame.unmarshal(raw)
+    return raw[size:], channel, frame
+
+
+@given(st.binary(max_size=40), st.integers(0, 0xFFFF))
+def test_whatever_the_properties_are_the_library_can_read_what_is_left(properties: bytes, flags: int) -> None:
+    payload = struct.pack(">HHQH", 60, 0, 5, flags) + properties
+    raw = struct.pack(">BHI", 2, 1, len(payload)) + payload + b"\xce"
+    _, _, header = take(Deliveries().feed(raw))
+    assert header.body_size == 5
+
+
+@given(st.binary(max_size=20))
+def test_any_routing_key_becomes_text(key: bytes) -> None:
+    deliver = (
+        struct.pack(">HH", 60, 60) + short_string(b"tag") + b"\0" * 9 + short_string(b"events") + short_string(key)
+    )
+    raw = struct.pack(">BHI", 1, 1, len(deliver)) + deliver + b"\xce"
+    _, _, frame = take(Deliveries().feed(raw))
+    try:
+        assert frame.routing_key == key.decode()
+    except UnicodeDecodeError:
+        assert frame.routing_key == "".join(chr(byte) if byte < 0x80 else "?" for byte in key)
+
+
+def test_what_is_no_amqp_goes_on_as_it_is() -> None:
+    assert Deliveries().feed(b"AMQP\x00\x00\x08\x00") == b"AMQP\x00\x00\x08\x00"
+    assert Deliveries().feed(b"HTTP/1.1 400 Bad Request\r\n") in (b"", b"HTTP/1.1 400 Bad Request\r\n")
+
+
+def test_a_table_with_an_offset_among_odd_fields() -> None:
+    offset = struct.pack(">q", 77)
+    odd = [
+        short_string(b"\xff") + b"S" + struct.pack(">I", 2) + b"\xff\xfe",
+        short_string(b"at") + b"T" + b"\xff" * 8,
+        short_string(b"x") + b"S" + struct.pack(">I", 16) + b"\x0fx-stream-offset"[:16],
+        short_string(b"x-stream-offset") + b"l" + offset,
+    ]
+    payload = struct.pack(">HHQH", 60, 0, 5, 1 << 13 | 1 << 6) + table(*odd) + b"\xff" * 8
+    raw = struct.pack(">BHI", 2, 1, len(payload)) + payload + b"\xce"
+    _, _, header = take(Deliveries().feed(raw))
+    assert header.properties.headers == {"x-stream-offset": 77}

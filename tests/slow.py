@@ -1,0 +1,56 @@
+"""The bridge with aiormq's own deliveries instead of `bridge.deliveries`: `make test-slow`.
+
+    SUITE_BRIDGE=tests.slow python -m pytest tests/integration
+
+What the suite finds must not depend on which of the two brings the messages.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import aio_pika
+from aiormq.abc import AbstractChannel, DeliveredMessage
+from pamqp.common import FieldTable
+
+from bridge import amqp
+from bridge.cli import main
+from bridge.deliveries import Sink
+
+
+class LibraryConsumer:
+    """What `amqp.Consumer` is, by way of the library."""
+
+    def __init__(self, channel: AbstractChannel, on_message: Sink) -> None:
+        self.channel = channel
+        self._on_message = on_message
+        self._stopped = False
+
+    @classmethod
+    async def open(cls, connection: aio_pika.abc.AbstractConnection, on_message: Sink, *, prefetch: int) -> Self:
+        channel = await amqp.open_channel(connection)
+        async with amqp.translating("setting the prefetch"):
+            await channel.basic_qos(prefetch_count=prefetch)
+        return cls(channel, on_message)
+
+    async def consume(self, queue: str, tag: str, *, arguments: FieldTable | None = None) -> None:
+        async with amqp.translating(f"consuming {queue!r}"):
+            await self.channel.basic_consume(queue, self._deliver, consumer_tag=tag, arguments=arguments)
+
+    async def _deliver(self, message: DeliveredMessage) -> None:
+        if self._stopped:
+            return
+        offset = (message.header.properties.headers or {}).get("x-stream-offset")
+        assert offset is None or isinstance(offset, int)
+        # aiormq runs this as a task a message, started in the order of arrival: up to the first await the order stays.
+        self._on_message((message.consumer_tag or "").encode(), message.routing_key or "", message.body, offset)
+        if not self._stopped and not self.channel.is_closed:
+            await self.channel.basic_ack(message.delivery_tag or 0, wait=False)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+if __name__ == "__main__":
+    amqp.Consumer = LibraryConsumer  # type: ignore[assignment,misc]
+    main()
