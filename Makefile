@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test chaos mutants check format exports lock clean
+.PHONY: help demo test chaos mutants bench test-slow check format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,28 @@ chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUND
 mutants: $(READY) ## let each bug of the zoo loose and see that a test catches it
 	@deploy/local/ensure rabbitmq
 	@$(VENV)/bin/python -m tests.mutants
+
+test-slow: $(READY) ## the integration tests once more, with the AMQP library's own deliveries
+	@deploy/local/ensure rabbitmq
+	@SUITE_BRIDGE=tests.slow $(VENV)/bin/python -m pytest tests/integration tests/chaos
+
+bench: $(READY) ## the bridge and its peers side by side, ROUNDS times; half an hour, results in docs/benchmark.md
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure bench
+	@$(MAKE) --no-print-directory $(BENCH)/.ready
+	@$(VENV)/bin/python -m tests.bench --rounds $(or $(ROUNDS),3) --write docs
+
+BENCH := .run/bench
+PEERS := tests/bench/peers
+$(BENCH)/.ready: requirements.lock $(PEERS)/requirements.lock $(PEERS)/package-lock.json
+	@set -e; python=$$(deploy/local/ensure fast-python); mkdir -p $(BENCH); \
+	echo "==> $(BENCH): $$($$python --version) and Node, with the peers' locked dependencies" >&2; \
+	rm -rf $(BENCH)/venv; "$$python" -m venv $(BENCH)/venv; \
+	for lock in requirements.lock $(PEERS)/requirements.lock; do \
+		$(BENCH)/venv/bin/pip install -qq --disable-pip-version-check --require-hashes -r $$lock; done; \
+	cp $(PEERS)/package.json $(PEERS)/package-lock.json $(BENCH)/; \
+	npm ci --prefix $(BENCH) --no-audit --no-fund --loglevel=error >/dev/null
+	@touch $@
 
 check: $(READY) ## formatting, lint and types
 	@$(VENV)/bin/ruff format --check --quiet .

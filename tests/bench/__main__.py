@@ -1,0 +1,91 @@
+"""The bridge and its peers, one after another on the same broker: `make bench`.
+
+    python -m tests.bench [--rounds 3] [--seconds 10] [--cases users,idle] [--peers bridge,node] [--write docs]
+
+Takes about half an hour. Figures of different runs do not compare, not even on the same machine; ratios do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from deploy.local.node import Node
+from tests.bench import cases, peers, report
+
+Case = Callable[[cases.Bench, peers.Peer], cases.Figures]
+
+COMPARED: dict[str, Case] = {
+    "users": cases.users,
+    "users-fast": lambda bench, peer: cases.users(bench, peer, rate=6_000),
+    "broadcast": cases.broadcast,
+    "idle": cases.idle,
+    "open": cases.opening,
+}
+ALONE: dict[str, Case] = {
+    "log": cases.log_reading,
+    "back": cases.back,
+    "big": lambda bench, peer: cases.users(bench, peer, count=10_000, rate=1_000, seconds=30),
+}
+GROWTH = (100, 300, 1_000, 3_000, 10_000)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8, help="of events in each measurement")
+    parser.add_argument("--cases", default=",".join([*COMPARED, *ALONE, "growth"]))
+    parser.add_argument("--peers", default=",".join(peer.name for peer in peers.PEERS))
+    parser.add_argument("--write", type=Path, help="a folder for benchmark.md and benchmark.svg")
+    options = parser.parse_args()
+    chosen = options.cases.split(",")
+    entrants = [peer for peer in peers.PEERS if peer.name in options.peers.split(",")]
+    bridge = peers.PEERS[0]
+    peers.folder()
+    results: report.Results = {}
+    began = time.monotonic()
+
+    def note(case: str, peer: str, figures: cases.Figures) -> None:
+        results.setdefault(case, {}).setdefault(peer, []).append(figures)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(f"[{time.monotonic() - began:5.0f} s] {case:10} {peer:12} {text}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="bridge-bench-") as folder:
+        node = Node(Path(folder))
+        node.start()
+        try:
+            bench = cases.Bench(node, options.seconds)
+            for _ in range(options.rounds):
+                for case, run in COMPARED.items():
+                    for peer in entrants:
+                        if case in chosen and case in peer.cases:
+                            note(case, peer.name, run(bench, peer))
+            for case, run in ALONE.items():
+                if case in chosen and bridge in entrants:
+                    note(case, bridge.name, run(bench, bridge))
+            if "growth" in chosen and bridge in entrants:
+                for count in GROWTH:
+                    figures = cases.users(bench, bridge, count=count, rate=1_000)
+                    note("growth", bridge.name, {"connections": count, **figures})
+        finally:
+            node.remove()
+
+    text = report.markdown(results, rounds=options.rounds)
+    if "bridge" in options.peers.split(","):
+        text = report.verdicts(results) + "\n" + text
+    found = report.complaints(results)
+    if found:
+        text += "Of the instruments:\n\n" + "\n".join(f"- {complaint}" for complaint in found) + "\n"
+    print(text)
+    if options.write is not None:
+        (options.write / "benchmark.svg").write_text(report.svg(results))
+        (options.write / "benchmark.md").write_text(report.abouts() + "\n" + text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""What is measured. Each case starts its server anew, on a fresh virtual host, and returns figures by name."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.local.node import Node, free_ports
+from tests.bench.peers import Peer, Server
+from tests.bench.process import Load, Publisher, cpu_seconds, resident_bytes
+
+WARM_UP_SECONDS = 2.0
+
+Figures = dict[str, float]
+
+
+@dataclass
+class Bench:
+    """The broker of a run, and a browser load for each case."""
+
+    node: Node
+    seconds: float
+
+    @contextlib.contextmanager
+    def running(self, peer: Peer) -> Iterator[tuple[Server, Load, str]]:
+        """The peer's server on a virtual host of its own, with nobody connected yet."""
+        vhost = f"bench-{secrets.token_hex(4)}"
+        self.node.ctl("add_vhost", vhost)
+        self.node.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
+        (port,) = free_ports(1)
+        server = peer.start(f"amqp://guest:guest@127.0.0.1:{self.node.port}/{vhost}", port)
+        load = Load()
+        try:
+            yield server, load, vhost
+        finally:
+            load.end()
+            server.end()
+            self.node.ctl("delete_vhost", vhost)
+
+    def publish(self, vhost: str, *, rate: float, seconds: float, keys: list[str]) -> Publisher:
+        return Publisher(self.node.port, vhost, rate=rate, seconds=seconds, keys=keys)
+
+    def cpu(self, server: Server) -> tuple[float, float]:
+        """CPU seconds of the server and of the broker so far."""
+        return cpu_seconds(server.pids), cpu_seconds([self.node.pid])
+
+
+def open_streams(load: Load, server: Server, users: list[str], group: str = "live") -> dict[str, Any]:
+    clients = [[user, group, server.request(user.partition("/")[0])] for user in users]
+    return load.ask("open", port=server.port, clients=clients, ready=server.ready)
+
+
+def open_in_waves(load: Load, server: Server, users: list[str], *, wave: int = 1_000) -> None:
+    """A stream that is not ready within ten seconds is told to come back, and a broker makes some 350 a second."""
+    for at in range(0, len(users), wave):
+        open_streams(load, server, users[at : at + wave])
+
+
+def _settled(load: Load, expected: int, *, seconds: float = 20) -> dict[str, Any]:
+    """The report once everything has come, or when it no longer comes."""
+    deadline = time.monotonic() + seconds
+    while True:
+        report = load.ask("report")
+        if report["distinct"] >= expected or time.monotonic() > deadline:
+            return report
+        time.sleep(0.2)
+
+
+def _flow(
+    bench: Bench, server: Server, load: Load, vhost: str, *, rate: float, keys: list[str], fan: int, seconds: float = 0
+) -> Figures:
+    """Publishes for a while, a warm-up first, and says what each delivery cost."""
+    bench.publish(vhost, rate=rate, seconds=WARM_UP_SECONDS, keys=keys).done()
+    time.sleep(1)
+    load.ask("reset")
+    server_before, broker_before = bench.cpu(server)
+    began = time.monotonic()
+    published = bench.publish(vhost, rate=rate, seconds=seconds or bench.seconds, keys=keys).done()
+    expected = published["sent"] * fan
+    report = _settled(load, expected, seconds=2)
+    elapsed = time.monotonic() - began
+    server_after, broker_after = bench.cpu(server)
+    live = report["groups"].get("live", {"p50_ms": 0, "p99_ms": 0, "max_ms": 0})
+    delivered = max(1, report["distinct"])
+    return {
+        "server_us": (server_after - server_before) / delivered * 1e6,
+        "broker_us": (broker_after - broker_before) / delivered * 1e6,
+        "p50_ms": live["p50_ms"],
+        "p99_ms": live["p99_ms"],
+        "max_ms": live["max_ms"],
+        "missing": expected - report["distinct"],
+        "twice": report["twice"],
+        "longest_silence_s": report["longest_silence"],
+        # How near the instruments were to being what is measured: shares of a core, and the publisher's lateness.
+        "load_share": report["cpu_seconds"] / elapsed,
+        "publisher_share": published["cpu_seconds"] / elapsed,
+        "publisher_late_s": published["late_seconds"],
+        "server_share": (server_after - server_before) / elapsed,
+        "resident_mb": resident_bytes(server.pids) / 1e6,
+    }
+
+
+def users(bench: Bench, peer: Peer, *, count: int = 500, rate: float = 2_000, seconds: float = 0) -> Figures:
+    """Users with one connection each, and events for one user after the other."""
+    names = [f"u{number}" for number in range(count)]
+    with bench.running(peer) as (server, load, vhost):
+        open_in_waves(load, server, names)
+        keys = [f"user.{name}.job.progress" for name in names]
+        return _flow(bench, server, load, vhost, rate=rate, keys=keys, fan=1, seconds=seconds)
+
+
+def broadcast(bench: Bench, peer: Peer, *, count: int = 1_000, rate: float = 10) -> Figures:
+    """Everybody gets every event."""
+    names = [f"u{number}" for number in range(count)]
+    with bench.running(peer) as (server, load, vhost):
+        open_streams(load, server, names)
+        return _flow(bench, server, load, vhost, rate=rate, keys=["all.job.progress"], fan=count)
+
+
+def idle(bench: Bench, peer: Peer, *, few: int = 500, many: int = 2_500) -> Figures:
+    """What one more open connection takes of memory: the slope between few and many, the first ones not counted."""
+    with bench.running(peer) as (server, load, _):
+        # One after the other, so that what is only needed to open many at once does not hide in the slope.
+        for number in range(few):
+            open_streams(load, server, [f"u{number}"])
+        time.sleep(2)
+        before = resident_bytes(server.pids), resident_bytes([bench.node.pid])
+        for number in range(few, many):
+            open_streams(load, server, [f"u{number}"])
+        time.sleep(4)
+        after = resident_bytes(server.pids), resident_bytes([bench.node.pid])
+        return {
+            "server_kb": (after[0] - before[0]) / (many - few) / 1024,
+            "broker_kb": (after[1] - before[1]) / (many - few) / 1024,
+        }
+
+
+def opening(bench: Bench, peer: Peer, *, count: int = 2_000) -> Figures:
+    """All at once, until each is ready."""
+    with bench.running(peer) as (server, load, _):
+        open_streams(load, server, ["warm-up"])
+        server_before, broker_before = bench.cpu(server)
+        answer = open_streams(load, server, [f"u{number}" for number in range(count)])
+        server_after, broker_after = bench.cpu(server)
+        return {
+            "seconds": answer["seconds"],
+            "server_us": (server_after - server_before) / count * 1e6,
+            "broker_us": (broker_after - broker_before) / count * 1e6,
+        }
+
+
+def back(bench: Bench, peer: Peer, *, count: int = 2_000, away: float = 30, rate: float = 1_000) -> Figures:
+    """Clients that come back at once, while others stay and events flow on."""
+    staying = [f"s{number}" for number in range(100)]
+    leaving = [f"l{number}" for number in range(count)]
+    keys = [f"user.{name}.job.progress" for name in staying + leaving]
+    with bench.running(peer) as (server, load, vhost):
+        open_streams(load, server, staying)
+        open_streams(load, server, leaving, "back")
+        load.ask("reset")
+        total = away + 25 + 5
+        publisher = bench.publish(vhost, rate=rate, seconds=total, keys=keys)
+        time.sleep(5)
+        cursors = load.ask("cursors", group="back")["cursors"]
+        load.ask("close", group="back")
+        time.sleep(away)
+        server_before, _ = bench.cpu(server)
+        came = time.time_ns()
+        load.ask("since", since_ns=came)
+        clients = [[name, "back", server.request(name, cursors[name])] for name in leaving]
+        answer = load.ask("open", port=server.port, clients=clients, ready=server.ready)
+        time.sleep(20)
+        first = load.ask("first", since_ns=came)["first"]
+        published = publisher.done()
+        report = _settled(load, published["sent"])
+        server_after, _ = bench.cpu(server)
+        return {
+            "ready_s": answer["seconds"],
+            # Its first event that was published after it had come back: all that it missed stands before it.
+            "all_live_s": max(first.get(name, float("inf")) for name in leaving),
+            "live_p99_ms": report["groups"]["live"]["p99_ms"],
+            "missing": published["sent"] - report["distinct"],
+            "twice": report["twice"],
+            "server_cpu_s": server_after - server_before,
+        }
+
+
+def log_reading(bench: Bench, peer: Peer, *, entries: int = 300_000) -> Figures:
+    """One client comes back to a log full of other people's events."""
+    with bench.running(peer) as (server, load, vhost):
+        open_streams(load, server, ["reader"], "back")
+        bench.publish(vhost, rate=10, seconds=0.5, keys=["user.reader.job.progress"]).done()
+        time.sleep(1)
+        cursor = load.ask("cursors", group="back")["cursors"]["reader"]
+        load.ask("close", group="back")
+        bench.publish(vhost, rate=25_000, seconds=entries / 25_000, keys=["user.other.job.progress"]).done()
+        bench.publish(vhost, rate=10, seconds=0.1, keys=["user.reader.job.progress"]).done()
+        time.sleep(2)
+        server_before, broker_before = bench.cpu(server)
+        load.ask("reset")
+        began = time.monotonic()
+        clients = [["reader", "back", server.request("reader", cursor)]]
+        load.ask("open", port=server.port, clients=clients, ready=server.ready)
+        while load.ask("report")["distinct"] < 1:
+            time.sleep(0.01)
+        elapsed = time.monotonic() - began
+        server_after, broker_after = bench.cpu(server)
+        return {
+            "entries_per_s": entries / elapsed,
+            "entries_per_cpu_s": entries / (server_after - server_before),
+            "server_us": (server_after - server_before) / entries * 1e6,
+            "broker_us": (broker_after - broker_before) / entries * 1e6,
+        }

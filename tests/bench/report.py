@@ -1,0 +1,205 @@
+"""Rounds into a table and a plot: medians with their spread, ratios, and what the instruments say of themselves."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.bench.cases import Figures
+from tests.bench.peers import PEERS
+
+Results = dict[str, dict[str, list[Figures]]]
+"""By case, by peer: the figures of each round."""
+
+BUSY_SHARE = 0.8
+LATE_SECONDS = 0.1
+
+
+def median(rounds: Sequence[Figures], name: str) -> float:
+    return statistics.median(figures[name] for figures in rounds)
+
+
+def spread(rounds: Sequence[Figures], name: str, *, digits: int = 0) -> str:
+    values = [figures[name] for figures in rounds]
+    middle = f"{statistics.median(values):.{digits}f}"
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def ratio(results: Results, case: str, name: str, peer: str, *, of: str = "bridge") -> float | None:
+    rounds = results.get(case, {})
+    if of not in rounds or peer not in rounds:
+        return None
+    return median(rounds[of], name) / median(rounds[peer], name)
+
+
+def machine() -> str:
+    """What it ran on, for whoever reads the figures later."""
+    processor = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    return (
+        f"{os.cpu_count()} processors ({processor}), shared by broker, server, load and publisher. "
+        f"Linux {platform.release()}, Node {node}."
+    )
+
+
+_COLUMNS = {
+    "users": [("server_us", "CPU µs/event", 0), ("broker_us", "broker µs/event", 0), ("p50_ms", "p50 ms", 1),
+              ("p99_ms", "p99 ms", 1), ("missing", "missing", 0)],
+    "idle": [("server_kb", "KB/connection", 1), ("broker_kb", "broker KB/connection", 1)],
+    "open": [("seconds", "seconds", 2), ("server_us", "CPU µs each", 0), ("broker_us", "broker µs each", 0)],
+}  # fmt: skip
+_COLUMNS["users-fast"] = _COLUMNS["broadcast"] = _COLUMNS["users"]
+
+_TITLES = {
+    "users": "500 users with one connection each, 2,000 events a second",
+    "users-fast": "The same at 6,000 events a second",
+    "broadcast": "10 broadcasts a second to 1,000 connections (an event is one delivery)",
+    "idle": "Memory of each idle connection: the slope from 500 to 2,500, opened one by one",
+    "open": "2,000 connections opened at once, until each is ready",
+}
+
+_ALONE = {
+    "big": "10,000 connections, 1,000 events a second",
+    "back": "2,000 clients back at once, each 30 s behind at 1,000 events a second",
+    "log": "One client back to a log of 300,000 entries, nearly none of them its own",
+}
+
+
+def markdown(results: Results, *, rounds: int) -> str:
+    lines = [f"Medians of {rounds} rounds (smallest to largest). {machine()}", ""]
+    for case, title in _TITLES.items():
+        if case not in results:
+            continue
+        columns = _COLUMNS[case]
+        first = columns[0][0]
+        lines += [f"**{title}**", ""]
+        lines += [f"| | {' | '.join(name for _, name, _ in columns)} | of Node |"]
+        lines += ["| --- |" + " ---: |" * (len(columns) + 1)]
+        for peer, measured in results[case].items():
+            cells = [spread(measured, name, digits=digits) for name, _, digits in columns]
+            of_node = ratio(results, case, first, "node", of=peer)
+            lines.append(f"| {peer} | {' | '.join(cells)} | {'' if of_node is None else f'{of_node:.2f}'} |")
+        lines.append("")
+    for case, title in _ALONE.items():
+        for peer, measured in results.get(case, {}).items():
+            lines += [f"**{title}** ({peer})", ""]
+            lines += [f"- {name}: {spread(measured, name, digits=2)}" for name in measured[0]]
+            lines.append("")
+    if "growth" in results:
+        lines += ["**Growth, at 1,000 events a second**", "", "| connections | CPU µs/event | p99 ms | MB |"]
+        lines += ["| ---: | ---: | ---: | ---: |"]
+        for figures in results["growth"]["bridge"]:
+            lines.append(
+                f"| {figures['connections']:.0f} | {figures['server_us']:.0f} | {figures['p99_ms']:.1f} | "
+                f"{figures['resident_mb']:.0f} |"
+            )
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+TARGETS: list[tuple[str, str, str, str | None, float]] = [
+    ("2,000/s: CPU of bare Node", "users", "server_us", "node", 0.9),
+    ("2,000/s: CPU of the obvious Python", "users", "server_us", "obvious", 0.3),
+    ("6,000/s: CPU of bare Node", "users-fast", "server_us", "node", 0.9),
+    ("broadcast: CPU of Node with one shared queue", "broadcast", "server_us", "node-shared", 1.5),
+    ("idle connection: KB", "idle", "server_kb", None, 24),
+    ("opening 2,000: seconds of bare Node", "open", "seconds", "node", 1.0),
+    ("10,000 connections: p99 ms", "big", "p99_ms", None, 250),
+    ("10,000 connections: missing", "big", "missing", None, 0),
+    ("10,000 connections: longest silence, s", "big", "longest_silence_s", None, 16),
+    ("2,000 back: all live, s", "back", "all_live_s", None, 15),
+    ("2,000 back: p99 ms of those who stayed", "back", "live_p99_ms", None, 1_000),
+    ("2,000 back: missing", "back", "missing", None, 0),
+    ("the log: entries for each CPU second", "log", "entries_per_cpu_s", None, -50_000),
+]
+"""Name, case, figure, peer whose ratio it is, and the most it may be; the least where it is negative."""
+
+
+def verdicts(results: Results) -> str:
+    lines = ["| target | | measured | |", "| --- | ---: | ---: | --- |"]
+    for title, case, name, peer, limit in TARGETS:
+        found = results.get(case, {}).get("bridge")
+        if not found:
+            continue
+        value = median(found, name) if peer is None else ratio(results, case, name, peer)
+        if value is None:
+            continue
+        met = value <= limit if limit >= 0 else value >= -limit
+        sign = "at most" if limit >= 0 else "at least"
+        lines.append(f"| {title} | {sign} {abs(limit):g} | {value:.4g} | {'met' if met else '**not met**'} |")
+    return "\n".join(lines) + "\n"
+
+
+def complaints(results: Results) -> list[str]:
+    """Where an instrument may have been what was measured."""
+    found = []
+    for case, peers in results.items():
+        for peer, rounds in peers.items():
+            for figures in rounds:
+                for instrument in ("load_share", "publisher_share"):
+                    if figures.get(instrument, 0) > BUSY_SHARE:
+                        share = figures[instrument]
+                        found.append(f"{case}/{peer}: {instrument.partition('_')[0]} was at {share:.0%} of a core")
+                if figures.get("publisher_late_s", 0) > LATE_SECONDS:
+                    found.append(f"{case}/{peer}: the publisher was {figures['publisher_late_s']:.2f} s late")
+                if figures.get("missing", 0) > 0:
+                    found.append(f"{case}/{peer}: {figures['missing']:.0f} events had not come when it was over")
+    return sorted(set(found))
+
+
+_COLOURS = {"bridge": "#1a6fb4"}
+
+
+def svg(results: Results) -> str:
+    """Bars of the CPU cases side by side, and how the bridge's cost grows."""
+    charts = [
+        (title, [(peer, median(rounds, "server_us")) for peer, rounds in results[case].items()])
+        for case, title in (
+            ("users", "CPU µs for each event, 2,000/s"),
+            ("users-fast", "CPU µs for each event, 6,000/s"),
+            ("broadcast", "CPU µs for each delivery of a broadcast"),
+        )
+        if case in results
+    ]
+    if "idle" in results:
+        charts.append(
+            ("KB for each idle connection", [(peer, median(r, "server_kb")) for peer, r in results["idle"].items()])
+        )
+    if "growth" in results:
+        grown = results["growth"]["bridge"]
+        charts.append(
+            ("CPU µs for each event by connections", [(f"{f['connections']:.0f}", f["server_us"]) for f in grown])
+        )
+        charts.append(("Resident MB by connections", [(f"{f['connections']:.0f}", f["resident_mb"]) for f in grown]))
+    parts, top = [], 10
+    for title, bars in charts:
+        parts.append(f'<text x="10" y="{top + 14}" font-weight="bold">{title}</text>')
+        top += 24
+        longest = max(value for _, value in bars)
+        for name, value in bars:
+            width = max(1.0, 420 * value / longest)
+            colour = _COLOURS.get(name, "#8a94a0")
+            parts.append(f'<text x="110" y="{top + 13}" text-anchor="end">{name}</text>')
+            parts.append(f'<rect x="118" y="{top + 2}" width="{width:.0f}" height="14" fill="{colour}"/>')
+            parts.append(f'<text x="{124 + width:.0f}" y="{top + 13}">{value:.3g}</text>')
+            top += 19
+        top += 14
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 {top}" font-family="sans-serif" font-size="12">'
+    return "\n".join([head, f'<rect width="620" height="{top}" fill="#fff"/>', *parts, "</svg>"]) + "\n"
+
+
+def abouts() -> str:
+    return "\n".join(f"- `{peer.name}`: {peer.about}" for peer in PEERS) + "\n"

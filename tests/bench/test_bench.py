@@ -1,0 +1,36 @@
+"""The benchmark itself, short: that it measures what it says, not what comes out."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from deploy.local.node import Node
+from tests.bench import cases, peers, report
+
+BRIDGE = peers.PEERS[0]
+
+
+def test_a_round_of_the_bridge_and_its_report(node: Node) -> None:
+    peers.folder()
+    bench = cases.Bench(node, seconds=1.0)
+    results: report.Results = {
+        "users": {"bridge": [cases.users(bench, BRIDGE, count=20, rate=200)]},
+        "broadcast": {"bridge": [cases.broadcast(bench, BRIDGE, count=20)]},
+    }
+    for case in ("users", "broadcast"):
+        (figures,) = results[case]["bridge"]
+        assert (figures["missing"], figures["twice"]) == (0, 0)
+        assert figures["server_us"] > 0
+        assert 0 < figures["p50_ms"] <= figures["p99_ms"] <= figures["max_ms"]
+    text = report.markdown(results, rounds=1) + report.verdicts(results)
+    assert text.count("| bridge |") == 2
+    ElementTree.fromstring(report.svg(results))
+
+
+def test_it_says_so_when_an_instrument_was_the_bottleneck() -> None:
+    busy = {"load_share": 0.95, "publisher_share": 0.1, "publisher_late_s": 0.5, "missing": 3.0}
+    assert report.complaints({"users": {"node": [busy]}}) == [
+        "users/node: 3 events had not come when it was over",
+        "users/node: load was at 95% of a core",
+        "users/node: the publisher was 0.50 s late",
+    ]
