@@ -8,7 +8,7 @@
 // Why not EventSource: it sends no Authorization header, gives up for good after one bad status, does not show why it
 // was refused, and cannot tell a dead connection from a quiet one, because it hides heartbeats.
 
-const CONNECT_MS = 30_000; // The bridge answers within ten seconds; a proxy may hold the request for longer.
+const CONNECT_MS = 30_000; // The bridge is ready, or says that it is not, within twenty seconds; a proxy may take longer.
 const TOKEN_MS = 120_000; // Somebody may have to log in.
 const MAX_BACKOFF_MS = 30_000;
 const DEFAULT_RETRY_MS = 3_000;

@@ -37,7 +37,7 @@ GROWTH = (100, 300, 1_000, 3_000, 10_000)
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8, help="of events in each measurement")
+    parser.add_argument("--seconds", type=float, default=6, help="of events in each measurement")
     parser.add_argument("--cases", default=",".join([*COMPARED, *ALONE, "growth"]))
     parser.add_argument("--peers", default=",".join(peer.name for peer in peers.PEERS))
     parser.add_argument("--write", type=Path, help="a folder for benchmark.md and benchmark.svg")
@@ -59,18 +59,21 @@ def main() -> int:
         node.start()
         try:
             bench = cases.Bench(node, options.seconds)
-            for _ in range(options.rounds):
+            for round_number in range(options.rounds):
                 for case, run in COMPARED.items():
                     for peer in entrants:
                         if case in chosen and case in peer.cases:
                             note(case, peer.name, run(bench, peer))
-            for case, run in ALONE.items():
-                if case in chosen and bridge in entrants:
-                    note(case, bridge.name, run(bench, bridge))
-            if "growth" in chosen and bridge in entrants:
-                for count in GROWTH:
+                if round_number > 0 or bridge not in entrants:
+                    continue
+                for case, run in ALONE.items():
+                    if case in chosen:
+                        note(case, bridge.name, run(bench, bridge))
+                for count in GROWTH if "growth" in chosen else ():
                     figures = cases.users(bench, bridge, count=count, rate=1_000)
                     note("growth", bridge.name, {"connections": count, **figures})
+        except KeyboardInterrupt:
+            print("interrupted; this is what there is", file=sys.stderr)
         finally:
             node.remove()
 
