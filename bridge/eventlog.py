@@ -127,7 +127,7 @@ class EventLog:
         self._requests: list[Request] = []
         self._request_made = asyncio.Event()
         self._passes: dict[asyncio.Task[None], _Pass] = {}
-        self._rested_at = 0.0
+        self._rest_timer: asyncio.TimerHandle | None = None
         self.passes = 0
         """Passes begun since the start."""
         self.entries_read = 0
@@ -287,7 +287,7 @@ class EventLog:
         if reading >= MAX_PASSES or len(self._passes) >= 2 * MAX_PASSES:
             return False
         near = any(request.replay.until - request.next < SPAN_ENTRIES for request in self._requests)
-        return near or (reading == 0 and time.monotonic() >= self._rested_at)
+        return near or (reading == 0 and self._rest_timer is None)
 
     def _rest(self, began: float) -> None:
         """A pass has caught up. Before the next one that reads far back, as long again is left to others.
@@ -295,10 +295,15 @@ class EventLog:
         When a replica's ten thousand come back their queues are made one by one, and with each comes a request. Passes
         that followed each other at once would take from the broker what it needs to make the queues.
         """
-        now = time.monotonic()
-        seconds = min(now - began, LONGEST_REST_SECONDS)
-        self._rested_at = now + seconds
-        asyncio.get_running_loop().call_later(seconds, self._request_made.set)
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+        seconds = min(time.monotonic() - began, LONGEST_REST_SECONDS)
+        # Whether it is over is for the timer alone to say: by a clock of our own it may come too early, and once only.
+        self._rest_timer = asyncio.get_running_loop().call_later(seconds, self._rested)
+        self._request_made.set()
+
+    def _rested(self) -> None:
+        self._rest_timer = None
         self._request_made.set()
 
     def _end_pass(self, task: asyncio.Task[None]) -> None:

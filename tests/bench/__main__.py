@@ -77,7 +77,7 @@ def main() -> int:
         finally:
             node.remove()
 
-    text = report.markdown(results, rounds=options.rounds)
+    text = report.markdown(results)
     if "bridge" in options.peers.split(","):
         text = report.verdicts(results) + "\n" + text
     found = report.complaints(results)

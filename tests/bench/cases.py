@@ -165,8 +165,7 @@ def back(bench: Bench, peer: Peer, *, count: int = 2_000, away: float = 30, rate
         total = away + 25 + 5
         publisher = bench.publish(vhost, rate=rate, seconds=total, keys=keys)
         time.sleep(5)
-        cursors = load.ask("cursors", group="back")["cursors"]
-        load.ask("close", group="back")
+        cursors = load.ask("close", group="back")["cursors"]
         time.sleep(away)
         server_before, _ = bench.cpu(server)
         came = time.time_ns()
@@ -195,8 +194,7 @@ def log_reading(bench: Bench, peer: Peer, *, entries: int = 300_000) -> Figures:
         open_streams(load, server, ["reader"], "back")
         bench.publish(vhost, rate=10, seconds=0.5, keys=["user.reader.job.progress"]).done()
         time.sleep(1)
-        cursor = load.ask("cursors", group="back")["cursors"]["reader"]
-        load.ask("close", group="back")
+        cursor = load.ask("close", group="back")["cursors"]["reader"]
         bench.publish(vhost, rate=25_000, seconds=entries / 25_000, keys=["user.other.job.progress"]).done()
         bench.publish(vhost, rate=10, seconds=0.1, keys=["user.reader.job.progress"]).done()
         time.sleep(2)

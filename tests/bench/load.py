@@ -6,7 +6,7 @@ Takes commands as lines of JSON on its standard input and answers each with one:
         opens one stream for each request, all at once, and answers when each has been told that it is ready
     {"do": "reset"}                what comes from here on is counted
     {"do": "report"}               what came, how late, and which events are missing or came twice
-    {"do": "close", "group": "x"}  ends the streams of a group
+    {"do": "close", "group": "x"}  ends the streams of a group, and says where each was
 
 An event is known by its id, `<nanoseconds since 1970>-<number>`, as tests.bench.publish writes it.
 """
@@ -136,9 +136,6 @@ class Load:
             distinct=len(self._seen),
         )
 
-    def do_cursors(self, group: str) -> None:
-        self._answer(cursors={c.name: c.cursor for c in self._clients.values() if c.group == group})
-
     def do_first(self, since_ns: int) -> None:
         """How long after `since_ns` each client got its first event published after it, in seconds."""
         self._answer(first={name: at - since_ns / 1e9 for name, at in self._first.items()})
@@ -151,9 +148,10 @@ class Load:
     _since = 0
 
     def do_close(self, group: str) -> None:
-        for client in [c for c in self._clients.values() if group in ("", c.group)]:
+        ended = [client for client in self._clients.values() if client.group == group]
+        for client in ended:
             self._end(client)
-        self._answer()
+        self._answer(cursors={client.name: client.cursor for client in ended})
 
     def _end(self, client: Client) -> None:
         number = client.sock.fileno()

@@ -18,7 +18,7 @@ def test_a_round_of_the_bridge_and_its_report(node: Node) -> None:
     assert figures["server_us"] > 0
     assert 0 < figures["p50_ms"] <= figures["p99_ms"] <= figures["max_ms"]
     results: report.Results = {"users": {"bridge": [figures]}, "idle": {"bridge": [{"server_kb": 7, "broker_kb": 25}]}}
-    text = report.markdown(results, rounds=1) + report.verdicts(results)
+    text = report.markdown(results) + report.verdicts(results)
     assert text.count("| bridge |") == 2
     ElementTree.fromstring(report.svg(results))
 

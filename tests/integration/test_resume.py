@@ -10,6 +10,8 @@ import pytest
 from bridge import Publisher
 from deploy.local.node import Node
 from schemas.jobs import JobProgress
+from tests.bench.publish import connect as raw_publisher
+from tests.bench.publish import message
 from tests.client import Stream
 from tests.conftest import Eventually, OpenStream, StartService
 from tests.proxy import Proxy
@@ -263,3 +265,28 @@ async def test_what_is_confirmed_while_a_broker_starts_is_in_the_log(
     while missing:
         missing.discard((await again.next_event())["id"])
     assert [frame.event for frame in again.frames].count("bridge.gap") == 0
+
+
+async def test_who_comes_back_from_far_while_the_log_rests_is_served_after_it(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    """After a pass that read far back the next one waits; it must not wait for another request."""
+    cursors = {}
+    for user in ("42", "43"):
+        stream = await connect(service, user)
+        cursors[user] = stream.frames[0].id
+        await stream.close()
+
+    def fill() -> None:
+        broker = raw_publisher(vhost.port, vhost.name)
+        for at in range(0, 25_000, 1_000):
+            broker.sendall(b"".join(message("user.other.job.progress", n) for n in range(at, at + 1_000)))
+        broker.close()
+
+    await asyncio.to_thread(fill)
+    for user in cursors:
+        await vhost.publish(f"user.{user}.job.completed", cloudevent(f"for-{user}"))
+    for user, cursor in cursors.items():
+        again = await connect(service, user, headers={"Last-Event-ID": cursor}, ready=False)
+        assert await again.ids(1, seconds=15) == [f"for-{user}"]
+        await again.close()
