@@ -86,7 +86,7 @@ def main() -> int:
     print(text)
     if options.write is not None:
         (options.write / "benchmark.svg").write_text(report.svg(results))
-        (options.write / "benchmark.md").write_text(report.abouts() + "\n" + text)
+        (options.write / "benchmark.md").write_text(report.HEADING + report.abouts() + "\n" + text)
     return 0
 
 

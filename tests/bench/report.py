@@ -15,6 +15,15 @@ from tests.bench.peers import PEERS
 Results = dict[str, dict[str, list[Figures]]]
 """By case, by peer: the figures of each round."""
 
+HEADING = """# The bridge beside its peers
+
+Made by `make bench`. Figures of different runs do not compare, ratios within a run do. [design.md](design.md), "Speed",
+says where an event's time goes.
+
+![benchmark](benchmark.svg)
+
+"""
+
 BUSY_SHARE = 0.8
 LATE_SECONDS = 0.1
 
