@@ -262,7 +262,7 @@ def _read_attributes(envelope: dict[str, Any]) -> str:
         hint = " (data_base64 is not taken: data must be JSON)" if "data_base64" in envelope else ""
         raise NotACloudEvent(f"the member 'data' is missing{hint}")
     extensions = envelope.keys() - _OWN
-    for name in extensions:
+    for name in sorted(extensions):
         _check_extension(name, envelope[name])
     text = f'"specversion":"1.0","id":"{envelope["id"]}","source":{_quote(envelope["source"])}'
     text += f',"type":{_quote(envelope["type"])}'

@@ -88,7 +88,7 @@ class Streams:
 
 
 class _Stream(asyncio.Protocol):
-    __slots__ = ("_blocked_since", "_chunked", "_closing", "_connection", "_failed", "_rung", "_streams", "_timer",
+    __slots__ = ("_blocked_since", "_chunked", "_connection", "_failed", "_rung", "_streams", "_timer",
                  "_transport")  # fmt: skip
 
     def __init__(self, streams: Streams, transport: asyncio.Transport, *, chunked: bool) -> None:
@@ -99,7 +99,6 @@ class _Stream(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._blocked_since: float | None = None
         self._rung = False
-        self._closing = False
         self._failed = False
 
     def begin(self, request: StreamRequest) -> None:
@@ -131,7 +130,7 @@ class _Stream(asyncio.Protocol):
         """Writes what there is, as far as the peer reads."""
         self._rung = False
         connection = self._connection
-        if connection is None or self._closing or self._blocked_since is not None:
+        if connection is None or self._blocked_since is not None or self._transport.is_closing():
             return
         try:
             self._say(connection, now)
@@ -149,7 +148,7 @@ class _Stream(asyncio.Protocol):
                 metrics = self._streams.metrics
                 metrics.events_delivered.value += session.delivered - delivered
                 metrics.delivery_seconds.observe(max(0.0, time.time() - session.oldest_ms / 1000))
-            self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
+            self._write(chunk)
             connection.pace.wrote(now)
             connection.read_on()
         if session.has_output:
@@ -166,7 +165,6 @@ class _Stream(asyncio.Protocol):
         self._transport.abort()
 
     def _close(self) -> None:
-        self._closing = True
         if self._chunked:
             self._transport.write(LAST_CHUNK)
         self._transport.close()  # Once all that was written is out.
@@ -190,7 +188,7 @@ class _Stream(asyncio.Protocol):
         session = self._connection.session
         if session.has_output:
             self.serve(now)
-        if session.state is not State.ENDED and not self._failed:
+        if session.state is not State.ENDED and not self._transport.is_closing():
             self._arm(time.monotonic())
 
     # asyncio's side (asyncio.Protocol).
