@@ -295,11 +295,10 @@ class EventLog:
         When a replica's ten thousand come back their queues are made one by one, and with each comes a request. Passes
         that followed each other at once would take from the broker what it needs to make the queues.
         """
-        if self._rest_timer is not None:
-            self._rest_timer.cancel()
-        seconds = min(time.monotonic() - began, LONGEST_REST_SECONDS)
-        # Whether it is over is for the timer alone to say: by a clock of our own it may come too early, and once only.
-        self._rest_timer = asyncio.get_running_loop().call_later(seconds, self._rested)
+        if self._rest_timer is None:
+            seconds = min(time.monotonic() - began, LONGEST_REST_SECONDS)
+            # Whether it is over is for the timer alone to say: by a clock of ours it may come too early, and only once.
+            self._rest_timer = asyncio.get_running_loop().call_later(seconds, self._rested)
         self._request_made.set()
 
     def _rested(self) -> None:
