@@ -63,8 +63,9 @@ TALK_SECONDS = 0.1
 ACK_SECONDS = 0.025
 """Acks wait this long for others of their channel to go with."""
 
-ACK_AT_ONCE = 100
-"""So many deliveries are acknowledged without waiting: half of a live queue's prefetch, so that none runs dry."""
+MANY = 100
+"""So many deliveries are acknowledged without waiting: half of a live queue's prefetch, so that none runs dry. A packet
+of so many is large enough, and nothing is gathered behind it."""
 
 QUIET_SECONDS = 1.0
 """A connection that brings deliveries only shows the library a frame this often."""
@@ -86,6 +87,7 @@ _ERRORS = (
 
 
 Packet = AbstractContextManager[object]
+"""Entered and left around the callbacks of all deliveries that come in one packet."""
 
 
 class BrokerError(Exception):
@@ -281,6 +283,7 @@ class Consumer:
 
     def __init__(self, deliveries: Deliveries, channel: AbstractChannel, on_message: Sink) -> None:
         self._deliveries = deliveries
+        self._on_message = on_message
         self.channel = channel
         deliveries.take(channel.number, on_message)
 
@@ -305,14 +308,18 @@ class Consumer:
     async def consume(self, queue: str, tag: str, *, arguments: FieldTable | None = None) -> None:
         """
         Raises:
-            BrokerError
+            BrokerError: the channel is closed, by the broker or by the library.
         """
-        async with translating(f"consuming {queue!r}"):
-            await self.channel.basic_consume(queue, _unexpected, consumer_tag=tag, arguments=arguments)
+        try:
+            async with translating(f"consuming {queue!r}"):
+                await self.channel.basic_consume(queue, _unexpected, consumer_tag=tag, arguments=arguments)
+        except BaseException:
+            self.stop()  # Also when cancelled: the library has closed the channel then.
+            raise
 
     def stop(self) -> None:
         """No more, and no ack either: to be called before the channel is closed."""
-        self._deliveries.drop(self.channel.number)
+        self._deliveries.drop(self.channel.number, self._on_message)
 
 
 async def _unexpected(message: DeliveredMessage) -> None:
@@ -339,6 +346,7 @@ class _Reader(asyncio.StreamReader):
 
     def feed_data(self, data: Iterable[SupportsIndex]) -> None:
         deliveries = self._deliveries
+        before = deliveries.unacked
         with self._packet:
             passed = deliveries.feed(bytes(data))
         now = self._clock.time()
@@ -346,26 +354,25 @@ class _Reader(asyncio.StreamReader):
             self._tell_faults()
         if passed:
             self._answered_at = self._passed_at = now
-        elif now - self._passed_at > QUIET_SECONDS:
+        elif deliveries.takes and now - self._passed_at > QUIET_SECONDS:
             # The library takes a connection for dead on which it reads nothing, and a busy one has no heartbeats.
             passed = HEARTBEAT
             self._passed_at = now
-        if deliveries.unacked:
-            self._delivered(now)
+        if deliveries.unacked != before:
+            self._delivered(now, deliveries.unacked - before)
         if passed:
             super().feed_data(passed)
 
-    def _delivered(self, now: float) -> None:
-        unacked = self._deliveries.unacked
+    def _delivered(self, now: float, count: int) -> None:
         busy = now - self._delivered_at < 2 * GATHER_SECONDS
         # Queues are being made, one question after the other: who waits for the answers must not wait for us too.
         in_talk = now - self._answered_at < TALK_SECONDS
-        if busy and not in_talk and unacked < ACK_AT_ONCE and not self._gathering:
+        if busy and not in_talk and count < MANY and not self._gathering:
             self._gathering = True
             cast("asyncio.Transport", self.writer.transport).pause_reading()
             self._clock.call_later(GATHER_SECONDS, self._go_on)
         self._delivered_at = now
-        if unacked >= ACK_AT_ONCE or now - self._acked_at >= ACK_SECONDS:
+        if self._deliveries.unacked >= MANY or now - self._acked_at >= ACK_SECONDS:
             self._ack()
         elif self._ack_timer is None:
             self._ack_timer = self._clock.call_later(ACK_SECONDS, self._ack)

@@ -77,14 +77,20 @@ class Deliveries:
         """From here on the channel's deliveries go to `sink`, until the channel is closed."""
         self._sinks[channel] = sink
 
-    def drop(self, channel: int) -> None:
+    def drop(self, channel: int, sink: Sink) -> None:
         """The channel's deliveries go nowhere from here on, and are not acknowledged.
 
         To be called before the channel is closed from our side: an ack behind the close would close the connection.
+        Where the broker has closed it, its number may be another consumer's by now, which keeps it.
         """
-        if channel in self._sinks:
+        if self._sinks.get(channel) is sink:
             self._sinks[channel] = _nowhere
-        self._newest.pop(channel, None)
+            self._newest.pop(channel, None)
+
+    @property
+    def takes(self) -> bool:
+        """Whether any channel has been taken; before that there is nothing that could be cut out."""
+        return bool(self._sinks)
 
     def take_acks(self) -> bytes:
         """The frames that acknowledge all that was handed on: a `basic.ack`, `multiple`, for each channel."""

@@ -402,3 +402,30 @@ async def test_a_connection_that_brings_nothing_but_events_is_not_taken_for_dead
         sent += 1
     assert await stream.ids(sent) == [f"e{n}" for n in range(sent)]
     assert await service.metric("bridge_broker_connects") == 1
+
+
+async def test_a_greeting_in_two_pieces_is_one_greeting(vhost: Vhost, start: StartService) -> None:
+    """Nothing of ours may stand in a handshake that is slow to come."""
+    tasks = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        broker_reader, broker_writer = await asyncio.open_connection("127.0.0.1", vhost.node.port)
+
+        async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            while chunk := await source.read(65_536):
+                target.write(chunk)
+            target.close()
+
+        tasks.add(asyncio.create_task(forward(reader, broker_writer)))
+        for size in (3, 100):
+            writer.write(await broker_reader.readexactly(size))
+            await asyncio.sleep(1.2)
+        tasks.add(asyncio.create_task(forward(broker_reader, writer)))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    service = await start(amqp_url=vhost.url_at(server.sockets[0].getsockname()[1]))
+    assert await service.metric("bridge_broker_connects") == 1
+    assert "broker unavailable" not in service.text
+    await service.stop()
+    server.close()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -170,7 +170,7 @@ ZOO = [
     Mutant(
         "busy-is-dead",
         "bridge/amqp.py",
-        "        elif now - self._passed_at > QUIET_SECONDS:\n",
+        "        elif deliveries.takes and now - self._passed_at > QUIET_SECONDS:\n",
         "        elif False:\n",
         "every half minute under load all queues are lost, because the library hears no heartbeat",
         "tests/integration/test_broker.py::test_a_connection_that_brings_nothing_but_events_is_not_taken_for_dead",
@@ -178,8 +178,8 @@ ZOO = [
     Mutant(
         "blocked-is-written-to",
         "bridge/stream.py",
-        "        if connection is None or self._closing or self._blocked_since is not None:\n",
-        "        if connection is None or self._closing:\n",
+        "        if connection is None or self._blocked_since is not None or self._transport.is_closing():\n",
+        "        if connection is None or self._transport.is_closing():\n",
         "a client that reads nothing fills the memory of the process",
         "tests/integration/test_stream.py::test_a_client_that_falls_behind_is_told_slow",
     ),
@@ -194,7 +194,7 @@ ZOO = [
     Mutant(
         "acks-after-the-close",
         "bridge/deliveries.py",
-        "            self._sinks[channel] = _nowhere\n        self._newest.pop(channel, None)\n",
+        "            self._sinks[channel] = _nowhere\n            self._newest.pop(channel, None)\n",
         "            self._sinks[channel] = _nowhere\n",
         "whoever ends reading the log closes the connection for all who read it",
         "tests/property/test_deliveries.py",

@@ -212,13 +212,35 @@ def test_a_channel_closed_in_mid_message_takes_the_rest_of_it_along() -> None:
     assert found == [b"third"]
 
 
+def test_who_drops_a_channel_late_leaves_it_to_who_has_its_number_now() -> None:
+    found: list[bytes] = []
+
+    def first(_tag: bytes, _key: str, _body: bytes, _offset: int | None) -> None: ...
+
+    def second(_tag: bytes, _key: str, body: bytes, _offset: int | None) -> None:
+        found.append(body)
+
+    cutter = Deliveries()
+    cutter.take(1, first)
+    cutter.feed(pamqp.frame.marshal(Channel.Close(406, "no", 0, 0), 1))
+    cutter.take(1, second)
+    cutter.drop(1, first)
+    cutter.feed(b"".join(delivery(b"body")))
+    assert found == [b"body"]
+    assert cutter.take_acks() != b""
+
+
 def test_a_channel_that_was_dropped_is_neither_heard_nor_acknowledged() -> None:
     found: list[bytes] = []
+
+    def sink(_tag: bytes, _key: str, body: bytes, _offset: int | None) -> None:
+        found.append(body)
+
     cutter = Deliveries()
-    cutter.take(1, lambda _tag, _key, body, _offset: found.append(body))
+    cutter.take(1, sink)
     deliver, header, body = delivery(b"first")
     cutter.feed(b"".join(delivery(b"before")) + deliver)
-    cutter.drop(1)
+    cutter.drop(1, sink)
     assert cutter.feed(header + body + b"".join(delivery(b"second"))) == b""
     assert found == [b"before"]
     assert cutter.take_acks() == b""
