@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import time
 
 import aio_pika
@@ -323,3 +324,44 @@ async def test_an_event_of_the_largest_size_streams(service: Service, vhost: Vho
     await vhost.publish("user.42.notification", event)
     assert await stream.ids(1) == ["big"]
     assert b"padding" not in stream.raw
+
+
+async def open_raw(
+    service: Service, request_line: str, rest: bytes = b""
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = service.public.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"{request_line}\r\nHost: {host}\r\nAuthorization: Bearer {mint('42')}\r\n\r\n"
+    writer.write(head.encode() + rest)
+    return reader, writer
+
+
+async def test_http_1_0_gets_the_events_without_chunks(service: Service, vhost: Vhost) -> None:
+    reader, writer = await open_raw(service, "GET /events HTTP/1.0")
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert b"200" in head.splitlines()[0]
+    assert b"transfer-encoding" not in head.lower()
+    assert (await reader.readuntil(b"\n\n")).startswith(b"retry: ")
+    await vhost.publish("user.42.job.completed", cloudevent("e1"))
+    frame = await reader.readuntil(b"\n\n")
+    assert frame.startswith(b"id: ")
+    assert b'"id":"e1"' in frame
+    service.signal(signal.SIGTERM)
+    assert b"bridge.bye" in await reader.read(), "and the end of the connection is that of the body"
+    writer.close()
+
+
+async def test_what_a_client_says_after_its_request_changes_nothing(
+    service: Service, vhost: Vhost, eventually: Eventually
+) -> None:
+    """Hypercorn stops reading at the second request, and would never see the client go."""
+    second = b"GET /schemas HTTP/1.1\r\nHost: x\r\n\r\n"
+    reader, writer = await open_raw(service, "GET /events HTTP/1.1", second)
+    assert b"connection: close" in (await reader.readuntil(b"\r\n\r\n")).lower()
+    await reader.readuntil(b"bridge.ready")
+    writer.write(b"x" * 300_000)
+    await vhost.publish("user.42.job.completed", cloudevent("e1"))
+    await reader.readuntil(b'"id":"e1"')
+    writer.close()
+    await eventually(lambda: vhost.live_queues() == [])
+    assert (await service.logged("stream ended"))["reason"] == "client"
