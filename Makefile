@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo test chaos mutants bench test-slow check format exports lock clean
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends all of it
 	@[ -n "$$BRIDGE_AMQP_URL" ] || deploy/local/ensure rabbitmq
@@ -67,6 +67,12 @@ LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hash
 lock: $(READY) ## renew the lock files (needs uv)
 	@$(LOCK) --extra server -o requirements.lock
 	@$(LOCK) --extra server --group dev -o requirements-dev.lock
+	@cd $(PEERS) && $(subst pyproject.toml,requirements.in,$(LOCK)) --constraint ../../../requirements.lock -o requirements.lock
+	@cd $(PEERS) && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error
+	@# Whom to fund is an address too.
+	@cd $(PEERS) && $(CURDIR)/$(VENV)/bin/python -c "import json, pathlib; lock = pathlib.Path('package-lock.json'); \
+		held = json.loads(lock.read_text()); [entry.pop('funding', None) for entry in held['packages'].values()]; \
+		lock.write_text(json.dumps(held, indent=2) + '\n')"
 
 $(READY): requirements-dev.lock pyproject.toml
 	@set -e; python=$$(deploy/local/ensure python); \

@@ -15,8 +15,20 @@ def table(*fields: bytes) -> bytes:
     return struct.pack(">I", len(joined)) + joined
 
 
-def _frame(kind: int, channel: int, payload: bytes) -> bytes:
+def frame(kind: int, channel: int, payload: bytes) -> bytes:
     return struct.pack(">BHI", kind, channel, len(payload)) + payload + b"\xce"
+
+
+def greetings(vhost: str) -> list[bytes]:
+    """What a client says until its channel 1 is open, without heartbeats; each waits for one frame in answer."""
+    login = short_string(b"PLAIN") + struct.pack(">I", 12) + b"\0guest\0guest" + short_string(b"en_US")
+    return [
+        b"AMQP\x00\x00\x09\x01",
+        frame(1, 0, struct.pack(">HHI", 10, 11, 0) + login),
+        frame(1, 0, struct.pack(">HHHIH", 10, 31, 2047, 131_072, 0))
+        + frame(1, 0, struct.pack(">HH", 10, 40) + short_string(vhost.encode()) + b"\0\0"),
+        frame(1, 1, struct.pack(">HHB", 20, 10, 0)),
+    ]
 
 
 async def publish_raw(
@@ -37,23 +49,16 @@ async def publish_raw(
         return await reader.readexactly(size + 1)
 
     try:
-        writer.write(b"AMQP\x00\x00\x09\x01")
-        await answer()
-        login = short_string(b"PLAIN") + struct.pack(">I", 12) + b"\0guest\0guest" + short_string(b"en_US")
-        writer.write(_frame(1, 0, struct.pack(">HHI", 10, 11, 0) + login))
-        await answer()
-        writer.write(_frame(1, 0, struct.pack(">HHHIH", 10, 31, 2047, 131_072, 0)))
-        writer.write(_frame(1, 0, struct.pack(">HH", 10, 40) + short_string(vhost.encode()) + b"\0\0"))
-        await answer()
-        writer.write(_frame(1, 1, struct.pack(">HHB", 20, 10, 0)))
-        await answer()
-        writer.write(_frame(1, 1, struct.pack(">HHB", 85, 10, 0)))  # confirm.select
+        for asked in greetings(vhost):
+            writer.write(asked)
+            await answer()
+        writer.write(frame(1, 1, struct.pack(">HHB", 85, 10, 0)))  # confirm.select
         await answer()
         publish = struct.pack(">HHH", 60, 40, 0) + short_string(exchange) + short_string(key) + b"\0"
-        writer.write(_frame(1, 1, publish))
-        writer.write(_frame(2, 1, struct.pack(">HHQH", 60, 0, len(body), flags) + properties))
+        writer.write(frame(1, 1, publish))
+        writer.write(frame(2, 1, struct.pack(">HHQH", 60, 0, len(body), flags) + properties))
         if body:
-            writer.write(_frame(3, 1, body))
+            writer.write(frame(3, 1, body))
         confirmed = await answer()
         assert confirmed[:4] == struct.pack(">HH", 60, 80), confirmed
     finally:

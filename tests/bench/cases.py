@@ -51,7 +51,10 @@ class Bench:
 
 def open_streams(load: Load, server: Server, users: list[str], group: str = "live") -> dict[str, Any]:
     clients = [[user, group, server.request(user.partition("/")[0])] for user in users]
-    return load.ask("open", port=server.port, clients=clients, ready=server.ready)
+    answer = load.ask("open", port=server.port, clients=clients, ready=server.ready)
+    if answer["refused"]:
+        raise RuntimeError(f"{answer['refused']} of {len(users)} streams ended before they were ready")
+    return answer
 
 
 def open_in_waves(load: Load, server: Server, users: list[str], *, wave: int = 1_000) -> None:
@@ -81,7 +84,7 @@ def _flow(
     began = time.monotonic()
     published = bench.publish(vhost, rate=rate, seconds=seconds or bench.seconds, keys=keys).done()
     expected = published["sent"] * fan
-    report = _settled(load, expected, seconds=2)
+    report = _settled(load, expected)
     elapsed = time.monotonic() - began
     server_after, broker_after = bench.cpu(server)
     live = report["groups"].get("live", {"p50_ms": 0, "p99_ms": 0, "max_ms": 0})
@@ -179,6 +182,7 @@ def back(bench: Bench, peer: Peer, *, count: int = 2_000, away: float = 30, rate
         server_after, _ = bench.cpu(server)
         return {
             "ready_s": answer["seconds"],
+            "refused": answer["refused"],
             # Its first event that was published after it had come back: all that it missed stands before it.
             "all_live_s": max(first.get(name, float("inf")) for name in leaving),
             "live_p99_ms": report["groups"]["live"]["p99_ms"],

@@ -3,7 +3,8 @@
 Takes commands as lines of JSON on its standard input and answers each with one:
 
     {"do": "open", "port": 8080, "clients": [["GET /events?user=1 HTTP/1.1...", "live"], ...], "ready": "bridge.ready"}
-        opens one stream for each request, all at once, and answers when each has been told that it is ready
+        opens one stream for each request, all at once, and answers when each has been told that it is ready, with the
+        number of those that ended before it
     {"do": "reset"}                what comes from here on is counted
     {"do": "report"}               what came, how late, and which events are missing or came twice
     {"do": "close", "group": "x"}  ends the streams of a group, and says where each was
@@ -31,7 +32,7 @@ _CURSOR = re.compile(rb"(?:^|\n)id: ([^\n]+)\n")
 
 
 class Client:
-    __slots__ = ("cursor", "events", "group", "last_byte_at", "longest_silence", "name", "ready", "sock", "tail")
+    __slots__ = ("cursor", "group", "last_byte_at", "longest_silence", "name", "ready", "sock", "tail")
 
     def __init__(self, sock: socket.socket, name: str, group: str) -> None:
         self.sock = sock
@@ -40,7 +41,6 @@ class Client:
         self.ready = False
         self.tail = b""
         self.cursor = ""
-        self.events = 0
         self.last_byte_at = 0.0
         self.longest_silence = 0.0
 
@@ -53,7 +53,7 @@ class Load:
         self._ready = b""
         self._waiting = 0
         self._asked_at = 0.0
-        self._ended = 0
+        self._refused = 0
         self._input = b""
         self._reset()
 
@@ -63,9 +63,7 @@ class Load:
         self._first: dict[str, float] = {}
         self._cpu_before = time.process_time()
         self._began = time.monotonic()
-        self._ended = 0
         for client in self._clients.values():
-            client.events = 0
             client.longest_silence = 0.0
             client.last_byte_at = self._began
 
@@ -96,7 +94,8 @@ class Load:
     def do_open(self, port: int, clients: list[list[str]], ready: str) -> None:
         self._ready = ready.encode()
         self._asked_at = time.monotonic()
-        self._waiting += len(clients)
+        self._waiting = len(clients)
+        self._refused = 0
         for name, group, request in clients:
             sock = socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
@@ -127,11 +126,8 @@ class Load:
         silences = [max(c.longest_silence, now - c.last_byte_at) for c in self._clients.values() if c.ready]
         self._answer(
             groups=groups,
-            clients=len(self._clients),
-            ended=self._ended,
             twice=sum(count - 1 for count in self._seen.values()),
             longest_silence=max(silences, default=0.0),
-            seconds=now - self._began,
             cpu_seconds=time.process_time() - self._cpu_before,
             distinct=len(self._seen),
         )
@@ -159,6 +155,11 @@ class Load:
         del self._clients[number]
         client.sock.close()
 
+    def _one_less_to_wait_for(self) -> None:
+        self._waiting -= 1
+        if self._waiting == 0:
+            self._answer(refused=self._refused, seconds=time.monotonic() - self._asked_at)
+
     def _read(self, client: Client) -> None:
         try:
             chunk = client.sock.recv(262_144)
@@ -167,8 +168,10 @@ class Load:
                 return
             chunk = b""
         if not chunk:
-            self._ended += 1
             self._end(client)
+            if not client.ready:
+                self._refused += 1
+                self._one_less_to_wait_for()
             return
         now = time.monotonic()
         client.longest_silence = max(client.longest_silence, now - client.last_byte_at)
@@ -179,9 +182,7 @@ class Load:
                 client.tail = data
                 return
             client.ready = True
-            self._waiting -= 1
-            if self._waiting == 0:
-                self._answer(ready=len(self._clients), seconds=time.monotonic() - self._asked_at)
+            self._one_less_to_wait_for()
         end = 0
         wall = time.time_ns()
         latencies = self._latencies.get(client.group)
@@ -191,7 +192,6 @@ class Load:
             published = int(match[1])
             latencies.append((wall - published) / 1e6)
             self._seen[client.name, int(match[2])] += 1
-            client.events += 1
             end = match.end()
             if self._since and published >= self._since and client.name not in self._first:
                 self._first[client.name] = wall / 1e9

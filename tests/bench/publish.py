@@ -14,13 +14,9 @@ import struct
 import sys
 import time
 
-from tests.raw_amqp import short_string
+from tests.raw_amqp import frame, greetings, short_string
 
 TICK_SECONDS = 0.002
-
-
-def _frame(kind: int, channel: int, payload: bytes) -> bytes:
-    return struct.pack(">BHI", kind, channel, len(payload)) + payload + b"\xce"
 
 
 def connect(port: int, vhost: str) -> socket.socket:
@@ -32,16 +28,9 @@ def connect(port: int, vhost: str) -> socket.socket:
         head = broker.recv(7, socket.MSG_WAITALL)
         broker.recv(struct.unpack(">BHI", head)[2] + 1, socket.MSG_WAITALL)
 
-    broker.sendall(b"AMQP\x00\x00\x09\x01")
-    answer()
-    login = short_string(b"PLAIN") + struct.pack(">I", 12) + b"\0guest\0guest" + short_string(b"en_US")
-    broker.sendall(_frame(1, 0, struct.pack(">HHI", 10, 11, 0) + login))
-    answer()
-    broker.sendall(_frame(1, 0, struct.pack(">HHHIH", 10, 31, 2047, 131_072, 0)))
-    broker.sendall(_frame(1, 0, struct.pack(">HH", 10, 40) + short_string(vhost.encode()) + b"\0\0"))
-    answer()
-    broker.sendall(_frame(1, 1, struct.pack(">HHB", 20, 10, 0)))
-    answer()
+    for asked in greetings(vhost):
+        broker.sendall(asked)
+        answer()
     return broker
 
 
@@ -54,7 +43,7 @@ def message(key: str, number: int) -> bytes:
     ).encode()
     publish = struct.pack(">HHH", 60, 40, 0) + short_string(b"events") + short_string(key.encode()) + b"\0"
     header = struct.pack(">HHQH", 60, 0, len(body), 0)
-    return _frame(1, 1, publish) + _frame(2, 1, header) + _frame(3, 1, body)
+    return frame(1, 1, publish) + frame(2, 1, header) + frame(3, 1, body)
 
 
 def main() -> None:
@@ -74,7 +63,7 @@ def main() -> None:
             sent = due
         time.sleep(TICK_SECONDS)
     # Whatever was written is routed before the answer to a close.
-    broker.sendall(_frame(1, 1, struct.pack(">HHH", 20, 40, 0) + b"\0" + struct.pack(">HH", 0, 0)))
+    broker.sendall(frame(1, 1, struct.pack(">HHH", 20, 40, 0) + b"\0" + struct.pack(">HH", 0, 0)))
     broker.recv(12, socket.MSG_WAITALL)
     broker.close()
     print(json.dumps({"sent": sent, "late_seconds": round(late, 3), "cpu_seconds": time.process_time()}), flush=True)

@@ -83,11 +83,16 @@ def test_only_settings_reads_the_environment() -> None:
 
 
 def test_lock_files_hold_hashes_and_no_address() -> None:
-    for name in ["requirements.lock", "requirements-dev.lock"]:
+    peers = "tests/bench/peers"
+    hashes = {"requirements.lock": 100, "requirements-dev.lock": 100, f"{peers}/requirements.lock": 10}
+    for name, least in hashes.items():
         text = (ROOT / name).read_text()
         assert "://" not in text
         assert "--index" not in text
-        assert text.count("--hash=sha256:") > 100
+        assert text.count("--hash=sha256:") > least
+    text = (ROOT / peers / "package-lock.json").read_text()
+    assert "://" not in text
+    assert text.count('"integrity"') > 20
 
 
 def test_the_readme_names_every_setting_with_its_default() -> None:
