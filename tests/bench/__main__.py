@@ -8,6 +8,7 @@ Takes about half an hour. Figures of different runs do not compare, not even on 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(peer.name for peer in peers.PEERS))
     parser.add_argument("--write", type=Path, help="a folder for benchmark.md and benchmark.svg")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # So that what was started is ended.
     chosen = options.cases.split(",")
     entrants = [peer for peer in peers.PEERS if peer.name in options.peers.split(",")]
     bridge = peers.PEERS[0]
