@@ -14,6 +14,7 @@ demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends
 test: $(READY) check ## every test, on a private RabbitMQ and in Chromium
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure chromium
+	@deploy/local/ensure promtool
 	@$(VENV)/bin/python -m pytest $(TESTS)
 
 chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on, with NODES
