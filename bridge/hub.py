@@ -425,6 +425,7 @@ class Hub:
                 self.log.tick(self._on_anchor)
 
     def _on_anchor(self, anchor: Anchor | None, written_ms: int) -> None:
+        self._metrics.log_answers.set(anchor is not None)
         if anchor is not None:
             for seconds in ARRIVAL_SECONDS:
                 asyncio.get_running_loop().call_later(seconds, self._anchor_all, anchor, written_ms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -20,13 +21,16 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from bridge import __version__
 from bridge.event import REASONS
-from bridge.sse import END_REASONS
+from bridge.sse import END_REASONS, GapReason
 
 CLOSE_REASONS = (*END_REASONS, "client", "stalled", "error")
 """Why a stream ended: what `bridge.bye` said, or `client` (it went away), `stalled`, `error` (ours)."""
 
 REPLAY_OUTCOMES = ("complete", "gap")
+
+GAP_REASONS: tuple[GapReason, ...] = ("expired", "unknown", "no-log")
 
 _DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ATTACH_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -74,6 +78,9 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
+        build = Gauge("bridge_build_info", "1, with the version that runs", ["version"], registry=self.registry)
+        build.labels(__version__).set(1)
+        self.ready = Gauge("bridge_ready", "1 while new streams are welcome, as /readyz says", registry=self.registry)
         self.connections = Gauge("bridge_connections", "Open streams", registry=self.registry)
         self.connections_limit = Gauge("bridge_connections_limit", "Most open streams allowed", registry=self.registry)
         self.draining = Gauge(
@@ -140,12 +147,18 @@ class Metrics:
         )
         self.log_passes = Gauge("bridge_log_passes", "Passes over the log since the start", registry=self.registry)
         self.log_entries = Gauge("bridge_log_entries_read", "Entries of the log read in them", registry=self.registry)
+        self.log_answers = Gauge(
+            "bridge_log_answers",
+            "1 while clients could come back to the log, 0 while it does not answer, NaN without a log",
+            registry=self.registry,
+        )
+        self.log_answers.set(math.nan)
         # All label values from the start: a rate over a series that appears with its first event misses that event.
         for reason in CLOSE_REASONS:
             self.streams_ended.labels(reason)
         for reason in REASONS:
             self.events_invalid.labels(reason)
-        for gap in ("expired", "unknown", "no-log"):
+        for gap in GAP_REASONS:
             self.gaps.labels(gap)
         for outcome in REPLAY_OUTCOMES:
             self.replays.labels(outcome)

@@ -165,12 +165,14 @@ class _Service:
         )
         broker = self.hub.broker
         metrics.connections_limit.set(settings.max_connections)
+        metrics.ready.set_function(lambda: self._why_not_ready() is None)
         metrics.broker_connected.set_function(lambda: broker.connected)
         metrics.broker_connects.set_function(lambda: broker.connects)
         if self.log is not None:
             log = self.log
             metrics.log_passes.set_function(lambda: log.passes)
             metrics.log_entries.set_function(lambda: log.entries_read)
+            metrics.log_answers.set(1)  # Until it is asked: without a stream nobody needs it.
         self.public = create_app(
             hub=self.hub,
             authenticator=self.authenticator,

@@ -157,6 +157,7 @@ def create_app(
             subscriber = await _authenticate(authenticator, settings)
         except KeysUnavailable as error:
             _log.error("token not judged", error=str(error))
+            metrics.streams_ended.labels("busy").inc()
             bye = sse.encode_bye("busy", pacing.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
             return _stream_response(bye)
         wish = _read_wish(subscriber)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bridge import __version__
 from tests.client import Stream
 from tests.conftest import OpenStream, StartService
 from tests.rabbit import Vhost, cloudevent
@@ -174,6 +176,9 @@ async def test_probes_and_metrics_are_on_the_internal_port(service: Service, con
         "bridge_events_delivered_total",
         "bridge_delivery_seconds_count",
         "bridge_broker_connected",
+        "bridge_ready",
+        "bridge_log_answers",
+        f'bridge_build_info{{version="{__version__}"}}',
     ]:
         assert await service.metric(name) == 1, name
     for series in [
@@ -216,6 +221,21 @@ async def test_keys_from_a_jwks_file_beside_the_secret(start: StartService, tmp_
         assert (await stream.ready()).json["user"] == "ed"
     async with Stream(service.public, mint("hs")) as stream:
         assert (await stream.ready()).json["user"] == "hs"
+
+
+async def test_who_cannot_be_judged_for_now_is_busy_and_counted(start: StartService) -> None:
+    import jwt
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    service = await start(JWKS="http://127.0.0.1:1/keys", LOG="")
+    key = ed25519.Ed25519PrivateKey.generate()
+    token = jwt.encode({"sub": "ed", "exp": 4_000_000_000}, key, algorithm="EdDSA", headers={"kid": "k1"})
+    async with Stream(service.public, token) as stream:
+        (bye,) = await stream.rest()
+    assert (stream.status, bye.event, bye.json) == (200, "bridge.bye", {"reason": "busy"})
+    await service.logged("token not judged")
+    assert await service.metric('bridge_streams_ended_total{reason="busy"}') == 1
+    assert math.isnan(await service.metric("bridge_log_answers"))  # There is no log that could.
 
 
 async def test_http_2_in_the_clear_is_refused(service: Service) -> None:

@@ -1,0 +1,29 @@
+"""What is counted where no stream shows it."""
+
+from __future__ import annotations
+
+from bridge import topology
+from bridge.broker import Broker
+from bridge.cursor import Anchor
+from bridge.hub import Hub
+from bridge.metrics import Metrics
+from bridge.quarantine import Quarantine
+from bridge.settings import Settings
+from bridge.stream import Turn
+
+
+async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> None:
+    metrics = Metrics()
+    hub = Hub(
+        models={},
+        limits=Settings(),
+        metrics=metrics,
+        quarantine=Quarantine([], queue="q", on_dropped=lambda: None),
+        make_broker=lambda shared: Broker(
+            [], exchange="e", quarantine="q", log=topology.Log("l", "1h", 1), on_shared=shared, packet=Turn()
+        ),
+        log=None,
+    )
+    for anchor, answers in [(None, 0), (Anchor(5, "x"), 1)]:
+        hub._on_anchor(anchor, 0)
+        assert metrics.registry.get_sample_value("bridge_log_answers") == answers
