@@ -57,10 +57,12 @@ format: $(READY) ## format the code
 	@$(VENV)/bin/ruff format --quiet .
 	@$(VENV)/bin/ruff check --quiet --fix .
 
-exports: $(READY) ## write what is made from the event catalogue
+ALERTS := deploy/kubernetes/components/alerts
+exports: $(READY) ## write what is made from the event catalogue, and the dashboard
 	@$(VENV)/bin/bridge schemas export > schemas/events.schema.json
 	@$(VENV)/bin/bridge schemas export --format typescript > schemas/events.ts
 	@$(VENV)/bin/bridge schemas export --format asyncapi > schemas/asyncapi.json
+	@$(VENV)/bin/python $(ALERTS)/dashboard.py > $(ALERTS)/dashboard.json
 
 # Versions and hashes, and no registry's address.
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
