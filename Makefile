@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test chaos mutants bench test-slow check format exports lock clean
+.PHONY: help demo test chaos mutants bench image test-slow check format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -14,6 +14,7 @@ demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends
 test: $(READY) check ## every test, on a private RabbitMQ and in Chromium
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure chromium
+	@deploy/local/ensure kubectl
 	@$(VENV)/bin/python -m pytest $(TESTS)
 
 chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on, with NODES
@@ -56,6 +57,12 @@ format: $(READY) ## format the code
 	@$(VENV)/bin/ruff format --quiet .
 	@$(VENV)/bin/ruff check --quiet --fix .
 
+image: $(READY) ## the container image, by Docker or without any engine; then run and tried
+	@deploy/container/build
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure containers
+	@$(VENV)/bin/python -m pytest -q tests/deploy/image_checks.py
+
 exports: $(READY) ## write what is made from the event catalogue
 	@$(VENV)/bin/bridge schemas export > schemas/events.schema.json
 	@$(VENV)/bin/bridge schemas export --format typescript > schemas/events.ts
@@ -67,6 +74,7 @@ LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hash
 lock: $(READY) ## renew the lock files (needs uv)
 	@$(LOCK) --extra server -o requirements.lock
 	@$(LOCK) --extra server --group dev -o requirements-dev.lock
+	@$(LOCK) --group build -o requirements-build.lock
 	@cd $(PEERS) && $(subst pyproject.toml,requirements.in,$(LOCK)) --constraint ../../../requirements.lock -o requirements.lock
 	@cd $(PEERS) && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error
 	@# Whom to fund is an address too.
