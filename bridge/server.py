@@ -217,8 +217,12 @@ class _Service:
         public = asyncio.create_task(_host(self.public, public_socket, end_public), name="public")
         lag = asyncio.create_task(self._measure_lag(), name="loop-lag")
         quarantine = asyncio.create_task(self.quarantine.run(), name="quarantine")
-        broker = asyncio.create_task(self.hub.broker.run(), name="broker")
-        log = asyncio.create_task(self._read_log(), name="log")
+        # What holds connections to RabbitMQ, each a task of its own: of several in one `gather` the first to be
+        # cancelled would end it, and the others' goodbyes would be cut short at the end of the loop.
+        connected = {asyncio.create_task(self.hub.broker.run(), name="broker")}
+        if self.log is not None:
+            connected.add(asyncio.create_task(self.log.run(), name="log"))
+            connected.add(asyncio.create_task(self.hub.anchor_for_ever(), name="anchor"))
         stopping = asyncio.create_task(stop.wait(), name="stop")
         # From here on almost everything lives as long as the process; the collector need not walk it again and again.
         gc.collect()
@@ -226,7 +230,7 @@ class _Service:
 
         # Nothing but a signal ends the service; a part that ends by itself has failed.
         done, _ = await asyncio.wait(
-            {stopping, broker, log, quarantine, public, internal}, return_when=asyncio.FIRST_COMPLETED
+            {stopping, *connected, quarantine, public, internal}, return_when=asyncio.FIRST_COMPLETED
         )
         code = 0 if stopping in done else 1
         for task in done - {stopping}:
@@ -240,10 +244,10 @@ class _Service:
         # Only now the door: a client that reconnects during the drain is told to, and not left before a closed one.
         end_public.set()
         await _finish(public)
-        for task in (log, broker):
+        for task in connected:
             task.cancel()
         # A broker that answers nothing more must not keep the process either.
-        await asyncio.gather(asyncio.wait({log, broker}, timeout=STOP_SECONDS), self.quarantine.close())
+        await asyncio.gather(asyncio.wait(connected, timeout=STOP_SECONDS), self.quarantine.close())
         if self.publisher is not None:
             await self.publisher.close()
         quarantine.cancel()
@@ -253,12 +257,6 @@ class _Service:
             task.cancel()
         _log.info("stopped", code=code)
         return code
-
-    async def _read_log(self) -> None:
-        if self.log is None:
-            await asyncio.Event().wait()
-        else:
-            await asyncio.gather(self.log.run(), self.hub.anchor_for_ever())
 
     async def _measure_lag(self) -> None:
         while True:
