@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test chaos mutants bench image test-slow check format exports lock clean
+.PHONY: help demo test chaos mutants rollout bench image test-slow check format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,12 @@ mutants: $(READY) ## let each bug of the zoo loose and see that a test catches i
 test-slow: $(READY) ## the integration tests once more, with the AMQP library's own deliveries
 	@deploy/local/ensure rabbitmq
 	@SUITE_BRIDGE=tests.slow $(VENV)/bin/python -m pytest tests/integration tests/chaos
+
+rollout: $(READY) ## a rolling update of CLIENTS streams with the manifests' own timings, behind a real proxy; four minutes
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure kubectl
+	@deploy/local/ensure proxies
+	@$(VENV)/bin/python -m tests.deploy.rollout --clients $(or $(CLIENTS),600)
 
 bench: $(READY) ## the bridge and its peers side by side, ROUNDS times; half an hour, results in docs/benchmark.md
 	@deploy/local/ensure rabbitmq
