@@ -78,8 +78,8 @@ exports: $(READY) ## write what is made from the event catalogue
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-emit-find-links --no-header --no-annotate --upgrade pyproject.toml
 lock: $(READY) ## renew the lock files (needs uv)
-	@$(LOCK) --extra server -o requirements.lock
-	@$(LOCK) --extra server --group dev -o requirements-dev.lock
+	@$(LOCK) --extra server --extra tracing -o requirements.lock
+	@$(LOCK) --extra server --extra tracing --group dev -o requirements-dev.lock
 	@$(LOCK) --group build -o requirements-build.lock
 	@cd $(PEERS) && $(subst pyproject.toml,requirements.in,$(LOCK)) --constraint ../../../requirements.lock -o requirements.lock
 	@cd $(PEERS) && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error

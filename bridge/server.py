@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -34,6 +34,9 @@ from bridge.quarantine import Quarantine
 from bridge.settings import Settings, parse_bind, unknown_names
 from bridge.stream import Turn
 from bridge.web import TAKE_OVER, create_app, create_internal_app
+
+if TYPE_CHECKING:
+    from bridge.tracing import Tracing
 
 BACKLOG = 4096
 """Hypercorn's default of 100 turned 2,600 new connections a second into 200."""
@@ -149,6 +152,7 @@ class _Service:
             if settings.console == "development"
             else None
         )
+        self.tracing = _tracing() if settings.tracing else None
         stream = settings.log_stream
         self.log = (
             None
@@ -179,6 +183,7 @@ class _Service:
             metrics=metrics,
             turn=self.turn,
             publisher=self.publisher,
+            tracing=self.tracing,
         )
         self.internal = create_internal_app(why_not_ready=self._why_not_ready, metrics=metrics)
 
@@ -255,6 +260,8 @@ class _Service:
         await _finish(internal)
         for task in (lag, stopping):
             task.cancel()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close, STOP_SECONDS)
         _log.info("stopped", code=code)
         return code
 
@@ -263,6 +270,13 @@ class _Service:
             due = time.monotonic() + LAG_SECONDS
             await asyncio.sleep(LAG_SECONDS)
             self.metrics.loop_lag_seconds.set(max(0.0, time.monotonic() - due))
+
+
+def _tracing() -> Tracing:
+    # Imported only here: the library takes 15 MB and half a second of the start from nobody who does not want it.
+    from bridge.tracing import Tracing
+
+    return Tracing()
 
 
 def _on_signals() -> asyncio.Event:
