@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test chaos mutants bench test-slow check format exports lock clean
+.PHONY: help demo test chaos mutants rollout bench image test-slow check format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -14,6 +14,7 @@ demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends
 test: $(READY) check ## every test, on a private RabbitMQ and in Chromium
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure chromium
+	@deploy/local/ensure kubectl
 	@deploy/local/ensure promtool
 	@$(VENV)/bin/python -m pytest $(TESTS)
 
@@ -29,6 +30,12 @@ mutants: $(READY) ## let each bug of the zoo loose and see that a test catches i
 test-slow: $(READY) ## the integration tests once more, with the AMQP library's own deliveries
 	@deploy/local/ensure rabbitmq
 	@SUITE_BRIDGE=tests.slow $(VENV)/bin/python -m pytest tests/integration tests/chaos
+
+rollout: $(READY) ## a rolling update of CLIENTS streams with the manifests' own timings, behind a real proxy; four minutes
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure kubectl
+	@deploy/local/ensure proxies
+	@$(VENV)/bin/python -m tests.deploy.rollout --clients $(or $(CLIENTS),600)
 
 bench: $(READY) ## the bridge and its peers side by side, ROUNDS times; half an hour, results in docs/benchmark.md
 	@deploy/local/ensure rabbitmq
@@ -57,6 +64,12 @@ format: $(READY) ## format the code
 	@$(VENV)/bin/ruff format --quiet .
 	@$(VENV)/bin/ruff check --quiet --fix .
 
+image: $(READY) ## the container image, by Docker or without any engine; then run and tried
+	@deploy/container/build
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure containers
+	@$(VENV)/bin/python -m pytest -q tests/deploy/image_checks.py
+
 ALERTS := deploy/kubernetes/components/alerts
 exports: $(READY) ## write what is made from the event catalogue, and the dashboard
 	@$(VENV)/bin/bridge schemas export > schemas/events.schema.json
@@ -68,8 +81,9 @@ exports: $(READY) ## write what is made from the event catalogue, and the dashbo
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-emit-find-links --no-header --no-annotate --upgrade pyproject.toml
 lock: $(READY) ## renew the lock files (needs uv)
-	@$(LOCK) --extra server -o requirements.lock
-	@$(LOCK) --extra server --group dev -o requirements-dev.lock
+	@$(LOCK) --extra server --extra tracing -o requirements.lock
+	@$(LOCK) --extra server --extra tracing --group dev -o requirements-dev.lock
+	@$(LOCK) --group build -o requirements-build.lock
 	@cd $(PEERS) && $(subst pyproject.toml,requirements.in,$(LOCK)) --constraint ../../../requirements.lock -o requirements.lock
 	@cd $(PEERS) && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error
 	@# Whom to fund is an address too.

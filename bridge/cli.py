@@ -88,6 +88,7 @@ def serve() -> None:
     from bridge import logs, server
 
     loaded = _load(Settings)
+    _need_tracing(loaded)
     catalogue = _catalogue(loaded.schemas)
     logs.configure()
     sys.exit(server.run(loaded, catalogue))
@@ -100,6 +101,15 @@ def _need_server() -> None:
         import quart  # noqa: F401
     except ImportError as error:
         _fail(BAD_INPUT, f"{error.name} is not installed: pip install 'rabbitmq-sse-bridge[server]'")
+
+
+def _need_tracing(loaded: Settings) -> None:
+    if not loaded.tracing:
+        return
+    try:
+        import bridge.tracing  # noqa: F401
+    except ImportError as error:
+        _fail(BAD_INPUT, f"BRIDGE_TRACING: {error.name} is not installed: pip install 'rabbitmq-sse-bridge[tracing]'")
 
 
 # publish
@@ -324,6 +334,7 @@ async def check() -> None:
     from bridge.auth import Authenticator, InvalidKeySet
 
     loaded = _load(Settings)
+    _need_tracing(loaded)
     _passed("settings")
     for problem in settings.unknown_names(Settings):
         click.echo(f"  ?  {problem}")

@@ -148,6 +148,11 @@ class Event:
         """The same without the `event:` line, for `named=false`."""
         return self.named[self._unnamed_at :]
 
+    @property
+    def text(self) -> bytes:
+        """The CloudEvent as one line of JSON."""
+        return sse.decode_data(self.plain)
+
     def __repr__(self) -> str:
         return f"<Event {self.id} {self.type}>"
 

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -34,6 +34,9 @@ from bridge.quarantine import Quarantine
 from bridge.settings import Settings, parse_bind, unknown_names
 from bridge.stream import Turn
 from bridge.web import TAKE_OVER, create_app, create_internal_app
+
+if TYPE_CHECKING:
+    from bridge.tracing import Tracing
 
 BACKLOG = 4096
 """Hypercorn's default of 100 turned 2,600 new connections a second into 200."""
@@ -149,6 +152,7 @@ class _Service:
             if settings.console == "development"
             else None
         )
+        self.tracing = _tracing() if settings.tracing else None
         stream = settings.log_stream
         self.log = (
             None
@@ -181,6 +185,7 @@ class _Service:
             metrics=metrics,
             turn=self.turn,
             publisher=self.publisher,
+            tracing=self.tracing,
         )
         self.internal = create_internal_app(why_not_ready=self._why_not_ready, metrics=metrics)
 
@@ -219,8 +224,12 @@ class _Service:
         public = asyncio.create_task(_host(self.public, public_socket, end_public), name="public")
         lag = asyncio.create_task(self._measure_lag(), name="loop-lag")
         quarantine = asyncio.create_task(self.quarantine.run(), name="quarantine")
-        broker = asyncio.create_task(self.hub.broker.run(), name="broker")
-        log = asyncio.create_task(self._read_log(), name="log")
+        # What holds connections to RabbitMQ, each a task of its own: of several in one `gather` the first to be
+        # cancelled would end it, and the others' goodbyes would be cut short at the end of the loop.
+        connected = {asyncio.create_task(self.hub.broker.run(), name="broker")}
+        if self.log is not None:
+            connected.add(asyncio.create_task(self.log.run(), name="log"))
+            connected.add(asyncio.create_task(self.hub.anchor_for_ever(), name="anchor"))
         stopping = asyncio.create_task(stop.wait(), name="stop")
         # From here on almost everything lives as long as the process; the collector need not walk it again and again.
         gc.collect()
@@ -228,7 +237,7 @@ class _Service:
 
         # Nothing but a signal ends the service; a part that ends by itself has failed.
         done, _ = await asyncio.wait(
-            {stopping, broker, log, quarantine, public, internal}, return_when=asyncio.FIRST_COMPLETED
+            {stopping, *connected, quarantine, public, internal}, return_when=asyncio.FIRST_COMPLETED
         )
         code = 0 if stopping in done else 1
         for task in done - {stopping}:
@@ -242,10 +251,10 @@ class _Service:
         # Only now the door: a client that reconnects during the drain is told to, and not left before a closed one.
         end_public.set()
         await _finish(public)
-        for task in (log, broker):
+        for task in connected:
             task.cancel()
         # A broker that answers nothing more must not keep the process either.
-        await asyncio.gather(asyncio.wait({log, broker}, timeout=STOP_SECONDS), self.quarantine.close())
+        await asyncio.gather(asyncio.wait(connected, timeout=STOP_SECONDS), self.quarantine.close())
         if self.publisher is not None:
             await self.publisher.close()
         quarantine.cancel()
@@ -253,20 +262,23 @@ class _Service:
         await _finish(internal)
         for task in (lag, stopping):
             task.cancel()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close, STOP_SECONDS)
         _log.info("stopped", code=code)
         return code
-
-    async def _read_log(self) -> None:
-        if self.log is None:
-            await asyncio.Event().wait()
-        else:
-            await asyncio.gather(self.log.run(), self.hub.anchor_for_ever())
 
     async def _measure_lag(self) -> None:
         while True:
             due = time.monotonic() + LAG_SECONDS
             await asyncio.sleep(LAG_SECONDS)
             self.metrics.loop_lag_seconds.set(max(0.0, time.monotonic() - due))
+
+
+def _tracing() -> Tracing:
+    # Imported only here: the library takes 15 MB and half a second of the start from nobody who does not want it.
+    from bridge.tracing import Tracing
+
+    return Tracing()
 
 
 def _on_signals() -> asyncio.Event:

@@ -609,6 +609,17 @@ class Session:
         keeps = str(self._cursor) if self._cursor is not None and not self.greeted else None
         self._backlog.append(sse.encode_bye(reason, retry_ms, cursor=keeps))
 
+    def waiting(self) -> list[tuple[Event, int | None]]:
+        """The events that the next `take`s hand out, in their order, each with when it was received live, in ms.
+
+        None for what came from the log.
+        """
+        return [
+            (item.event, item.received_ms if isinstance(item, _Live) else None)
+            for item in self._backlog
+            if isinstance(item, Entry | _Live)
+        ]
+
     def take(self) -> bytes:
         """Bytes to write now, whole frames, about 64 KiB at most (one frame more than that if it is larger).
 

@@ -140,6 +140,7 @@ class Settings(BrokerSettings):
     console: Annotated[Literal["false", "true", "development"], BeforeValidator(_lower)] = Field(
         "false", description="a page at `/` that shows events live; `development` lets it publish samples, too"
     )
+    tracing: bool = Field(False, description="whether deliveries of traced events become spans (OpenTelemetry)")
     broker_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         30, description="how long the broker may be away before /readyz says 503"
     )

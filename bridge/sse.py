@@ -48,6 +48,11 @@ def encode_data(text: bytes) -> bytes:
     return b"data: " + _check(text) + b"\n\n"
 
 
+def decode_data(frame: bytes) -> bytes:
+    """The text that `encode_data` was given."""
+    return frame[len(b"data: ") : -len(b"\n\n")]
+
+
 def encode_id(cursor: str) -> bytes:
     """The `id:` line. The browser sends its value back as Last-Event-ID."""
     return f"id: {cursor}\n".encode("ascii")

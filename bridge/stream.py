@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -19,6 +20,9 @@ from bridge.cursor import echo
 from bridge.hub import Connection, Hub, Refused, StreamRequest
 from bridge.metrics import Metrics
 from bridge.session import State
+
+if TYPE_CHECKING:
+    from bridge.tracing import Tracing  # Its library is there only where it is wanted.
 
 _log = structlog.get_logger("bridge.stream")
 
@@ -66,13 +70,17 @@ class Streams:
     """
     Args:
         stall_seconds: a stream whose peer has taken nothing for so long counts as stalled when its socket goes.
+        tracing: makes a span of each delivery.
     """
 
-    def __init__(self, hub: Hub, metrics: Metrics, turn: Turn, *, stall_seconds: float) -> None:
+    def __init__(
+        self, hub: Hub, metrics: Metrics, turn: Turn, *, stall_seconds: float, tracing: Tracing | None = None
+    ) -> None:
         self.hub = hub
         self.metrics = metrics
         self.turn = turn
         self.stall_seconds = stall_seconds
+        self.tracing = tracing
 
     def open(self, transport: asyncio.Transport, request: StreamRequest, *, chunked: bool) -> None:
         """Streams to a connection whose response head has been written, until its end; then the connection is closed.
@@ -81,7 +89,9 @@ class Streams:
             transport: not closing. It is ours from here on.
             chunked: whether the body is in chunks (HTTP/1.1), or ends with the connection (HTTP/1.0).
         """
-        stream = _Stream(self, transport, chunked=chunked)
+        # A class of its own, so that without tracing not even a question is asked for each event.
+        kind = _Stream if self.tracing is None else _TracedStream
+        stream = kind(self, transport, chunked=chunked)
         transport.set_protocol(stream)
         transport.resume_reading()  # Whoever had it before may have had enough; we have to see its end.
         stream.begin(request)
@@ -235,3 +245,15 @@ class _Stream(asyncio.Protocol):
         if blocked_since is not None and time.monotonic() - blocked_since >= self._streams.stall_seconds:
             return "stalled"
         return connection.session.end_reason or "client"
+
+
+class _TracedStream(_Stream):
+    __slots__ = ()
+
+    def _say(self, connection: Connection, now: float) -> None:
+        session = connection.session
+        waiting, delivered = session.waiting(), session.delivered
+        super()._say(connection, now)
+        written = waiting[: session.delivered - delivered]
+        if written and self._streams.tracing is not None:
+            self._streams.tracing.delivered(written, connection.subscription.number)

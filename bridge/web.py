@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import structlog
@@ -30,6 +30,9 @@ from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
 from bridge.settings import Settings
 from bridge.stream import Streams, Turn
+
+if TYPE_CHECKING:
+    from bridge.tracing import Tracing
 
 MAX_REQUEST_BYTES = 16_384
 """An unread body of a GET stays in memory as long as its stream."""
@@ -111,14 +114,16 @@ def create_app(
     metrics: Metrics,
     turn: Turn,
     publisher: Publisher | None = None,
+    tracing: Tracing | None = None,
 ) -> Quart:
     """The public application.
 
     Args:
         publisher: what the console publishes samples with; None where it may not.
+        tracing: makes spans of deliveries; None where nobody wants them.
     """
     app = _bare_app("bridge")
-    streams = Streams(hub, metrics, turn, stall_seconds=settings.stall_seconds)
+    streams = Streams(hub, metrics, turn, stall_seconds=settings.stall_seconds, tracing=tracing)
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
     schemas = {event_type: catalogue.json_schema(event_type) for event_type in catalogue}

@@ -55,11 +55,19 @@ class Vhost:
     def add_user(self, user: str) -> None:
         self._call("PUT", f"users/{user}", password="secret-" + user, tags="")
 
+    def import_definitions(self, text: str) -> None:
+        self._call("POST", "definitions", **json.loads(text))
+
     def delete_user(self, user: str) -> None:
         self._call("DELETE", f"users/{user}")
 
     def queues(self) -> list[str]:
         return [queue["name"] for queue in self._call("GET", f"queues/{self.name}?columns=name")]
+
+    def count(self, queue: str) -> int:
+        """Messages in a queue, as RabbitMQ's statistics last had it."""
+        found = self._call("GET", f"queues/{self.name}/{queue}?columns=messages") or {}
+        return int(found.get("messages", 0))
 
     def live_queues(self) -> list[str]:
         return [name for name in self.queues() if name.startswith("bridge.live.")]

@@ -77,7 +77,8 @@ def _flow(
     bench: Bench, server: Server, load: Load, vhost: str, *, rate: float, keys: list[str], fan: int, seconds: float = 0
 ) -> Figures:
     """Publishes for a while, a warm-up first, and says what each delivery cost."""
-    bench.publish(vhost, rate=rate, seconds=WARM_UP_SECONDS, keys=keys).done()
+    warm_up = bench.publish(vhost, rate=rate, seconds=WARM_UP_SECONDS, keys=keys).done()
+    _settled(load, warm_up["sent"] * fan)  # A peer that is behind would else be charged for these, too.
     time.sleep(1)
     load.ask("reset")
     server_before, broker_before = bench.cpu(server)

@@ -88,7 +88,9 @@ _ALONE = {
 
 
 def markdown(results: Results) -> str:
-    rounds = max((len(measured) for peers in results.values() for measured in peers.values()), default=0)
+    # Of the growth each size is one figure.
+    compared = [peers for case, peers in results.items() if case != "growth"]
+    rounds = max((len(measured) for peers in compared for measured in peers.values()), default=0)
     lines = [f"Medians of {rounds} rounds (smallest to largest)." if rounds > 1 else "One round.", machine(), ""]
     for case, title in _TITLES.items():
         if case not in results:

@@ -10,13 +10,15 @@ import asyncio
 import random
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from bridge import Audience, Publisher, PublishError
 from bridge.event import EventData
 from schemas.jobs import JobProgress
 from tests.client import Stream
-from tests.service import Service, mint
+from tests.service import mint
 
 Key = tuple[int, str]
 """Publisher and audience: events of one key come in order."""
@@ -66,12 +68,32 @@ async def publish(
         await publisher.close()
 
 
+class Door(Protocol):
+    """Where clients come in: a replica, or a proxy before several."""
+
+    public: str
+
+
 class Client:
-    def __init__(self, user: str, groups: tuple[str, ...], replicas: list[Service], chance: random.Random) -> None:
+    """
+    Args:
+        longest_pause: in seconds. Told to wait for longer, it waits for so long; a browser would do as it is told.
+    """
+
+    def __init__(
+        self,
+        user: str,
+        groups: tuple[str, ...],
+        replicas: Sequence[Door],
+        chance: random.Random,
+        *,
+        longest_pause: float = float("inf"),
+    ) -> None:
         self.user = user
         self.groups = groups
         self._replicas = replicas
         self._chance = chance
+        self._longest_pause = longest_pause
         self._stream: Stream | None = None
         self._stalled = asyncio.Event()
         self._stalled.set()
@@ -83,8 +105,17 @@ class Client:
         self.connects = 0
         self.resumed = 0
         self.byes: dict[str, int] = defaultdict(int)
-        self.longest_silence = 0.0
+        self.ready_at: list[float] = []
+        """When each of its streams became ready, by the monotonic clock."""
+        self.longest_away = 0.0
+        """Seconds from the end of a stream to the next one's ready."""
+        self._left_at: float | None = None
         self.phantoms = 0
+
+    @property
+    def away(self) -> bool:
+        """Between two streams."""
+        return self._left_at is not None
 
     @property
     def audiences(self) -> set[str]:
@@ -122,12 +153,17 @@ class Client:
             finally:
                 self.phantoms += len(stream.decoder.phantoms)
                 stream.abort()
-            await asyncio.sleep(min(retry, 2.0) * self._chance.uniform(0.5, 1))
+            self._left_at = self._left_at or time.monotonic()
+            await asyncio.sleep(min(retry, self._longest_pause))
 
     def _note(self, event: str, data: dict[str, object]) -> None:
         now = time.monotonic()
         if event == "bridge.ready":
             self.resumed += bool(data["resumed"])
+            self.ready_at.append(now)
+            if self._left_at is not None:
+                self.longest_away = max(self.longest_away, now - self._left_at)
+                self._left_at = None
             if self.owed_since is None:
                 self.owed_since = now
         elif event == "bridge.gap":

@@ -99,7 +99,8 @@ class Chaos:
     async def _storm(self, seconds: float) -> Verdict:
         for number in range(CLIENTS):
             groups = tuple(str(group) for group in range(GROUPS) if self.chance.random() < 0.4)
-            client = Client(str(number % USERS), groups, self.replicas, random.Random(self.chance.random()))
+            own = random.Random(self.chance.random())
+            client = Client(str(number % USERS), groups, self.replicas, own, longest_pause=self.chance.uniform(1, 2))
             self.clients.append(client)
             self._start(client.run())
         stop = asyncio.Event()

@@ -16,6 +16,7 @@ import yaml
 from bridge.event import REASONS
 from bridge.metrics import CLOSE_REASONS, GAP_REASONS, REPLAY_OUTCOMES, Metrics
 from deploy.kubernetes.components.alerts import dashboard
+from tests.deploy.manifests import named, render, settings
 
 ROOT = Path(__file__).parent.parent.parent
 ALERTS = ROOT / "deploy/kubernetes/components/alerts"
@@ -285,3 +286,37 @@ def test_the_component_ships_both() -> None:
     assert MANIFEST["metadata"]["name"] == "bridge"
     # A ConfigMap may have one MiB in all.
     assert (ALERTS / "dashboard.json").stat().st_size < 500_000
+
+
+def test_alerts_ask_for_what_the_manifests_are_called() -> None:
+    manifests = render("overlays/production")
+    monitor = named(manifests, "ServiceMonitor", "bridge")["spec"]
+    service = named(manifests, "Service", "bridge-internal")
+    assert service["metadata"]["labels"][monitor["jobLabel"]] == "bridge"
+    called = {
+        "job": service["metadata"]["labels"][monitor["jobLabel"]],
+        "deployment": named(manifests, "Deployment", "bridge")["metadata"]["name"],
+        "horizontalpodautoscaler": named(manifests, "HorizontalPodAutoscaler", "bridge")["metadata"]["name"],
+        "container": named(manifests, "Deployment", "bridge")["spec"]["template"]["spec"]["containers"][0]["name"],
+    }
+    for expr in QUERIES:
+        for _, matchers in selectors(expr):
+            for label, name in called.items():
+                assert label not in matchers or matchers[label][1] in (name, "$job")
+    assert named(manifests, "PrometheusRule", "bridge")["metadata"]["namespace"] == service["metadata"]["namespace"]
+    shipped = named(manifests, "ConfigMap", "bridge-dashboard")
+    assert shipped["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(shipped["data"]["bridge.json"]) == DASHBOARD
+
+
+def test_a_drain_can_be_seen_and_an_ordinary_one_is_no_alert() -> None:
+    manifests = render("overlays/production")
+    service = named(manifests, "Service", "bridge-internal")["spec"]
+    assert service["publishNotReadyAddresses"], "or a pod is not scraped any more once it is to be deleted"
+    (endpoint,) = named(manifests, "ServiceMonitor", "bridge")["spec"]["endpoints"]
+    assert endpoint["interval"] == "15s"
+    pod = named(manifests, "Deployment", "bridge")["spec"]["template"]["spec"]
+    pre_stop = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    ordinary = pre_stop + float(settings(manifests)["BRIDGE_DRAIN_SECONDS"]) + 5
+    (margin,) = re.findall(r"- (\d+)\s*$", RULES["BridgeDrainTooLong"]["expr"])
+    assert ordinary <= pod["terminationGracePeriodSeconds"] - int(margin)

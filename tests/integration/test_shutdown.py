@@ -43,7 +43,7 @@ async def test_a_drain_says_goodbye_to_each_stream_at_its_own_time(
     assert all(100 <= retry <= 2000 for retry in retries)
     assert len(set(retries)) > 30
     assert await service.ended() == 0
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 4, "it waits for nobody once all are told"
     assert vhost.live_queues() == []
 
 

@@ -23,6 +23,7 @@ LAYERS = [
     ["publisher", "topology", "auth", "metrics"],
     ["broker", "eventlog", "quarantine", "settings"],
     ["hub"],
+    ["tracing"],
     ["stream"],
     ["web"],
     ["logs", "server"],
@@ -66,7 +67,8 @@ def test_pure_files_have_no_clock_no_chance_and_no_io(name: str) -> None:
 @pytest.mark.parametrize(
     ("library", "owners"),
     [("quart", {"web", "server"}), ("hypercorn", {"server", "cli"}), ("pydantic_settings", {"settings"}),
-     ("jwt", {"auth"}), ("aio_pika.exceptions", {"amqp"}), ("aiormq.exceptions", {"amqp"})],
+     ("jwt", {"auth"}), ("opentelemetry", {"tracing"}),
+     ("aio_pika.exceptions", {"amqp"}), ("aiormq.exceptions", {"amqp"})],
 )  # fmt: skip
 def test_each_library_has_its_file(library: str, owners: set[str]) -> None:
     users = {

@@ -1,0 +1,26 @@
+"""The short version of `make rollout`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deploy.local.node import Node
+from tests.deploy.rollout import rehearse
+
+
+# What a drained replica closes leaves its clients' sockets to the collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_rolling_update_costs_nobody_an_event(node: Node) -> None:
+    report, verdict = await rehearse(node, scale=0.05, replicas=2, clients=40)
+    said = f"{json.dumps(report)}\n{verdict}"
+    assert verdict.good, said
+    assert verdict.owed > 500, said
+    assert verdict.duplicates == 0, said
+    assert report["gaps_told"] == 0, said
+    assert report["exits"] == [0], said
+    assert report["cut_without_goodbye"] == 0, said
+    # Whoever was on an old replica had to go at least once.
+    assert isinstance(report["reconnects"], int)
+    assert report["reconnects"] >= 40, said
