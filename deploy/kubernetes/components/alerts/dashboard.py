@@ -411,7 +411,8 @@ ROWS = (
                 (
                     (
                         f'max by (pod) (kube_pod_deletion_timestamp{{namespace="$namespace",pod=~"$pod"}}) '
-                        f"- max by (pod) (timestamp({gauge('bridge_draining')} == 1))",
+                        # Of the series itself: `timestamp` of a comparison is the time of the question.
+                        f"- max by (pod) (timestamp({gauge('bridge_draining')}) and {gauge('bridge_draining')} == 1)",
                         "{{pod}}",
                     ),
                 ),
