@@ -16,7 +16,7 @@ test: $(READY) check ## every test, on a private RabbitMQ and in Chromium
 	@deploy/local/ensure chromium
 	@deploy/local/ensure kubectl
 	@deploy/local/ensure promtool
-	@$(VENV)/bin/python -m pytest $(TESTS)
+	@$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on, with NODES
 	@deploy/local/ensure rabbitmq
