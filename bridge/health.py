@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 
@@ -16,8 +17,17 @@ class Status:
     broker_away_seconds: float | None
 
 
-def why_not_ready(status: Status, *, grace_seconds: float) -> str | None:
+CHECKS = frozenset({"broker", "connections"})
+"""What may be left out. Starting and draining always count: there new streams are in the wrong place."""
+
+
+def why_not_ready(status: Status, *, grace_seconds: float, exclude: Set[str] = frozenset()) -> str | None:
     """The reason for a 503, or None when new streams are welcome here.
+
+    Args:
+        grace_seconds: how long the broker may be away.
+        exclude: those of CHECKS that do not count. Behind a proxy that answers with a status when nobody is ready,
+            which silences an EventSource for good, it is better to be asked and to say `busy`.
 
     A broker that is away for less than `grace_seconds` does not count: all replicas would leave the service at once,
     for a restart of the broker that their streams live through.
@@ -26,8 +36,9 @@ def why_not_ready(status: Status, *, grace_seconds: float) -> str | None:
         return "draining"
     if not status.started:
         return "starting: not connected to RabbitMQ yet"
-    if status.broker_away_seconds is not None and status.broker_away_seconds > grace_seconds:
-        return f"RabbitMQ has been away for {status.broker_away_seconds:.0f} s"
-    if status.connections >= status.max_connections:
+    away = status.broker_away_seconds
+    if "broker" not in exclude and away is not None and away > grace_seconds:
+        return f"RabbitMQ has been away for {away:.0f} s"
+    if "connections" not in exclude and status.connections >= status.max_connections:
         return f"at the cap of {status.max_connections} connections"
     return None

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
@@ -200,7 +200,7 @@ class _Service:
             packet=self.turn,
         )
 
-    def _why_not_ready(self) -> str | None:
+    def _why_not_ready(self, exclude: Set[str] = frozenset()) -> str | None:
         down_since = self.hub.broker.down_since
         status = Status(
             started=self.hub.broker.connects > 0,
@@ -209,7 +209,7 @@ class _Service:
             max_connections=self.settings.max_connections,
             broker_away_seconds=None if down_since is None else time.monotonic() - down_since,
         )
-        return why_not_ready(status, grace_seconds=self.settings.broker_grace_seconds)
+        return why_not_ready(status, grace_seconds=self.settings.broker_grace_seconds, exclude=exclude)
 
     async def run(self, public_socket: socket.socket, internal_socket: socket.socket, stop: asyncio.Event) -> int:
         _log.info(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Set
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ from bridge import __version__, exports, pacing, sse
 from bridge.auth import Authenticator, InvalidToken, KeysUnavailable, Subscriber
 from bridge.catalogue import Catalogue
 from bridge.cursor import echo
+from bridge.health import CHECKS
 from bridge.hub import Hub, StreamRequest
 from bridge.metrics import Metrics
 from bridge.publisher import EventRefused, Publisher, PublishError
@@ -248,7 +249,7 @@ def _add_console(
         return _json({"id": event_id})
 
 
-def create_internal_app(*, why_not_ready: Callable[[], str | None], metrics: Metrics) -> Quart:
+def create_internal_app(*, why_not_ready: Callable[[Set[str]], str | None], metrics: Metrics) -> Quart:
     """Probes and metrics."""
     app = _bare_app("bridge.internal")
 
@@ -259,7 +260,12 @@ def create_internal_app(*, why_not_ready: Callable[[], str | None], metrics: Met
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        reason = why_not_ready()
+        # As the Kubernetes API server has it: /readyz?exclude=broker&exclude=connections.
+        exclude = set(request.args.getlist("exclude"))
+        if unknown := exclude - CHECKS:
+            fault = f"exclude={min(unknown)} is none of {', '.join(sorted(CHECKS))}"
+            return _json({"status": "not known", "reason": fault}, status=400)
+        reason = why_not_ready(exclude)
         if reason is None:
             return _json({"status": "ready"})
         return _json({"status": "not ready", "reason": reason}, status=503)

@@ -16,6 +16,7 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+from bridge.health import CHECKS
 from bridge.metrics import Metrics
 from bridge.settings import PREFIX, Settings
 from tests.deploy.manifests import (
@@ -201,7 +202,9 @@ def test_the_program_listens_where_the_manifests_say(manifests: list[Manifest]) 
     assert given["BRIDGE_BIND"] == f"0.0.0.0:{ports['http']}"
     assert given["BRIDGE_INTERNAL_BIND"] == f"0.0.0.0:{ports['internal']}"
     assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
-    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    path, _, query = container["readinessProbe"]["httpGet"]["path"].partition("?")
+    assert path == "/readyz"
+    assert {part.removeprefix("exclude=") for part in query.split("&")} == CHECKS
     for probe in ["startupProbe", "livenessProbe", "readinessProbe"]:
         assert container[probe]["httpGet"]["port"] == "internal"
 
@@ -263,11 +266,11 @@ def test_a_pod_has_the_time_it_needs_to_say_goodbye(manifests: list[Manifest]) -
 
 @everywhere
 def test_a_drain_does_not_bring_more_people_than_a_broker_takes(manifests: list[Manifest]) -> None:
-    """A broker made some 350 queues a second here (docs/benchmark.md: 2,000 streams opened at once)."""
+    """A busy broker was seen to make 125 to 345 queues a second here (docs/benchmark.md: 2,000 streams at once)."""
     given = settings(manifests)
     highest = int(given["BRIDGE_MAX_CONNECTIONS"]) / float(given["BRIDGE_DRAIN_SECONDS"])
     if named(manifests, "Deployment", "bridge")["spec"].get("replicas") != 1:
-        assert highest <= 350
+        assert highest <= 200
 
 
 @everywhere
@@ -280,12 +283,13 @@ def test_budget_and_autoscaler_make_sense(manifests: list[Manifest]) -> None:
     scalers = [*of_kind(manifests, "HorizontalPodAutoscaler"), *of_kind(manifests, "ScaledObject")]
     assert (replicas is None) == bool(scalers), "one owner of the number of pods"
     for scaler in of_kind(manifests, "HorizontalPodAutoscaler"):
-        assert 2 <= scaler["spec"]["minReplicas"] < scaler["spec"]["maxReplicas"]
+        assert 3 <= scaler["spec"]["minReplicas"] < scaler["spec"]["maxReplicas"]
         wanted = scaler["spec"]["metrics"][0]["pods"]["target"]["averageValue"]
         assert 0.6 <= int(wanted) / limit <= 0.7
     for scaler in of_kind(manifests, "ScaledObject"):
-        assert 2 <= scaler["spec"]["minReplicaCount"] < scaler["spec"]["maxReplicaCount"]
-        (trigger,) = scaler["spec"]["triggers"]
+        assert 3 <= scaler["spec"]["minReplicaCount"] < scaler["spec"]["maxReplicaCount"]
+        trigger, processor = scaler["spec"]["triggers"]
+        assert processor["type"] == "cpu"
         assert 0.6 <= int(trigger["metadata"]["threshold"]) / limit <= 0.7
         assert trigger["metadata"]["ignoreNullValues"] == "false"
         assert scaler["spec"]["minReplicaCount"] <= scaler["spec"]["fallback"]["replicas"]
@@ -296,10 +300,13 @@ def test_budget_and_autoscaler_make_sense(manifests: list[Manifest]) -> None:
 def test_the_network_is_closed_but_for_what_is_named(manifests: list[Manifest]) -> None:
     (policy,) = of_kind(manifests, "NetworkPolicy")
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    own = {"app.kubernetes.io/name", "app.kubernetes.io/part-of"}
     for rule in policy["spec"]["egress"]:
         assert rule["to"], "a rule without `to` is everywhere"
         assert rule["ports"]
         for peer in rule["to"]:
+            # Kustomize's `includeSelectors` writes our own labels into peers, too: nobody else has them.
+            assert not own & set(peer.get("podSelector", {}).get("matchLabels", {}))
             if "ipBlock" in peer:
                 whole = ipaddress.ip_network(peer["ipBlock"]["cidr"])
                 assert all(
@@ -359,6 +366,28 @@ def test_the_catalogue_is_the_one_of_the_repository() -> None:
     (mount,) = container["volumeMounts"]
     path = next(variable["value"] for variable in container["env"] if variable["name"] == "PYTHONPATH")
     assert mount["mountPath"] == f"{path}/schemas"
+
+
+@everywhere
+def test_the_log_is_made_as_it_is_set(manifests: list[Manifest]) -> None:
+    """With the rights that ship the bridge takes whatever is there: it may not compare."""
+    defaults = Settings.model_fields
+    given = settings(manifests)
+    for queue in of_kind(manifests, "Queue"):
+        if queue["spec"]["type"] == "stream":
+            assert queue["spec"]["name"] == given.get("BRIDGE_LOG", defaults["log"].default)
+            arguments = queue["spec"]["arguments"]
+            assert arguments["x-max-age"] == given.get("BRIDGE_LOG_MAX_AGE", defaults["log_max_age"].default)
+            size = given.get("BRIDGE_LOG_MAX_BYTES", defaults["log_max_bytes"].default)
+            assert arguments["x-max-length-bytes"] == int(size)
+
+
+def test_with_an_identity_provider_no_secret_signs_tokens() -> None:
+    manifests = render("overlays/production-keda")
+    assert "BRIDGE_JWKS" in settings(manifests)
+    _, container = bridge(manifests)
+    assert "BRIDGE_JWT_SECRET" not in {variable["name"] for variable in container["env"]}
+    assert "bridge-jwt" not in {manifest["metadata"]["name"] for manifest in manifests}
 
 
 def test_a_baked_catalogue_leaves_nothing_of_the_mounted_one() -> None:

@@ -27,3 +27,12 @@ def test_not_ready(status: Status, word: str) -> None:
     reason = why_not_ready(status, grace_seconds=30)
     assert reason is not None
     assert word in reason
+
+
+def test_what_is_left_out_does_not_count() -> None:
+    full = replace(GOOD, connections=10, broker_away_seconds=31)
+    assert why_not_ready(full, grace_seconds=30, exclude={"broker", "connections"}) is None
+    assert "cap" in (why_not_ready(full, grace_seconds=30, exclude={"broker"}) or "")
+    assert "away" in (why_not_ready(full, grace_seconds=30, exclude={"connections"}) or "")
+    for status in [replace(full, started=False), replace(full, draining=True)]:
+        assert why_not_ready(status, grace_seconds=30, exclude={"broker", "connections"}) is not None
