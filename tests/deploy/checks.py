@@ -23,8 +23,9 @@ from tests.deploy.proxies import BRIDGE_HOSTS, Edge
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
 
-AT_ONCE_SECONDS = 1.0
-"""An event that no other follows has to be there by then. Whatever waits for a full buffer waits for ever."""
+AT_ONCE_SECONDS = 3.0
+"""An event that no other follows has to be there by then. It takes milliseconds, but the suite may share its machine; and
+what waits for a full buffer would wait for ever."""
 
 SILENT_HEARTBEAT = 30.0
 """Of one of the two bridges, so that its quiet streams meet the proxy's idle limit; the other's do not."""
@@ -44,7 +45,7 @@ class Place:
     def stream(self, user: str, *, cursor: str = "", query: str = "", in_query: bool = False) -> Stream:
         headers = {"Last-Event-ID": cursor} if cursor else {}
         return Stream(
-            self.edge.url, None if in_query else mint(user), query=query, headers=headers, tls=self.edge.trust
+            self.edge.url, None if in_query else mint(user), query=query, headers=headers, tls=self.edge.trust()
         )
 
     @contextlib.asynccontextmanager
@@ -62,7 +63,7 @@ class Place:
         return httpx.AsyncClient(
             http1=False,
             http2=True,
-            verify=self.edge.trust,
+            verify=self.edge.trust(),
             base_url=self.edge.url,
             limits=httpx.Limits(max_connections=1),
             timeout=httpx.Timeout(10, read=None),
@@ -153,16 +154,28 @@ async def reading(*readers: Reader) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def flow(vhost: Vhost, key: str, ids: list[str], *, every: float) -> dict[str, float]:
-    """Publishes these, one after another; returns when each was about to be."""
-    began = {}
+@contextlib.asynccontextmanager
+async def flow(vhost: Vhost, key: str, *, every: float) -> AsyncIterator[dict[str, float]]:
+    """Publishes one event after another while the block lasts; gives their ids, and when each was about to go out."""
+    began: dict[str, float] = {}
+    enough = asyncio.Event()
+
+    async def run() -> None:
+        while not enough.is_set():
+            event_id = f"f{len(began)}"
+            message = aio_pika.Message(json.dumps(cloudevent(event_id)).encode())
+            began[event_id] = time.monotonic()
+            await exchange.publish(message, key)
+            await asyncio.sleep(every)
+
     async with await aio_pika.connect(vhost.url) as connection:
         exchange = await (await connection.channel()).get_exchange("events", ensure=False)
-        for event_id in ids:
-            began[event_id] = time.monotonic()
-            await exchange.publish(aio_pika.Message(json.dumps(cloudevent(event_id)).encode()), key)
-            await asyncio.sleep(every)
-    return began
+        running = asyncio.create_task(run())
+        try:
+            yield began
+        finally:
+            enough.set()
+            await running
 
 
 async def each_at_once(place: Place, count: int) -> dict[str, float]:
@@ -174,48 +187,48 @@ async def each_at_once(place: Place, count: int) -> dict[str, float]:
         assert first < AT_ONCE_SECONDS, f"the first frame took {first:.2f} s"
         slowest = 0.0
         for number in range(count):
-            published = await flow(place.vhost, "user.at-once.job.completed", [f"a{number}"], every=0)
+            published = time.monotonic()
+            await place.vhost.publish("user.at-once.job.completed", cloudevent(f"a{number}"))
             await reader.has(number + 1)
-            slowest = max(slowest, reader.arrived[f"a{number}"] - published[f"a{number}"])
+            slowest = max(slowest, reader.arrived[f"a{number}"] - published)
     assert slowest < AT_ONCE_SECONDS, f"an event took {slowest:.2f} s"
-    return {"first frame, ms": first * 1000, "slowest event, ms": slowest * 1000}
+    return {"first frame, ms": first * 1000, "slowest event with its publisher's connection, ms": slowest * 1000}
 
 
-async def idle_limit(place: Place) -> dict[str, float]:
+async def idle_limit(place: Place, opened: asyncio.Event | None = None) -> dict[str, float]:
     """Heartbeats keep a quiet stream open for several times the limit; without them the limit ends it.
 
     The two stand side by side behind one proxy: one bridge's heartbeat is shorter than the limit, the other's longer.
+
+    Args:
+        opened: set once both are open.
     """
     limit = place.edge.idle_seconds
+    quiet: dict[bool, Stream] = {}
+    since: dict[bool, float] = {}
     async with contextlib.AsyncExitStack() as stack:
-        beating: Stream | None = None
-        silent: Stream | None = None
         for number in range(20):  # Which bridge a stream gets is not for us to say.
             stream = await stack.enter_async_context(place.opened(f"quiet-{number}"))
-            heartbeat = (await stream.ready()).json["heartbeat_seconds"]
-            if heartbeat == SILENT_HEARTBEAT:
-                silent = silent or stream
-            else:
-                beating = beating or stream
-            if beating and silent:
+            beats = (await stream.ready()).json["heartbeat_seconds"] != SILENT_HEARTBEAT
+            quiet.setdefault(beats, stream)
+            since.setdefault(beats, time.monotonic())
+            if len(quiet) == 2:
                 break
-        assert beating is not None
-        assert silent is not None
+        if opened is not None:
+            opened.set()
 
-        async def lives(stream: Stream, seconds: float) -> float:
-            """How long it went on, at most this long."""
-            began = time.monotonic()
+        async def lives(beats: bool, times: int) -> float:
+            """How long from its ready on, up to so many times the limit."""
             with contextlib.suppress(*BROKEN):
-                await stream.next(seconds=seconds)
-            return time.monotonic() - began
+                await quiet[beats].next(seconds=since[beats] + times * limit - time.monotonic())
+            return time.monotonic() - since[beats]
 
-        kept, cut = await asyncio.gather(lives(beating, 2.5 * limit), lives(silent, 2.5 * limit))
-    assert kept >= 2.5 * limit, f"cut after {kept:.2f} s in spite of heartbeats: {place.edge.said()[-2000:]}"
+        kept, cut = await asyncio.gather(lives(True, 2), lives(False, 3 if place.edge.has_idle_limit else 2))
+    assert kept >= 2 * limit, f"cut after {kept:.2f} s in spite of heartbeats: {place.edge.said()[-2000:]}"
     if not place.edge.has_idle_limit:
-        assert cut >= 2.5 * limit, f"it does have an idle limit: {cut:.2f} s"
+        assert cut >= 2 * limit, f"it does have an idle limit: {cut:.2f} s"
         return {}
-    # From the last byte, which was a moment before we began to look.
-    assert 0.8 * limit < cut < 2 * limit, f"an idle limit of {limit} s cut after {cut:.2f} s"
+    assert 0.9 * limit < cut < 3 * limit, f"an idle limit of {limit} s cut after {cut:.2f} s"
     return {"idle limit, s": limit, "cut without heartbeats, s": cut}
 
 
@@ -243,25 +256,34 @@ async def many_on_one_connection(place: Place, count: int) -> None:
 
 
 async def leaves(place: Place) -> dict[str, float]:
-    """A page that goes is gone from the bridge too, and not at the next heartbeat: it counts against its user's limit."""
-    user = f"leaver-{secrets.token_hex(4)}"
-    one = [Reader(place, user) for _ in range(3)]
-    async with place.http2() as client:
-        # The connection of HTTP/2 stays: a tab of several was closed.
-        two = [Reader(place, user, client) for _ in range(3)]
-        async with reading(*one, *two):
+    """A page that goes is gone from the bridge too, and before any heartbeat: it counts against its user's limit."""
+    # Where a proxy does not see to it, the idle limit ends the silent bridge's streams, so it has to be sooner than that.
+    limit = 0.75 * place.edge.idle_seconds
+    quickest = limit
+    for _ in range(3):  # A busy machine may be late; a proxy that waits is late each time.
+        user = f"leaver-{secrets.token_hex(4)}"
+        # Not over HTTP/2, where httpx forgets a stream and does not say so; Chromium does, in the long version.
+        readers = [Reader(place, user) for _ in range(6)]
+        async with reading(*readers):
             pass
-        began = time.monotonic()
-        while True:
-            ended = sum(
-                line["event"] == "stream ended" and line["user"] == user
-                for bridge in place.bridges
-                for line in bridge.lines
-            )
-            if ended == len(one) + len(two):
-                return {"gone from the bridge after, ms": (time.monotonic() - began) * 1000}
-            assert time.monotonic() - began < AT_ONCE_SECONDS, f"{ended} of 6 streams have ended at the bridges"
-            await asyncio.sleep(0.02)
+        quickest = min(quickest, await ended_at_the_bridges(place, user, len(readers)))
+        if quickest < limit:
+            return {"gone from the bridge after, ms": quickest * 1000}
+    raise AssertionError(f"streams of pages that have gone were still there {limit:.1f} s later")
+
+
+async def ended_at_the_bridges(place: Place, user: str, count: int) -> float:
+    """Seconds until so many streams of this user have ended there."""
+    began = time.monotonic()
+
+    def ended() -> int:
+        lines = [line for bridge in place.bridges for line in bridge.lines]
+        return sum(line["event"] == "stream ended" and line["user"] == user for line in lines)
+
+    async with asyncio.timeout(20):
+        while ended() < count:
+            await asyncio.sleep(0.01)
+    return time.monotonic() - began
 
 
 async def nothing_private(place: Place) -> None:
@@ -282,33 +304,36 @@ async def nothing_private(place: Place) -> None:
     assert token not in place.edge.said()
 
 
-async def reload(place: Place, *, readers: int, events: int, every: float, times: int = 1) -> dict[str, float]:
-    """Reloads under a flow of events: each reader gets each of them, once, in order, cut or not."""
-    ids = [f"f{number}" for number in range(events)]
+async def reload(place: Place, *, readers: int, every: float, times: int = 1, between: int = 10) -> dict[str, float]:
+    """Reloads under a flow of events: each reader gets each of them, once, in order, cut or not.
+
+    Args:
+        between: events before the first reload and after each.
+    """
     async with place.http2() as client:
         one = [Reader(place, "flow") for _ in range(readers)]
         two = [Reader(place, "flow", client) for _ in range(readers)]
         async with reading(*one, *two):
-            publishing = asyncio.create_task(flow(place.vhost, "user.flow.job.completed", ids, every=every))
             slowest = 0.0
-            for number in range(times):
-                # Spread over the flow: events come before the first and after the last.
-                await one[0].has((number + 1) * events // (times + 2))
-                began = time.monotonic()
-                await place.edge.reload()
-                slowest = max(slowest, time.monotonic() - began)
-                async with place.opened("newcomer") as stream:
-                    await stream.ready()
-            assert not publishing.done(), f"the flow was over before the reload, which took {slowest:.1f} s"
-            published = await publishing
-            await asyncio.gather(*(reader.has(events) for reader in (*one, *two)))
+            async with flow(place.vhost, "user.flow.job.completed", every=every) as published:
+                await one[0].has(between)
+                for _ in range(times):
+                    began = time.monotonic()
+                    await place.edge.reload()
+                    slowest = max(slowest, time.monotonic() - began)
+                    # As a page would: nginx closes a connection that has not said anything yet when it reloads.
+                    async with reading(Reader(place, "newcomer")):
+                        pass
+                    await one[0].has(len(published) + between)
+            await asyncio.gather(*(reader.has(len(published)) for reader in (*one, *two)))
+    ids = list(published)
     for reader in (*one, *two):
         assert reader.ids == ids, f"{reader.ends}\n{place.edge.said()[-4000:]}"
         assert reader.unresumed == 0
     late = sorted(reader.arrived[one_id] - published[one_id] for reader in (*one, *two) for one_id in ids)
     return {
         "reloads": times,
-        "events": len(late),
+        "deliveries": len(late),
         "cut, HTTP/1.1": sum(len(reader.ends) for reader in one),
         "cut, HTTP/2": sum(len(reader.ends) for reader in two),
         "readers of each": readers,
@@ -360,6 +385,6 @@ async def behind(
         )
 
     beating, silent = BRIDGE_HOSTS
-    bridges = list(await asyncio.gather(start_one(beating, idle_seconds / 2), start_one(silent, SILENT_HEARTBEAT)))
+    bridges = list(await asyncio.gather(start_one(beating, idle_seconds / 4), start_one(silent, SILENT_HEARTBEAT)))
     async with kind(folder, bridges, idle_seconds) as edge:
         yield Place(edge, bridges, vhost)

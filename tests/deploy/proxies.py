@@ -114,7 +114,10 @@ class Edge:
         self._files = {name: str(folder / name) for name in ("events.crt", "events.key", "events.pem")}
         self._processes: list[asyncio.subprocess.Process] = []
         make_certificate(folder)
-        self.trust = ssl.create_default_context(cafile=folder / "events.crt")
+
+    def trust(self) -> ssl.SSLContext:
+        """A new one each time: httpx writes into what it is given that it speaks HTTP/2."""
+        return ssl.create_default_context(cafile=self.folder / "events.crt")
 
     def _certificate(self, *names: str) -> dict[str, str]:
         return {f"/etc/ssl/{name}": self._files[name] for name in names}
@@ -125,14 +128,13 @@ class Edge:
 
     async def __aenter__(self) -> Edge:
         await self._run(self.configure())
-        async with asyncio.timeout(START_SECONDS):
+        async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(verify=self.trust()) as client:
             while True:
                 assert self._processes[-1].returncode is None, self.said()
-                with contextlib.suppress(OSError):
-                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-                    writer.close()
-                    await writer.wait_closed()
-                    return self
+                # Through to a bridge: Traefik listens before it knows its routes.
+                with contextlib.suppress(httpx.TransportError):
+                    if (await client.get(f"{self.url}/schemas")).status_code == 200:
+                        return self
                 await asyncio.sleep(0.02)
 
     async def __aexit__(
@@ -221,6 +223,8 @@ class Haproxy(Edge):
                 **self._upstream,
                 **self._certificate("events.pem"),
                 "bind :443 ": f"bind 127.0.0.1:{self.port} ",
+                # More than the machine may allow.
+                "maxconn 20000": "maxconn 500",
                 "check port 9090": f"check port {self._internal}",
                 "timeout client 60s": f"timeout client {self._idle}",
                 "timeout server 60s": f"timeout server {self._idle}",
@@ -276,7 +280,8 @@ class Envoy(Edge):
 
     def _command(self) -> list[str]:
         options = ["--restart-epoch", str(self._epoch), "--drain-time-s", "60", "--parent-shutdown-time-s", "3900"]
-        mine = ["--base-id", self._base_id, "--concurrency", "1"]
+        # It writes its log every ten seconds, unless told.
+        mine = ["--base-id", self._base_id, "--concurrency", "1", "--file-flush-interval-msec", "50"]
         return [program("envoy"), "-c", str(self.folder / "envoy.yaml"), *options, *mine]
 
     async def reload(self) -> None:
@@ -325,7 +330,7 @@ class Traefik(Edge):
     async def reload(self) -> None:
         self._reloads += 1
         self._write_routes()
-        async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(verify=self.trust) as client:
+        async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(verify=self.trust()) as client:
             host = {"Host": f"reload-{self._reloads}"}
             while (await client.get(f"{self.url}/events", headers=host)).status_code == 404:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
