@@ -24,8 +24,8 @@ from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
 
 AT_ONCE_SECONDS = 3.0
-"""An event that no other follows has to be there by then. It takes milliseconds, but the suite may share its machine; and
-what waits for a full buffer would wait for ever."""
+"""An event that no other follows has to be there by then. It takes milliseconds, but the suite may share its machine;
+and what waits for a full buffer would wait for ever."""
 
 SILENT_HEARTBEAT = 30.0
 """Of one of the two bridges, so that its quiet streams meet the proxy's idle limit; the other's do not."""
@@ -228,7 +228,7 @@ async def idle_limit(place: Place, opened: asyncio.Event | None = None) -> dict[
     if not place.edge.has_idle_limit:
         assert cut >= 2 * limit, f"it does have an idle limit: {cut:.2f} s"
         return {}
-    assert 0.9 * limit < cut < 3 * limit, f"an idle limit of {limit} s cut after {cut:.2f} s"
+    assert 0.5 * limit < cut < 3 * limit, f"an idle limit of {limit} s cut after {cut:.2f} s"
     return {"idle limit, s": limit, "cut without heartbeats, s": cut}
 
 
@@ -257,7 +257,7 @@ async def many_on_one_connection(place: Place, count: int) -> None:
 
 async def leaves(place: Place) -> dict[str, float]:
     """A page that goes is gone from the bridge too, and before any heartbeat: it counts against its user's limit."""
-    # Where a proxy does not see to it, the idle limit ends the silent bridge's streams, so it has to be sooner than that.
+    # Where a proxy does not see to it, the idle limit ends the silent bridge's streams; so it has to be sooner.
     limit = 0.75 * place.edge.idle_seconds
     quickest = limit
     for _ in range(3):  # A busy machine may be late; a proxy that waits is late each time.
@@ -281,7 +281,7 @@ async def ended_at_the_bridges(place: Place, user: str, count: int) -> float:
         return sum(line["event"] == "stream ended" and line["user"] == user for line in lines)
 
     async with asyncio.timeout(20):
-        while ended() < count:
+        while ended() < count:  # noqa: ASYNC110 - both bridges' logs at once have nothing to wait on.
             await asyncio.sleep(0.01)
     return time.monotonic() - began
 
