@@ -329,7 +329,6 @@ async def reload(place: Place, *, readers: int, every: float, times: int = 1, be
                     began = time.monotonic()
                     await place.edge.reload()
                     slowest = max(slowest, time.monotonic() - began)
-                    # As a page would: nginx closes a connection that has not said anything yet when it reloads.
                     async with reading(Reader(place, "newcomer")):
                         pass
                     await one[0].has(len(published) + between)
