@@ -284,6 +284,13 @@ class Envoy(Edge):
         mine = ["--base-id", self._base_id, "--concurrency", "1", "--file-flush-interval-msec", "50"]
         return [program("envoy"), "-c", str(self.folder / "envoy.yaml"), *options, *mine]
 
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await super().__aexit__(kind, error, traceback)
+        # What its lives share, which one that is killed leaves behind.
+        os.unlink(f"/dev/shm/envoy_shared_memory_{self._base_id}0")
+
     async def reload(self) -> None:
         self._epoch += 1
         before = self.said().count("starting main dispatch loop")
