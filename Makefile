@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test chaos mutants rollout bench image test-slow check format exports lock clean
+.PHONY: help demo test chaos proxies rollout mutants bench image test-slow check format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -16,12 +16,19 @@ test: $(READY) check ## every test, on a private RabbitMQ and in Chromium
 	@deploy/local/ensure chromium
 	@deploy/local/ensure kubectl
 	@deploy/local/ensure promtool
+	@deploy/local/ensure proxies
 	@$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on, with NODES
 	@deploy/local/ensure rabbitmq
 	@$(VENV)/bin/python -m tests.chaos.run --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),5) $(if $(SEED),--seed $(SEED)) \
 		$(if $(NODES),--nodes $(NODES))
+
+proxies: $(READY) ## five real proxies in front of the bridge, at length, with figures; ONLY=nginx for one
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure chromium
+	@deploy/local/ensure proxies
+	@$(VENV)/bin/python -m pytest -v -s tests/deploy/test_proxies.py tests/deploy/long_proxies.py $(if $(ONLY),-k $(ONLY))
 
 mutants: $(READY) ## let each bug of the zoo loose and see that a test catches it
 	@deploy/local/ensure rabbitmq

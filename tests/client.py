@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ class Stream:
         token: sent as Authorization: Bearer, unless None.
         headers: more of them.
         receive_buffer: bytes that the kernel may take in while nobody reads.
+        tls: whom to trust, where `base` is an https one.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Stream:
         query: str = "",
         headers: dict[str, str] | None = None,
         receive_buffer: int | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._address = urlsplit(base)
         self._path = "/events" + (f"?{query}" if query else "")
@@ -35,6 +38,7 @@ class Stream:
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
         self._receive_buffer = receive_buffer
+        self._tls = tls
         self.decoder = Decoder()
         self.frames: list[Frame] = []
         """All frames so far; `next` hands out one after another."""
@@ -65,7 +69,10 @@ class Stream:
             raw.close()
             raise
         limit = 1024 if self._receive_buffer is not None else 2**20
-        self._reader, self._writer = await asyncio.open_connection(sock=raw, limit=limit)
+        name = self._address.hostname if self._tls is not None else None
+        self._reader, self._writer = await asyncio.open_connection(
+            sock=raw, limit=limit, ssl=self._tls, server_hostname=name
+        )
         head = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
         self._writer.write(f"GET {self._path} HTTP/1.1\r\n{head}\r\n".encode("latin-1"))
         async with asyncio.timeout(15):

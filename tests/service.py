@@ -56,6 +56,10 @@ class Service:
         self.public = ""
         self.internal = ""
 
+    def set(self, name: str, value: str) -> None:
+        """For its next start."""
+        self._environment[f"BRIDGE_{name}"] = value
+
     async def start(self, *, ready: bool = True) -> None:
         """Until it serves, and with `ready` until /readyz says so. What it logged in a life before is forgotten."""
         self.lines, self.text = [], ""

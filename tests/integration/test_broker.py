@@ -67,6 +67,7 @@ async def test_a_broker_killed_and_started_again_is_invisible(
         while (await service.get("/readyz", internal=True)).status_code != 503:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert (await service.get("/livez", internal=True)).status_code == 200
+    assert (await service.get("/readyz?exclude=broker", internal=True)).status_code == 200
     assert await service.metric("bridge_broker_connected") == 0
     # Who comes now waits for a moment and is then told to come back.
     late = await connect(service, "43", ready=False)

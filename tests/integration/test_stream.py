@@ -199,6 +199,11 @@ async def test_too_many_are_told_busy_with_a_status_that_lets_browsers_come_back
     await assert_busy(back)
     assert back.frames[0].id == cursor
     assert (await service.get("/readyz", internal=True)).status_code == 503
+    assert (await service.get("/readyz?exclude=broker&exclude=connections", internal=True)).status_code == 200
+    misspelt = await service.get("/readyz?exclude=conections", internal=True)
+    assert (misspelt.status_code, misspelt.json()["reason"]) == (
+        400, "exclude=conections is none of broker, connections"
+    )  # fmt: skip
     assert await service.metric("bridge_ready") == 0
     await first.close()
     await service.logged("stream ended")
