@@ -29,6 +29,7 @@ DASHBOARD = json.loads((ALERTS / "dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 FROM_KUBERNETES = {
+    "kube_deployment_spec_replicas",
     "kube_deployment_status_replicas_ready",
     "kube_horizontalpodautoscaler_spec_max_replicas",
     "kube_horizontalpodautoscaler_spec_min_replicas",
