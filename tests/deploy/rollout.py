@@ -195,7 +195,8 @@ class Rollout:
             self._folder.cleanup()
 
     async def _until(self, look: Callable[[], bool], *, or_else: bool = True) -> None:
-        deadline = time.monotonic() + SETTLE_SECONDS
+        # The last who were told goodbye wait for up to a drain's length.
+        deadline = time.monotonic() + SETTLE_SECONDS + self._timings.drain
         while not look():
             if time.monotonic() > deadline:
                 assert not or_else, "not all clients got ready"

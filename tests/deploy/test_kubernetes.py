@@ -256,7 +256,7 @@ def test_a_pod_has_the_time_it_needs_to_say_goodbye(manifests: list[Manifest]) -
     unready = readiness["periodSeconds"] * readiness["failureThreshold"]
     assert pre_stop >= 5, "proxies have to hear that the pod goes before it does"
     assert pod["terminationGracePeriodSeconds"] >= pre_stop + drain + 5 + 10
-    assert deployment["minReadySeconds"] >= pre_stop + drain, "or one drain runs into the next"
+    assert deployment["minReadySeconds"] >= pre_stop + 2 * drain, "or those who come back from one meet the next's"
     startup = container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"]
     assert deployment["progressDeadlineSeconds"] > startup + deployment["minReadySeconds"]
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
@@ -266,11 +266,19 @@ def test_a_pod_has_the_time_it_needs_to_say_goodbye(manifests: list[Manifest]) -
 
 @everywhere
 def test_a_drain_does_not_bring_more_people_than_a_broker_takes(manifests: list[Manifest]) -> None:
-    """A busy broker was seen to make 125 to 345 queues a second here (docs/benchmark.md: 2,000 streams at once)."""
+    """Goodbyes come evenly over the drain, pauses are even up to as long: so the rate of those who come back rises to
+    its highest in the middle and falls again. Whoever has waited for 20 s is told `busy`."""
+    if named(manifests, "Deployment", "bridge")["spec"].get("replicas") == 1:
+        return
     given = settings(manifests)
-    highest = int(given["BRIDGE_MAX_CONNECTIONS"]) / float(given["BRIDGE_DRAIN_SECONDS"])
-    if named(manifests, "Deployment", "bridge")["spec"].get("replicas") != 1:
-        assert highest <= 200
+    drain = float(given["BRIDGE_DRAIN_SECONDS"])
+    highest = int(given["BRIDGE_MAX_CONNECTIONS"]) / drain
+    takes = (
+        200  # Queues a second of a busy broker: 185 to 345 were seen here (docs/benchmark.md, 2,000 opened at once).
+    )
+    too_many = max(0.0, highest - takes)
+    behind = too_many * drain * too_many / highest
+    assert behind / takes < 15
 
 
 @everywhere
