@@ -26,6 +26,7 @@ from pathlib import Path
 from deploy.local.node import Node, free_ports
 from tests.chaos.oracle import Client, Ledger, Verdict, judge, publish
 from tests.deploy.manifests import bridge, named, render, settings
+from tests.deploy.proxies import program
 from tests.rabbit import Vhost
 from tests.service import Service
 
@@ -88,7 +89,7 @@ listen bridge
         self._free = list(range(SLOTS))
 
     async def start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec("haproxy", "-db", "-q", "-f", str(self._config))
+        self._process = await asyncio.create_subprocess_exec(program("haproxy"), "-db", "-q", "-f", str(self._config))
         deadline = time.monotonic() + 10
         while not self._socket.exists():
             assert time.monotonic() < deadline, "HAProxy did not start"
@@ -130,10 +131,16 @@ class Rollout:
         self._rate = rate
         self._chance = random.Random(seed)
         self._folder = tempfile.TemporaryDirectory(prefix="rollout-")
+        self._users = max(1, clients // 5)
         self.proxy = Haproxy(Path(self._folder.name))
         self.ledger = Ledger()
         self.clients = [
-            Client(str(number % 20), ("ops",) * (number % 3 == 0), [self.proxy], random.Random(self._chance.random()))
+            Client(
+                str(number % self._users),
+                ("ops",) * (number % 3 == 0),
+                [self.proxy],
+                random.Random(self._chance.random()),
+            )
             for number in range(clients)
         ]
         self.pods: list[Service] = []
@@ -169,7 +176,7 @@ class Rollout:
             tasks += [asyncio.create_task(client.run()) for client in self.clients]
             await self._until(lambda: all(client.ready_at for client in self.clients))
             stop = asyncio.Event()
-            publisher = asyncio.create_task(publish(0, self._vhost.url, 20, 1, self._rate, self.ledger, stop))
+            publisher = asyncio.create_task(publish(0, self._vhost.url, self._users, 1, self._rate, self.ledger, stop))
             tasks.append(publisher)
             await asyncio.sleep(1)
             self.began = time.monotonic()
@@ -199,7 +206,8 @@ class Rollout:
         deadline = time.monotonic() + SETTLE_SECONDS + self._timings.drain
         while not look():
             if time.monotonic() > deadline:
-                assert not or_else, "not all clients got ready"
+                away = [client.byes for client in self.clients if client.away]
+                assert not or_else, f"{len(away)} of {len(self.clients)} clients are still away: {away[:5]}"
                 return
             await asyncio.sleep(0.1)
 
@@ -221,7 +229,8 @@ class Rollout:
             "reconnects_a_client": [min(per_client), max(per_client)],
             "most_reconnects_a_second": max(per_second.values(), default=0),
             "longest_away_s": round(max(client.longest_away for client in self.clients), 2),
-            "cut_without_goodbye": len(back) - sum(client.byes["drain"] for client in self.clients),
+            "cut_without_goodbye": len(back) - sum(sum(client.byes.values()) for client in self.clients),
+            "turned_away": sum(client.byes["busy"] for client in self.clients),
             "exits": sorted(set(self.exits)),
             "longest_exit_s": round(self.longest_exit, 1),
         }
