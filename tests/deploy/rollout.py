@@ -187,9 +187,10 @@ class Rollout:
                 going.append(asyncio.create_task(self._terminate(pod, slot)))
             await asyncio.gather(*going)
             self.seconds = time.monotonic() - self.began
+            # Events flow on until all are back: a client here takes 20 s without one for a dead stream.
+            await self._until(lambda: not any(client.away for client in self.clients))
             stop.set()
             await publisher
-            await self._until(lambda: not any(client.away for client in self.clients))
             await self._until(lambda: judge(self.ledger, self.clients).good, or_else=False)
             return judge(self.ledger, self.clients)
         finally:
