@@ -53,9 +53,9 @@ HEARTBEAT_SECONDS = 10
 CLOSE_SECONDS = 5.0
 """A broker that is blocked or gone never answers a close."""
 
-GATHER_SECONDS = 0.008
-"""So long nothing is read from a connection after deliveries that came close behind others: half of what a screen shows
-one picture for. An event that comes alone is not delayed."""
+GATHER_SECONDS = 0.016
+"""So long nothing is read from a connection after deliveries that came close behind others: no longer than a screen
+shows one picture. An event that comes alone is not delayed."""
 
 TALK_SECONDS = 0.1
 """So long after an answer of the broker's another may be awaited."""
