@@ -15,6 +15,7 @@ _QUIET = {
     "hypercorn": logging.WARNING,
     "quart": logging.ERROR,
     "httpx": logging.WARNING,
+    "opentelemetry.trace": logging.ERROR,  # It warns of what publishers write; that it cannot send is told elsewhere.
     "httpcore": logging.WARNING,
     "asyncio": logging.WARNING,
 }

@@ -90,8 +90,11 @@ class Streams:
             chunked: whether the body is in chunks (HTTP/1.1), or ends with the connection (HTTP/1.0).
         """
         # A class of its own, so that without tracing not even a question is asked for each event.
-        kind = _Stream if self.tracing is None else _TracedStream
-        stream = kind(self, transport, chunked=chunked)
+        stream = (
+            _Stream(self, transport, chunked=chunked)
+            if self.tracing is None
+            else _TracedStream(self, transport, self.tracing, chunked=chunked)
+        )
         transport.set_protocol(stream)
         transport.resume_reading()  # Whoever had it before may have had enough; we have to see its end.
         stream.begin(request)
@@ -153,10 +156,10 @@ class _Stream(asyncio.Protocol):
         delivered = session.delivered
         chunk = session.take()
         if chunk:
+            metrics = self._streams.metrics
+            metrics.events_delivered.value += session.delivered - delivered
             if session.oldest_ms is not None:
                 connection.pace.moved(now)
-                metrics = self._streams.metrics
-                metrics.events_delivered.value += session.delivered - delivered
                 metrics.delivery_seconds.observe(max(0.0, time.time() - session.oldest_ms / 1000))
             self._write(chunk)
             connection.pace.wrote(now)
@@ -248,12 +251,14 @@ class _Stream(asyncio.Protocol):
 
 
 class _TracedStream(_Stream):
-    __slots__ = ()
+    __slots__ = ("_tracing",)
+
+    def __init__(self, streams: Streams, transport: asyncio.Transport, tracing: Tracing, *, chunked: bool) -> None:
+        super().__init__(streams, transport, chunked=chunked)
+        self._tracing = tracing
 
     def _say(self, connection: Connection, now: float) -> None:
         session = connection.session
         waiting, delivered = session.waiting(), session.delivered
         super()._say(connection, now)
-        written = waiting[: session.delivered - delivered]
-        if written and self._streams.tracing is not None:
-            self._streams.tracing.delivered(written, connection.subscription.number)
+        self._tracing.delivered(waiting[: session.delivered - delivered], connection.subscription.number)

@@ -15,7 +15,9 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -27,7 +29,22 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from bridge import __version__
 from bridge.event import Event
 
-_CONTEXT = TraceContextTextMapPropagator()
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+@lru_cache(maxsize=16)  # The streams that get the same event get it one after another.
+def _context_of(event: Event) -> Context | None:
+    """The context that it was published in, if it carries one.
+
+    An extension attribute may be a number or a boolean too; the library takes text alone and raises over anything else,
+    and what raises here would end the stream, again and again, each time that the event is read for it from the log.
+    """
+    if b'"traceparent"' not in event.plain:
+        return None
+    envelope = json.loads(event.text)
+    carrier = {name: envelope.get(name) for name in ("traceparent", "tracestate")}
+    context = _PROPAGATOR.extract({name: value for name, value in carrier.items() if isinstance(value, str)})
+    return context or None
 
 
 class Tracing:
@@ -52,15 +69,12 @@ class Tracing:
         """
         now = time.time_ns()
         for event, received_ms in events:
-            if b'"traceparent"' not in event.plain:
+            context = _context_of(event)
+            if context is None:
                 continue
-            envelope = json.loads(event.text)
-            carrier = {name: envelope[name] for name in ("traceparent", "tracestate") if name in envelope}
-            if not carrier:
-                continue  # It only stood somewhere in the data.
             span = self._tracer.start_span(
                 f"deliver {event.type}",
-                context=_CONTEXT.extract(carrier),
+                context=context,
                 kind=SpanKind.CONSUMER,
                 start_time=now if received_ms is None else min(now, received_ms * 1_000_000),
                 attributes={
