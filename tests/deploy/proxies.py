@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import ipaddress
 import os
 import secrets
 import shutil
@@ -21,12 +19,9 @@ from pathlib import Path
 from types import TracebackType
 
 import httpx
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from deploy.local.node import free_ports
+from tests import certificate
 from tests.service import Service
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "proxies"
@@ -39,29 +34,7 @@ START_SECONDS = 20.0
 
 def make_certificate(folder: Path) -> None:
     """`events.crt` and `events.key` for localhost, and HAProxy's `events.pem`, which is both."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName(
-                [x509.DNSName("localhost"), x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]
-            ),
-            critical=False,
-        )
-        .sign(key, hashes.SHA256())
-    )
-    public = certificate.public_bytes(serialization.Encoding.PEM)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    public, private = certificate.make()
     (folder / "events.crt").write_bytes(public)
     (folder / "events.key").write_bytes(private)
     (folder / "events.pem").write_bytes(public + private)

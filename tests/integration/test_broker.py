@@ -8,17 +8,12 @@ import ssl
 import struct
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from deploy.local.node import Node
+from tests import certificate
 from tests.client import Stream
 from tests.conftest import Eventually, OpenStream, StartService
 from tests.proxy import Proxy
@@ -343,36 +338,12 @@ async def test_an_address_where_something_else_listens_is_tried_again(
     await connect(both)
 
 
-def certificate(folder: Path) -> Path:
-    """A certificate of its own for 127.0.0.1, and its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = folder / "broker.pem"
-    path.write_bytes(
-        made.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return path
-
-
 async def test_over_tls_events_of_all_sizes_arrive(
     vhost: Vhost, start: StartService, connect: OpenStream, tmp_path: Path
 ) -> None:
     """A record of TLS ends where it likes, not where a frame does."""
-    pem = certificate(tmp_path)
+    pem = tmp_path / "broker.pem"
+    pem.write_bytes(b"".join(certificate.make()))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(pem)
     async with Proxy(vhost.node.port, tls=context) as proxy:
