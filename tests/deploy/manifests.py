@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -19,7 +21,11 @@ Manifest = dict[str, Any]
 @cache
 def render(folder: str) -> list[Manifest]:
     """The objects of `overlays/local`, `base` and so on."""
-    done = subprocess.run(["kubectl", "kustomize", KUBERNETES / folder], capture_output=True, text=True, check=False)
+    # Where the machine has none, or too old a one, deploy/local/ensure has put one there.
+    path = os.pathsep.join([str(KUBERNETES.parents[1] / ".run" / "tools"), os.environ["PATH"]])
+    kubectl = shutil.which("kubectl", path=path)
+    assert kubectl is not None, "kubectl is missing: deploy/local/ensure kubectl"
+    done = subprocess.run([kubectl, "kustomize", KUBERNETES / folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
 
