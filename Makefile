@@ -78,10 +78,11 @@ image: $(READY) ## the container image, by Docker or without any engine; then ru
 	@$(VENV)/bin/python -m pytest -q tests/deploy/image_checks.py
 
 ALERTS := deploy/kubernetes/components/alerts
-exports: $(READY) ## write what is made from the event catalogue, and the dashboard
+exports: $(READY) ## write what is made from the event catalogue and copied of it, and the dashboard
 	@$(VENV)/bin/bridge schemas export > schemas/events.schema.json
 	@$(VENV)/bin/bridge schemas export --format typescript > schemas/events.ts
 	@$(VENV)/bin/bridge schemas export --format asyncapi > schemas/asyncapi.json
+	@cp schemas/*.py deploy/kubernetes/base/catalogue/
 	@$(VENV)/bin/python $(ALERTS)/dashboard.py > $(ALERTS)/dashboard.json
 
 # Versions and hashes, and no registry's address.

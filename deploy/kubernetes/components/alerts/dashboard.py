@@ -316,7 +316,7 @@ ROWS = (
             Panel(
                 "Streams of the cap",
                 "Open streams of BRIDGE_MAX_CONNECTIONS, each pod. The autoscaler should hold it near two thirds; a "
-                "pod at 1 is not ready and sends new streams away.",
+                "pod at 1 sends new streams away.",
                 ((f"{gauge('bridge_connections')} / {gauge('bridge_connections_limit')}", "{{pod}}"),),
                 unit="percentunit",
                 most=1,
