@@ -87,15 +87,15 @@ exports: $(READY) ## write what is made from the event catalogue and copied of i
 
 # Versions and hashes, and no registry's address.
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	--no-emit-find-links --no-header --no-annotate --upgrade pyproject.toml
-lock: $(READY) ## renew the lock files (needs uv)
-	@$(LOCK) --extra server --extra tracing -o requirements.lock
-	@$(LOCK) --extra server --extra tracing --group dev -o requirements-dev.lock
+	--no-emit-find-links --no-header --no-annotate --upgrade
+lock: $(READY) ## renew the lock files (needs uv, and npm)
+	@$(LOCK) pyproject.toml --extra server --extra tracing -o requirements.lock
+	@$(LOCK) pyproject.toml --extra server --extra tracing --group dev -o requirements-dev.lock
 	@$(LOCK) --group build -o requirements-build.lock
-	@cd $(PEERS) && $(subst pyproject.toml,requirements.in,$(LOCK)) --constraint ../../../requirements.lock -o requirements.lock
-	@cd $(PEERS) && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error
+	@cd $(PEERS) && $(LOCK) requirements.in --constraint ../../../requirements.lock -o requirements.lock
+	@cd $(PEERS) && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error >/dev/null
 	@# Whom to fund is an address too.
-	@cd $(PEERS) && $(CURDIR)/$(VENV)/bin/python -c "import json, pathlib; lock = pathlib.Path('package-lock.json'); \
+	@cd $(PEERS) && $(abspath $(VENV))/bin/python -c "import json, pathlib; lock = pathlib.Path('package-lock.json'); \
 		held = json.loads(lock.read_text()); [entry.pop('funding', None) for entry in held['packages'].values()]; \
 		lock.write_text(json.dumps(held, indent=2) + '\n')"
 

@@ -47,6 +47,19 @@ async def test_a_drain_says_goodbye_to_each_stream_at_its_own_time(
     assert vhost.live_queues() == []
 
 
+async def test_nobody_is_waited_for_once_all_have_been_told(start: StartService, connect: OpenStream) -> None:
+    # Several, as what went wrong here once was a race, lost in one of three.
+    services = [await start(DRAIN_SECONDS="0.2") for _ in range(5)]
+    # Just opened: the log is still being read for them, over a connection that has to say goodbye as well.
+    streams = [await connect(service, str(n)) for n in range(20) for service in services]
+    began = time.monotonic()
+    for service in services:
+        service.signal(signal.SIGTERM)
+    await asyncio.gather(*(stream.rest() for stream in streams))
+    assert [await service.ended() for service in services] == [0] * 5
+    assert time.monotonic() - began < 4
+
+
 async def test_what_has_arrived_is_sent_before_the_goodbye(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
