@@ -71,6 +71,12 @@ def token(user: str) -> str:
     return _tokens[user]
 
 
+def python() -> str:
+    """The Python of the servers; in the suite, which has no folder for the benchmark, the one that runs it."""
+    fast = FOLDER / "venv/bin/python"
+    return str(fast) if fast.exists() else sys.executable
+
+
 def _bridge(url: str, port: int) -> Server:
     (internal,) = free_ports(1)
     environment = {
@@ -81,10 +87,12 @@ def _bridge(url: str, port: int) -> Server:
         "BRIDGE_INTERNAL_BIND": f"127.0.0.1:{internal}",
         "BRIDGE_MAX_CONNECTIONS": "20000",
     }
-    # In the suite, which has no folder for the benchmark, the Python that runs it.
-    python = FOLDER / "venv/bin/python"
-    command = [str(python) if python.exists() else sys.executable, "-m", "bridge", "serve"]
-    child = Child(command, says="broker connected", environment=environment, log=FOLDER / "bridge.log")
+    child = Child(
+        [python(), "-m", "bridge", "serve"],
+        says="broker connected",
+        environment=environment,
+        log=FOLDER / "bridge.log",
+    )
     return Server(port, "bridge.ready", [child], tokens=True, internal_port=internal)
 
 
@@ -100,8 +108,7 @@ def _node(script: str) -> Callable[[str, int], Server]:
 
 def _python(script: str) -> Callable[[str, int], Server]:
     def start(url: str, port: int) -> Server:
-        command = [str(FOLDER / "venv/bin/python"), str(SOURCES / script), url, str(port)]
-        child = Child(command, says="serving", folder=FOLDER)
+        child = Child([python(), str(SOURCES / script), url, str(port)], says="serving", folder=FOLDER)
         time.sleep(0.5)  # Its "serving" is said just before it listens.
         return Server(port, "event: ready", [child])
 

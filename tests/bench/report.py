@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.bench.cases import Figures
-from tests.bench.peers import PEERS
+from tests.bench.peers import PEERS, python
 
 Results = dict[str, dict[str, list[Figures]]]
 """By case, by peer: the figures of each round."""
@@ -57,10 +57,13 @@ def machine() -> str:
         ),
         platform.machine(),
     )
-    node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    node, servers_python = (
+        subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+        for command in ("node", python())
+    )
     return (
         f"{os.cpu_count()} processors ({processor}), shared by broker, server, load and publisher. "
-        f"Linux {platform.release()}, Node {node}."
+        f"Linux {platform.release()}, Node {node}, {servers_python}."
     )
 
 
