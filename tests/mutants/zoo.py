@@ -192,6 +192,14 @@ ZOO = [
         "tests/property/test_event.py",
     ),
     Mutant(
+        "anything-is-as-written",
+        "bridge/event.py",
+        "if text != data or b",
+        "if b",
+        "members that nobody declared, or that stand twice, reach the page as they were published",
+        "tests/unit/test_event.py",
+    ),
+    Mutant(
         "acks-after-the-close",
         "bridge/deliveries.py",
         "            self._sinks[channel] = _nowhere\n            self._newest.pop(channel, None)\n",

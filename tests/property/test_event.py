@@ -1,5 +1,6 @@
 """Whatever bytes come: an event that streams as one line, or a named refusal. Never another exception."""
 
+import contextlib
 import json
 from datetime import datetime
 from typing import Any
@@ -8,7 +9,16 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 from pydantic import Field
 
-from bridge.event import EventData, InvalidEvent, _parse, _pass_through, _revalidate, read_event
+from bridge.event import (
+    EventData,
+    InvalidEvent,
+    _parse,
+    _pass_through,
+    _read,
+    _read_as_written,
+    _revalidate,
+    read_event,
+)
 from tests.decoder import Decoder
 
 json_values = st.recursive(
@@ -104,3 +114,49 @@ def test_the_short_way_says_what_the_careful_one_says_or_nothing(
     short = _pass_through(body, model)
     if short is not None:
         assert json.loads(short) == json.loads(_revalidate(envelope["data"], model))
+
+
+plain = st.text(st.characters(min_codepoint=31, max_codepoint=128), max_size=5)
+
+
+names = st.sampled_from(["id", "source", "time", "subject", "tracestate", "data", "new"])
+blots = st.tuples(st.floats(0, 1), st.sampled_from([b"", b"}", b'"', b",", b" ", b"null", b"NaN", b"\\", b"\xff"]))
+
+
+@settings(max_examples=500)
+@given(
+    st.lists(st.tuples(names, plain | json_values), max_size=2),
+    st.tuples(st.sampled_from([Lax, Exact]), exact_values)
+    | st.tuples(st.just(Loose), st.builds(dict, value=json_values)),
+    st.booleans(),
+    st.none() | blots,
+)
+def test_a_body_as_written_says_what_it_says_read_with_care_or_nothing(
+    attributes: list[tuple[str, Any]],
+    of: tuple[type[EventData], dict[str, Any]],
+    rewritten: bool,
+    blot: tuple[float, bytes] | None,
+) -> None:
+    model, data = of
+    if rewritten:  # Then most are as written.
+        with contextlib.suppress(ValueError):
+            data = json.loads(model.model_validate(data).model_dump_json(by_alias=True))
+    order = ["specversion", "id", "source", "type", "time", "subject", "tracestate", "data"]
+    event = {
+        "specversion": "1.0",
+        "id": "e",
+        "source": "/t",
+        "type": model.event_type,
+        "data": data,
+        **dict(attributes),
+    }
+    event = dict(sorted(event.items(), key=lambda member: order.index(member[0]) if member[0] in order else 9))
+    body = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="surrogatepass")
+    if blot is not None:
+        at = round(blot[0] * len(body))
+        body = body[:at] + blot[1] + body[at + 1 :]
+    key, models = f"user.42.{model.event_type}", {model.event_type: model}
+    short = _read_as_written(body, key, models)
+    if short is not None:
+        careful = _read(body, key, models)
+        assert (short.id, short.type, short.named) == (careful.id, careful.type, careful.named)

@@ -13,6 +13,7 @@ from bridge.event import (
     EventData,
     InvalidEvent,
     Models,
+    _read_as_written,
     read_event,
     write_event,
 )
@@ -235,6 +236,66 @@ def test_what_is_written_is_read() -> None:
     data = Done.model_validate({"job_id": "r", "reNamed": "y", "at": "2026-01-01T00:00:00Z"})
     event = read(write_event({"id": "e", "source": "/t"}, data))
     assert json.loads(line_of(event))["data"]["reNamed"] == "y"
+
+
+def test_what_the_sdk_writes_goes_out_as_it_is() -> None:
+    attributes = {"tracestate": "v=1", "time": "2026-01-31T12:00:00.5Z", "subject": "s", "id": "e", "source": "/t"}
+    data = Done(job_id="r", seconds=1.5, anything={"text": 'é \n " \\', "none": None, "list": [1, -0.25, True]})
+    body = write_event({**attributes, "traceparent": "00-1-2-01", "dataschema": "https://x.example/s"}, data)
+    event = _read_as_written(body, "user.42.test.done", MODELS)
+    assert event is not None, "it takes the long way, at three times the price"
+    assert event.text == body == line_of(read(body))
+
+
+WRITTEN = (
+    b'{"specversion":"1.0","id":"e","source":"/t","type":"test.done",'
+    b'"data":{"job_id":"r","seconds":0.0,"part":null,"anything":null,"at":null,"reNamed":"x"}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b"", b"", None),
+        (b'"id":"e","source":"/t"', b'"source":"/t","id":"e"', None),
+        (b'"id":"e"', b'"id": "e"', None),
+        (b'"id":"e"', b'"id":"e","id":"e"', "malformed"),
+        (b'"id":"e"', b'"id":"%b"' % (b"e" * 129), "not-a-cloudevent"),
+        (b'"/t"', b'""', "not-a-cloudevent"),
+        (b'"/t"', b'"\xff"', "malformed"),
+        (b'"/t"', b'"\n"', "malformed"),
+        (b"/t", b"\\n", None),
+        (b'"/t"', b'"/t","time":"yesterday"', "not-a-cloudevent"),
+        (b'"test.done"', b'"test.done","time":"2026-02-30"', "not-a-cloudevent"),
+        (b'"test.done"', b'"test.done","datacontenttype":"text/plain"', "not-a-cloudevent"),
+        (b'"test.done"', b'"test.done","subject":""', "not-a-cloudevent"),
+        (b'"test.done"', b'"test.done","other":"x"', None),
+        (b"test.done", b"test.gone", "type-mismatch"),
+        (b'"x"}}', b'"x"}', "malformed"),
+        (b'"x"}}', b'"x"}]', "malformed"),
+        (b'"x"}}', b'"x"}}}', "malformed"),
+        (b'"x"}}', b'"x"},"id":"f"}', "malformed"),
+        (b'"x"}}', b'"x","more":1}}', None),
+        (b'"job_id":"r"', b'"job_id":"r","job_id":"r"', "malformed"),
+        (b'"job_id":"r"', b'"job_id":1', "schema"),
+        (b'"anything":null', b'"anything":{"a":1,"a":2}', "malformed"),
+        (b'"anything":null', b'"anything":NaN', "malformed"),
+        (b'"anything":null', b'"anything":Infinity', "malformed"),
+        (b'"anything":null', b'"anything":1e400', "malformed"),
+        (b'"anything":null', b'"anything":"\\ud800"', "malformed"),
+        (b'"anything":null', b'"anything":"\xff"', "malformed"),
+        (b'"anything":null', b'"anything":"a\nb"', "malformed"),
+        (b'"seconds":0.0', b'"seconds":"inf"', "schema"),
+    ],
+)
+def test_as_written_and_nearly_so(old: bytes, new: bytes, reason: str | None) -> None:
+    body = WRITTEN.replace(old, new)
+    event = _read_as_written(body, "user.42.test.done", MODELS)
+    assert (event is not None) == (body == WRITTEN)
+    if reason is None:
+        assert read(body).id == "e"
+    else:
+        assert refusal(body).reason == reason
 
 
 def test_infinity_is_not_written_as_null() -> None:
