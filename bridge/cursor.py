@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from binascii import b2a_base64
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Self
@@ -64,9 +64,9 @@ class Anchor:
     check: str
 
 
-def encode(anchor: Anchor, digests: Iterable[str], truncated: bool, passed: Collection[str]) -> str:
+def encode(anchor: Anchor, digests: str, truncated: bool, passed: Collection[str]) -> str:
     """The text of a cursor with an anchor, straight from its parts: a busy stream writes one with every event."""
-    text = f"2.{anchor.offset:x}.{anchor.check}.{'~' if truncated else ''}{''.join(digests)}"
+    text = f"2.{anchor.offset:x}.{anchor.check}.{'~' if truncated else ''}{digests}"
     return f"{text}.{''.join(passed)}" if passed else text
 
 
@@ -99,13 +99,14 @@ class Cursor:
             raise InvalidCursor(f"not a cursor of this bridge ({len(text)} characters)")
         if match[1] is None:
             return cls(None, time_ms=int(text[2:], 16))
-        return cls(Anchor(int(match[1], 16), match[2]), _split(match[4]), match[3] == "~", _split(match[5] or ""))
+        return cls(Anchor(int(match[1], 16), match[2]), split(match[4]), match[3] == "~", split(match[5] or ""))
 
     def __str__(self) -> str:
         if self.anchor is None:
             return f"0.{self.time_ms:x}"
-        return encode(self.anchor, self.digests, self.truncated, self.passed)
+        return encode(self.anchor, "".join(self.digests), self.truncated, self.passed)
 
 
-def _split(digests: str) -> tuple[str, ...]:
+def split(digests: str) -> tuple[str, ...]:
+    """The digests that stand in one text, side by side."""
     return tuple(digests[at : at + DIGEST_CHARS] for at in range(0, len(digests), DIGEST_CHARS))

@@ -33,7 +33,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from bridge import sse
-from bridge.cursor import MAX_DIGESTS, Anchor, Cursor, InvalidCursor, encode
+from bridge.cursor import DIGEST_CHARS, MAX_DIGESTS, Anchor, Cursor, InvalidCursor, encode, split
 from bridge.event import Event
 from bridge.routing import TypeFilter
 from bridge.sse import EndReason, GapReason
@@ -124,9 +124,9 @@ class _Place:
     def __init__(self, anchor: Anchor | None, sent: Iterable[tuple[str, int]] = (), truncated: bool = False) -> None:
         self.anchor = anchor
         self.truncated = truncated
-        # What was sent from behind the anchor, oldest first, and when it was received. Side by side, because the names
-        # are joined with every event, and the times are looked at every ten seconds.
-        self._digests: deque[str] = deque(maxlen=MAX_DIGESTS)
+        # What was sent from behind the anchor, oldest first, and when it was received. Side by side, and the names as
+        # one text, because they are told with every event, and the times are looked at every ten seconds.
+        self._digests = ""
         self._received_ms: deque[int] = deque(maxlen=MAX_DIGESTS)
         self._name(sent)
         self.passed: deque[str] = deque(maxlen=MAX_DIGESTS)
@@ -134,13 +134,12 @@ class _Place:
 
     def _name(self, sent: Iterable[tuple[str, int]]) -> None:
         pairs = list(sent)
-        self._digests.clear()
+        self._digests = "".join([digest for digest, _ in pairs])
         self._received_ms.clear()
-        self._digests.extend([digest for digest, _ in pairs])
         self._received_ms.extend([received_ms for _, received_ms in pairs])
 
     def _sent(self) -> list[tuple[str, int]]:
-        return list(zip(self._digests, self._received_ms, strict=True))
+        return list(zip(split(self._digests), self._received_ms, strict=True))
 
     def copy(self) -> _Place:
         place = _Place(self.anchor, self._sent(), self.truncated)
@@ -150,8 +149,10 @@ class _Place:
     def move(self, item: _Item) -> None:
         """Past an item of the backlog."""
         if isinstance(item, _Live):
-            self.truncated = self.truncated or len(self._digests) == MAX_DIGESTS
-            self._digests.append(item.event.digest)
+            if len(self._digests) == MAX_DIGESTS * DIGEST_CHARS:
+                self.truncated = True
+                self._digests = self._digests[DIGEST_CHARS:]
+            self._digests += item.event.digest
             self._received_ms.append(item.received_ms)
         elif isinstance(item, Entry):
             # Everything up to here has been sent. What was sent live from further behind stays named; what fell out
@@ -183,7 +184,7 @@ class _Place:
     def cursor(self, now_ms: int) -> Cursor:
         if self.anchor is None:
             return Cursor(None, time_ms=now_ms)
-        return Cursor(self.anchor, tuple(self._digests), self.truncated, self._passed())
+        return Cursor(self.anchor, split(self._digests), self.truncated, self._passed())
 
     def text(self, now_ms: int) -> str:
         """Of the cursor."""
@@ -193,7 +194,7 @@ class _Place:
 
     def _passed(self) -> tuple[str, ...]:
         # Those that were sent from behind the anchor are needed; of the others as many as there is room for.
-        room = MAX_DIGESTS - len(self._digests)
+        room = MAX_DIGESTS - len(self._received_ms)
         return tuple(self.passed)[-room:] if room else ()
 
 
