@@ -235,6 +235,7 @@ class Connection:
     def settled(self) -> None:
         self._request = None
         self.session.settled()
+        self.ring()
 
     # Called by the stream's side.
 

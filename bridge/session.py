@@ -223,6 +223,7 @@ class Session:
         "_held",
         "_held_bytes",
         "_held_lost",
+        "_late",
         "_live_since_ms",
         "_max_bytes",
         "_max_events",
@@ -284,6 +285,7 @@ class Session:
         self._held: OrderedDict[str, _Live] = OrderedDict()  # By event id.
         self._held_bytes = 0
         self._held_lost = False
+        self._late: dict[str, _Live] | None = None  # By event id.
         self._place = _Place(None)
         self._recent: dict[str, None] = {}
         self._now_ms = 0
@@ -367,6 +369,9 @@ class Session:
             self._tell_gap(gap)
             self._reset()
         self._release_held()
+        # The log was not read up to the tick, so events from before it may still be on their way here. What stands
+        # behind it is not given out before them: the live queue, where it is not missing, brings all in order.
+        self._late = {}
         return gap
 
     def _tell_gap(self, gap: GapReason) -> None:
@@ -405,6 +410,7 @@ class Session:
         # The log has them too, and will be read from before them.
         self._drop_held()
         self._held_lost = self._overlapping = False
+        self._late = None
 
     # The log is read.
 
@@ -494,12 +500,22 @@ class Session:
             self._overlapping = True
 
     def settle(self, event: Event, now_ms: int) -> None:
-        """Takes an event that stands in the log just behind the tick. It has nearly always come live before."""
-        if self.state is State.LIVE and self._overlapping:
+        """Takes an event that stands in the log just behind the tick. Nearly always it has come live, or will."""
+        if self.state is not State.LIVE or not self._overlapping:
+            return
+        if self._late is None:
             self.offer(event, now_ms)
+        elif event.id not in self._recent:
+            self._late[event.id] = _Live(event, now_ms)
+            if len(self._late) > self._max_events:
+                item = self._late.pop(next(iter(self._late)))
+                self.offer(item.event, item.received_ms)
 
     def settled(self) -> None:
         """What follows comes live, and only live."""
+        late, self._late = self._late, None
+        for item in (late or {}).values():
+            self.offer(item.event, item.received_ms)
         self._overlapping = False
 
     # Events.
