@@ -47,9 +47,10 @@ BROKER_MOMENT_SECONDS = 3.0
 
 ANCHOR_SECONDS = 10.0
 
-ARRIVAL_SECONDS = (5.0, 9.0)
-"""So long after an entry was written to the log all that stands before it has surely come live. Twice: the few streams
-whose last events do not show which of them stand behind it at one time do so at the other."""
+ARRIVAL_SECONDS = (5.0, 13.0)
+"""So long after an entry was written to the log all that stands before it has surely come live. Twice: a stream takes
+it when few of its last events may stand on either side of it. At two events a second or fewer these are few at once; at
+more, the last twenty are all from behind it thirteen seconds later."""
 
 
 class Limits(Protocol):

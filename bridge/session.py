@@ -57,7 +57,10 @@ may stand behind it, and stays among the digests."""
 SEEK_MATCHES = 5
 """Where a cursor could not name all that was sent behind its anchor, everything before the fifth of those named is
 taken as sent. So events that crossed are told apart on both sides: a sent one may stand up to four behind, an unsent
-one up to fifteen before where live order would have it."""
+one up to CROSSING before where live order would have it."""
+
+CROSSING = 10
+"""So many of a client's events may overtake another on their way to it, against the order of the log."""
 
 LAG_MS = 2_000
 """An event may reach its live queue so much later than the log: what came in this long after an anchor was written
@@ -171,10 +174,10 @@ class _Place:
         needed = [pair for pair in sent if pair[1] >= mark.written_ms - OVERLAP_MS]
         unsure = sum(received_ms < mark.written_ms + LAG_MS for _, received_ms in needed)
         truncated = self.truncated and bool(needed) and len(needed) == len(sent)
-        # Once events behind the anchor have fallen out of the named, the reading of the log begins among those that
-        # are left, so enough of these must surely stand behind it: now, and when the next one falls out. Otherwise
-        # the anchor is not taken; another will be.
-        if unsure and (truncated or unsure > MAX_DIGESTS - SEEK_MATCHES):
+        # Once events behind the anchor have fallen out of the named, reading the log begins among those that are left,
+        # at the fifth, and what is not sent yet may stand CROSSING before the last. So many must surely stand behind
+        # the anchor: now, or when the first falls out, which is an unsure one. Otherwise another anchor will be taken.
+        if unsure - (not truncated) > MAX_DIGESTS - SEEK_MATCHES - CROSSING:
             return
         self.truncated = truncated
         self.anchor = mark.anchor

@@ -89,7 +89,7 @@ ZOO = [
     Mutant(
         "anchor-before-all-names",
         "bridge/session.py",
-        "        if unsure and (truncated or unsure > MAX_DIGESTS - SEEK_MATCHES):\n            return\n",
+        "        if unsure - (not truncated) > MAX_DIGESTS - SEEK_MATCHES - CROSSING:\n            return\n",
         "",
         "a busy client's place names nothing that stands behind its anchor: a gap for nothing (this one bit)",
         SESSION,
@@ -97,10 +97,26 @@ ZOO = [
     Mutant(
         "anchor-before-names-to-be",
         "bridge/session.py",
-        "        if unsure and (truncated or unsure > MAX_DIGESTS - SEEK_MATCHES):\n",
+        "        if unsure - (not truncated) > MAX_DIGESTS - SEEK_MATCHES - CROSSING:\n",
         "        if unsure and truncated:\n",
         "the same, when those that stand before the anchor fall out of the names only later (this one bit, too)",
         SESSION,
+    ),
+    Mutant(
+        "crossing-at-the-edge",
+        "bridge/session.py",
+        "        if unsure - (not truncated) > MAX_DIGESTS - SEEK_MATCHES - CROSSING:\n",
+        "        if unsure - (not truncated) > MAX_DIGESTS - SEEK_MATCHES:\n",
+        "an event that others overtook is lost to whoever comes back just then (this one bit)",
+        WORLD,
+    ),
+    Mutant(
+        "the-log-runs-ahead",
+        "bridge/session.py",
+        "        self._late = {}\n",
+        "        self._late = None\n",
+        "who has just come gets what was published behind its ready before what was published before (this one bit)",
+        WORLD,
     ),
     Mutant(
         "anchor-of-a-dead-queue",

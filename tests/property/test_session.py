@@ -57,6 +57,7 @@ class World(RuleBasedStateMachine):
         self.reading: int | None = None
         self.extending = False
         self.settling: int | None = None  # The entry of the log from which it is read on behind the tick.
+        self.replayed = False  # Whether it was read up to there.
         self.asked: Anchor | None = None  # A tick that is written, and not yet known to the bridge.
         self.anchors: list[tuple[Anchor, int, int]] = []
         self.decoder = Decoder()
@@ -185,7 +186,7 @@ class World(RuleBasedStateMachine):
         assert self.session is not None
         replay = self.session.replay
         if replay is None:
-            self.start_settling()
+            self.start_settling(replayed=False)
             return
         if replay.check is not None:
             if self.check(replay.start) == replay.check:
@@ -193,7 +194,7 @@ class World(RuleBasedStateMachine):
                 self.reading = replay.start + 1
             else:
                 self.session.not_found("unknown")
-                self.start_settling()
+                self.start_settling(replayed=False)
         else:
             self.reading = replay.start
 
@@ -216,12 +217,13 @@ class World(RuleBasedStateMachine):
                 if not self.session.caught_up(self.now_ms):
                     self.extending = True
                 else:
-                    self.start_settling()
+                    self.start_settling(replayed=True)
             else:
                 self.reading = offset + 1
 
-    def start_settling(self) -> None:
+    def start_settling(self, *, replayed: bool) -> None:
         assert self.session is not None
+        self.replayed = replayed
         if self.session.state is State.LIVE and self.session.tick is not None:
             self.settling = self.session.tick.offset + 1
 
@@ -241,9 +243,9 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.settling is not None)
     @rule()
     def end_settling(self) -> None:
-        """A second later: a live queue that lags for so long is outside the window."""
+        """A second later. Where the log was not read up to the tick, a live queue that lags so long is out of order."""
         assert self.session is not None
-        while key := next((key for key, queue in self.queues.items() if queue), None):
+        while not self.replayed and (key := next((key for key, queue in self.queues.items() if queue), None)):
             self.deliver_one(key)
         self.settling = None
         self.session.settled()
@@ -436,6 +438,27 @@ class World(RuleBasedStateMachine):
         first = {item.number for item in self.log[: self.since] if isinstance(item, Published)}
         assert owed - first <= set(self.got), "lost"
         self.none_of_others_nothing_twice_in_order()
+
+
+def test_an_event_overtaken_just_as_names_fall_out_of_the_cursor() -> None:
+    world = World()
+    world.begin()
+    world.fall_behind(before=1, later=1, delivered=False)
+    world.write_anchor()
+    world.adopt_anchor()
+    for publisher in (0, 0, 1):
+        world.publish(publisher, "user")
+    world.anchor_under_load(before=3, behind=3)  # The last of the three is still on its way.
+    world.lose_queues()
+    world.come_to_rest()
+
+
+def test_what_the_log_has_behind_the_tick_waits_for_what_is_on_its_way_from_before() -> None:
+    world = World()
+    world.begin()
+    world.reconnect(count=1, later=1, delivered=False)
+    world.settle(1)
+    world.come_to_rest()
 
 
 World.TestCase.settings = settings(

@@ -1,10 +1,12 @@
 """The table of a connection's life, one sentence at a time."""
 
+import random
 from typing import Any
 
 import pytest
 
 from bridge.cursor import Anchor, Cursor
+from bridge.hub import ANCHOR_SECONDS, ARRIVAL_SECONDS
 from bridge.routing import TypeFilter
 from bridge.session import CHUNK_BYTES, RECENT_IDS, Entry, Replay, Session, State
 from tests.decoder import Decoder, Frame
@@ -390,7 +392,7 @@ def test_a_newer_anchor_needs_fewer_names() -> None:
     assert frames(made)[0].id == f"2.64.TICKTI.{make_event(2).digest}"
 
 
-@pytest.mark.parametrize(("count", "taken"), [(15, True), (16, False), (21, False)])
+@pytest.mark.parametrize(("count", "taken"), [(6, True), (7, False), (21, False)])
 def test_an_anchor_that_too_many_may_stand_before_is_not_taken(count: int, taken: bool) -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
@@ -400,6 +402,35 @@ def test_an_anchor_that_too_many_may_stand_before_is_not_taken(count: int, taken
     made.anchor(TICK, 9000)
     made.place(14_000)
     assert frames(made)[0].id.startswith("2.64.TICKTI." if taken else "2.a.AAAAAA.")
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("rate", [0.3, 1, 1.5, 1.8, 1.9, 2, 2.05, 2.1, 2.2, 2.5, 2.9, 3, 3.3, 4, 7, 20])
+def test_a_place_moves_on_however_many_events_there_are(rate: float, even: bool) -> None:
+    made = session(has_log=True)
+    made.bound(0, Anchor(100, "AAAAAA"))
+    chance = random.Random(1)
+    moments: list[tuple[float, Anchor | None, int]] = []
+    at = 0.0
+    while at < 300:
+        at += 1 / rate if even else chance.expovariate(rate)
+        moments.append((at, None, 0))
+    for number in range(1, 29):
+        written = number * ANCHOR_SECONDS + 0.003
+        newer = Anchor(100 + number, "BBBBBB")
+        moments += [(written + seconds, newer, int(written * 1000)) for seconds in ARRIVAL_SECONDS]
+    offered = taken = 100
+    for number, (at, anchor, written_ms) in enumerate(sorted(moments, key=lambda moment: moment[0])):
+        if anchor is None:
+            made.offer(make_event(number), int(at * 1000))
+        else:
+            offered = anchor.offset
+            made.anchor(anchor, written_ms)
+        made.place(int(at * 1000))
+        for frame in frames(made):
+            if frame.id.startswith("2."):
+                taken = int(frame.id.split(".")[1], 16)
+        assert taken >= offered - 3, "whoever comes back now has half a minute of the log to read"
 
 
 def test_an_anchor_from_before_the_queues_were_bound_is_not_taken() -> None:
