@@ -38,6 +38,10 @@ SPAN_ENTRIES = 20_000
 
 LONGEST_REST_SECONDS = 3.0
 
+LINE_SECONDS = 10.0
+"""So long whoever was away for more than a moment waits for others who will ask as soon as their queues are made. A
+pass costs the broker time, of which it has none to spare then; one for all is over sooner than the second of two."""
+
 PREFETCH = 1_000
 
 SETTLE_SECONDS = 1.0
@@ -81,13 +85,15 @@ class Reader(Protocol):
 class Request:
     """One wish to read. `cancel` ends it at any time; nothing is called after that."""
 
-    __slots__ = ("cancelled", "caught_up_at", "next", "only_settles", "prefixes", "reader", "replay", "verified")
+    __slots__ = ("asked_at", "cancelled", "caught_up_at", "next", "only_settles", "prefixes", "reader", "replay",
+                 "verified")  # fmt: skip
 
     def __init__(self, replay: Replay, prefixes: Sequence[str], reader: Reader, *, only_settles: bool = False) -> None:
         self.replay = replay
         self.prefixes = prefixes
         self.reader = reader
         self.only_settles = only_settles
+        self.asked_at = time.monotonic()
         self.next = replay.start
         self.verified = replay.check is None
         self.cancelled = False
@@ -126,6 +132,7 @@ class EventLog:
         self._tick_wanted = asyncio.Event()
         self._requests: list[Request] = []
         self._request_made = asyncio.Event()
+        self._expected = 0
         self._passes: dict[asyncio.Task[None], _Pass] = {}
         self._rest_timer: asyncio.TimerHandle | None = None
         self.passes = 0
@@ -146,7 +153,16 @@ class EventLog:
         but `settle` is called."""
         return self._add(Request(Replay(tick.offset, tick.offset, tick.check), prefixes, reader, only_settles=True))
 
+    def expect(self, count: int) -> None:
+        """So many more streams will ask for a replay before long; below zero, so many have, or never will."""
+        self._expected += count
+        if not self._expected:
+            self._request_made.set()
+
     def _add(self, request: Request) -> Request:
+        if not request.only_settles and all(other.only_settles for other in self._requests):
+            # A little later, as the loop's clock is not the one that it is compared by.
+            asyncio.get_running_loop().call_later(LINE_SECONDS + 0.1, self._request_made.set)
         self._requests.append(request)
         self._request_made.set()
         return request
@@ -286,8 +302,11 @@ class EventLog:
         reading = sum(not each.has_caught_up for each in self._passes.values())
         if reading >= MAX_PASSES or len(self._passes) >= 2 * MAX_PASSES:
             return False
-        near = any(request.replay.until - request.next < SPAN_ENTRIES for request in self._requests)
-        return near or (reading == 0 and self._rest_timer is None)
+        if any(request.replay.until - request.next < SPAN_ENTRIES for request in self._requests):
+            return True
+        since = next(request.asked_at for request in self._requests if not request.only_settles)
+        all_here = self._expected == 0 or time.monotonic() >= since + LINE_SECONDS
+        return all_here and reading == 0 and self._rest_timer is None
 
     def _rest(self, began: float) -> None:
         """A pass has caught up. Before the next one that reads far back, as long again is left to others.

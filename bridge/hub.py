@@ -104,6 +104,7 @@ class Connection:
 
     __slots__ = (
         "_epoch",
+        "_expected",
         "_hub",
         "_paused_at",
         "_request",
@@ -131,6 +132,7 @@ class Connection:
         """Counts the lives of its queues: what was asked in one is not answered in the next."""
         self._request: Request | None = None
         self._paused_at: int | None = None
+        self._expected = False
 
     # Called by the broker's side.
 
@@ -155,6 +157,14 @@ class Connection:
     def on_lost(self) -> None:
         self.forget()
         self.session.lost()
+        self.expect(self.session.greeted or bool(self.request.last_event_id))
+
+    def expect(self, replay: bool) -> None:
+        """Whether it will ask for a replay, once its queues are bound. The log waits for those who will."""
+        log = self._hub.log
+        if log is not None and replay is not self._expected:
+            self._expected = replay
+            log.expect(1 if replay else -1)
 
     def forget(self) -> None:
         """Nothing that was asked of the log is wanted any more."""
@@ -170,6 +180,7 @@ class Connection:
         if epoch == self._epoch:
             self._hub.note(self, self.session.bound(_now_ms(), anchor))
             self._read_log()
+            self.expect(False)
             self.ring()
 
     def _on_later_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
@@ -373,6 +384,7 @@ class Hub:
             self._by_group.setdefault(group, {})[connection] = None
         self._empty.clear()
         self._metrics.connections.set(len(self._connections))
+        connection.expect(bool(request.last_event_id))
         connection.subscription = self.broker.subscribe(
             request.keys,
             request.subscriber.groups,
@@ -386,6 +398,7 @@ class Hub:
         """Forgets a connection. Synchronous: it is called from a `finally` that may be cancelled at any await."""
         connection.subscription.close()
         connection.forget()
+        connection.expect(False)
         del self._connections[connection]
         user = connection.request.subscriber.user
         self._by_user[user] -= 1
