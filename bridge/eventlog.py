@@ -13,7 +13,6 @@ import bisect
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -36,11 +35,13 @@ the end, and read on for a second."""
 SPAN_ENTRIES = 20_000
 """Readers whose starts are this close together share a pass. The one who starts last waits while it is read."""
 
-LONGEST_REST_SECONDS = 3.0
-
 LINE_SECONDS = 10.0
 """So long whoever was away for more than a moment waits for others who will ask as soon as their queues are made. A
 pass costs the broker time, of which it has none to spare then; one for all is over sooner than the second of two."""
+
+LONGEST_LINE_SECONDS = 15.0
+"""Of a line that will be over by then, as it looks, the end is waited for. Shorter than a new stream waits for its
+ready, which it is told once the log is read."""
 
 PREFETCH = 1_000
 
@@ -110,6 +111,19 @@ class Request:
             self.caught_up_at = None
 
 
+def is_worth_waiting(waited: float, here: int, expected: int) -> bool:
+    """Whether those who are here wait for those who are expected, or have the log read without them.
+
+    Args:
+        waited: how long the first of them has been here, in seconds.
+        here: how many want to read from far back; at least one.
+    """
+    if not expected:
+        return False
+    left = expected * waited / here  # At the pace at which they have come so far.
+    return waited < LINE_SECONDS or waited + left < LONGEST_LINE_SECONDS
+
+
 class EventLog:
     """
     Args:
@@ -134,7 +148,6 @@ class EventLog:
         self._request_made = asyncio.Event()
         self._expected = 0
         self._passes: dict[asyncio.Task[None], _Pass] = {}
-        self._rest_timer: asyncio.TimerHandle | None = None
         self.passes = 0
         """Passes begun since the start."""
         self.entries_read = 0
@@ -161,8 +174,9 @@ class EventLog:
 
     def _add(self, request: Request) -> Request:
         if not request.only_settles and all(other.only_settles for other in self._requests):
-            # A little later, as the loop's clock is not the one that it is compared by.
-            asyncio.get_running_loop().call_later(LINE_SECONDS + 0.1, self._request_made.set)
+            for seconds in (LINE_SECONDS, LONGEST_LINE_SECONDS):
+                # A little later, as the loop's clock is not the one that it is compared by.
+                asyncio.get_running_loop().call_later(seconds + 0.1, self._request_made.set)
         self._requests.append(request)
         self._request_made.set()
         return request
@@ -286,10 +300,7 @@ class EventLog:
                 newest = max(request.next for request in self._requests)
                 together = [request for request in self._requests if request.next > newest - SPAN_ENTRIES]
                 self._requests = [request for request in self._requests if request.next <= newest - SPAN_ENTRIES]
-                reading = _Pass(
-                    [request for request in together if not request.cancelled],
-                    on_caught_up=partial(self._rest, time.monotonic()),
-                )
+                reading = _Pass([request for request in together if not request.cancelled], self._request_made.set)
                 task = asyncio.create_task(self._pass(reading), name="log-pass")
                 self._passes[task] = reading
                 task.add_done_callback(self._end_pass)
@@ -304,25 +315,11 @@ class EventLog:
             return False
         if any(request.replay.until - request.next < SPAN_ENTRIES for request in self._requests):
             return True
-        since = next(request.asked_at for request in self._requests if not request.only_settles)
-        all_here = self._expected == 0 or time.monotonic() >= since + LINE_SECONDS
-        return all_here and reading == 0 and self._rest_timer is None
-
-    def _rest(self, began: float) -> None:
-        """A pass has caught up. Before the next one that reads far back, as long again is left to others.
-
-        When a replica's ten thousand come back their queues are made one by one, and with each comes a request. Passes
-        that followed each other at once would take from the broker what it needs to make the queues.
-        """
-        if self._rest_timer is None:
-            seconds = min(time.monotonic() - began, LONGEST_REST_SECONDS)
-            # Whether it is over is for the timer alone to say: by a clock of ours it may come too early, and only once.
-            self._rest_timer = asyncio.get_running_loop().call_later(seconds, self._rested)
-        self._request_made.set()
-
-    def _rested(self) -> None:
-        self._rest_timer = None
-        self._request_made.set()
+        if reading:
+            return False
+        far = [request for request in self._requests if not request.only_settles]
+        waited = time.monotonic() - far[0].asked_at
+        return not is_worth_waiting(waited, len(far), self._expected)
 
     def _end_pass(self, task: asyncio.Task[None]) -> None:
         del self._passes[task]

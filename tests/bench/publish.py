@@ -46,6 +46,13 @@ def message(key: str, number: int) -> bytes:
     return frame(1, 1, publish) + frame(2, 1, header) + frame(3, 1, body)
 
 
+def close(broker: socket.socket) -> None:
+    """Returns once whatever was written is routed: RabbitMQ answers the close of a channel only then."""
+    broker.sendall(frame(1, 1, struct.pack(">HHH", 20, 40, 0) + b"\0" + struct.pack(">HH", 0, 0)))
+    broker.recv(12, socket.MSG_WAITALL)
+    broker.close()
+
+
 def main() -> None:
     port, vhost, rate, seconds, *keys = sys.argv[1:]
     broker = connect(int(port), vhost)
@@ -62,10 +69,7 @@ def main() -> None:
             late = max(late, time.monotonic() - began - due / float(rate))
             sent = due
         time.sleep(TICK_SECONDS)
-    # Whatever was written is routed before the answer to a close.
-    broker.sendall(frame(1, 1, struct.pack(">HHH", 20, 40, 0) + b"\0" + struct.pack(">HH", 0, 0)))
-    broker.recv(12, socket.MSG_WAITALL)
-    broker.close()
+    close(broker)
     print(json.dumps({"sent": sent, "late_seconds": round(late, 3), "cpu_seconds": time.process_time()}), flush=True)
 
 

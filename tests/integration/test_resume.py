@@ -10,6 +10,7 @@ import pytest
 from bridge import Publisher
 from deploy.local.node import Node
 from schemas.jobs import JobProgress
+from tests.bench.publish import close as close_publisher
 from tests.bench.publish import connect as raw_publisher
 from tests.bench.publish import message
 from tests.client import Stream
@@ -267,10 +268,10 @@ async def test_what_is_confirmed_while_a_broker_starts_is_in_the_log(
     assert [frame.event for frame in again.frames].count("bridge.gap") == 0
 
 
-async def test_who_comes_back_from_far_while_the_log_rests_is_served_after_it(
-    service: Service, vhost: Vhost, connect: OpenStream
+@pytest.mark.parametrize("gives_up", [False, True], ids=["comes", "gives up"])
+async def test_from_far_behind_one_waits_for_who_is_expected(
+    service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually, *, gives_up: bool
 ) -> None:
-    """After a pass that read far back the next one waits; it must not wait for another request."""
     cursors = {}
     for user in ("42", "43"):
         stream = await connect(service, user)
@@ -281,12 +282,23 @@ async def test_who_comes_back_from_far_while_the_log_rests_is_served_after_it(
         broker = raw_publisher(vhost.port, vhost.name)
         for at in range(0, 25_000, 1_000):
             broker.sendall(b"".join(message("user.other.job.progress", n) for n in range(at, at + 1_000)))
-        broker.close()
+        close_publisher(broker)
 
     await asyncio.to_thread(fill)
     for user in cursors:
         await vhost.publish(f"user.{user}.job.completed", cloudevent(f"for-{user}"))
-    for user, cursor in cursors.items():
-        again = await connect(service, user, headers={"Last-Event-ID": cursor}, ready=False)
-        assert await again.ids(1, seconds=15) == [f"for-{user}"]
-        await again.close()
+    # Each group is one more question to the broker, before the first of which the other is bound.
+    groups = [f"g{number}" for number in range(400)]
+    late = await connect(service, "43", *groups, headers={"Last-Event-ID": cursors["43"]}, ready=False)
+    early = await connect(service, "42", headers={"Last-Event-ID": cursors["42"]}, ready=False)
+    if gives_up:
+        await late.close()
+    assert await early.ids(1, seconds=8) == ["for-42"]
+    if not gives_up:
+        assert await late.ids(1, seconds=8) == ["for-43"]
+
+    def far_passes() -> list[int]:
+        return [line["readers"] for line in service.lines if line["event"] == "log read" and line["entries"] > 20_000]
+
+    await eventually(lambda: len(far_passes()) > 0)
+    assert far_passes() == [1 if gives_up else 2]

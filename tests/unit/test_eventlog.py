@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bridge.cursor import digest
-from bridge.eventlog import Request, _Pass
+from bridge.eventlog import LINE_SECONDS, LONGEST_LINE_SECONDS, Request, _Pass, is_worth_waiting
 from bridge.session import Replay
 
 
@@ -112,3 +112,19 @@ def test_a_pass_that_breaks_off_anywhere_is_begun_again_with_what_is_left(last: 
     read([request], request.next, 8)
     assert [told for told in notes.told if told != "settle"] == ["found", 4, 5, 6, "caught up"]
     assert notes.told[-2:] == ["settle", "settle"], "7 and 8"
+
+
+@pytest.mark.parametrize(
+    ("waited", "here", "expected", "worth"),
+    [
+        (0.0, 1, 0, False),
+        (0.0, 1, 9_999, True),
+        (LINE_SECONDS - 0.1, 1, 9_999, True),
+        (LINE_SECONDS, 2_000, 1_000, False),  # As it looks, over at the 15th second.
+        (LINE_SECONDS, 2_000, 999, True),
+        (LONGEST_LINE_SECONDS - 0.1, 2_000, 1, True),
+        (LONGEST_LINE_SECONDS, 2_000, 1, False),
+    ],
+)
+def test_a_line_is_waited_for_while_it_moves(waited: float, here: int, expected: int, *, worth: bool) -> None:
+    assert is_worth_waiting(waited, here, expected) is worth
