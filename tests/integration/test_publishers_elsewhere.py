@@ -1,0 +1,130 @@
+"""The examples of docs/publishing.md, for programs without the SDK, keep its promises, also when the broker dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from playwright._impl._driver import compute_driver_executable
+
+from deploy.local.node import Node
+from tests.conftest import OpenStream
+from tests.rabbit import Vhost
+from tests.service import Service
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
+PACKAGES = ROOT / "tests" / "clients" / "node_modules"
+
+# Publishes for as long as its input is open, and says the id of each event that was confirmed.
+DRIVERS = {
+    "publish.mjs": """
+import { Events, word } from "./publish.mjs";
+const events = new Events(process.env.AMQP_URL, { source: "/test/node" });
+let open = true;
+process.stdin.on("end", () => (open = false)).resume();
+for (let number = 0; open; number++) {
+  const data = { job_id: `r-${number}`, duration_seconds: 1 };
+  console.log(await events.publish(`user.${word("42")}`, "job.completed", data));
+  await new Promise((resolve) => setTimeout(resolve, 5));
+}
+await events.close();
+""",
+    "publish.py": """
+import itertools, os, select, sys, time
+from publish import Events, word
+events = Events(os.environ["AMQP_URL"], source="/test/pika")
+for number in itertools.count():
+    if select.select([sys.stdin], [], [], 0.005)[0]:
+        break
+    data = {"job_id": f"r-{number}", "duration_seconds": 1}
+    print(events.publish(f"user.{word('42')}", "job.completed", data), flush=True)
+events.close()
+""",
+}
+
+
+@pytest.fixture(params=sorted(DRIVERS))
+def example(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """One of the examples, in a folder where it finds its library."""
+    path = tmp_path / str(request.param)
+    shutil.copy(EXAMPLES / path.name, path)
+    (tmp_path / "node_modules").symlink_to(PACKAGES)
+    return path
+
+
+@asynccontextmanager
+async def running(script: Path, url: str, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    node, _ = compute_driver_executable()
+    process = await asyncio.create_subprocess_exec(
+        node if script.suffix == ".mjs" else sys.executable,
+        script,
+        *arguments,
+        cwd=script.parent,
+        env=os.environ | {"AMQP_URL": url},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def ended(process: asyncio.subprocess.Process) -> list[str]:
+    """What it has printed by its end, which it comes to by itself."""
+    async with asyncio.timeout(60):
+        printed, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return printed.decode().split()
+
+
+async def test_an_event_for_a_user_with_a_difficult_id(
+    service: Service, vhost: Vhost, connect: OpenStream, example: Path
+) -> None:
+    user = "Ann.O'Neil+(test)!*~#%/ü😀@example.com"
+    stream = await connect(service, user)
+    async with running(example, vhost.url, user) as process:
+        (event_id,) = await ended(process)
+    event = await stream.next_event()
+    assert (event["id"], event["type"]) == (event_id, "job.completed")
+    assert event["data"] == {"job_id": "r-7", "duration_seconds": 3.2, "result_url": None}
+
+
+async def test_what_waiting_does_not_mend_is_told_at_once(vhost: Vhost, example: Path) -> None:
+    """No bridge has made the exchange."""
+    async with running(example, vhost.url, "42") as process:
+        async with asyncio.timeout(10):
+            _, errors = await process.communicate()
+        assert process.returncode == 1
+        assert "no exchange 'events'" in errors.decode()
+
+
+async def test_a_broker_that_dies_costs_no_event_that_was_confirmed(
+    service: Service, vhost: Vhost, node: Node, connect: OpenStream, example: Path
+) -> None:
+    stream = await connect(service, "42")
+    driver = example.with_stem("driver")
+    driver.write_text(DRIVERS[example.name])
+    await asyncio.sleep(3)  # RabbitMQ 3.10 loses a stream that is younger than this.
+    async with running(driver, vhost.url) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        confirmed = [(await process.stdout.readline()).decode().strip() for _ in range(50)]
+        await asyncio.to_thread(node.kill)
+        await asyncio.to_thread(node.start)
+        confirmed += [(await process.stdout.readline()).decode().strip() for _ in range(100)]
+        process.stdin.close()
+        confirmed += await ended(process)
+    assert await stream.ids(len(confirmed), seconds=30) == confirmed
+    assert [frame.event for frame in stream.frames].count("bridge.gap") == 0
