@@ -53,6 +53,10 @@ it when few of its last events may stand on either side of it. At two events a s
 more, the last twenty are all from behind it thirteen seconds later."""
 
 
+COPIES_SECONDS = 10.0
+"""So often the log names a message that came to somebody whom its key does not name."""
+
+
 class Limits(Protocol):
     """Of bridge.settings.Settings, what the hub goes by."""
 
@@ -107,6 +111,7 @@ class Connection:
         "_expected",
         "_hub",
         "_paused_at",
+        "_prefix",
         "_request",
         "opened_at",
         "pace",
@@ -133,10 +138,14 @@ class Connection:
         self._request: Request | None = None
         self._paused_at: int | None = None
         self._expected = False
+        self._prefix = Audience.user(request.subscriber.user).prefix
 
     # Called by the broker's side.
 
     def on_delivery(self, routing_key: str, body: bytes) -> None:
+        if not routing_key.startswith(self._prefix):
+            self._hub.note_copy(routing_key)
+            return
         event = self._hub.read(routing_key, body, via=self.subscription.number, only=self._hub.is_only(self))
         if event is not None:
             self.offer(event, _now_ms())
@@ -187,7 +196,7 @@ class Connection:
         if epoch != self._epoch:
             return
         if anchor is None:
-            self._hub.note(self, self.session.not_found("unknown"))
+            self._hub.note(self, self.session.not_found("no-log"))
         else:
             self.session.extend(anchor)
         self._read_log()
@@ -334,6 +343,7 @@ class Hub:
         self._cache: OrderedDict[tuple[str, bytes], Event] = OrderedDict()
         self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
         self._cache_bytes = 0
+        self._told_of_copies_at = -COPIES_SECONDS
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -457,16 +467,31 @@ class Hub:
         if event is None:
             return
         now_ms = _now_ms()
-        for connection in self._members(routing_key):
+        audience, _ = split_key(routing_key)
+        if audience.kind == "user":
+            self.note_copy(routing_key)
+            return
+        for connection in self._members(audience):
             # The live queue's bindings carry the types; this queue serves all, so each one's filter is applied here.
             if connection.session.types.matches(event.type):
                 connection.offer(event, now_ms)
 
-    def _members(self, routing_key: str) -> list[Connection]:
-        audience, _ = split_key(routing_key)
-        if audience == Audience.everyone():
+    def _members(self, audience: Audience) -> list[Connection]:
+        if audience.kind == "all":
             return list(self._connections)
         return list(self._by_group.get(audience.id, ()))
+
+    def note_copy(self, routing_key: str) -> None:
+        """A message that a `CC` or `BCC` header brought to a queue that its own key does not lead to.
+
+        It is for whom its key names, live as in the log: who may publish to one user could else show it to all.
+        """
+        now = time.monotonic()
+        if now >= self._told_of_copies_at + COPIES_SECONDS:  # Each may come by a thousand queues.
+            self._told_of_copies_at = now
+            _log.warning(
+                "copy dropped", routing_key=routing_key, detail="its CC or BCC header names somebody else's key"
+            )
 
     def is_only(self, connection: Connection) -> bool:
         """Whether its user has no other connection here."""

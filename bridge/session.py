@@ -343,8 +343,10 @@ class Session:
             return self._go_live(self._gap)
         else:
             return self._go_live(None)
-        if tick is None or come_from.anchor is None:
-            return self._go_live("unknown" if self._has_log else "no-log")
+        if tick is None:
+            return self._go_live("no-log")  # There is none, or it does not answer.
+        if come_from.anchor is None:
+            return self._go_live("unknown")
         if come_from.anchor.offset > tick.offset:
             return self._go_live("unknown")  # Of a log that is no more, or an invention.
         self.state = State.REPLAYING

@@ -120,6 +120,28 @@ async def test_the_same_id_is_the_same_event(service: Service, vhost: Vhost, con
     assert await stream.ids(2) == ["both", "e3"]
 
 
+async def test_a_copy_is_for_whom_the_routing_key_names_and_for_nobody_else(
+    service: Service, vhost: Vhost, connect: OpenStream
+) -> None:
+    """RabbitMQ routes by the keys in a `CC` header too, and delivers with the first key."""
+    named, copied = await connect(service, "42"), await connect(service, "43")
+    namesake = await connect(service, "44", "42")  # Of a group that is called as the user is.
+    connection = await aio_pika.connect(vhost.url)
+    async with connection:
+        exchange = await (await connection.channel()).get_exchange("events", ensure=False)
+        headers: aio_pika.abc.HeadersType = {"CC": ["user.43.job.completed", "all.job.completed"]}
+        body = json.dumps(cloudevent("copied")).encode()
+        await exchange.publish(aio_pika.Message(body, headers=headers), "user.42.job.completed")
+        await exchange.publish(
+            aio_pika.Message(body.replace(b"copied", b"shared"), headers=headers), "group.42.job.completed"
+        )
+    await vhost.publish("all.job.completed", cloudevent("last"))
+    assert set(await named.ids(2)) == {"copied", "last"}
+    assert await namesake.ids(2) == ["shared", "last"]
+    assert await copied.ids(1) == ["last"]
+    await service.logged("copy dropped", routing_key="user.42.job.completed")
+
+
 async def test_a_broadcast_costs_one_delivery_a_process(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     streams = [await connect(service, str(n), "ops") for n in range(5)]
     await vhost.publish("all.job.completed", cloudevent("a"))
