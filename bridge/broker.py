@@ -154,6 +154,8 @@ class Broker:
         self.last_error: BrokerError | None = None
         self.connects = 0
         """Connections made since the start, the first included."""
+        self.log_may_be_unbound = False
+        """Whether the exchange was deleted, and with it the log's binding, and we have not bound it again."""
 
     @property
     def connected(self) -> bool:
@@ -212,6 +214,7 @@ class Broker:
                         self._went_down()
             except BrokerError as error:
                 self.last_error = error
+                self.log_may_be_unbound |= isinstance(error, _ExchangeGone)
                 if self.connects == 0 and not isinstance(error, BrokerUnavailable):
                     raise
                 _log.warning("broker unavailable", error=str(error), kind=type(error).__name__)
@@ -254,9 +257,11 @@ class Broker:
             _lose(subscription)
 
 
-def _exchange_gone(error: BrokerError) -> BrokerUnavailable:
-    # The connection is made anew, and with it the exchange and every queue: nobody's binding is left to trust.
-    return BrokerUnavailable(f"the exchange is gone, and all bindings with it: {error}")
+class _ExchangeGone(BrokerUnavailable):
+    """The connection is made anew, and with it the exchange and every queue: nobody's binding is left to trust."""
+
+    def __init__(self, error: BrokerError) -> None:
+        super().__init__(f"the exchange is gone, and all bindings with it: {error}")
 
 
 def _lose(subscription: Subscription) -> None:
@@ -302,11 +307,19 @@ class _Link:
         deadline = time.monotonic() + LOG_RECOVERY_SECONDS
         while True:
             try:
-                return await topology.declare_log(self.connection, log, self.broker.exchange)
+                is_bound = await topology.declare_log(self.connection, log, self.broker.exchange)
+                break
             except NotFound:
                 if time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(_LOG_PAUSE_SECONDS)
+        if self.broker.log_may_be_unbound and not is_bound:
+            _log.error(
+                "the log may be unbound",
+                detail=f"somebody deleted exchange {self.broker.exchange!r} and made it again, and this user may not "
+                f"bind {log.name!r} to it. Bind it with '#': until then who comes back gets nothing of it",
+            )
+        self.broker.log_may_be_unbound = False
 
     async def run(self) -> None:
         """Until the connection is lost.
@@ -468,7 +481,7 @@ class _Lane:
                 raise
             _log.error("live queue refused", stream=subscription.number, error=str(error))
             if isinstance(error, NotFound):
-                raise _exchange_gone(error) from error
+                raise _ExchangeGone(error) from error
             await self._clear_away(queue)
             asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._commands.put_nowait, subscription)
             return
@@ -536,7 +549,7 @@ class _Shared:
                         raise NotFound(
                             f"exchange {self._broker.exchange!r} does not exist, and this user may not make it. {error}"
                         ) from error
-                    raise _exchange_gone(error) from error
+                    raise _ExchangeGone(error) from error
                 if isinstance(error, AccessRefused) and not self.has_consumed:
                     raise  # A right is missing; waiting does not mend it.
             finally:

@@ -1,6 +1,6 @@
 """The settings, and the only reader of the environment.
 
-Every setting is an environment variable with the prefix `BRIDGE_`; the table in README.md is made from these classes.
+Every setting is an environment variable with the prefix `BRIDGE_`; a test holds README.md to them.
 Faults are all found before anything starts, and named together.
 """
 

@@ -53,8 +53,8 @@ async def declare_quarantine(connection: aio_pika.abc.AbstractConnection, name: 
     await _declare(connection, declare, f"queue {name!r}", f"a durable queue with {QUARANTINE}", "BRIDGE_QUARANTINE")
 
 
-async def declare_log(connection: aio_pika.abc.AbstractConnection, log: Log, exchange: str) -> None:
-    """The stream, bound to everything on the exchange."""
+async def declare_log(connection: aio_pika.abc.AbstractConnection, log: Log, exchange: str) -> bool:
+    """The stream, bound to everything on the exchange. False: it is there, and whether it is bound we may not say."""
     arguments: FieldTable = {"x-queue-type": "stream", "x-max-age": log.max_age, "x-max-length-bytes": log.max_bytes}
 
     async def declare(channel: AbstractChannel, *, passive: bool) -> None:
@@ -62,7 +62,7 @@ async def declare_log(connection: aio_pika.abc.AbstractConnection, log: Log, exc
         if not passive:
             await channel.queue_bind(log.name, exchange, "#")
 
-    await _declare(
+    return await _declare(
         connection,
         declare,
         f"log {log.name!r}",
@@ -73,7 +73,7 @@ async def declare_log(connection: aio_pika.abc.AbstractConnection, log: Log, exc
 
 async def _declare(
     connection: aio_pika.abc.AbstractConnection, declare: _Declare, what: str, wanted: str, setting: str
-) -> None:
+) -> bool:
     async def attempt(doing: str, *, passive: bool) -> None:
         # Each on a channel of its own: a declare that is refused closes it.
         channel = await amqp.open_channel(connection)
@@ -83,6 +83,7 @@ async def _declare(
 
     try:
         await attempt(f"declaring {what}", passive=False)
+        return True
     except TopologyMismatch as error:
         raise TopologyMismatch(
             f"{what} exists, but is not {wanted}. {error}. Delete it if nothing needs it, or name another: {setting}"
@@ -93,6 +94,7 @@ async def _declare(
         try:
             with contextlib.suppress(AccessRefused):
                 await attempt(f"looking for {what}", passive=True)
+            return False
         except NotFound:
             raise AccessRefused(
                 f"{what} does not exist, and this user may not make it. {refused}. Make it ({wanted}), or grant the "
@@ -105,7 +107,7 @@ async def _ignore(_: DeliveredMessage) -> None:
 
 
 async def rehearse(addresses: Sequence[str], *, exchange: str, quarantine: str, log: Log | None) -> AsyncIterator[str]:
-    """Does once, and undoes, what the bridge will do all day; yields the name of each step that went well.
+    """Does once what the bridge will do all day, leaves what it would leave, and yields the name of each good step.
 
     Raises:
         BrokerError: the step that did not, with what is missing. Cancelling leaves nothing behind.

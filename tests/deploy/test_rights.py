@@ -69,6 +69,22 @@ async def test_each_does_its_work(
     assert await service.metric("bridge_quarantine_dropped_total") == 0
 
 
+async def test_a_log_that_may_no_longer_be_bound_is_named(
+    rights: Vhost, start: StartService, connect: OpenStream
+) -> None:
+    """With the exchange its bindings go, and the bridge may not look."""
+    service = await start(amqp_url=bridge_url(rights))
+    stream = await connect(service, "42")
+    rights.delete_exchange("events")
+    await service.logged("broker unavailable")
+    assert not any(line["event"] == "the log may be unbound" for line in service.lines)
+    rights.add_exchange("events")
+    assert "Bind it with '#'" in (await service.logged("the log may be unbound"))["detail"]
+    await service.logged("broker connected", count=2)
+    await rights.publish("user.42.job.completed", cloudevent("live"))
+    assert await stream.ids(1) == ["live"]
+
+
 async def test_bridge_check_is_content_with_them(rights: Vhost) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bridge", "check",
