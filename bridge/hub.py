@@ -11,9 +11,10 @@ import hashlib
 import random
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import structlog
@@ -46,6 +47,8 @@ BROKER_MOMENT_SECONDS = 3.0
 
 
 ANCHOR_SECONDS = 10.0
+
+ANCHORED_AT_ONCE = 500
 
 ARRIVAL_SECONDS = (5.0, 13.0)
 """So long after an entry was written to the log all that stands before it has surely come live. Twice: a stream takes
@@ -456,8 +459,15 @@ class Hub:
                 asyncio.get_running_loop().call_later(seconds, self._anchor_all, anchor, written_ms)
 
     def _anchor_all(self, anchor: Anchor, written_ms: int) -> None:
-        for connection in self._connections:
+        self._anchor_some(iter(list(self._connections)), anchor, written_ms)
+
+    def _anchor_some(self, connections: Iterator[Connection], anchor: Anchor, written_ms: int) -> None:
+        # Some at a time: all ten thousand at once would hold up their events by 60 ms.
+        some = list(islice(connections, ANCHORED_AT_ONCE))
+        for connection in some:
             connection.session.anchor(anchor, written_ms)
+        if some:
+            asyncio.get_running_loop().call_soon(self._anchor_some, connections, anchor, written_ms)
 
     # From the broker's side.
 

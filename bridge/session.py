@@ -170,10 +170,19 @@ class _Place:
             self._adopt(item)
 
     def _adopt(self, mark: _Mark) -> None:
+        since_ms = mark.written_ms - OVERLAP_MS
+        if not self._received_ms or max(self._received_ms) < since_ms:
+            # Nothing that was sent stands behind it: so it is for most of ten thousand, asked twice in ten seconds.
+            self.truncated = False
+            self.anchor = mark.anchor
+            self._digests = ""
+            self._received_ms.clear()
+            self.passed.clear()
+            return
         sent = self._sent()
-        needed = [pair for pair in sent if pair[1] >= mark.written_ms - OVERLAP_MS]
+        needed = [pair for pair in sent if pair[1] >= since_ms]
         unsure = sum(received_ms < mark.written_ms + LAG_MS for _, received_ms in needed)
-        truncated = self.truncated and bool(needed) and len(needed) == len(sent)
+        truncated = self.truncated and len(needed) == len(sent)
         # Once events behind the anchor have fallen out of the named, reading the log begins among those that are left,
         # at the fifth, and what is not sent yet may stand CROSSING before the last. So many must surely stand behind
         # the anchor: now, or when the first falls out, which is an unsure one. Otherwise another anchor will be taken.
