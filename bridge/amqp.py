@@ -67,6 +67,9 @@ MANY = 100
 """So many deliveries are acknowledged without waiting: half of a live queue's prefetch, so that none runs dry. A packet
 of so many is large enough, and nothing is gathered behind it."""
 
+LARGE_BYTES = 65_536
+"""A packet of so many is large enough, too: of large events a packet holds few, and the broker has more of them."""
+
 QUIET_SECONDS = 1.0
 """A connection that brings deliveries only shows the library a frame this often."""
 
@@ -347,8 +350,9 @@ class _Reader(asyncio.StreamReader):
     def feed_data(self, data: Iterable[SupportsIndex]) -> None:
         deliveries = self._deliveries
         before = deliveries.unacked
+        packet = bytes(data)
         with self._packet:
-            passed = deliveries.feed(bytes(data))
+            passed = deliveries.feed(packet)
         now = self._clock.time()
         if deliveries.faults:
             self._tell_faults()
@@ -359,15 +363,16 @@ class _Reader(asyncio.StreamReader):
             passed = HEARTBEAT
             self._passed_at = now
         if deliveries.unacked != before:
-            self._delivered(now, deliveries.unacked - before)
+            self._delivered(now, deliveries.unacked - before, len(packet))
         if passed:
             super().feed_data(passed)
 
-    def _delivered(self, now: float, count: int) -> None:
+    def _delivered(self, now: float, count: int, size: int) -> None:
         busy = now - self._delivered_at < 2 * GATHER_SECONDS
         # Queues are being made, one question after the other: who waits for the answers must not wait for us too.
         in_talk = now - self._answered_at < TALK_SECONDS
-        if busy and not in_talk and count < MANY and not self._gathering:
+        is_small = count < MANY and size < LARGE_BYTES
+        if busy and not in_talk and is_small and not self._gathering:
             self._gathering = True
             cast("asyncio.Transport", self.writer.transport).pause_reading()
             self._clock.call_later(GATHER_SECONDS, self._go_on)

@@ -28,9 +28,9 @@ from bridge.sse import GapReason
 if TYPE_CHECKING:
     import aio_pika
 
-MAX_PASSES = 2
-"""Passes that read at once: one far back, and one for those who were away for a moment. As many more may have come to
-the end, and read on for a second."""
+MAX_PASSES = 3
+"""Passes that read at once: one far back, another once that one has read for long, and one for those who were away for
+a moment. As many more may have come to the end, and read on for a second."""
 
 SPAN_ENTRIES = 20_000
 """Readers whose starts are this close together share a pass. The one who starts last waits while it is read."""
@@ -40,8 +40,8 @@ LINE_SECONDS = 10.0
 pass costs the broker time, of which it has none to spare then; one for all is over sooner than the second of two."""
 
 LONGEST_LINE_SECONDS = 15.0
-"""Of a line that will be over by then, as it looks, the end is waited for. Shorter than a new stream waits for its
-ready, which it is told once the log is read."""
+"""Of a line that will be over by then, as it looks, the end is waited for. Both are counted from the stream's opening:
+who has no ready after twenty seconds is sent away, and it is told that once a pass has found where it was."""
 
 PREFETCH = 1_000
 
@@ -62,6 +62,8 @@ TICK_KEY = "bridge.tick"
 _CONSUMER_TAG = "log"
 
 _RETRY_SECONDS = 0.5
+
+_LOOK_AGAIN_SECONDS = 0.5
 
 _log = structlog.get_logger("bridge.eventlog")
 
@@ -86,15 +88,17 @@ class Reader(Protocol):
 class Request:
     """One wish to read. `cancel` ends it at any time; nothing is called after that."""
 
-    __slots__ = ("asked_at", "cancelled", "caught_up_at", "next", "only_settles", "prefixes", "reader", "replay",
+    __slots__ = ("cancelled", "caught_up_at", "next", "only_settles", "prefixes", "reader", "replay", "since",
                  "verified")  # fmt: skip
 
-    def __init__(self, replay: Replay, prefixes: Sequence[str], reader: Reader, *, only_settles: bool = False) -> None:
+    def __init__(
+        self, replay: Replay, prefixes: Sequence[str], reader: Reader, *, since: float = 0.0, only_settles: bool = False
+    ) -> None:
         self.replay = replay
         self.prefixes = prefixes
         self.reader = reader
         self.only_settles = only_settles
-        self.asked_at = time.monotonic()
+        self.since = since
         self.next = replay.start
         self.verified = replay.check is None
         self.cancelled = False
@@ -102,6 +106,10 @@ class Request:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+    @property
+    def is_far(self) -> bool:
+        return self.replay.until - self.next >= SPAN_ENTRIES
 
     def begin_again(self) -> None:
         """A pass has broken off. Who had been brought to the tick still needs what stands just behind it."""
@@ -115,7 +123,7 @@ def is_worth_waiting(waited: float, here: int, expected: int) -> bool:
     """Whether those who are here wait for those who are expected, or have the log read without them.
 
     Args:
-        waited: how long the first of them has been here, in seconds.
+        waited: how long the first of them has waited, in seconds.
         here: how many want to read from far back; at least one.
     """
     if not expected:
@@ -147,6 +155,7 @@ class EventLog:
         self._requests: list[Request] = []
         self._request_made = asyncio.Event()
         self._expected = 0
+        self._looks_again = False
         self._passes: dict[asyncio.Task[None], _Pass] = {}
         self.passes = 0
         """Passes begun since the start."""
@@ -157,9 +166,13 @@ class EventLog:
         self._tick_waiters.append((ticked, time.monotonic()))
         self._tick_wanted.set()
 
-    def replay(self, replay: Replay, prefixes: Sequence[str], reader: Reader) -> Request:
-        """Asks for the entries of a replay whose routing keys begin with one of the prefixes (`user.42.`, `all.`)."""
-        return self._add(Request(replay, prefixes, reader))
+    def replay(self, replay: Replay, prefixes: Sequence[str], reader: Reader, *, since: float) -> Request:
+        """Asks for the entries of a replay whose routing keys begin with one of the prefixes (`user.42.`, `all.`).
+
+        Args:
+            since: when the client began to wait, by the monotonic clock.
+        """
+        return self._add(Request(replay, prefixes, reader, since=since))
 
     def settle(self, tick: Anchor, prefixes: Sequence[str], reader: Reader) -> Request:
         """Asks only for what stands just behind a tick, for one who needs nothing from before it: of the reader nothing
@@ -173,10 +186,6 @@ class EventLog:
             self._request_made.set()
 
     def _add(self, request: Request) -> Request:
-        if not request.only_settles and all(other.only_settles for other in self._requests):
-            for seconds in (LINE_SECONDS, LONGEST_LINE_SECONDS):
-                # A little later, as the loop's clock is not the one that it is compared by.
-                asyncio.get_running_loop().call_later(seconds + 0.1, self._request_made.set)
         self._requests.append(request)
         self._request_made.set()
         return request
@@ -251,7 +260,7 @@ class EventLog:
                 _log.error("the log cannot be made", error=str(error))
         return False
 
-    async def _write_tick(self) -> Anchor | None:
+    async def _write_tick(self) -> Anchor:
         mine = new_id().encode("ascii")
         seen: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -276,8 +285,12 @@ class EventLog:
             _log.warning("the log takes no entry; using its newest", error=str(error) or "no answer in time")
             return await self._newest()
 
-    async def _newest(self) -> Anchor | None:
-        """The last entry there is; None for a log without any."""
+    async def _newest(self) -> Anchor:
+        """The last entry there is.
+
+        Raises:
+            BrokerError: it cannot be read, or there is none.
+        """
         newest: list[Anchor] = []
         async with _Consumer(
             await self._connect(),
@@ -287,7 +300,9 @@ class EventLog:
         ):
             # `last` is the last chunk of entries; how many it has is not told.
             await asyncio.sleep(_RETRY_SECONDS)
-        return newest[-1] if newest else None
+        if not newest:
+            raise BrokerUnavailable("the log gives no entry")
+        return newest[-1]
 
     # Passes.
 
@@ -295,31 +310,52 @@ class EventLog:
         while True:
             await self._request_made.wait()
             self._request_made.clear()
-            while self._may_begin():
-                # The newest start first: those who were away for a moment are served in a moment.
-                newest = max(request.next for request in self._requests)
-                together = [request for request in self._requests if request.next > newest - SPAN_ENTRIES]
-                self._requests = [request for request in self._requests if request.next <= newest - SPAN_ENTRIES]
-                reading = _Pass([request for request in together if not request.cancelled], self._request_made.set)
+            while together := self._choose(time.monotonic()):
+                chosen = set(together)
+                self._requests = [request for request in self._requests if request not in chosen]
+                reading = _Pass(together, self._request_made.set)
                 task = asyncio.create_task(self._pass(reading), name="log-pass")
                 self._passes[task] = reading
                 task.add_done_callback(self._end_pass)
 
-    def _may_begin(self) -> bool:
+    def _choose(self, now: float) -> list[Request]:
+        """Those for whom a pass begins now, if one does."""
         self._requests = [request for request in self._requests if not request.cancelled]
-        if all(request.only_settles for request in self._requests):
-            # Nobody waits for these. They gather, so that streams that come all the time cost one pass after another.
-            return bool(self._requests) and len(self._passes) < MAX_PASSES
-        reading = sum(not each.has_caught_up for each in self._passes.values())
-        if reading >= MAX_PASSES or len(self._passes) >= 2 * MAX_PASSES:
+        reading = [each for each in self._passes.values() if not each.has_caught_up]
+        if len(reading) >= MAX_PASSES or len(self._passes) >= 2 * MAX_PASSES:
+            return []
+        waiting = [request for request in self._requests if not request.only_settles]
+        # First: new streams and those who were away for a moment come all the time, and would never leave them a turn.
+        far = [request for request in waiting if request.is_far]
+        if far and self._may_read_far(far, [each for each in reading if each.is_far], now):
+            # Whoever has waited longest, and who is near them.
+            first = min(far, key=lambda request: request.since)
+            return [request for request in far if abs(request.next - first.next) < SPAN_ENTRIES]
+        near = [request for request in waiting if not request.is_far]
+        if near or len(self._passes) < MAX_PASSES - 1:
+            # Nobody waits for who only settles. They gather, so that streams that come all the time cost one pass after
+            # another, and go along with who does wait.
+            return near + [request for request in self._requests if request.only_settles]
+        return []
+
+    def _may_read_far(self, far: list[Request], reading: list[_Pass], now: float) -> bool:
+        if any(now < each.began + LINE_SECONDS for each in reading) or len(reading) >= MAX_PASSES - 1:
+            self._look_again()
             return False
-        if any(request.replay.until - request.next < SPAN_ENTRIES for request in self._requests):
-            return True
-        if reading:
+        if is_worth_waiting(now - min(request.since for request in far), len(far), self._expected):
+            self._look_again()
             return False
-        far = [request for request in self._requests if not request.only_settles]
-        waited = time.monotonic() - far[0].asked_at
-        return not is_worth_waiting(waited, len(far), self._expected)
+        return True
+
+    def _look_again(self) -> None:
+        """What is waited for may be a moment, too, and not only somebody who comes."""
+        if not self._looks_again:
+            self._looks_again = True
+            asyncio.get_running_loop().call_later(_LOOK_AGAIN_SECONDS, self._looked_again)
+
+    def _looked_again(self) -> None:
+        self._looks_again = False
+        self._request_made.set()
 
     def _end_pass(self, task: asyncio.Task[None]) -> None:
         del self._passes[task]
@@ -368,9 +404,13 @@ class _Pass:
     def __init__(self, requests: list[Request], on_caught_up: Callable[[], object] = bool) -> None:
         self._on_caught_up = on_caught_up
         self._pending = sorted(requests, key=lambda request: -request.next)
-        self._by_prefix: dict[str, list[Request]] = {}
+        self._by_prefix: dict[str, dict[Request, None]] = {}
         self._by_until: list[tuple[int, int, Request]] = []
-        self.active = list(requests)
+        self.active = dict.fromkeys(requests)
+        self._behind = len(self.active)
+        """Of the active, those who have not been brought to their ticks."""
+        self.is_far = any(request.is_far for request in requests)
+        self.began = time.monotonic()
         self.entries = 0
 
     def on_entry(self, offset: int, routing_key: str, body: bytes) -> None:
@@ -389,15 +429,18 @@ class _Pass:
                 continue  # Where it was stopped, or the anchor itself.
             elif request.only_settles or request.caught_up_at is not None:
                 request.reader.settle(routing_key, body)
-            elif request.reader.read(offset, check or digest(body), routing_key, body):
-                request.next = offset + 1
             else:
-                request.next = offset
-                self._remove(request)
+                check = check or digest(body)
+                if request.reader.read(offset, check, routing_key, body):
+                    request.next = offset + 1
+                else:
+                    request.next = offset
+                    self._remove(request)
         while self._by_until and self._by_until[0][0] <= offset:
             _, _, request = self._by_until.pop(0)
             if not request.cancelled and request in self.active:
                 request.caught_up_at = time.monotonic()
+                self._behind -= 1
                 if not request.only_settles:
                     request.reader.caught_up()
                 if self.has_caught_up:
@@ -405,7 +448,7 @@ class _Pass:
 
     @property
     def has_caught_up(self) -> bool:
-        return all(request.caught_up_at is not None for request in self.active)
+        return not self._behind
 
     def _begin(self, offset: int, check: str) -> None:
         while self._pending and self._pending[-1].next <= offset:
@@ -429,7 +472,7 @@ class _Pass:
                     self._remove(request)
                     continue
             for prefix in request.prefixes:
-                self._by_prefix.setdefault(prefix, []).append(request)
+                self._by_prefix.setdefault(prefix, {})[request] = None
             bisect.insort(self._by_until, (request.replay.until, id(request), request))
 
     def _refuse(self, request: Request, reason: GapReason) -> None:
@@ -454,11 +497,12 @@ class _Pass:
                 request.reader.settled()
 
     def _remove(self, request: Request) -> None:
-        with contextlib.suppress(ValueError):
-            self.active.remove(request)
+        if request not in self.active:
+            return
+        del self.active[request]
+        self._behind -= request.caught_up_at is None
         for prefix in request.prefixes:
-            with contextlib.suppress(ValueError):
-                self._by_prefix.get(prefix, []).remove(request)
+            self._by_prefix.get(prefix, {}).pop(request, None)
 
 
 class _Consumer:

@@ -116,6 +116,7 @@ class Connection:
         "_paused_at",
         "_prefix",
         "_request",
+        "_waits_since",
         "opened_at",
         "pace",
         "ready_at",
@@ -133,7 +134,7 @@ class Connection:
         self.session = session
         self.pace = pace
         self.ring = ring
-        self.opened_at = now
+        self.opened_at = self._waits_since = now
         self.ready_at: float | None = None
         self.subscription: Subscription
         self._epoch = 0
@@ -146,7 +147,7 @@ class Connection:
     # Called by the broker's side.
 
     def on_delivery(self, routing_key: str, body: bytes) -> None:
-        if not routing_key.startswith(self._prefix):
+        if not f"{routing_key}.".startswith(self._prefix):
             self._hub.note_copy(routing_key)
             return
         event = self._hub.read(routing_key, body, via=self.subscription.number, only=self._hub.is_only(self))
@@ -168,6 +169,7 @@ class Connection:
 
     def on_lost(self) -> None:
         self.forget()
+        self._waits_since = time.monotonic()
         self.session.lost()
         self.expect(self.session.greeted or bool(self.request.last_event_id))
 
@@ -213,7 +215,7 @@ class Connection:
         audiences = [Audience.user(subscriber.user), *map(Audience.group, subscriber.groups), Audience.everyone()]
         prefixes = [audience.prefix for audience in audiences]
         if replay is not None:
-            self._request = log.replay(replay, prefixes, self)
+            self._request = log.replay(replay, prefixes, self, since=self._waits_since)
         elif self.session.tick is not None and self.session.state is State.LIVE:
             # It goes live without reading anything, with a queue that publishers may not know of yet.
             self._request = log.settle(self.session.tick, prefixes, self)
@@ -242,7 +244,11 @@ class Connection:
 
     def caught_up(self) -> None:
         log = self._hub.log
-        if not self.session.caught_up(_now_ms()) and log is not None:
+        place_lost = self.session.is_seeking
+        is_live = self.session.caught_up(_now_ms())
+        if is_live and place_lost:
+            self._hub.note(self, "unknown")
+        if not is_live and log is not None:
             # What came live meanwhile was too much to hold. It stands in the log, behind the tick.
             if self._request is not None:
                 self._request.cancel()
@@ -346,6 +352,7 @@ class Hub:
         self._cache: OrderedDict[tuple[str, bytes], Event] = OrderedDict()
         self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
         self._cache_bytes = 0
+        self._anchors = self._newest_anchor = 0
         self._told_of_copies_at = -COPIES_SECONDS
         self._empty = asyncio.Event()
         self._empty.set()
@@ -408,7 +415,7 @@ class Hub:
         return connection
 
     def detach(self, connection: Connection) -> None:
-        """Forgets a connection. Synchronous: it is called from a `finally` that may be cancelled at any await."""
+        """Forgets a connection, at once: it is called when its socket is gone."""
         connection.subscription.close()
         connection.forget()
         connection.expect(False)
@@ -455,10 +462,14 @@ class Hub:
     def _on_anchor(self, anchor: Anchor | None, written_ms: int) -> None:
         self._metrics.log_answers.set(anchor is not None)
         if anchor is not None:
+            self._anchors += 1
             for seconds in ARRIVAL_SECONDS:
-                asyncio.get_running_loop().call_later(seconds, self._anchor_all, anchor, written_ms)
+                asyncio.get_running_loop().call_later(seconds, self._anchor_all, self._anchors, anchor, written_ms)
 
-    def _anchor_all(self, anchor: Anchor, written_ms: int) -> None:
+    def _anchor_all(self, number: int, anchor: Anchor, written_ms: int) -> None:
+        if number < self._newest_anchor:
+            return  # One that was answered late is offered again when its successor already has been.
+        self._newest_anchor = number
         self._anchor_some(iter(list(self._connections)), anchor, written_ms)
 
     def _anchor_some(self, connections: Iterator[Connection], anchor: Anchor, written_ms: int) -> None:

@@ -322,6 +322,11 @@ class Session:
         return bool(self._frames) or bool(self._backlog)
 
     @property
+    def is_seeking(self) -> bool:
+        """Whether the log is read for a place that it has not shown yet; if it never does, that is a gap."""
+        return bool(self._seeking)
+
+    @property
     def wants_more(self) -> bool:
         """Whether a replay that was stopped, because the client reads slowly, should go on."""
         return self._backlog_events * 2 <= self._max_events and self._backlog_bytes * 2 <= self._max_bytes
@@ -458,6 +463,7 @@ class Session:
         if event.digest in self._sent_before:
             self._seeking = max(0, self._seeking - 1)
             self.duplicates += 1
+            self._recent[event.id] = None  # A publisher's retry may yet come live.
             passed = _Passed(event.digest)
             if self._backlog:
                 self._backlog.append(passed)
@@ -552,7 +558,10 @@ class Session:
         elif event.id not in self._held:
             self._held[event.id] = item
             self._held_bytes += len(event.named)
-            while self._is_over(len(self._held), self._held_bytes):
+            # Together with what waits from the log, which it will follow: else it would end the stream when it does.
+            while self._held and self._is_over(
+                self._backlog_events + len(self._held), self._backlog_bytes + self._held_bytes
+            ):
                 if not self._has_log or not (self.greeted or self._cursor is not None):
                     self.end("slow", self._retry_ms)
                     return

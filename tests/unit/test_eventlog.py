@@ -1,12 +1,24 @@
-"""Whose entries a pass hands to whom, and what it says when the log does not reach back. No broker: a pass is pure."""
+"""Who shares a pass, whose entries it hands to whom, and what it says when the log does not reach back. No broker."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
-from bridge.cursor import digest
-from bridge.eventlog import LINE_SECONDS, LONGEST_LINE_SECONDS, Request, _Pass, is_worth_waiting
+from bridge.cursor import Anchor, digest
+from bridge.eventlog import (
+    LINE_SECONDS,
+    LONGEST_LINE_SECONDS,
+    MAX_PASSES,
+    SPAN_ENTRIES,
+    EventLog,
+    Request,
+    _Pass,
+    is_worth_waiting,
+)
 from bridge.session import Replay
+from bridge.topology import Log
 
 
 class Notes:
@@ -128,3 +140,53 @@ def test_a_pass_that_breaks_off_anywhere_is_begun_again_with_what_is_left(last: 
 )
 def test_a_line_is_waited_for_while_it_moves(waited: float, here: int, expected: int, *, worth: bool) -> None:
     assert is_worth_waiting(waited, here, expected) is worth
+
+
+@pytest.fixture
+def log() -> EventLog:
+    """Never run: asked for whom it would begin a pass."""
+    return EventLog(
+        ["amqp://nobody/"], log=Log("events.log", "1h", 1_000), exchange="events", packet=contextlib.nullcontext()
+    )
+
+
+def replay(log: EventLog, behind: int, *, since: float = 0.0) -> Request:
+    return log.replay(Replay(100_000 - behind, 100_000, None), ["user.42."], Notes(), since=since)
+
+
+def begin(log: EventLog, now: float) -> list[Request]:
+    """Begins a pass that is never done, as `run` would."""
+    chosen = log._choose(now)
+    log._requests = [request for request in log._requests if request not in chosen]
+    if chosen:
+        log._passes[object()] = _Pass(chosen)  # type: ignore[index]
+    return chosen
+
+
+async def test_new_streams_and_near_readers_do_not_keep_the_far_ones_waiting(log: EventLog) -> None:
+    log.expect(1)
+    far = replay(log, SPAN_ENTRIES)
+    for number in range(2 * MAX_PASSES):
+        log.settle(Anchor(100_000, "abcdef"), ["user.43."], Notes())
+        near = replay(log, number)
+        if number < MAX_PASSES:
+            assert near in begin(log, 1.0)
+    log.expect(-1)
+    log._passes.popitem()
+    assert begin(log, 2.0) == [far], "before the near ones"
+
+
+async def test_a_line_is_counted_from_when_its_first_began_to_wait(log: EventLog) -> None:
+    log.expect(1_000)
+    first = replay(log, 50_000, since=100.0)
+    last = replay(log, 50_000 + SPAN_ENTRIES - 1, since=109.9)
+    assert begin(log, 100.0 + LINE_SECONDS - 0.1) == []
+    assert begin(log, 100.0 + LINE_SECONDS) == [first, last]
+
+
+async def test_who_is_far_behind_others_reads_by_itself_and_not_for_ever_after_them(log: EventLog) -> None:
+    hour, minute = replay(log, 90_000, since=1.0), replay(log, 30_000, since=2.0)
+    assert begin(log, 3.0) == [hour]
+    (reading,) = log._passes.values()
+    assert begin(log, reading.began + LINE_SECONDS - 0.1) == []
+    assert begin(log, reading.began + LINE_SECONDS) == [minute]

@@ -472,3 +472,28 @@ def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is()
     assert len(made._recent) == RECENT_IDS, "what was remembered meanwhile is forgotten again"
     made.settle(make_event(1), 2001)
     assert made.take() == b"", "nothing comes from the log any more"
+
+
+def test_who_has_just_caught_up_is_not_ended_for_what_came_meanwhile() -> None:
+    """What waits from the log and what was held are one backlog once the log has been read."""
+    made = returning(Cursor(Anchor(7, "abcdef")), max_events=10)
+    for number in range(6):
+        assert made.replayed(entry(number, 10 + number))
+        made.offer(make_event(100 + number), 5001)
+    assert not made.caught_up(5002), "the rest stands in the log"
+    made.extend(Anchor(200, "TOCKTO"))
+    frames(made)
+    for number in range(6):
+        assert made.replayed(entry(100 + number, 110 + number))
+    assert made.caught_up(5003)
+    made.settle(make_event(105), 5004)
+    assert [frame.json["id"] for frame in frames(made)] == [f"e{100 + number}" for number in range(6)]
+
+
+def test_a_retry_of_what_the_cursor_names_is_not_sent_again() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef"), (make_event(1).digest,)))
+    assert made.replayed(entry(1, 8))
+    assert made.caught_up(5001)
+    made.offer(make_event(1), 5002)
+    made.offer(make_event(2), 5003)
+    assert [frame.json["id"] for frame in frames(made)[1:]] == ["e2"]
