@@ -324,7 +324,7 @@ class Session:
     @property
     def is_seeking(self) -> bool:
         """Whether the log is read for a place that it has not shown yet; if it never does, that is a gap."""
-        return bool(self._seeking)
+        return self.state is State.REPLAYING and self._seeking > 0
 
     @property
     def wants_more(self) -> bool:

@@ -110,6 +110,23 @@ async def test_what_waiting_does_not_mend_is_told_at_once(vhost: Vhost, example:
         assert "no exchange 'events'" in errors.decode()
 
 
+async def test_an_alarm_is_told_and_holds_nobody_for_ever(service: Service, vhost: Vhost, example: Path) -> None:
+    """RabbitMQ reads nothing of who publishes then, and so answers nothing either: no confirm, and no close."""
+    text = example.read_text()
+    patient = {"publish.mjs": "PATIENCE_MS = 30_000", "publish.py": "PATIENCE_SECONDS = 30.0"}[example.name]
+    assert patient in text
+    example.write_text(text.replace(patient, patient.replace("30", "3")))
+    vhost.node.ctl("set_vm_memory_high_watermark", "0.00000001")
+    try:
+        async with running(example, vhost.url, "42") as process:
+            async with asyncio.timeout(20):
+                _, errors = await process.communicate()
+            assert process.returncode == 1
+            assert "alarm" in errors.decode() or "ConnectionBlockedTimeout" in errors.decode()
+    finally:
+        vhost.node.ctl("set_vm_memory_high_watermark", "absolute", "2GB")
+
+
 async def test_a_broker_that_dies_costs_no_event_that_was_confirmed(
     service: Service, vhost: Vhost, node: Node, connect: OpenStream, example: Path
 ) -> None:

@@ -31,7 +31,7 @@ async def test_an_anchor_is_not_offered_once_a_newer_one_has_been(
     monkeypatch: pytest.MonkeyPatch, streams: int
 ) -> None:
     """Each is offered twice after its answer. One that took long is answered just before the next."""
-    monkeypatch.setattr(hub, "ARRIVAL_SECONDS", (0.0, 0.2))
+    monkeypatch.setattr(hub, "ARRIVAL_SECONDS", (0.0, 1.0))
     nothing: Any = None
     made = hub.Hub(
         models={}, limits=nothing, metrics=Metrics(), quarantine=nothing, make_broker=lambda _: nothing, log=None
@@ -39,7 +39,7 @@ async def test_an_anchor_is_not_offered_once_a_newer_one_has_been(
     told = [Stream() for _ in range(streams)]
     made._connections = dict.fromkeys(told)  # type: ignore[arg-type]
     made._on_anchor(OLD, 1_000)
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.2)
     made._on_anchor(NEW, 2_000)
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(1.2)
     assert all(stream.offered == [OLD, NEW, NEW] for stream in told)

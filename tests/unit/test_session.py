@@ -291,7 +291,9 @@ def test_a_cursor_with_more_than_it_can_name_begins_among_those_it_names() -> No
 def test_a_cursor_that_names_what_the_log_does_not_have_is_a_gap() -> None:
     made = returning(Cursor(Anchor(7, "abcdef"), ("nobody",) * 20, truncated=True))
     made.replayed(entry(1, 8))
+    assert made.is_seeking
     made.caught_up(5001)
+    assert not made.is_seeking
     assert [frame.event for frame in frames(made)] == ["bridge.ready", "bridge.gap"]
 
 
