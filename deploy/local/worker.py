@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import random
 import signal
 import sys
 import time
+from collections.abc import Iterator
 
-from bridge import Publisher, PublishTimeout
+from bridge import Publisher, PublishError, PublishTimeout
 from bridge.settings import BrokerSettings, load
 from schemas.approvals import ApprovalDecided, ApprovalRequested
 from schemas.billing import Amount, BillingNotice
@@ -70,6 +72,15 @@ async def tell_of_other_things(publisher: Publisher, user: str) -> None:
                 await publisher.to_all(Notification(title="Maintenance on Sunday at 04:00 UTC", level="warning"))
 
 
+@contextlib.contextmanager
+def going_on() -> Iterator[None]:
+    """A broker that is away for longer than the deadline costs a job's events, not the worker."""
+    try:
+        yield
+    except PublishTimeout as error:
+        print(f"worker: {error}", file=sys.stderr, flush=True)
+
+
 async def until(stop: asyncio.Event) -> None:
     await stop.wait()
 
@@ -80,14 +91,13 @@ async def main(user: str) -> None:
 
         async def work(lane: int) -> None:
             for number in itertools.count():
-                # A broker that is away for longer than the deadline costs a job's events, not the worker.
-                with contextlib.suppress(PublishTimeout):
+                with going_on():
                     await run_job(publisher, user, number * 3 + lane)
                 await asyncio.sleep(random.uniform(0.5, 2))
 
         async def talk() -> None:
             while True:
-                with contextlib.suppress(PublishTimeout):
+                with going_on():
                     await tell_of_other_things(publisher, user)
 
         stop = asyncio.Event()
@@ -104,4 +114,9 @@ async def main(user: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    # It reports each try to connect, several a second; `PublishTimeout` says it once, with the last cause.
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+    try:
+        asyncio.run(main(sys.argv[1]))
+    except PublishError as error:
+        sys.exit(f"worker: {error}")

@@ -60,6 +60,13 @@ def example(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
+def make_impatient(example: Path) -> None:
+    text = example.read_text()
+    patient = {"publish.mjs": "PATIENCE_MS = 30_000", "publish.py": "PATIENCE_SECONDS = 30.0"}[example.name]
+    assert patient in text
+    example.write_text(text.replace(patient, patient.replace("30", "3")))
+
+
 @asynccontextmanager
 async def running(script: Path, url: str, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     node, _ = compute_driver_executable()
@@ -112,10 +119,7 @@ async def test_what_waiting_does_not_mend_is_told_at_once(vhost: Vhost, example:
 
 async def test_an_alarm_is_told_and_holds_nobody_for_ever(service: Service, vhost: Vhost, example: Path) -> None:
     """RabbitMQ reads nothing of who publishes then, and so answers nothing either: no confirm, and no close."""
-    text = example.read_text()
-    patient = {"publish.mjs": "PATIENCE_MS = 30_000", "publish.py": "PATIENCE_SECONDS = 30.0"}[example.name]
-    assert patient in text
-    example.write_text(text.replace(patient, patient.replace("30", "3")))
+    make_impatient(example)
     vhost.node.ctl("set_vm_memory_high_watermark", "0.00000001")
     try:
         async with running(example, vhost.url, "42") as process:
