@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -278,7 +278,8 @@ class _Link:
         self.connection = connection
         self._lanes = [_Lane(self) for _ in range(LANES)]
         self.shared = _Shared(self)
-        self._waiting: dict[int, Subscription] = {}
+        self._waiting: defaultdict[str | None, dict[int, Subscription]] = defaultdict(dict)
+        """Who has its own queue, by what the shared queue lacks for it: a group, or None for the queue itself."""
 
     async def declare_topology(self) -> None:
         """Exchange, quarantine and log, on channels without consumers: a declare that differs closes its channel.
@@ -357,7 +358,8 @@ class _Link:
         lane.give(subscription)
 
     def detach(self, subscription: Subscription) -> None:
-        self._waiting.pop(subscription.number, None)
+        for lacking in (None, *subscription.groups):
+            self._forget(lacking, subscription)
         self.shared.note_groups(subscription.groups)
         if subscription.lane is not None:
             subscription.lane.take_back(subscription)
@@ -366,19 +368,29 @@ class _Link:
         """Tells the subscription that it is bound, once its own queue is and the shared queue has its groups."""
         if subscription.bound or not subscription.wanted or not subscription.consumed:
             return
-        if self.shared.covers(subscription.groups):
-            self._waiting.pop(subscription.number, None)
+        if not self.shared.consuming:
+            self._waiting[None][subscription.number] = subscription
+        elif (lacking := self.shared.lacking(subscription.groups)) is not None:
+            self._waiting[lacking][subscription.number] = subscription
+        else:
             subscription.bound = True
             subscription.on_bound()
-        else:
-            self._waiting[subscription.number] = subscription
 
-    def check_waiting(self) -> None:
-        for subscription in list(self._waiting.values()):
+    def check_waiting(self, lacking: str | None) -> None:
+        """Has the shared queue got what these lacked, each of them lacks another group now, or nothing."""
+        for subscription in self._waiting.pop(lacking, {}).values():
             self.check(subscription)
+
+    def _forget(self, lacking: str | None, subscription: Subscription) -> None:
+        waiting = self._waiting.get(lacking)
+        if waiting is not None:
+            waiting.pop(subscription.number, None)
+            if not waiting:
+                del self._waiting[lacking]
 
     def lose_all(self) -> None:
         """The shared queue is gone, and everybody is on it: each gets broadcasts by it."""
+        self._waiting.clear()
         for subscription in list(self.broker.subscriptions.values()):
             _lose(subscription)
             self.check(subscription)
@@ -524,7 +536,7 @@ class _Shared:
         self._broker = link.broker
         self._changed = asyncio.Event()
         self._bound: set[str] = set()
-        self._consuming = False
+        self.consuming = False
         self.has_consumed = False
         self._failure: BrokerError | None = None
 
@@ -533,8 +545,9 @@ class _Shared:
         if any((group in self._bound) != (group in self._broker.groups) for group in groups):
             self._changed.set()
 
-    def covers(self, groups: Sequence[str]) -> bool:
-        return self._consuming and self._bound.issuperset(groups)
+    def lacking(self, groups: Sequence[str]) -> str | None:
+        """One of these that is not bound, if there is one."""
+        return next((group for group in groups if group not in self._bound), None)
 
     async def run(self) -> None:
         while True:
@@ -553,7 +566,7 @@ class _Shared:
                 if isinstance(error, AccessRefused) and not self.has_consumed:
                     raise  # A right is missing; waiting does not mend it.
             finally:
-                self._consuming = False
+                self.consuming = False
                 self._bound.clear()
                 self._failure = None
             self._link.lose_all()
@@ -575,12 +588,13 @@ class _Shared:
             async with amqp.translating("making the shared queue"):
                 await setup.queue_declare(queue, exclusive=True, auto_delete=True)
                 await self._bind_everyone(setup, queue)
-                await self._reconcile(setup, queue)
                 await consumer.consume(queue, "shared")
-                self._consuming = self.has_consumed = True
+                self.consuming = self.has_consumed = True
                 self._broker.note_up(self._link)
+                self._link.check_waiting(None)
+                # Groups only now: who has few or none need not wait until thousands of others are bound.
                 while True:
-                    self._link.check_waiting()
+                    await self._reconcile(setup, queue)
                     try:
                         async with asyncio.timeout(EXCHANGE_CHECK_SECONDS):
                             await self._changed.wait()
@@ -591,9 +605,8 @@ class _Shared:
                     self._changed.clear()
                     if self._failure is not None:
                         raise self._failure
-                    await self._reconcile(setup, queue)
         except BrokerError:
-            self._consuming = False
+            self.consuming = False
             # The connection stays: its channels are given back. When this is cancelled, the connection goes as a whole.
             if self._link.connection.connected.is_set():
                 with contextlib.suppress(BrokerError):
@@ -611,18 +624,22 @@ class _Shared:
     async def _reconcile(self, setup: AbstractChannel, queue: str) -> None:
         """Binds with a group's first connection, unbinds with its last.
 
-        Looks anew at each step: groups come and go while the broker is asked.
+        A round takes what differs when it begins, because finding that looks at all groups: there may be thousands,
+        and after a reconnect every one of them differs. Each is looked at anew when its turn comes: groups come and go
+        while the broker is asked.
         """
         while differing := self._bound.symmetric_difference(self._broker.groups):
-            group = min(differing)
-            key = Audience.group(group).binding_key()
-            if group in self._bound:
-                self._bound.discard(group)  # First: a connection that comes meanwhile must wait for a new binding.
-                await setup.queue_unbind(queue, self._broker.exchange, key)
-            else:
-                await setup.queue_bind(queue, self._broker.exchange, key)
-                self._bound.add(group)
-            self._link.check_waiting()
+            for group in sorted(differing):
+                key = Audience.group(group).binding_key()
+                match group in self._bound, group in self._broker.groups:
+                    case False, True:
+                        await setup.queue_bind(queue, self._broker.exchange, key)
+                        self._bound.add(group)
+                        self._link.check_waiting(group)
+                    case True, False:
+                        # First: a connection that comes meanwhile must wait for a new binding.
+                        self._bound.discard(group)
+                        await setup.queue_unbind(queue, self._broker.exchange, key)
 
     def _note_closed(self, closing: asyncio.Future[object]) -> None:
         error = None if closing.cancelled() else closing.exception()

@@ -186,6 +186,26 @@ async def test_a_group_that_goes_and_comes_in_the_same_moment_is_bound(
         await service.logged("stream ended", count=attempt * 2 + 2)
 
 
+async def test_everyone_is_on_each_of_their_groups_again(
+    vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
+) -> None:
+    service = await start(amqp_url=vhost.url_at(proxy.port))
+    # The shared queue's groups are bound one after another, and each stream waits for the last of its own.
+    groups = [[f"g{number}" for number in range(first, first + first % 4)] for first in range(12)]
+    streams = [await connect(service, f"u{first}", *groups[first]) for first in range(12)]
+    proxy.cut()
+    await service.logged("broker connected", count=2, seconds=60)
+    # Twice, because the log helps with what is published before they are bound.
+    for turn in "once", "again":
+        await vhost.publish_all(
+            [(f"group.g{number}.job.completed", cloudevent(f"g{number}-{turn}")) for number in range(15)]
+        )
+        await vhost.publish("all.job.completed", cloudevent(f"all-{turn}"))
+        for stream, mine in zip(streams, groups, strict=True):
+            expected = {f"{group}-{turn}" for group in [*mine, "all"]}
+            assert set(await stream.ids(len(expected), seconds=60)) == expected
+
+
 async def test_connections_cut_again_while_they_come_back(
     vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
 ) -> None:
