@@ -192,6 +192,14 @@ ZOO = [
         "tests/integration/test_broker.py::test_a_connection_that_brings_nothing_but_events_is_not_taken_for_dead",
     ),
     Mutant(
+        "groups-are-never-there",
+        "bridge/broker.py",
+        "                        self._link.check_waiting(group)\n",
+        "                        self._link.check_waiting(None)\n",
+        "after a reconnect nobody with a group is live again",
+        "tests/integration/test_broker.py::test_everyone_is_on_each_of_their_groups_again",
+    ),
+    Mutant(
         "blocked-is-written-to",
         "bridge/stream.py",
         "        if connection is None or self._blocked_since is not None or self._transport.is_closing():\n",
