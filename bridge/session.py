@@ -29,7 +29,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from itertools import islice
+from itertools import compress, islice
 from typing import NamedTuple
 
 from bridge import sse
@@ -171,18 +171,18 @@ class _Place:
 
     def _adopt(self, mark: _Mark) -> None:
         since_ms = mark.written_ms - OVERLAP_MS
-        if not self._received_ms or max(self._received_ms) < since_ms:
-            # Nothing that was sent stands behind it: so it is for most of ten thousand, asked twice in ten seconds.
+        received = self._received_ms
+        if not received or max(received) < since_ms:
+            # Nothing that was sent stands behind it, as with most of ten thousand streams.
             self.truncated = False
             self.anchor = mark.anchor
             self._digests = ""
             self._received_ms.clear()
             self.passed.clear()
             return
-        sent = self._sent()
-        needed = [pair for pair in sent if pair[1] >= since_ms]
-        unsure = sum(received_ms < mark.written_ms + LAG_MS for _, received_ms in needed)
-        truncated = self.truncated and len(needed) == len(sent)
+        is_needed = [received_ms >= since_ms for received_ms in received]
+        unsure = sum(since_ms <= received_ms < mark.written_ms + LAG_MS for received_ms in received)
+        truncated = self.truncated and all(is_needed)
         # Once events behind the anchor have fallen out of the named, reading the log begins among those that are left,
         # at the fifth, and what is not sent yet may stand CROSSING before the last. So many must surely stand behind
         # the anchor: now, or when the first falls out, which is an unsure one. Otherwise another anchor will be taken.
@@ -190,7 +190,8 @@ class _Place:
             return
         self.truncated = truncated
         self.anchor = mark.anchor
-        self._name(needed)
+        if not all(is_needed):
+            self._name(compress(self._sent(), is_needed))
         self.passed.clear()
 
     def cursor(self, now_ms: int) -> Cursor:
