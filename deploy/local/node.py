@@ -33,20 +33,35 @@ exec chroot "$root" /bin/sh -c 'cd "$0" && exec "$@"' "$folder" "$@"
 
 START_SECONDS = 60
 
+FIRST_PORT = 10_000
+"""Of those that `free_ports` tries: above what RabbitMQ and others listen on by default."""
+
 
 class NodeFailed(Exception):
     """The node did not do as told; the text has the end of its log."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on. Another program may take one before we do; the start then fails, with words."""
+    """Ports that nobody uses. Another program may take one before we do; the start then fails, with words.
+
+    Not from those that the system gives to outgoing connections, where that can be helped: tests open thousands.
+    """
+    choice = _first_given_out() - FIRST_PORT
     with contextlib.ExitStack() as stack:
-        ports = []
-        for _ in range(count):
+        ports: list[int] = []
+        while len(ports) < count:
             probe = stack.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", FIRST_PORT + secrets.randbelow(choice) if choice >= 1_000 else 0))
+                ports.append(probe.getsockname()[1])
         return ports
+
+
+def _first_given_out() -> int:
+    """The first port that Linux gives to outgoing connections (ip(7), ip_local_port_range); 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    return 0
 
 
 class Node:
