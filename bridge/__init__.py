@@ -3,9 +3,9 @@
 What workers need is named here; importing it imports nothing of the server's.
 """
 
+from bridge.blocking import BlockingPublisher
 from bridge.event import EventData
 from bridge.publisher import (
-    BlockingPublisher,
     EventRefused,
     ExchangeMissing,
     Publisher,

@@ -1,7 +1,7 @@
 """A connection to RabbitMQ and what can go wrong with it, in words of our own.
 
-The only file that names an error of aio-pika. Both sides stand on it: the bridge consumes through `connect`, the SDK
-and the quarantine publish through `Sender`. Needs aio-pika and nothing of the server's.
+This file and `sender.py` alone know errors of aio-pika. The bridge consumes through `connect`; the SDK and the
+quarantine publish through `sender.Sender`. Needs aio-pika and nothing of the service.
 
     BrokerError
     ├─ BrokerUnavailable    cannot be reached, went away, or did not answer in time: trying again may help
@@ -17,27 +17,29 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
+import re
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, Self, SupportsIndex, cast
 
 import aio_pika
+import aiormq.connection
+import pamqp.frame
+from aio_pika.abc import UnderlayConnection
 from aio_pika.exceptions import (
     AMQPError,
     AuthenticationError,
-    ChannelClosed,
     ChannelInvalidStateError,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
     DeliveryError,
     ProbableAuthenticationError,
-    PublishError,
 )
 from aiormq.abc import AbstractChannel, DeliveredMessage
-from aiormq.connection import TransportFactory
-from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ConnectionNotAllowed
-from pamqp.commands import Basic
+from aiormq.connection import FrameReceiver, TransportFactory, exception_by_code
+from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ConnectionNotAllowed, InvalidFrameError
+from pamqp import commands
 from pamqp.common import FieldTable
 from pamqp.exceptions import PAMQPException
 from yarl import URL
@@ -73,12 +75,18 @@ LARGE_BYTES = 65_536
 QUIET_SECONDS = 1.0
 """A connection that brings deliveries only shows the library a frame this often."""
 
+_ACCESS_REFUSED = 403
+"""AMQP 0-9-1, section 1.2, "access-refused": at the start of a connection these are its credentials."""
+
+_LIMIT = re.compile(r"limit .*reached|reached the maximum")
+"""In RabbitMQ's words for a limit of connections or channels. It may pass, unlike other refusals of code 530."""
+
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 
 _log = logging.getLogger("bridge.amqp")
 
-_ERRORS = (
+ERRORS = (
     AMQPError,
     ChannelInvalidStateError,
     ConnectionError,
@@ -88,6 +96,27 @@ _ERRORS = (
     StopAsyncIteration,  # A connection that ends in the middle of its handshake.
 )
 
+
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+"""True in all tasks of a connection that `connect` made."""
+
+
+class _Quiet(logging.Filter):
+    """Keeps what the library says about our connections out of the log of the program that we are part of.
+
+    It reports each lost connection several times, with tracebacks; whoever called `connect` reports it once, with its
+    cause. Connections that the program made by itself keep their log lines.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not _quiet.get() or record.levelno < logging.WARNING:
+            return True
+        _log.debug("%s: %s", record.name, record.getMessage())
+        return False
+
+
+for _name in ("aiormq.connection", "aiormq.channel", "aio_pika.connection", "aio_pika.channel"):
+    logging.getLogger(_name).addFilter(_Quiet())
 
 Packet = AbstractContextManager[object]
 """Entered and left around the callbacks of all deliveries that come in one packet."""
@@ -157,6 +186,8 @@ def translate(error: BaseException, doing: str) -> BrokerError:
     if isinstance(error, BrokerError):
         return error
     text = f"{doing}: {_text(error)}"
+    if isinstance(error, ConnectionNotAllowed) and _LIMIT.search(text):
+        return BrokerUnavailable(text)
     if isinstance(
         error, AuthenticationError | ProbableAuthenticationError | ChannelAccessRefused | ConnectionNotAllowed
     ):
@@ -200,17 +231,20 @@ async def connect(
     for address in random.sample(list(addresses), len(addresses)):
         url = URL(address)
         url = url.update_query({"name": name, "heartbeat": url.query.get("heartbeat", HEARTBEAT_SECONDS)})
+        quiet = _quiet.set(True)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                connection = aio_pika.Connection(url) if consuming is None else _ConsumingConnection(url, consuming)
+                connection = _Connection(url) if consuming is None else _ConsumingConnection(url, consuming)
                 await connection.connect()
                 return connection
-        except (*_ERRORS, TimeoutError) as error:
+        except (*ERRORS, TimeoutError) as error:
             failure = translate(error, f"connecting to {redact(address)}")
         except (Exception, asyncio.CancelledError) as error:
-            if not _is_rejection(error):
+            if not is_rejection(error):
                 raise
             failure = BrokerUnavailable(f"connecting to {redact(address)}: the connection was closed")
+        finally:
+            _quiet.reset(quiet)
     assert failure is not None, "parse_urls gives at least one address"
     raise failure
 
@@ -233,12 +267,12 @@ async def open_channel(connection: aio_pika.abc.AbstractConnection, *, confirms:
 
 async def close(connection: aio_pika.abc.AbstractConnection) -> None:
     """Closes within five seconds, or gives the connection up. Never raises an error of the broker's."""
-    with contextlib.suppress(*_ERRORS, TimeoutError):
+    with contextlib.suppress(*ERRORS, TimeoutError):
         async with asyncio.timeout(CLOSE_SECONDS):
             await connection.close()
 
 
-def _is_rejection(error: BaseException) -> bool:
+def is_rejection(error: BaseException) -> bool:
     """Whether this is aiormq's way to tell a waiter that its connection is gone.
 
     It rejects the futures of a connection that closes with whatever the reader ended with: a bare `Exception`, or a
@@ -255,10 +289,10 @@ async def translating(doing: str) -> AsyncIterator[None]:
     """Errors of aio-pika that pass become ours."""
     try:
         yield
-    except _ERRORS as error:
+    except ERRORS as error:
         raise translate(error, doing) from error
     except (Exception, asyncio.CancelledError) as error:
-        if not _is_rejection(error):
+        if not is_rejection(error):
             raise
         raise BrokerUnavailable(f"{doing}: the connection was closed") from error
 
@@ -420,7 +454,45 @@ class _Transport(TransportFactory):
         return reader, reader.writer
 
 
-class _ConsumingConnection(aio_pika.Connection):
+class _Protocol(aiormq.connection.Connection):
+    """The library's connection, but with RabbitMQ's own words for a connection that it refuses."""
+
+    @staticmethod
+    async def _rpc(
+        request: Any, writer: asyncio.StreamWriter, frame_receiver: FrameReceiver, wait_response: bool = True
+    ) -> Any:
+        # RabbitMQ answers Connection.Open with Connection.Close for a virtual host or a limit. The library expects
+        # Open-Ok only, and hides the reason behind "got <Connection.Close object at 0x...>".
+        writer.write(pamqp.frame.marshal(request, 0))
+        await writer.drain()
+        if not wait_response:
+            return None
+        _, _, frame = await frame_receiver.get_frame()
+        if isinstance(frame, commands.Connection.Close):
+            if frame.reply_code == _ACCESS_REFUSED:
+                raise ProbableAuthenticationError(frame.reply_text)
+            raise exception_by_code(frame)
+        if request.synchronous and frame.name not in request.valid_responses:
+            raise InvalidFrameError(f"expected {' or '.join(request.valid_responses)}, got {frame.name}")
+        return frame
+
+
+class _Underlay(UnderlayConnection):
+    @classmethod
+    async def make_connection(cls, url: URL, timeout: Any = None, **kwargs: Any) -> Any:
+        connection = _Protocol(url, **kwargs)
+        await connection.connect()
+        await connection.ready()
+        return connection
+
+
+class _Connection(aio_pika.Connection):
+    async def connect(self, timeout: Any = None) -> None:
+        self.transport = await _Underlay.connect(self.url, self._on_connection_close, **self.kwargs)
+        await self._on_connected()
+
+
+class _ConsumingConnection(_Connection):
     """One whose deliveries are cut out before the library reads them, so that none can break it."""
 
     def __init__(self, url: URL, packet: Packet) -> None:
@@ -429,164 +501,3 @@ class _ConsumingConnection(aio_pika.Connection):
         self.deliveries = transport.deliveries
         # aio_pika passes on what it knows from a URL, and this is of aiormq only.
         self.kwargs["transport_factory"] = transport
-
-
-class Sender:
-    """A connection for publishing that comes back by itself; every message is confirmed or an error is raised.
-
-    Any number of tasks may send at once; their messages share one channel and go out in the order of the calls.
-
-    Args:
-        addresses: AMQP URLs of the cluster's nodes.
-        name: shown in RabbitMQ's list of connections.
-    """
-
-    def __init__(self, addresses: Sequence[str], *, name: str) -> None:
-        self._addresses = addresses
-        self._name = name
-        self._connection: aio_pika.abc.AbstractConnection | None = None
-        self._channel: AbstractChannel | None = None
-        self._opening: asyncio.Task[AbstractChannel] | None = None
-        self._connected_at = 0.0
-        self._closed = False
-
-    async def open(self) -> None:
-        """Connects now rather than with the first message.
-
-        Raises:
-            BrokerError
-        """
-        await self._shared_channel()
-
-    async def send(
-        self,
-        body: bytes,
-        *,
-        exchange: str,
-        routing_key: str,
-        properties: Basic.Properties,
-        mandatory: bool = False,
-        recovery: float = 0.0,
-        timeout: float,
-    ) -> None:
-        """Returns once the broker has confirmed the message: every queue and stream it is routed to has taken it.
-
-        A lost connection and a nack are answered by sending the same message again, until `timeout` (seconds) is over.
-        RabbitMQ 4.3 nacks what was on its way to a queue that died, although the others have it.
-
-        Args:
-            recovery: on a connection younger than this (seconds), `mandatory` is taken as "not yet": RabbitMQ 3.10
-                takes connections for up to half a second before it has recovered its streams, and would confirm what
-                reaches none.
-
-        Raises:
-            BrokerUnavailable: not confirmed in time. The message may still have arrived, or arrive yet: send it again
-                with the same id, never with a new one.
-            NotFound: the exchange does not exist.
-            AccessRefused: the user may not publish this.
-            Unroutable: `mandatory`, and no queue takes it.
-
-        Cancelling leaves the channel in order; whether the message was sent is then not known.
-        """
-        doing = f"publishing {routing_key!r} to exchange {exchange!r}"
-        deadline = asyncio.get_running_loop().time() + timeout
-        next_pause = pauses()
-        alone = False
-        failure: BrokerError | None = None
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    if failure is not None:
-                        await asyncio.sleep(next_pause())
-                    channel = await (self._own_channel() if alone else self._shared_channel())
-                    try:
-                        await channel.basic_publish(
-                            body,
-                            exchange=exchange,
-                            routing_key=routing_key,
-                            properties=properties,
-                            mandatory=mandatory,
-                        )
-                    finally:
-                        if alone:
-                            await self._give_up(channel)
-                    return
-            except TimeoutError as error:
-                if asyncio.get_running_loop().time() >= deadline:
-                    raise self._overdue(doing, timeout, failure) from failure
-                failure = translate(error, doing)  # The socket's own ETIMEDOUT.
-            except PublishError as error:
-                if time.monotonic() >= self._connected_at + recovery:
-                    raise Unroutable(f"{doing}: no queue takes it ({error})") from None
-                failure = BrokerUnavailable(f"{doing}: no queue takes it yet")
-            except DeliveryError:
-                failure = BrokerUnavailable(f"{doing}: the broker answered nack")
-            except ChannelClosed as error:
-                # RabbitMQ closes the channel for one bad message, and all that wait on it get that error. So whoever
-                # got it tries again on a channel of its own, where the verdict is surely about its own message.
-                failure = translate(error, doing)
-                if alone and not isinstance(failure, BrokerUnavailable):
-                    raise failure from None
-                alone = True
-            except BrokerUnavailable as error:
-                if self._closed:
-                    raise
-                failure = error
-            except _ERRORS as error:
-                failure = translate(error, doing)
-            except BrokerError:
-                raise  # A refused user or a missing right gets no better by waiting.
-            except (Exception, asyncio.CancelledError) as error:
-                if not _is_rejection(error):
-                    raise
-                failure = BrokerUnavailable(f"{doing}: the connection was closed")
-
-    def _overdue(self, doing: str, timeout: float, failure: BrokerError | None) -> BrokerUnavailable:
-        if failure is not None:
-            return BrokerUnavailable(f"not confirmed within {timeout:g} s; last: {failure}")
-        return BrokerUnavailable(
-            f"{doing}: not confirmed within {timeout:g} s, though the connection stands. A memory or disk alarm blocks "
-            "publishers until it is over (`rabbitmq-diagnostics alarms`)"
-        )
-
-    async def _shared_channel(self) -> AbstractChannel:
-        if self._closed:
-            raise BrokerUnavailable("this publisher is closed")
-        channel = self._channel
-        if channel is not None and not channel.is_closed:
-            return channel
-        if self._opening is None or self._opening.done():
-            self._opening = asyncio.create_task(self._open(), name="amqp-sender-open")
-        # Shielded: one caller that gives up must not take the connection from the others.
-        return await asyncio.shield(self._opening)
-
-    async def _open(self) -> AbstractChannel:
-        if self._connection is None or not self._connection.connected.is_set():
-            if self._connection is not None:
-                await close(self._connection)
-                self._connection = None
-            self._connection = await connect(self._addresses, name=self._name)
-            self._connected_at = time.monotonic()
-        self._channel = await open_channel(self._connection, confirms=True)
-        return self._channel
-
-    async def _own_channel(self) -> AbstractChannel:
-        await self._shared_channel()
-        assert self._connection is not None, "the shared channel stands on it"
-        return await open_channel(self._connection, confirms=True)
-
-    @staticmethod
-    async def _give_up(channel: AbstractChannel) -> None:
-        with contextlib.suppress(*_ERRORS, TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await channel.close()
-
-    async def close(self) -> None:
-        """Ends the connection, within five seconds. What was not confirmed by then stays unconfirmed."""
-        self._closed = True
-        if self._opening is not None and not self._opening.done():
-            self._opening.cancel()
-            await asyncio.wait([self._opening])
-        if self._connection is not None:
-            await close(self._connection)
-            self._connection = self._channel = None

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bridge.event import EventData, describe_faults
+from bridge.roundtrip import check_model
 from bridge.routing import InvalidType
 
 EVENTSOURCE_NAMES = ("open", "error")
@@ -75,7 +76,8 @@ def load_catalogue(package: str) -> Catalogue:
 
     Raises:
         InvalidCatalogue: a module does not import, two models name one type, a model names none or a reserved one, a
-            model lets undeclared members through, or there is no model at all. All faults are named, not the first.
+            model lets undeclared members through or does not read what it writes, or there is no model at all. All
+            faults are named, not the first.
     """
     faults: list[str] = []
     modules = _import_all(package, faults)
@@ -105,6 +107,8 @@ def load_catalogue(package: str) -> Catalogue:
                 f"{where} has extra='allow', which would show browsers members that nobody declared; declare them, "
                 "or one dict field for them"
             )
+        else:
+            faults += [f"{where}: {fault}" for fault in check_model(found)]
         models[event_type] = found
     if not models and not faults:
         faults.append(f'{package} has no event model: add one, `class JobDone(EventData, type="job.done")`')

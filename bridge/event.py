@@ -44,6 +44,9 @@ _OPTIONAL = ("time", "subject", "datacontenttype", "dataschema")
 _TRACE_CONTEXT = ("traceparent", "tracestate")
 _REQUIRED = ("specversion", "id", "source", "type")
 _ORDER = (*_REQUIRED, *_OPTIONAL, *_TRACE_CONTEXT)
+ATTRIBUTES = _ORDER
+"""The attributes that leave the bridge, in the order in which they are written."""
+
 _OWN = frozenset({*_REQUIRED, *_OPTIONAL, "data", "data_base64"})
 
 _PLAIN = r"[ !#-\[\]-~]"  # What stands in JSON's strings as it is, of ASCII.
@@ -369,7 +372,7 @@ def _revalidate(data: object, model: type[EventData]) -> bytes:
     # Validated as JSON, not as Python values: under `strict=True` a model takes a time as text only from JSON.
     text = _JSON.encode(data).encode("utf-8")
     try:
-        return _encode_data(model.model_validate_json(text)).encode()
+        return encode_data(model.model_validate_json(text)).encode()
     except ValidationError as error:
         raise SchemaViolation(describe_faults(error)) from None
     except (RecursionError, UnicodeEncodeError):
@@ -380,7 +383,12 @@ def _revalidate(data: object, model: type[EventData]) -> bytes:
         raise SchemaViolation(f"data: {model.__name__} raised {type(error).__name__}: {error}") from error
 
 
-def _encode_data(data: EventData) -> str:
+def encode_data(data: EventData) -> str:
+    """The data as JSON, as its model writes it.
+
+    Raises:
+        ValueError: it holds an infinite number.
+    """
     value = data.model_dump(mode="json", by_alias=True)
     try:
         return _JSON.encode(value)
@@ -412,17 +420,17 @@ def describe_faults(error: ValidationError) -> str:
     return "; ".join(faults)
 
 
-def write_event(attributes: Mapping[str, str], data: EventData) -> bytes:
+def write_event(attributes: Mapping[str, str], event_type: str, data: bytes) -> bytes:
     """The body of a message for an event that is to be published.
 
     Args:
         attributes: the CloudEvents attributes but `specversion`, `type` and `data`.
-        data: the event's data; its class says the type.
+        data: the event's data as JSON, as `encode_data` writes it.
 
     Raises:
-        ValueError: the data holds an infinite number or text that is not Unicode.
+        ValueError: an attribute holds text that is not Unicode.
     """
-    # In the order that a bridge writes them in: so it has nothing to write anew.
-    told = {"specversion": SPECVERSION, **attributes, "type": data.event_type}
-    envelope = {name: told[name] for name in _ORDER if name in told} | told
-    return f'{_JSON.encode(envelope)[:-1]},"data":{_encode_data(data)}}}'.encode()
+    # In the order in which a bridge writes them, so that it need not write the event again.
+    given = {"specversion": SPECVERSION, **attributes, "type": event_type}
+    envelope = {name: given[name] for name in _ORDER if name in given} | given
+    return b'%b,"data":%b}' % (_JSON.encode(envelope)[:-1].encode(), data)

@@ -22,6 +22,7 @@ from bridge import amqp, topology
 from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
 from bridge.cursor import Anchor, digest
 from bridge.publisher import new_id
+from bridge.sender import Sender
 from bridge.session import Replay
 from bridge.sse import GapReason
 
@@ -147,7 +148,7 @@ class EventLog:
         self._log_stream = log
         self._exchange = exchange
         self._name = log.name
-        self._sender = amqp.Sender(addresses, name="bridge log writer")
+        self._sender = Sender(addresses, name="bridge log writer")
         self._connection: aio_pika.abc.AbstractConnection | None = None
         self._connecting = asyncio.Lock()
         self._tick_waiters: list[tuple[Ticked, float]] = []

@@ -4,7 +4,7 @@ async with Publisher("amqp://...", source="/workers/reports") as publisher:
     await publisher.to_user("42", JobCompleted(job_id="r-7", duration_seconds=3.2))
 
 PublishError
-├─ EventRefused         the event is not one that the bridge would show: mend the event
+├─ EventRefused         a page would not get what was passed: fix the event. Nothing was sent
 ├─ ExchangeMissing      nobody made the exchange: start the bridge once, or name the right one
 ├─ PublishForbidden     RabbitMQ refuses the user, or this user this audience or type
 └─ PublishTimeout       not confirmed in time: publish again, with the same id
@@ -13,27 +13,39 @@ PublishError
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import secrets
-import threading
+import sys
 import time
-from collections import deque
-from collections.abc import AsyncIterable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import partial
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Self, TypeAlias
 from uuid import UUID
 
 from pamqp.commands import Basic
+from pydantic import ValidationError
 
 from bridge import amqp
-from bridge.event import CONTENT_TYPE, MAX_EVENT_BYTES, EventData, InvalidEvent, read_event, write_event
+from bridge.event import (
+    ATTRIBUTES,
+    CONTENT_TYPE,
+    MAX_EVENT_BYTES,
+    EventData,
+    InvalidEvent,
+    describe_faults,
+    encode_data,
+    read_event,
+    write_event,
+)
+from bridge.roundtrip import declaring_class, find_loss
 from bridge.routing import Audience, RoutingError
+from bridge.sender import Message, Pipeline, Progress, Sender
 
-PIPELINE_EVENTS = 256
-"""Events of `publish_many` that may wait for their confirms at once. A confirm takes about a millisecond, so this many
-keep a connection busy; more would only be more to send again after a loss."""
+if TYPE_CHECKING:
+    from bridge.blocking import BlockingPublisher
 
 RECOVERY_SECONDS = 5.0
 """On a connection as young as this, an event that no queue takes is published again: RabbitMQ 3.10 takes connections up
@@ -43,15 +55,53 @@ queue."""
 TIMEOUT_SECONDS = 30.0
 """Default deadline for a confirm, reconnects included: a restart of the broker fits in."""
 
+SETTLE_SECONDS = 5.0
+"""A `publish_many` that is cancelled waits this long for the confirms of what it has sent."""
+
+Id: TypeAlias = str | int | UUID
+"""A user, a group or an event by its id. A number and a UUID are taken as their text."""
+
+Attribute: TypeAlias = str | int | UUID | datetime | None
+"""A CloudEvents attribute: `time` takes an aware datetime, `id` a UUID or a number. None counts as not given."""
+
+Item: TypeAlias = tuple[Audience, EventData] | tuple[Audience, EventData, Mapping[str, Attribute]]
+"""An event of `publish_many`: for whom, what, and its attributes by name (`{"id": f"{task_id}:completed"}`)."""
+
 _log = logging.getLogger("bridge.publisher")
+
+_NAMES = frozenset(ATTRIBUTES) - {"specversion", "type"}
 
 
 class PublishError(Exception):
-    """An event was not published, or not surely; one of the four below."""
+    """An event was not published, or not surely; one of the four below.
+
+    Attributes:
+        id: of the event that failed; empty when no event was at hand, as in `open`, or it has no valid id.
+        index: in `publish_many`, its place in the iterable, counted from 0; otherwise None.
+        confirmed: in `publish_many`, how many events are certainly confirmed: all before `index`.
+        unconfirmed: in `publish_many`, index to id of those that were sent and not confirmed. They may arrive: publish
+            each again under its id.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        id: str = "",
+        index: int | None = None,
+        confirmed: int | None = None,
+        unconfirmed: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        self.id = id
+        self.index = index
+        self.confirmed = confirmed
+        self.unconfirmed = unconfirmed
+        super().__init__(message)
 
 
 class EventRefused(PublishError):
-    """The event, its audience or its envelope is not as the contract says. Nothing was sent."""
+    """The event, its audience or its attributes are not as the contract says, or a page would get something else than
+    was passed. Nothing was sent."""
 
 
 class ExchangeMissing(PublishError):
@@ -63,15 +113,12 @@ class PublishForbidden(PublishError):
 
 
 class PublishTimeout(PublishError):
-    """No confirm within the deadline: the broker is away, blocked by an alarm, or keeps answering nack.
+    """No confirm within the deadline: the broker is away, blocked by an alarm, or keeps answering nack. Or the
+    publisher was closed meanwhile.
 
     The event may have arrived all the same. Publish it again with `id=error.id`: the same id is the same event, and a
     stream that has just shown it does not show it again.
     """
-
-    def __init__(self, message: str, event_id: str) -> None:
-        self.id = event_id
-        super().__init__(message)
 
 
 def new_id() -> str:
@@ -83,13 +130,14 @@ def new_id() -> str:
 
 
 class Publisher:
-    """Publishes events, each confirmed by the broker. Reconnects by itself; any number of tasks may share one.
+    """Publishes events, each confirmed by the broker. Connects with the first event, or with `open` or `async with`,
+    and reconnects by itself; any number of tasks of one event loop may share one.
 
     Args:
         url: AMQP address; several, joined by commas, for the nodes of a cluster.
         source: who publishes, a URI reference such as `/workers/reports` (CloudEvents `source`).
         exchange: the topic exchange; the bridge's default.
-        timeout: seconds until a publish without a confirm raises PublishTimeout, reconnects included.
+        timeout: seconds until a call without a confirm raises PublishTimeout, connecting included.
         max_event_bytes: largest message, as the bridge is set.
         log: whether the exchange has an event log, which takes every event. False for a bridge without one
             (`BRIDGE_LOG` empty), where an event for somebody who is away reaches no queue, as it should.
@@ -108,15 +156,13 @@ class Publisher:
         max_event_bytes: int = MAX_EVENT_BYTES,
         log: bool = True,
     ) -> None:
-        if not source:
-            raise ValueError("source must not be empty: name the program, as in '/workers/reports'")
-        self._source = source
-        self._exchange = exchange
+        self._writer = EventWriter(source=source, exchange=exchange, max_event_bytes=max_event_bytes, log=log)
         self._timeout = timeout
-        self._max_event_bytes = max_event_bytes
-        self._log = log
         self._warned = False
-        self._sender = amqp.Sender(amqp.parse_urls(url), name=f"publisher {source}")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = 0
+        self._is_closed = False
+        self._sender = Sender(amqp.parse_urls(url), name=f"publisher {source}", announce=True)
 
     @staticmethod
     def blocking(
@@ -129,18 +175,15 @@ class Publisher:
         log: bool = True,
     ) -> BlockingPublisher:
         """The same for programs without an event loop: scripts, Celery tasks, web workers with threads."""
+        from bridge.blocking import BlockingPublisher
+
         return BlockingPublisher(
             url, source=source, exchange=exchange, timeout=timeout, max_event_bytes=max_event_bytes, log=log
         )
 
     async def __aenter__(self) -> Self:
-        """Connects, within the timeout.
-
-        Raises:
-            PublishForbidden: the credentials or the virtual host are refused.
-            PublishTimeout: no node can be reached.
-        """
-        await self._connect()
+        """As `open`."""
+        await self.open()
         return self
 
     async def __aexit__(
@@ -148,265 +191,289 @@ class Publisher:
     ) -> None:
         await self.close()
 
-    async def _connect(self) -> None:
-        next_pause = amqp.pauses()
-        deadline = time.monotonic() + self._timeout
-        while True:
-            try:
-                return await self._sender.open()
-            except amqp.BrokerUnavailable as error:
-                pause = next_pause()
-                if time.monotonic() + pause >= deadline:
-                    raise PublishTimeout(f"no connection within {self._timeout:g} s; last: {error}", "") from error
-                _log.debug("not connected yet: %s", error)
-                await asyncio.sleep(pause)
-            except amqp.BrokerError as error:
-                raise PublishForbidden(str(error)) from error
+    async def open(self) -> None:
+        """Connects, within the timeout. Not needed: the first event connects too. Also opens again after `close`.
+
+        Raises:
+            PublishForbidden: the credentials or the virtual host are refused, with RabbitMQ's own words.
+            PublishTimeout: no node can be reached in time. A later event tries again.
+            RuntimeError: this publisher belongs to another event loop.
+        """
+        self._is_closed = False
+        self.use_here()
+        with _translated(""):
+            await self._sender.open(self._timeout)
 
     async def close(self) -> None:
-        """Closes the connection, within five seconds. Publishes still waiting raise PublishTimeout."""
-        await self._sender.close()
+        """Closes the connection, within five seconds. Publishes still waiting raise PublishTimeout at once."""
+        self._is_closed = True
+        if self._loop is not None:
+            self.use_here()
+            await self._sender.close()
+            self._loop = None
 
-    async def to_user(self, user: str, data: EventData, **attributes: str) -> str:
+    async def to_user(self, user: Id, data: EventData, **attributes: Attribute) -> str:
         """Publishes an event for one user; see `publish`."""
-        return await self.publish(Audience.user(user), data, **attributes)
+        return await self.publish(Audience.user(as_text(user)), data, **attributes)
 
-    async def to_group(self, group: str, data: EventData, **attributes: str) -> str:
+    async def to_group(self, group: Id, data: EventData, **attributes: Attribute) -> str:
         """Publishes an event for a group; see `publish`."""
-        return await self.publish(Audience.group(group), data, **attributes)
+        return await self.publish(Audience.group(as_text(group)), data, **attributes)
 
-    async def to_all(self, data: EventData, **attributes: str) -> str:
+    async def to_all(self, data: EventData, **attributes: Attribute) -> str:
         """Publishes an event for everybody who is connected; see `publish`."""
         return await self.publish(Audience.everyone(), data, **attributes)
 
-    async def publish(self, audience: Audience, data: EventData, **attributes: str) -> str:
+    async def publish(self, audience: Audience, data: EventData, **attributes: Attribute) -> str:
         """Publishes one event and returns its id once the broker has confirmed it.
 
         Args:
             audience: who may see it.
             data: an instance of a class of the event catalogue; its class is the type.
             attributes: of the CloudEvents envelope, by name: `id` to publish an event again, `time`, `subject`,
-                `dataschema`, `traceparent`, or an extension. `id` and `time` are made when they are not given.
+                `source`, `dataschema`, `traceparent`, `tracestate`. `id` and `time` are made when they are not given,
+                `traceparent` is that of the active OpenTelemetry span, if there is one.
 
         Raises:
             EventRefused: before anything is sent.
             ExchangeMissing, PublishForbidden, PublishTimeout
+            RuntimeError: this publisher is closed, or belongs to another event loop.
 
         Awaiting one after another keeps the order. Cancelling leaves the publisher in order; whether the event was
         published is then not known.
         """
-        message = self._prepare(audience, data, attributes)
-        await self._send(message)
+        message = self._writer.message(audience, data, attributes)
+        await self.publish_message(message)
         return message.id
 
-    async def publish_many(
-        self, events: Iterable[tuple[Audience, EventData]] | AsyncIterable[tuple[Audience, EventData]]
-    ) -> int:
+    async def publish_message(self, message: Message) -> None:
+        """As `publish`, of a message that `EventWriter` has made. Internal."""
+        self.use_here()
+        with _translated(message.id):
+            try:
+                await self._sender.deliver(message, self._timeout)
+            except amqp.Unroutable as error:
+                self._warn_unroutable(message, error)
+
+    async def publish_many(self, events: Iterable[Item] | AsyncIterable[Item]) -> int:
         """Publishes many events, in order, without waiting for one confirm before sending the next.
 
         Events are taken from the iterable as confirms come in, at most 256 ahead. Returns their number once all are
-        confirmed. When the broker nacks one or the connection breaks, what was unconfirmed is sent again with the same
-        ids; a reader may then see the order change at that place, never an event lost.
+        confirmed. Each is `(audience, data)` or `(audience, data, attributes)`; with an `id` of its own in the
+        attributes, publishing the whole batch again after a failure is safe.
+
+        After a lost connection, all that were unconfirmed are sent again in order, under the same ids: pages see the
+        order of the iterable. An event that the broker nacks comes after up to 255 that followed it; RabbitMQ does so
+        when a queue or its node dies.
 
         Raises:
-            as `publish`, for the first event that fails. All before it are confirmed; those after it that were on
-            their way may be.
+            as `publish`, for the first event that fails: `error.index` and `error.id` name it, and all before it are
+            confirmed (`error.confirmed`). Those after it that were on their way are in `error.unconfirmed`.
+            What the iterable raises is raised as it is, once all before it are confirmed. So is a cancellation, which
+            waits for confirms for five seconds at most. Both carry the number as `error.confirmed`, and in a note.
         """
+        self.use_here()
+        pipeline = self.pipeline()
         count = 0
-        pending: deque[asyncio.Task[None]] = deque()
         try:
-            async for audience, data in _aiter(events):
-                message = self._prepare(audience, data, {})
-                # Tasks start in the order they were made, and each sends before it first waits for its confirm.
-                pending.append(asyncio.create_task(self._send(message), name="publish"))
-                count += 1
-                if len(pending) >= PIPELINE_EVENTS:
-                    await pending[0]
-                    pending.popleft()
-                elif count % 16 == 0:
-                    await asyncio.sleep(0)  # An iterable without a pause must not keep the tasks from sending.
-            while pending:
-                await pending[0]
-                pending.popleft()
-        finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            async with contextlib.aclosing(_each(events)) as items:
+                async for item in items:
+                    await pipeline.put(self._writer.item(item, count))
+                    count += 1
+            await pipeline.drain()
+        except amqp.BrokerError as error:
+            pipeline.abandon()
+            raise batch_error(error, pipeline.progress()) from error
+        except BaseException as error:  # noqa: BLE001 - raised again below.
+            # Of the event or the iterable, or a cancellation: nothing is wrong with what was taken before.
+            limit = SETTLE_SECONDS if isinstance(error, asyncio.CancelledError) else self._timeout
+            failure = await settle(pipeline, limit)
+            if failure is not None and isinstance(error, Exception):
+                raise batch_error(failure, pipeline.progress()) from failure
+            raise report_progress(error, pipeline.progress()) from None
         return count
 
-    def _prepare(self, audience: Audience, data: EventData, attributes: dict[str, str]) -> _Message:
+    def pipeline(self) -> Pipeline:
+        """For many events; see `publish_many`. Internal."""
+        return Pipeline(self._sender, timeout=self._timeout, on_unroutable=self._warn_unroutable)
+
+    def use_here(self) -> None:
+        """Binds the publisher to the running loop of this process with the first call. Internal.
+
+        Raises:
+            RuntimeError: it is closed, or belongs to another loop or another process.
+        """
+        if self._is_closed and self._loop is None:
+            raise RuntimeError("this publisher is closed: call open() to use it again")
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop, self._process = loop, os.getpid()
+        elif self._process != os.getpid():
+            raise RuntimeError(
+                "this publisher connected before the process was forked, and a connection cannot be shared: "
+                "make it, or use it first, in the child (Publisher.blocking reconnects by itself)"
+            )
+        elif self._loop is not loop:
+            raise RuntimeError(
+                "this publisher belongs to another event loop, and its connection with it: make one publisher for each "
+                "loop, close() it at the end of its loop, or use Publisher.blocking, which any thread may call"
+            )
+
+    def _warn_unroutable(self, message: Message, _: amqp.Unroutable) -> None:
+        # The broker has confirmed it, and no queue has it: nobody is connected, and there is no log.
+        if not self._warned:
+            self._warned = True
+            _log.warning("%s reached no queue: is there no event log? (Publisher(log=False))", message.routing_key)
+
+
+class EventWriter:
+    """Makes messages of events, and refuses each that a page would not get as it was passed. Needs no connection.
+
+    Args:
+        as `Publisher`.
+    """
+
+    def __init__(self, *, source: str, exchange: str, max_event_bytes: int, log: bool) -> None:
+        if not isinstance(source, str) or not source:
+            raise ValueError("source must be a text that is not empty: name the program, as in '/workers/reports'")
+        self._source = source
+        self._exchange = exchange
+        self._max_event_bytes = max_event_bytes
+        self._log = log
+        self._app_id = source.encode()[:255].decode(errors="ignore")
+
+    def message(self, audience: Audience, data: EventData, attributes: Mapping[str, Attribute]) -> Message:
+        """
+        Raises:
+            EventRefused: says what is wrong, and how to fix it.
+        """
         if not isinstance(data, EventData) or not hasattr(data, "event_type"):
             raise EventRefused(f"{type(data).__name__} is no event: publish an instance of a class of your catalogue")
         event_type = data.event_type
-        envelope = {"id": new_id(), "source": self._source, "time": _rfc3339_now(), **attributes}
+        if not isinstance(audience, Audience):
+            raise EventRefused(
+                f"{event_type} for {audience!r:.80}: not an Audience: use Audience.user(...) or the like"
+            )
         try:
+            envelope = {"id": new_id(), "source": self._source, "time": _rfc3339(datetime.now(UTC))}
+            if "opentelemetry.trace" in sys.modules and "traceparent" not in attributes:
+                envelope |= _trace_context()
+            envelope |= _read_attributes(attributes)
             key = audience.routing_key(event_type)
-            body = write_event(envelope, data)
+            text = encode_data(data).encode()
+            body = write_event(envelope, event_type, text)
             # Read as the bridge will read it, so that what is accepted here is shown there.
-            event = read_event(body, key, {event_type: type(data)}, max_bytes=self._max_event_bytes)
+            event = read_event(body, key, {event_type: declaring_class(type(data))}, max_bytes=self._max_event_bytes)
+            loss = find_loss(data, text)
         except InvalidEvent as error:
+            raise EventRefused(f"{event_type} for {audience}: {error}", id=str(envelope["id"])) from error
+        except (RoutingError, _Refused) as error:
             raise EventRefused(f"{event_type} for {audience}: {error}") from error
-        except RoutingError as error:
-            raise EventRefused(f"{event_type} for {audience}: {error}") from error
+        except ValidationError as error:
+            raise EventRefused(f"{event_type} for {audience}: {describe_faults(error)}") from error
         except (ValueError, TypeError) as error:
             raise EventRefused(f"{event_type} for {audience}: it has no JSON form: {error}") from error
+        if loss is not None:
+            raise EventRefused(f"{event_type} for {audience}: {loss}", id=event.id)
         properties = Basic.Properties(
             content_type=CONTENT_TYPE,
             message_id=event.id,
             message_type=event_type,
             timestamp=datetime.now(UTC),
             delivery_mode=2,
-            app_id=self._source.encode()[:255].decode(errors="ignore"),
+            app_id=self._app_id,
         )
-        return _Message(event.id, key, body, properties)
+        # The broker has confirmed an event for nobody, where there is no log; with one it must have a queue.
+        return Message(event.id, body, self._exchange, key, properties, self._log, RECOVERY_SECONDS)
 
-    async def _send(self, message: _Message) -> None:
+    def item(self, item: Item, index: int) -> Message:
+        """The message of one event of `publish_many`.
+
+        Raises:
+            EventRefused: with its index.
+        """
         try:
-            await self._sender.send(
-                message.body,
-                exchange=self._exchange,
-                routing_key=message.routing_key,
-                properties=message.properties,
-                mandatory=self._log,
-                recovery=RECOVERY_SECONDS,
-                timeout=self._timeout,
-            )
-        except amqp.Unroutable:
-            # The broker has confirmed it, and no queue has it: nobody is connected, and there is no log.
-            if not self._warned:
-                self._warned = True
-                _log.warning("%s reached no queue: is there no event log? (Publisher(log=False))", message.routing_key)
-        except amqp.NotFound as error:
-            raise ExchangeMissing(
-                f"{error}. The bridge makes its exchange when it starts; is this the right virtual host and exchange?"
-            ) from error
-        except amqp.BrokerUnavailable as error:
-            raise PublishTimeout(str(error), message.id) from error
-        except amqp.BrokerError as error:
-            raise PublishForbidden(str(error)) from error
+            if not isinstance(item, tuple) or len(item) not in (2, 3):
+                raise EventRefused(f"{item!r:.80} is not (audience, data) or (audience, data, attributes)")
+            return self.message(item[0], item[1], item[2] if len(item) == 3 else {})
+        except EventRefused as error:
+            raise EventRefused(f"event {index}: {error}", id=error.id, index=index) from error
 
 
-class _Message:
-    __slots__ = ("body", "id", "properties", "routing_key")
-
-    def __init__(self, event_id: str, routing_key: str, body: bytes, properties: Basic.Properties) -> None:
-        self.id = event_id
-        self.routing_key = routing_key
-        self.body = body
-        self.properties = properties
+class _Refused(ValueError):
+    """An attribute or an id that cannot be taken; the text says which, and how to fix it."""
 
 
-Result = TypeVar("Result")
+def as_text(identity: Id) -> str:
+    """The id of a user or a group as text.
 
-
-class BlockingPublisher:
-    """`Publisher` for programs without an event loop. Made by `Publisher.blocking`; threads may share one.
-
-    An event loop runs in a thread of its own. Make it after a fork (Celery's prefork: in the task or in
-    `worker_process_init`), not before.
+    Raises:
+        EventRefused: not a text, a whole number or a UUID.
     """
-
-    def __init__(
-        self, url: str, *, source: str, exchange: str, timeout: float, max_event_bytes: int, log: bool
-    ) -> None:
-        amqp.parse_urls(url)
-        self._make = partial(
-            Publisher,
-            url,
-            source=source,
-            exchange=exchange,
-            timeout=timeout,
-            max_event_bytes=max_event_bytes,
-            log=log,
-        )
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._publisher: Publisher | None = None
-
-    def __enter__(self) -> Self:
-        """Connects; raises as `Publisher.__aenter__` does."""
-        started = threading.Event()
-
-        def run() -> None:
-            with asyncio.Runner() as runner:
-                self._loop = runner.get_loop()
-                self._loop.call_soon(started.set)
-                runner.run(self._until_stopped())
-
-        self._thread = threading.Thread(target=run, name="bridge-publisher", daemon=True)
-        self._thread.start()
-        started.wait()
-
-        async def make() -> Publisher:
-            return await self._make().__aenter__()
-
-        try:
-            self._publisher = self._call(make())
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    async def _until_stopped(self) -> None:
-        self._stopped = asyncio.Event()
-        await self._stopped.wait()
-
-    def _call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        assert self._loop is not None, "only called while the thread runs"
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C in the caller must not leave the publish running behind its back.
-            raise
-
-    def _open(self) -> Publisher:
-        if self._publisher is None:
-            raise RuntimeError("not connected: use it as `with Publisher.blocking(...) as publisher:`")
-        return self._publisher
-
-    def _stop(self) -> None:
-        if self._loop is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(self._stopped.set)
-            self._thread.join()
-            self._loop = self._thread = None
-
-    def close(self) -> None:
-        """Closes the connection, within five seconds."""
-        if self._publisher is not None:
-            self._call(self._publisher.close())
-            self._publisher = None
-        self._stop()
-
-    def to_user(self, user: str, data: EventData, **attributes: str) -> str:
-        """As `Publisher.to_user`; returns when confirmed."""
-        return self.publish(Audience.user(user), data, **attributes)
-
-    def to_group(self, group: str, data: EventData, **attributes: str) -> str:
-        """As `Publisher.to_group`; returns when confirmed."""
-        return self.publish(Audience.group(group), data, **attributes)
-
-    def to_all(self, data: EventData, **attributes: str) -> str:
-        """As `Publisher.to_all`; returns when confirmed."""
-        return self.publish(Audience.everyone(), data, **attributes)
-
-    def publish(self, audience: Audience, data: EventData, **attributes: str) -> str:
-        """As `Publisher.publish`; returns when confirmed."""
-        return self._call(self._open().publish(audience, data, **attributes))
-
-    def publish_many(self, events: Iterable[tuple[Audience, EventData]]) -> int:
-        """As `Publisher.publish_many`, when all are confirmed. Reads the iterable in the publisher's thread."""
-        return self._call(self._open().publish_many(events))
+    if isinstance(identity, str):
+        return identity
+    if isinstance(identity, int | UUID) and not isinstance(identity, bool):
+        return str(identity)
+    raise EventRefused(f"{identity!r:.80} is not the id of a user or a group: pass a str, an int or a UUID")
 
 
-async def _aiter(
-    events: Iterable[tuple[Audience, EventData]] | AsyncIterable[tuple[Audience, EventData]],
-) -> AsyncIterable[tuple[Audience, EventData]]:
+def _read_attributes(attributes: Mapping[str, Attribute]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in attributes.items():
+        if name not in _NAMES:
+            hint = "its class says the type" if name == "type" else "pages get no others; put it into the data"
+            raise _Refused(
+                f"{name[:100]!r} is not an attribute that can be given ({', '.join(sorted(_NAMES))}): {hint}"
+            )
+        if value is None:
+            continue
+        if name == "time" and isinstance(value, datetime):
+            if value.tzinfo is None:
+                raise _Refused(f"time is {value.isoformat()}, without a zone: pass datetime.now(UTC)")
+            found[name] = _rfc3339(value)
+        elif isinstance(value, str):
+            found[name] = value
+        elif name == "id" and isinstance(value, int | UUID) and not isinstance(value, bool):
+            found[name] = str(value)
+        else:
+            takes = {"id": "a str, an int or a UUID", "time": "a datetime with a zone, or RFC 3339 text"}
+            raise _Refused(f"{name} must be {takes.get(name, 'a str')}, not {value!r:.80}")
+    return found
+
+
+def _rfc3339(time: datetime) -> str:
+    time = time.astimezone(UTC)
+    precision = "microseconds" if time.microsecond % 1000 else "milliseconds"
+    return time.isoformat(timespec=precision).replace("+00:00", "Z")
+
+
+def _trace_context() -> dict[str, str]:
+    """`traceparent` and `tracestate` of the active span. A program that has one has imported OpenTelemetry already."""
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    found: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(found)
+    return {name: value for name, value in found.items() if value}
+
+
+def _as_publish_error(error: BaseException, event_id: str) -> PublishError:
+    if isinstance(error, amqp.NotFound):
+        hint = "The bridge makes its exchange when it starts; is this the right virtual host and exchange?"
+        return ExchangeMissing(f"{error}. {hint}", id=event_id)
+    if isinstance(error, amqp.BrokerUnavailable):
+        return PublishTimeout(str(error), id=event_id)
+    return PublishForbidden(str(error), id=event_id)
+
+
+@contextlib.contextmanager
+def _translated(event_id: str) -> Iterator[None]:
+    try:
+        yield
+    except amqp.BrokerError as error:
+        raise _as_publish_error(error, event_id) from error
+
+
+async def _each(events: Iterable[Item] | AsyncIterable[Item]) -> AsyncGenerator[Item]:
     if isinstance(events, AsyncIterable):
         async for event in events:
             yield event
@@ -415,5 +482,49 @@ async def _aiter(
             yield event
 
 
-def _rfc3339_now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+async def settle(pipeline: Pipeline, limit: float) -> BaseException | None:
+    """Waits until all that was put in is confirmed, `limit` seconds at most, and returns what went wrong with it."""
+    try:
+        async with asyncio.timeout(limit):
+            await pipeline.drain()
+    except (amqp.BrokerError, TimeoutError, asyncio.CancelledError) as error:
+        pipeline.abandon()
+        return error
+    return None
+
+
+def batch_error(error: BaseException, progress: Progress) -> PublishError:
+    """What went wrong with the first unconfirmed event of a batch."""
+    rest = {entry.index: entry.message.id for entry in progress.unconfirmed}
+    if not progress.unconfirmed:
+        made = _as_publish_error(error, "")
+        return type(made)(f"{made} [{progress.confirmed} events are confirmed]", confirmed=progress.confirmed)
+    failed = progress.unconfirmed[0]
+    made = _as_publish_error(error, failed.message.id)
+    return type(made)(
+        f"event {failed.index} ({failed.message.routing_key}, id {failed.message.id}): {made} "
+        f"[{progress.confirmed} before it are confirmed]",
+        id=failed.message.id,
+        index=failed.index,
+        confirmed=progress.confirmed,
+        unconfirmed=rest,
+    )
+
+
+def report_progress(error: BaseException, progress: Progress) -> BaseException:
+    """The error that ended a batch, with the number of events that are confirmed."""
+    confirmed, rest = progress.confirmed, {entry.index: entry.message.id for entry in progress.unconfirmed}
+    if isinstance(error, PublishError):
+        return type(error)(
+            f"{error} [{confirmed} before it are confirmed]",
+            id=error.id,
+            index=error.index,
+            confirmed=confirmed,
+            unconfirmed=rest,
+        )
+    with contextlib.suppress(AttributeError, TypeError):  # An exception class of the caller's own may have slots.
+        error.confirmed = confirmed  # type: ignore[attr-defined]
+        error.unconfirmed = rest  # type: ignore[attr-defined]
+    unclear = f"; {len(rest)} more were sent and may arrive" if rest else ""
+    error.add_note(f"publish_many: {confirmed} events are confirmed{unclear}")
+    return error

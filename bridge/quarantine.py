@@ -17,6 +17,7 @@ from pamqp.commands import Basic
 from bridge import amqp, topology
 from bridge.amqp import BrokerError, BrokerUnavailable, Unroutable
 from bridge.event import InvalidEvent, Models, read_event
+from bridge.sender import Sender
 
 MAX_PENDING = 1_000
 MAX_PENDING_BYTES = 33_554_432
@@ -39,7 +40,7 @@ class Quarantine:
 
     def __init__(self, addresses: Sequence[str], *, queue: str, on_dropped: Callable[[], None]) -> None:
         self._addresses = addresses
-        self._sender = amqp.Sender(addresses, name="bridge quarantine")
+        self._sender = Sender(addresses, name="bridge quarantine")
         self._queue = queue
         self._pending: asyncio.Queue[tuple[bytes, str, str, str]] = asyncio.Queue(maxsize=MAX_PENDING)
         self._on_dropped = on_dropped
@@ -135,7 +136,7 @@ async def replay(
     Raises:
         BrokerError: what was not yet replayed stays in the queue.
     """
-    sender = amqp.Sender(addresses, name="bridge quarantine replay")
+    sender = Sender(addresses, name="bridge quarantine replay")
     try:
         async for message, take in _get(addresses, queue, limit):
             try:

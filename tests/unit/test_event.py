@@ -14,6 +14,7 @@ from bridge.event import (
     InvalidEvent,
     Models,
     _read_as_written,
+    encode_data,
     read_event,
     write_event,
 )
@@ -232,16 +233,20 @@ def test_the_detail_is_bounded() -> None:
     assert len(refusal(envelope(data={f"k{n}": 1 for n in range(2000)} | {"part": {}})).detail) <= MAX_DETAIL_CHARS
 
 
+def write(attributes: dict[str, str], data: EventData) -> bytes:
+    return write_event(attributes, data.event_type, encode_data(data).encode())
+
+
 def test_what_is_written_is_read() -> None:
     data = Done.model_validate({"job_id": "r", "reNamed": "y", "at": "2026-01-01T00:00:00Z"})
-    event = read(write_event({"id": "e", "source": "/t"}, data))
+    event = read(write({"id": "e", "source": "/t"}, data))
     assert json.loads(line_of(event))["data"]["reNamed"] == "y"
 
 
 def test_what_the_sdk_writes_goes_out_as_it_is() -> None:
     attributes = {"tracestate": "v=1", "time": "2026-01-31T12:00:00.5Z", "subject": "s", "id": "e", "source": "/t"}
     data = Done(job_id="r", seconds=1.5, anything={"text": 'é \n " \\', "none": None, "list": [1, -0.25, True]})
-    body = write_event({**attributes, "traceparent": "00-1-2-01", "dataschema": "https://x.example/s"}, data)
+    body = write({**attributes, "traceparent": "00-1-2-01", "dataschema": "https://x.example/s"}, data)
     event = _read_as_written(body, "user.42.test.done", MODELS)
     assert event is not None, "it takes the long way, at three times the price"
     assert event.text == body == line_of(read(body))
@@ -300,7 +305,7 @@ def test_as_written_and_nearly_so(old: bytes, new: bytes, reason: str | None) ->
 
 def test_infinity_is_not_written_as_null() -> None:
     with pytest.raises(ValueError, match=r"data\.seconds is infinite"):
-        write_event({"id": "e", "source": "/t"}, Done(job_id="r", seconds=float("inf")))
+        write({"id": "e", "source": "/t"}, Done(job_id="r", seconds=float("inf")))
 
 
 def test_a_reserved_type_cannot_be_declared() -> None:

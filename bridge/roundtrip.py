@@ -1,0 +1,270 @@
+"""Whether a page gets what a publisher passed: the written form of a model, read back by the same model.
+
+Pure. A publisher writes an event by its model, and the bridge reads it and writes it again for pages. Names, validators
+and serializers of one model can disagree with each other: then a page gets other data, and no error says so. The SDK
+asks `find_loss` before it sends; the catalogue asks `check_model` when it is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, Secret, SecretBytes, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+from bridge.event import EventData, describe_faults
+from bridge.sample import samples
+
+MAX_SAFE_INTEGER = 2**53 - 1
+"""JavaScript reads a larger integer as another number (ECMA-262, Number.MAX_SAFE_INTEGER; RFC 7493, section 2.2)."""
+
+_LONG_NUMBER = re.compile(rb"\d{16}")
+
+
+def declaring_class(kind: type[EventData]) -> type[EventData]:
+    """The class that names the type: the one that the catalogue, and so the bridge, has. A subclass may add members."""
+    return next(found for found in kind.__mro__ if issubclass(found, EventData) and found.declares_type())
+
+
+def find_loss(passed: EventData, text: bytes) -> str | None:
+    """What a page would get otherwise than it was passed, and how to fix it. None: nothing.
+
+    Args:
+        passed: the event's data.
+        text: its written form, JSON in UTF-8.
+
+    Raises:
+        pydantic.ValidationError: the written form cannot be read back.
+    """
+    read = declaring_class(type(passed)).__pydantic_validator__.validate_json(text)
+    return _compare(passed, read, "data", naive=False) or _find_long_integer(text)
+
+
+def _compare(passed: Any, read: Any, where: str, *, naive: bool) -> str | None:
+    """The first difference between a value and the same value read back.
+
+    Args:
+        naive: whether the member is declared as a time without a zone.
+    """
+    if isinstance(passed, BaseModel):
+        return _compare_models(passed, read, where)
+    if isinstance(passed, SecretStr | SecretBytes | Secret):
+        return f"{where} is a {type(passed).__name__}, which is written as asterisks: declare it as a plain type"
+    if isinstance(passed, datetime) and passed.tzinfo is None and not naive:
+        return (
+            f"{where} is {passed.isoformat()}, a time without a zone, which each browser reads in its own zone: "
+            "pass datetime.now(UTC), and declare it as AwareDatetime"
+        )
+    if isinstance(passed, dict) and isinstance(read, dict) and passed.keys() == read.keys():
+        members = ((passed[name], read[name], f"{where}.{name}") for name in passed)
+    elif isinstance(passed, list | tuple) and isinstance(read, list | tuple) and len(passed) == len(read):
+        members = ((one, other, f"{where}[{at}]") for at, (one, other) in enumerate(zip(passed, read, strict=True)))
+    else:
+        return None if _is_same(passed, read) else _differs(passed, read, where)
+    return next((loss for one, other, at in members if (loss := _compare(one, other, at, naive=naive))), None)
+
+
+def _compare_models(passed: BaseModel, read: Any, where: str) -> str | None:
+    if not isinstance(read, BaseModel):
+        # A member that takes anything: it is written by its own class, so nothing of it is left out.
+        return None if _is_same(passed, read) else _differs(passed, read, where)
+    own, fields = type(passed).model_fields, type(read).model_fields
+    lost = [name for name, field in own.items() if name not in fields and not field.exclude]
+    if lost:
+        return (
+            f"{where} is a {type(passed).__name__}, but the event declares {type(read).__name__}: "
+            f"{', '.join(lost)} would not reach a page. Pass a {type(read).__name__}, or declare the members there"
+        )
+    for name, field in fields.items():
+        if field.exclude or (field.exclude_if is not None and field.exclude_if(getattr(passed, name, None))):
+            continue
+        one, other = getattr(passed, name, None), getattr(read, name)
+        if loss := _compare(one, other, f"{where}.{name}", naive=_is_naive(field)):
+            written, names = _written_name(name, field), _read_names(name, field, type(read))
+            if written not in names:
+                return f"{loss}. {_unread(name, written, names)}"
+            return loss
+    return None
+
+
+def _is_naive(field: FieldInfo) -> bool:
+    return "NaiveDatetime" in str(field.annotation)
+
+
+def _is_same(passed: Any, read: Any) -> bool:
+    with contextlib.suppress(Exception):  # A comparison of the user's own; then their written forms decide.
+        if passed == read:
+            return True
+    try:
+        # A member that takes anything reads a tuple as a list and a time as its text. To a page they are equal.
+        return bool(to_jsonable_python(passed) == to_jsonable_python(read))
+    except PydanticSerializationError:
+        # Written by a serializer of its member's own. Without `==` there is nothing left to compare.
+        return type(passed) is type(read) and "__eq__" not in _names_defined_by(type(passed))
+
+
+def _names_defined_by(kind: type) -> set[str]:
+    return {name for base in kind.__mro__ if base is not object for name in vars(base)}
+
+
+def _differs(passed: Any, read: Any, where: str) -> str:
+    return f"{where}: {_shown(passed)} was passed, and a page would get {_shown(read)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _find_long_integer(text: bytes) -> str | None:
+    if not _LONG_NUMBER.search(text):
+        return None
+    found = next(_long_integers(json.loads(text), "data"), None)
+    if found is None:
+        return None
+    where, number = found
+    return (
+        f"{where} is {number}, beyond 2^53 - 1: JavaScript would read another number. Declare it as str, "
+        "and pass its text"
+    )
+
+
+def _long_integers(value: Any, where: str) -> Iterator[tuple[str, int]]:
+    if isinstance(value, int) and abs(value) > MAX_SAFE_INTEGER:
+        yield where, value
+    elif isinstance(value, dict):
+        for name, member in value.items():
+            yield from _long_integers(member, f"{where}.{name}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _long_integers(item, f"{where}[{index}]")
+
+
+# The model itself
+
+
+def check_model(model: type[EventData]) -> list[str]:
+    """Why a model does not read what it writes; a line for each fault, with how to fix it. Empty: none was found.
+
+    Names are compared one by one. Validators and serializers cannot be looked into, so they are tried with samples.
+    """
+    faults = list(dict.fromkeys(_check_names(model.__pydantic_core_schema__, "")))
+    return faults or _try_samples(model)
+
+
+def _check_names(schema: Any, owner: str) -> Iterator[str]:
+    """Faults of all models, dataclasses and typed dicts in a pydantic core schema, nested ones included."""
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            yield from _check_names(part, owner)
+        return
+    if not isinstance(schema, Mapping):
+        return
+    kind = schema.get("type")
+    if kind in ("model", "dataclass", "typed-dict") and "cls" in schema:
+        owner = schema["cls"].__name__
+    if kind in ("model", "dataclass", "typed-dict"):
+        yield from _check_fields(schema, owner)
+    for name, part in schema.items():
+        if name not in ("metadata", "cls", "config"):
+            yield from _check_names(part, owner)
+
+
+def _check_fields(schema: Mapping[str, Any], owner: str) -> Iterator[str]:
+    config = schema.get("config", {})
+    inner = schema if schema["type"] == "typed-dict" else schema["schema"]
+    while "fields" not in inner and isinstance(inner.get("schema"), Mapping):
+        inner = inner["schema"]  # Below a validator of the whole model.
+    fields = inner.get("fields", {})
+    pairs = fields.items() if isinstance(fields, Mapping) else ((field["name"], field) for field in fields)
+    written_by: dict[str, str] = {}
+    for name, field in pairs:
+        where = f"{owner}.{name}" if owner else name
+        is_required = field.get("required", field.get("schema", {}).get("type") != "default")
+        if field.get("serialization_exclude"):
+            if is_required:
+                yield f"{where} is required, and exclude=True leaves it out of what is written: give it a default"
+            continue
+        if field.get("serialization_exclude_if") and is_required:
+            yield f"{where} is required, and exclude_if may leave it out of what is written: give it a default"
+        written = field.get("serialization_alias", name)
+        if written in written_by:
+            yield f"{where} and {owner}.{written_by[written]} are both written as {written!r}: name one otherwise"
+        written_by[written] = name
+        names = _names_read(name, field.get("validation_alias"), config)
+        if written not in names:
+            yield f"{where}: {_unread(name, written, names)}"
+    forbids = "forbid" in (inner.get("extra_behavior"), config.get("extra_fields_behavior"))
+    for computed in inner.get("computed_fields", ()) if forbids else ():
+        name = computed.get("alias", computed["property_name"])
+        yield f"{owner}.{name} is computed and written, and extra='forbid' refuses it when it is read: drop one of them"
+
+
+def _names_read(name: str, alias: Any, config: Mapping[str, Any]) -> tuple[str, ...]:
+    names = {} if alias is None or config.get("validate_by_alias") is False else _of_alias(alias)
+    if alias is None or config.get("validate_by_name") or config.get("populate_by_name"):
+        names = {**names, name: None}
+    return tuple(names)
+
+
+def _of_alias(alias: Any) -> dict[str, None]:
+    if isinstance(alias, str):
+        return {alias: None}
+    # A path of several steps reads from inside another member, under which nothing is ever written.
+    return {path[0]: None for path in alias if len(path) == 1}
+
+
+def _written_name(name: str, field: FieldInfo) -> str:
+    return field.serialization_alias or field.alias or name
+
+
+def _read_names(name: str, field: FieldInfo, model: type[BaseModel]) -> tuple[str, ...]:
+    alias: Any = field.validation_alias
+    if alias is not None and not isinstance(alias, str):
+        paths = alias.convert_to_aliases()
+        alias = paths if paths and isinstance(paths[0], list) else [paths]
+    return _names_read(name, alias, model.model_config)
+
+
+def _unread(name: str, written: str, names: tuple[str, ...]) -> str:
+    read = " or ".join(map(repr, names)) or "no name of its own"
+    return (
+        f"it is written as {written!r} and read as {read}: give both one name with alias={written!r}, "
+        f"or take both with validation_alias=AliasChoices({written!r}, {name!r})"
+    )
+
+
+def _try_samples(model: type[EventData]) -> list[str]:
+    try:
+        schema = model.model_json_schema(by_alias=True, mode="validation")
+    except Exception as error:  # noqa: BLE001 - pydantic has no single class for what has no JSON Schema.
+        return [f"it has no JSON Schema: {error}"]
+    for sample in samples(schema):
+        try:
+            data = model.model_validate_json(json.dumps(sample))
+        except Exception:  # noqa: BLE001 - a validator of the team's own may want more than a sample can guess.
+            continue
+        if fault := _try(model, data, sample):
+            return [fault]
+    return []
+
+
+def _try(model: type[EventData], data: EventData, sample: Any) -> str | None:
+    given = f"; tried with {_shown(sample)}"
+    try:
+        text = model.__pydantic_serializer__.to_json(data, by_alias=True)
+    except Exception as error:  # noqa: BLE001 - a serializer of the team's own may raise anything.
+        return f"what it reads it cannot write: {error}{given}"
+    try:
+        loss = find_loss(data, text)
+    except ValidationError as error:
+        return f"what it writes it does not read back: {describe_faults(error)}{given}"
+    except Exception as error:  # noqa: BLE001 - a validator of the team's own may raise anything.
+        return f"what it writes it does not read back: {type(error).__name__}: {error}{given}"
+    return None if loss is None else f"what it writes it does not read back the same: {loss}{given}"
