@@ -216,6 +216,8 @@ def _names_read(name: str, alias: Any, config: Mapping[str, Any]) -> tuple[str, 
 def _of_alias(alias: Any) -> dict[str, None]:
     if isinstance(alias, str):
         return {alias: None}
+    if alias and not isinstance(alias[0], list):
+        alias = [alias]  # One path.
     # A path of several steps reads from inside another member, under which nothing is ever written.
     return {path[0]: None for path in alias if len(path) == 1}
 
@@ -227,8 +229,7 @@ def _written_name(name: str, field: FieldInfo) -> str:
 def _read_names(name: str, field: FieldInfo, model: type[BaseModel]) -> tuple[str, ...]:
     alias: Any = field.validation_alias
     if alias is not None and not isinstance(alias, str):
-        paths = alias.convert_to_aliases()
-        alias = paths if paths and isinstance(paths[0], list) else [paths]
+        alias = alias.convert_to_aliases()
     return _names_read(name, alias, model.model_config)
 
 

@@ -141,7 +141,9 @@ def _number(schema: Schema, *, whole: bool) -> float | int:
         return int((math.floor(high / step) - 1) * step)
     number = math.ceil(low / step) * step
     if "exclusiveMinimum" in schema and number <= low:
-        number = number + step if high is None or number + step <= high else (low + high) / 2
+        number += step
+    if high is not None and (number > high or ("exclusiveMaximum" in schema and number >= high)):
+        number = (low + high) / 2
     return int(number) if whole else float(number)
 
 
