@@ -192,14 +192,15 @@ class _Worker:
         self.publisher = make()
         self.loop: asyncio.AbstractEventLoop
         self._running = threading.Event()
-        self._start = threading.Lock()
+        self._lock = threading.Lock()
+        self._is_stopped = False
         self._thread: threading.Thread | None = None
 
     def start(self, timeout: float) -> None:
         """Starts the thread, once. Any thread may call this, any number of times."""
         if self._running.is_set():
             return
-        with self._start:
+        with self._lock:
             if self._thread is None:
                 self.loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._run, name="bridge-publisher", daemon=True)
@@ -216,22 +217,29 @@ class _Worker:
             self.loop.close()
 
     def submit(self, coroutine: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
-        """Runs a coroutine in the loop."""
-        try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        except RuntimeError:  # The loop is closed: another thread called `close` just now.
-            coroutine.close()
-            raise RuntimeError("this publisher is closed: call open() to use it again") from None
+        """Runs a coroutine in the loop.
+
+        Raises:
+            RuntimeError: `stop` was called.
+        """
+        with self._lock:
+            if not self._is_stopped:
+                return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        coroutine.close()
+        raise RuntimeError("this publisher is closed: call open() to use it again")
 
     def stop(self, timeout: float) -> None:
         """Closes the connection and ends the thread, within `timeout` seconds."""
-        if self._thread is None or not self._running.is_set():
-            return
         until = time.monotonic() + timeout
-        with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
-            self.submit(self._finish()).result(timeout)
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.loop.stop)
+        with self._lock:
+            if self._thread is None or self._is_stopped:
+                return
+            # Nothing is submitted after this, so `_finish` finds every task that there is.
+            self._is_stopped = True
+            finished = asyncio.run_coroutine_threadsafe(self._finish(), self.loop)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            finished.result(timeout)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join(max(0.0, until - time.monotonic()))
 

@@ -305,14 +305,15 @@ class Publisher:
         """
         if self._is_closed and self._loop is None:
             raise RuntimeError("this publisher is closed: call open() to use it again")
-        loop = asyncio.get_running_loop()
-        if self._loop is None:
-            self._loop, self._process = loop, os.getpid()
-        elif self._process != os.getpid():
+        # A process that was forked inside of its loop has no running loop, so this is asked first.
+        if self._loop is not None and self._process != os.getpid():
             raise RuntimeError(
                 "this publisher connected before the process was forked, and a connection cannot be shared: "
                 "make it, or use it first, in the child (Publisher.blocking reconnects by itself)"
             )
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop, self._process = loop, os.getpid()
         elif self._loop is not loop:
             raise RuntimeError(
                 "this publisher belongs to another event loop, and its connection with it: make one publisher for each "

@@ -52,6 +52,9 @@ class Vhost:
     def grant(self, user: str, *, configure: str = ".*", write: str = ".*", read: str = ".*") -> None:
         self._call("PUT", f"permissions/{self.name}/{user}", configure=configure, write=write, read=read)
 
+    def revoke(self, user: str) -> None:
+        self._call("DELETE", f"permissions/{self.name}/{user}")
+
     def add_user(self, user: str) -> None:
         self._call("PUT", f"users/{user}", password="secret-" + user, tags="")
 
@@ -94,6 +97,12 @@ class Vhost:
 
     def add_exchange(self, name: str) -> None:
         self._call("PUT", f"exchanges/{self.name}/{name}", type="topic", durable=True)
+
+    def add_everything(self) -> None:
+        """The exchange, and a queue that gets all that is published there: what a worker finds beside a bridge."""
+        self.add_exchange("events")
+        self._call("PUT", f"queues/{self.name}/everything", durable=True)
+        self._call("POST", f"bindings/{self.name}/e/events/q/everything", routing_key="#")
 
     def delete_exchange(self, name: str) -> None:
         self._call("DELETE", f"exchanges/{self.name}/{name}")
