@@ -102,6 +102,11 @@ def load_catalogue(package: str) -> Catalogue:
         if event_type in models:
             other = models[event_type]
             faults.append(f"{where} and {other.__module__}.{other.__qualname__} both name the type {event_type!r}")
+        try:
+            found.model_rebuild()
+        except Exception as error:  # noqa: BLE001 - an annotation may name anything.
+            faults.append(f"{where} has an annotation that means nothing: {error}")
+            continue
         if _allows_extra(found.__pydantic_core_schema__):
             faults.append(
                 f"{where} has extra='allow', which would show browsers members that nobody declared; declare them, "

@@ -23,6 +23,7 @@ from bridge.amqp import BrokerError
 from bridge.catalogue import Catalogue, InvalidCatalogue, load_catalogue
 from bridge.event import EventData, InvalidEvent
 from bridge.publisher import EventRefused, Publisher, PublishError
+from bridge.roundtrip import zoneless_times
 from bridge.routing import Audience, RoutingError
 from bridge.settings import BrokerSettings, InvalidSettings, Settings
 
@@ -340,6 +341,8 @@ async def check() -> None:
         click.echo(f"  ?  {problem}")
     catalogue = _catalogue(loaded.schemas)
     _passed(f"catalogue {loaded.schemas!r}: {', '.join(catalogue)}")
+    for place in (place for model in catalogue.values() for place in zoneless_times(model)):
+        click.echo(f"  ?  {place} takes times without a zone, which each browser reads in its own: use AwareDatetime")
     if loaded.jwks is not None:
         try:
             await Authenticator(jwks=loaded.jwks).start(strict=True)

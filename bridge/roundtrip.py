@@ -158,6 +158,31 @@ def check_model(model: type[EventData]) -> list[str]:
     return faults or _try_samples(model)
 
 
+def zoneless_times(model: type[EventData]) -> list[str]:
+    """Members that take a time without a zone, which each browser reads in its own zone. Not a fault: a publisher may
+    give the zone all the same."""
+    return sorted(set(_zoneless(model.__pydantic_core_schema__, "", "")))
+
+
+def _zoneless(schema: Any, owner: str, member: str) -> Iterator[str]:
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            yield from _zoneless(part, owner, member)
+        return
+    if not isinstance(schema, Mapping):
+        return
+    if schema.get("type") == "datetime" and "tz_constraint" not in schema:
+        yield f"{owner}.{member}"
+    if "cls" in schema and "fields" in schema.get("schema", {}):
+        owner = schema["cls"].__name__
+    for name, part in schema.items():
+        if name == "fields" and isinstance(part, Mapping):
+            for each, field in part.items():
+                yield from _zoneless(field, owner, each)
+        elif name not in ("metadata", "cls", "config"):
+            yield from _zoneless(part, owner, member)
+
+
 def _check_names(schema: Any, owner: str) -> Iterator[str]:
     """Faults of all models, dataclasses and typed dicts in a pydantic core schema, nested ones included."""
     if isinstance(schema, list | tuple):

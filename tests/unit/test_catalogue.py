@@ -98,3 +98,26 @@ def test_no_package_of_that_name() -> None:
 
 def test_an_empty_package(package: tuple[str, Path]) -> None:
     assert "has no event model" in faults(package[0])[0]
+
+
+def test_a_model_that_does_not_read_what_it_writes_is_a_fault(package: tuple[str, Path]) -> None:
+    name, folder = package
+    write(
+        folder,
+        "a.py",
+        """
+        from pydantic import Field
+        class Shipped(EventData, type="parcel.shipped"):
+            parcel_id: str
+            carrier: str | None = Field(None, serialization_alias="carrierName")
+        """,
+    )
+    (fault,) = faults(name)
+    assert fault.startswith(f"{name}.a.Shipped: Shipped.carrier: it is written as 'carrierName' and read as 'carrier'")
+
+
+def test_an_annotation_that_means_nothing_is_a_fault(package: tuple[str, Path]) -> None:
+    name, folder = package
+    write(folder, "a.py", 'class A(EventData, type="a"):\n  x: "NoSuchThing"')
+    (fault,) = faults(name)
+    assert "NoSuchThing" in fault

@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from bridge.event import EventData, encode_data
-from bridge.roundtrip import MAX_SAFE_INTEGER, check_model, declaring_class, find_loss
+from bridge.roundtrip import MAX_SAFE_INTEGER, check_model, declaring_class, find_loss, zoneless_times
 
 Make = Callable[[], type[EventData]]
 
@@ -302,6 +302,12 @@ class Camel(EventData, type="camel"):
 @pytest.mark.parametrize("model", [Whole, Camel])
 def test_a_model_that_reads_what_it_writes_is_none(model: type[EventData]) -> None:
     assert check_model(model) == []
+
+
+def test_members_that_take_a_time_without_a_zone_are_found() -> None:
+    assert zoneless_times(Whole) == ["Whole.plain"]
+    assert zoneless_times(Shipped) == ["Address.since", "Shipped.at"]
+    assert zoneless_times(Camel) == []
 
 
 # Values
