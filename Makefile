@@ -11,13 +11,15 @@ demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends
 	@[ -n "$$BRIDGE_AMQP_URL" ] || deploy/local/ensure rabbitmq
 	@exec $(VENV)/bin/python -m deploy.local.demo
 
-test: $(READY) check ## every test, on a private RabbitMQ and in Chromium
+test: $(READY) check ## every test, on private RabbitMQs (this machine's and 4.3) and in Chromium
 	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure rabbitmq4 > /dev/null
 	@deploy/local/ensure chromium
 	@deploy/local/ensure kubectl
 	@deploy/local/ensure promtool
 	@deploy/local/ensure proxies
-	@$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
+	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
+		$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on, with NODES
 	@deploy/local/ensure rabbitmq
@@ -36,7 +38,7 @@ mutants: $(READY) ## let each bug of the zoo loose and see that a test catches i
 
 test-slow: $(READY) ## the integration tests once more, with the AMQP library's own deliveries
 	@deploy/local/ensure rabbitmq
-	@SUITE_BRIDGE=tests.slow $(VENV)/bin/python -m pytest tests/integration tests/chaos
+	@SUITE_BRIDGE=tests.slow SUITE_RABBITMQ_ROOT= $(VENV)/bin/python -m pytest tests/integration tests/chaos
 
 rollout: $(READY) ## a rolling update of CLIENTS streams with the manifests' own timings, behind a real proxy; four minutes
 	@deploy/local/ensure rabbitmq

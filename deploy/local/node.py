@@ -14,24 +14,53 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-BIN = Path(os.environ.get("RABBITMQ_HOME", "/usr/lib/rabbitmq")) / "bin"
-"""The package's scripts themselves: those in /usr/sbin change the user and the home folder."""
 
-ROOT = os.environ.get("RABBITMQ_ROOT")
-"""A folder with another Debian in it (made by mmdebstrap, say) whose RabbitMQ to run instead of this machine's. Needs
-root: it is entered by chroot, in a mount namespace of its own."""
+@dataclass(frozen=True)
+class Installation:
+    """
+    Args:
+        home: RabbitMQ's folder. The scripts in its `bin` are used: those in /usr/sbin change the
+            user and the home folder.
+        root: a folder with another Debian in it, whose RabbitMQ is used instead of the machine's
+            (`deploy/local/ensure rabbitmq4` makes one). Needs root: the folder is entered by
+            chroot, in a mount namespace of its own.
+    """
+
+    home: Path = Path("/usr/lib/rabbitmq")
+    root: Path | None = None
+
+    @property
+    def version(self) -> str:
+        """Of its package, without running it; "unknown" where nothing is installed."""
+        outside = (self.root or Path("/")) / self.home.relative_to("/")
+        found = sorted(path.name for path in outside.glob("lib/rabbitmq_server-*"))
+        return found[-1].rpartition("-")[2] if found else "unknown"
+
+    @property
+    def server(self) -> Path:
+        return (self.root or Path("/")) / self.home.relative_to("/") / "bin" / "rabbitmq-server"
+
+
+MACHINES = Installation(
+    Path(os.environ.get("RABBITMQ_HOME", "/usr/lib/rabbitmq")),
+    Path(os.environ["RABBITMQ_ROOT"]) if os.environ.get("RABBITMQ_ROOT") else None,
+)
+"""This machine's RabbitMQ, unless RABBITMQ_HOME or RABBITMQ_ROOT name another."""
 
 _ENTER = """
 set -e
+mount -t tmpfs tmpfs "$1/tmp"  # Several nodes share the folder: leave no mount point behind in it.
 mkdir -p "$1$2" && mount --bind "$2" "$1$2"
 mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev"
 root=$1; folder=$2; shift 2
 exec chroot "$root" /bin/sh -c 'cd "$0" && exec "$@"' "$folder" "$@"
 """
 
-START_SECONDS = 60
+START_SECONDS = 300
+"""A node starts in four seconds; on a machine that is busy with others it takes many times that."""
 
 FIRST_PORT = 10_000
 """Of those that `free_ports` tries: above what RabbitMQ and others listen on by default."""
@@ -70,10 +99,14 @@ class Node:
         folder: for data, logs and configuration; made if need be. Another `Node` on the same folder is the same node.
         management: whether to run the management plugin too, for its HTTP API.
         peer: a node whose cluster this one is to be able to join, by `join`.
+        rabbitmq: which RabbitMQ to run.
     """
 
-    def __init__(self, folder: Path, *, management: bool = False, peer: Node | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, management: bool = False, peer: Node | None = None, rabbitmq: Installation = MACHINES
+    ) -> None:
         self.folder = folder
+        self.rabbitmq = rabbitmq
         self.port, self.management_port, self._dist_port, self._epmd_port = free_ports(4)
         self.name = f"bridge-{secrets.token_hex(4)}@localhost"
         self._pid_file = folder / "pid"
@@ -124,11 +157,11 @@ class Node:
         }
 
     def _command(self, program: str, *args: str) -> list[str]:
-        command = [str(BIN / program), *args]
-        if ROOT is None:
+        command = [str(self.rabbitmq.home / "bin" / program), *args]
+        if self.rabbitmq.root is None:
             return command
         own_mounts = ["unshare", "--mount", "--propagation", "private"]
-        return [*own_mounts, "/bin/sh", "-c", _ENTER, "sh", ROOT, str(self.folder), *command]
+        return [*own_mounts, "/bin/sh", "-c", _ENTER, "sh", str(self.rabbitmq.root), str(self.folder), *command]
 
     def _run(self, program: str, *args: str, timeout: float = START_SECONDS) -> str:
         done = subprocess.run(
@@ -155,11 +188,17 @@ class Node:
         """Runs `rabbitmqctl` against this node and returns what it prints."""
         return self._run("rabbitmqctl", "-q", *args)
 
+    def flush(self) -> None:
+        """Writes to disk which streams there are: killed before that, RabbitMQ 3.10 never finds them again.
+
+        It does so by itself up to half a second after a declaration (dets tables, auto_save).
+        """
+        self.ctl("eval", "[ok = dets:sync(Table) || Table <- dets:all()].")
+
     def start(self) -> None:
         """Returns once the node takes connections. After `kill` it comes back on the same port, with its data."""
-        server = Path(ROOT or "/") / BIN.relative_to("/") / "rabbitmq-server"
-        if not server.exists():
-            raise NodeFailed(f"{server} is missing: apt-get install rabbitmq-server")
+        if not self.rabbitmq.server.exists():
+            raise NodeFailed(f"{self.rabbitmq.server} is missing: run deploy/local/ensure rabbitmq (or rabbitmq4)")
         self._pid_file.unlink(missing_ok=True)
         # Its own session: Ctrl-C in the terminal of the demo is for the demo, which then stops the node in order.
         subprocess.run(
@@ -202,7 +241,7 @@ class Node:
 
 
 def _wait_gone(pid: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)
