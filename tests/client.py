@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import socket
 import ssl
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from tests.decoder import Decoder, Frame
+from tests.patience import PATIENCE
 
 
 class Stream:
@@ -48,6 +50,8 @@ class Stream:
         self.ended = False
         """The body ended in order, with its last chunk."""
         self._taken = 0
+        self._size: int | None = None
+        """Of the chunk whose size line has been read and whose bytes have not."""
         self._writer: asyncio.StreamWriter | None = None
 
     async def __aenter__(self) -> Stream:
@@ -75,7 +79,7 @@ class Stream:
         )
         head = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
         self._writer.write(f"GET {self._path} HTTP/1.1\r\n{head}\r\n".encode("latin-1"))
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE):
             status = await self._reader.readline()
             self.status = int(status.split()[1])
             while (line := (await self._reader.readline()).decode("latin-1").strip()) != "":
@@ -83,18 +87,20 @@ class Stream:
                 self.headers[name.lower()] = value.strip()
 
     async def _read_chunk(self) -> None:
-        size = int(await self._reader.readline() or b"-1", 16)
-        if size <= 0:
-            if size == 0:
+        """Cancelled at any point, it loses no byte."""
+        if self._size is None:
+            self._size = int(await self._reader.readline() or b"-1", 16)
+        if self._size <= 0:
+            if self._size == 0:
                 self.ended = True
                 return
             raise ConnectionResetError("cut without a last chunk")
-        chunk = await self._reader.readexactly(size)
-        await self._reader.readexactly(2)
+        chunk = (await self._reader.readexactly(self._size + 2))[:-2]
+        self._size = None
         self.raw += chunk
         self.frames += self.decoder.feed(chunk)
 
-    async def next(self, *, seconds: float = 15) -> Frame:
+    async def next(self, *, seconds: float = PATIENCE) -> Frame:
         """The next frame.
 
         Raises:
@@ -114,23 +120,23 @@ class Stream:
         assert frame.event == "bridge.ready", frame
         return frame
 
-    async def next_event(self, *, seconds: float = 15) -> dict[str, Any]:
+    async def next_event(self, *, seconds: float = PATIENCE) -> dict[str, Any]:
         """The next CloudEvent; the bridge's own frames are passed over."""
         while (frame := await self.next(seconds=seconds)).event.startswith("bridge."):
             pass
         value: dict[str, Any] = frame.json
         return value
 
-    async def ids(self, count: int, *, seconds: float = 15) -> list[str]:
+    async def ids(self, count: int, *, seconds: float = PATIENCE) -> list[str]:
         return [(await self.next_event(seconds=seconds))["id"] for _ in range(count)]
 
-    async def until(self, event: str, *, seconds: float = 15) -> Frame:
+    async def until(self, event: str, *, seconds: float = PATIENCE) -> Frame:
         async with asyncio.timeout(seconds):
             while (frame := await self.next(seconds=seconds)).event != event:
                 pass
         return frame
 
-    async def rest(self, *, seconds: float = 15) -> list[Frame]:
+    async def rest(self, *, seconds: float = PATIENCE) -> list[Frame]:
         """All frames to the end of the body."""
         found = []
         while True:
@@ -139,11 +145,31 @@ class Stream:
             except EOFError:
                 return found
 
-    async def comments(self, count: int, *, seconds: float = 15) -> None:
+    async def comments(self, count: int, *, seconds: float = PATIENCE) -> None:
         """Until so many heartbeats have come."""
         async with asyncio.timeout(seconds):
             while self.decoder.comments < count:
                 await self._read_chunk()
+
+    @contextlib.asynccontextmanager
+    async def read_on(self) -> AsyncIterator[None]:
+        """Reads while the block lasts, as a browser does; `next` hands the frames out afterwards.
+
+        A test that publishes for some time needs it: a fast machine publishes more than the
+        bridge holds for a client that does not read.
+        """
+
+        async def run() -> None:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # `next` raises it again.
+                while not self.ended:
+                    await self._read_chunk()
+
+        running = asyncio.create_task(run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
     async def close(self) -> None:
         if self._writer is None:

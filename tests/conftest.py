@@ -3,28 +3,101 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import hypothesis
 import pytest
+from hypothesis import HealthCheck
 
-from deploy.local.node import Node
+from deploy.local.node import MACHINES, Installation, Node
 from tests.client import Stream
+from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost
 from tests.service import Service, mint
 
+# Every property test inherits this profile: how fast the machine is, and how lucky a draw was, fails
+# none of them. The health checks left on find mistakes in a test, the same ones in every run.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    derandomize=False,  # Also where CI is set. A failure prints what repeats it (print_blob).
+    print_blob=True,
+)
+hypothesis.settings.load_profile("suite")
+# For the zoo of bugs: that one is found is all that matters, not its smallest form.
+hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], print_blob=False)
+
+
+FURTHER = os.environ.get("SUITE_RABBITMQ_ROOT")
+"""A folder with a second RabbitMQ (see `Installation.root`), which the tests run on as well. `make test` sets it; empty
+where it could not be made."""
+
+INSTALLATIONS = [MACHINES, *([Installation(root=Path(FURTHER))] if FURTHER else [])]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with a broker runs on every RabbitMQ, and its id names the version."""
+    if "rabbitmq" in metafunc.fixturenames:
+        # A test of something else, which only uses a broker, runs on the newest one.
+        once = metafunc.definition.get_closest_marker("any_rabbitmq") is not None
+        chosen = INSTALLATIONS[-1:] if once else INSTALLATIONS
+        ids = [f"rabbitmq-{each.version}" for each in chosen]
+        # Scope "session" puts the tests of one version together, so that few workers need nodes of both.
+        metafunc.parametrize("rabbitmq", chosen, ids=ids, scope="session")
+
+
+def pytest_report_header() -> str:
+    return "RabbitMQ: " + ", ".join(f"{each.version} ({each.root or each.home})" for each in INSTALLATIONS)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many tests passed and failed on each RabbitMQ, and what was not tried."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.getreports(outcome):
+            version = report.nodeid.partition("rabbitmq-")[2].rstrip("]").partition("-")[0]
+            counts[version, outcome] += 1
+    if not counts:
+        return
+    terminalreporter.section("RabbitMQ")
+    for version in sorted({version for version, _ in counts}):
+        numbers = [f"{counts[version, outcome]} {outcome}" for outcome in ("passed", "failed", "error")]
+        terminalreporter.line(f"{f'RabbitMQ {version}' if version else 'without one'}: {', '.join(numbers)}")
+    if not FURTHER:
+        terminalreporter.line(
+            f"Not tried: any RabbitMQ but {MACHINES.version}. `make test` as root runs the tests on 4.3 too."
+        )
+
 
 @pytest.fixture(scope="session")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    # A missing package fails the suite with the words of what to install; nothing is skipped.
-    made = Node(tmp_path_factory.mktemp("rabbitmq"), management=True)
+def nodes_by_version(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Installation], Node]]:
+    """Starts one node of each RabbitMQ, when it is first needed, and keeps it for the whole run."""
+    nodes: dict[Installation, Node] = {}
+
+    def node_of(rabbitmq: Installation) -> Node:
+        if rabbitmq not in nodes:
+            # A missing package fails the suite with the words of what to install; nothing is skipped.
+            made = nodes[rabbitmq] = Node(tmp_path_factory.mktemp("rabbitmq"), management=True, rabbitmq=rabbitmq)
+            made.start()
+        return nodes[rabbitmq]
+
     try:
-        made.start()
-        yield made
+        yield node_of
     finally:
-        made.remove()
+        for made in nodes.values():
+            made.remove()
+
+
+@pytest.fixture
+def node(rabbitmq: Installation, nodes_by_version: Callable[[Installation], Node]) -> Node:
+    """The run's node of the RabbitMQ that the test is for."""
+    return nodes_by_version(rabbitmq)
 
 
 @pytest.fixture
@@ -35,12 +108,15 @@ def vhost(node: Node) -> Iterator[Vhost]:
     made.delete()
 
 
-# For the zoo of bugs: that one is found is all that matters, not its smallest form.
-hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], print_blob=False)
-
-
 class StartService(Protocol):
-    async def __call__(self, *, amqp_url: str | None = None, ready: bool = True, **settings: str) -> Service: ...
+    async def __call__(
+        self,
+        *,
+        amqp_url: str | None = None,
+        ready: bool = True,
+        deadlines: dict[str, float] | None = None,
+        **settings: str,
+    ) -> Service: ...
 
 
 @pytest.fixture
@@ -48,8 +124,14 @@ async def start(vhost: Vhost) -> AsyncIterator[StartService]:
     """Starts a bridge with these settings; ended with the test."""
     services: list[Service] = []
 
-    async def start_service(*, amqp_url: str | None = None, ready: bool = True, **settings: str) -> Service:
-        service = Service(amqp_url or vhost.url, **settings)
+    async def start_service(
+        *,
+        amqp_url: str | None = None,
+        ready: bool = True,
+        deadlines: dict[str, float] | None = None,
+        **settings: str,
+    ) -> Service:
+        service = Service(amqp_url or vhost.url, deadlines=deadlines, **settings)
         services.append(service)
         await service.start(ready=ready)
         return service
@@ -112,16 +194,16 @@ async def proxy(node: Node) -> AsyncIterator[Proxy]:
 
 
 class Eventually(Protocol):
-    async def __call__(self, look: Callable[[], bool], *, seconds: float = 20) -> None: ...
+    async def __call__(self, look: Callable[[], bool], *, seconds: float = PATIENCE) -> None: ...
 
 
 @pytest.fixture
 def eventually() -> Eventually:
     """Waits until what only an operator's view shows has come about."""
 
-    async def wait(look: Callable[[], bool], *, seconds: float = 20) -> None:
+    async def wait(look: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
         async with asyncio.timeout(seconds):
             while not look():  # noqa: ASYNC110 - RabbitMQ's API has nothing to wait on.
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # Between two questions.
 
     return wait

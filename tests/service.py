@@ -15,11 +15,12 @@ from typing import Any
 import httpx
 
 from bridge import auth
+from tests.patience import DEADLINES, PATIENCE, VARIABLE
 
 SECRET = "a-secret-of-the-tests-0123456789abcdef"
 
-BRIDGE = os.environ.get("SUITE_BRIDGE", "bridge")
-"""The module that is run; `tests.slow` is the other one."""
+BRIDGE = os.environ.get("SUITE_BRIDGE", "tests.patience")
+"""The module that is run: `bridge` with longer deadlines. `tests.slow` is the other one."""
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,10 +38,11 @@ class Service:
     """
     Args:
         amqp_url: where its RabbitMQ is.
+        deadlines: constants of modules of `bridge`, in seconds, as in {"hub.ATTACH_SECONDS": 5}.
         settings: environment variables, without their prefix.
     """
 
-    def __init__(self, amqp_url: str, **settings: str) -> None:
+    def __init__(self, amqp_url: str, *, deadlines: dict[str, float] | None = None, **settings: str) -> None:
         self._environment = {
             **bare_environment(),
             "BRIDGE_AMQP_URL": amqp_url,
@@ -48,6 +50,7 @@ class Service:
             "BRIDGE_BIND": "127.0.0.1:0",
             "BRIDGE_INTERNAL_BIND": "127.0.0.1:0",
             **{f"BRIDGE_{name}": value for name, value in settings.items()},
+            VARIABLE: json.dumps(DEADLINES | (deadlines or {})),
         }
         self.lines: list[dict[str, Any]] = []
         self.text = ""
@@ -95,7 +98,7 @@ class Service:
             self.lines.append({"event": "(end of output)"})
             self._heard.notify_all()
 
-    async def logged(self, event: str, *, count: int = 1, seconds: float = 30, **fields: Any) -> dict[str, Any]:
+    async def logged(self, event: str, *, count: int = 1, seconds: float = PATIENCE, **fields: Any) -> dict[str, Any]:
         """The log line with this event and these fields, the `count`-th of them, once it is there."""
 
         def find() -> dict[str, Any] | None:
@@ -128,7 +131,7 @@ class Service:
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    async def ended(self, *, seconds: float = 30) -> int:
+    async def ended(self, *, seconds: float = PATIENCE) -> int:
         """The exit code."""
         async with asyncio.timeout(seconds):
             code = await self._process.wait()
@@ -143,7 +146,7 @@ class Service:
 
     async def get(self, path: str, *, internal: bool = False, method: str = "GET", **options: Any) -> httpx.Response:
         base = self.internal if internal else self.public
-        async with httpx.AsyncClient(base_url=base, timeout=10) as client:
+        async with httpx.AsyncClient(base_url=base, timeout=PATIENCE) as client:
             return await client.request(method, path, **options)
 
     async def metric(self, name: str) -> float:

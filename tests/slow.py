@@ -16,6 +16,7 @@ from pamqp.common import FieldTable
 from bridge import amqp
 from bridge.cli import main
 from bridge.deliveries import Sink
+from tests import patience
 
 
 class LibraryConsumer:
@@ -52,5 +53,6 @@ class LibraryConsumer:
 
 
 if __name__ == "__main__":
+    patience.apply()
     amqp.Consumer = LibraryConsumer  # type: ignore[assignment,misc]
     main()

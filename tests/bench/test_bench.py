@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+import pytest
+
 from deploy.local.node import Node
 from tests.bench import cases, peers, report
+
+pytestmark = pytest.mark.any_rabbitmq
 
 BRIDGE = peers.PEERS[0]
 

@@ -8,7 +8,12 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
+
+from tests.patience import PATIENCE
+
+# Playwright's own limit is five seconds.
+expect.set_options(timeout=1000 * PATIENCE)
 
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -40,6 +45,7 @@ OpenPage = Callable[[], Awaitable[Page]]
 async def open_page(browser: Browser) -> AsyncIterator[OpenPage]:
     """Opens tabs of one person's browser, in which an error of a script fails the test."""
     context = await browser.new_context()
+    context.set_default_timeout(1000 * PATIENCE)
     errors: list[str] = []
 
     async def open_one() -> Page:

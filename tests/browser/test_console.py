@@ -13,6 +13,8 @@ from tests.conftest import StartService
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
 
+pytestmark = pytest.mark.any_rabbitmq
+
 USER = "user.42.job.completed"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Page, expect
 
+from tests.patience import PATIENCE
 from tests.service import ROOT, bare_environment
 
 
@@ -22,7 +23,7 @@ class Demo:
         self.process = process
         self.text = ""
 
-    async def read_until(self, pattern: str, *, seconds: float = 60) -> re.Match[str]:
+    async def read_until(self, pattern: str, *, seconds: float = PATIENCE) -> re.Match[str]:
         assert self.process.stdout is not None
         async with asyncio.timeout(seconds):
             while (found := re.search(pattern, self.text)) is None:
@@ -79,11 +80,10 @@ async def test_jobs_move_on_the_page_and_ctrl_c_leaves_nothing(demo: Demo, page:
     command = (await demo.read_until(r"\n +(BRIDGE_AMQP_URL=.* publish .*)\n"))[1]
     await page.goto(f"{url}/jobs")
     await expect(page.locator("#state")).to_have_text("live for user “demo”")
-    await expect(page.locator(".job")).not_to_have_count(0, timeout=15_000)
+    await expect(page.locator(".job")).not_to_have_count(0)
     await page.wait_for_function(
         """() => { const bar = document.querySelector(".job progress"); window.high ??= bar.value;
                    return document.querySelector(".job.completed") && bar.value !== window.high }""",
-        timeout=40_000,
     )
     # The line that it offers to copy works as it stands.
     done = await asyncio.create_subprocess_shell(command, env=bare_environment(), cwd=ROOT)
@@ -93,11 +93,11 @@ async def test_jobs_move_on_the_page_and_ctrl_c_leaves_nothing(demo: Demo, page:
 
     assert len(demo.family()) >= 4
     os.killpg(demo.process.pid, signal.SIGINT)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         await demo.process.wait()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while demo.family():  # noqa: ASYNC110 - a killed process has nothing to tell that it is gone.
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # Between two looks.
     assert demo.process.returncode == 0
 
 
@@ -106,5 +106,5 @@ async def test_a_part_that_ends_by_itself_ends_the_demo(demo: Demo) -> None:
     (bridge,) = demo.family("serve")
     os.kill(bridge, signal.SIGKILL)
     await demo.read_until(r"demo: the bridge ended by itself")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         assert await demo.process.wait() == 1

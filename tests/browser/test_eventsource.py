@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+import pytest
 from playwright.async_api import Page
 
 from deploy.local.node import free_ports
 from tests.conftest import StartService
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
+
+pytestmark = pytest.mark.any_rabbitmq
 
 LISTEN = """
 (url) => {
@@ -35,7 +38,7 @@ async def log_in(page: Page, origin: str, user: str = "42") -> None:
 
 
 async def seen(page: Page, count: int) -> list[list[object]]:
-    await page.wait_for_function("(count) => window.seen.length >= count", arg=count, timeout=30_000)
+    await page.wait_for_function("(count) => window.seen.length >= count", arg=count)
     found: list[list[object]] = await page.evaluate("window.seen")
     return found
 
@@ -56,7 +59,7 @@ async def test_typed_events_across_origins_with_the_cookie(
     assert first[1]["data"]["job_id"] == "\r\n\n<b>\u2028😀"
     assert second[0] == "notification"
     assert len({ready[2], first[2], second[2]}) == 3
-    await page.wait_for_timeout(500)  # Some heartbeats: a page must not see anything of them.
+    await page.wait_for_timeout(500)  # Some heartbeats, which must not show.
     assert len(await seen(page, 3)) == 3
 
 

@@ -60,10 +60,10 @@ async def publish(
                     # Not confirmed in time: the same id is the same event.
                     attributes = {"id": getattr(error, "id", "")} if getattr(error, "id", "") else attributes
                     ledger.retries += 1
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(0.2)  # The pause before the next try.
             ledger.began[key].append(began)
             ledger.confirmed += 1
-            await asyncio.sleep(chance.expovariate(rate))
+            await asyncio.sleep(chance.expovariate(rate))  # The rate of a publisher.
     finally:
         await publisher.close()
 
@@ -128,7 +128,7 @@ class Client:
     async def stall(self, seconds: float) -> None:
         """Reads nothing for a while, and leaves the connection open."""
         self._stalled.clear()
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds)  # The fault lasts for so long.
         self._stalled.set()
 
     async def run(self) -> None:
@@ -144,7 +144,7 @@ class Client:
                 self.connects += 1
                 while stream.status == 200:
                     await self._stalled.wait()
-                    frame = await stream.next(seconds=20)
+                    frame = await stream.next(seconds=60)
                     retry = frame.retry / 1000 if frame.retry is not None else retry
                     self.last_id = frame.id  # By the letter: a block without an id would empty it on a new stream.
                     self._note(frame.event, frame.json)
@@ -154,7 +154,7 @@ class Client:
                 self.phantoms += len(stream.decoder.phantoms)
                 stream.abort()
             self._left_at = self._left_at or time.monotonic()
-            await asyncio.sleep(min(retry, self._longest_pause))
+            await asyncio.sleep(min(retry, self._longest_pause))  # The pause that the bridge told.
 
     def _note(self, event: str, data: dict[str, object]) -> None:
         now = time.monotonic()

@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from deploy.local.node import Node, free_ports
+from deploy.local.node import MACHINES, Installation, Node, free_ports
 from tests.chaos.oracle import Client, Ledger, Verdict, judge, publish
+from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost
 from tests.service import Service
@@ -30,16 +31,18 @@ USERS = 12
 GROUPS = 3
 CLIENTS = 24
 PUBLISHERS = 3
-QUIET_SECONDS = 90.0
+QUIET_SECONDS = 2 * PATIENCE
+LEAST_EVENTS = 500
+"""The storm lasts until so many were confirmed: a slow machine publishes few of them a second."""
 
 
 class Chaos:
-    def __init__(self, seed: int, *, rate: float, nodes: int) -> None:
+    def __init__(self, seed: int, *, rate: float, nodes: int, rabbitmq: Installation) -> None:
         self.chance = random.Random(seed)
         self.rate = rate
         folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-        first = Node(folder / "0", management=True)
-        self.nodes = [first, *(Node(folder / str(number), peer=first) for number in range(1, nodes))]
+        first = Node(folder / "0", management=True, rabbitmq=rabbitmq)
+        self.nodes = [first, *(Node(folder / str(number), peer=first, rabbitmq=rabbitmq) for number in range(1, nodes))]
         self.faults: Counter[str] = Counter()
         self.ledger = Ledger()
         self.clients: list[Client] = []
@@ -74,8 +77,8 @@ class Chaos:
                 )
                 self.replicas.append(service)
                 await service.start()
-            # RabbitMQ 3.10 loses a stream for good when it is killed within about a second of its declaration.
-            await asyncio.sleep(3)
+            for node in self.nodes:
+                node.flush()
             return await self._storm(seconds)
         finally:
             for task in self._tasks:
@@ -124,13 +127,13 @@ class Chaos:
             (1, self.kill_broker),
         ]
         ends = time.monotonic() + seconds
-        while time.monotonic() < ends:
-            await asyncio.sleep(self.chance.uniform(0.2, 2.0))
+        while time.monotonic() < ends or self.ledger.confirmed < LEAST_EVENTS:
+            await asyncio.sleep(self.chance.uniform(0.2, 2.0))  # The pause between two faults.
             (fault,) = self.chance.choices([what for _, what in faults], [weight for weight, _ in faults])
             self.faults[fault.__name__] += 1
             await fault()
         stop.set()
-        await asyncio.wait(publishers, timeout=60)
+        await asyncio.wait(publishers, timeout=PATIENCE)
         return await self._come_to_rest()
 
     async def _come_to_rest(self) -> Verdict:
@@ -139,7 +142,7 @@ class Chaos:
             verdict = judge(self.ledger, self.clients)
             if verdict.good or time.monotonic() > deadline:
                 return verdict
-            await asyncio.sleep(1)
+            await asyncio.sleep(1)  # Between two looks.
 
     # Faults.
 
@@ -156,14 +159,14 @@ class Chaos:
     async def stall_amqp(self) -> None:
         proxy = self.chance.choice(self.proxies)
         proxy.stall()
-        await asyncio.sleep(self.chance.uniform(0.2, 3))
+        await asyncio.sleep(self.chance.uniform(0.2, 3))  # The fault lasts for so long.
         proxy.flow()
 
     async def refuse_amqp(self) -> None:
         proxy = self.chance.choice(self.proxies)
         await proxy.refuse()
         proxy.cut()
-        await asyncio.sleep(self.chance.uniform(0.2, 3))
+        await asyncio.sleep(self.chance.uniform(0.2, 3))  # The fault lasts for so long.
         await proxy.open()
 
     async def delete_queue(self) -> None:
@@ -181,14 +184,14 @@ class Chaos:
         service = self.chance.choice(self.replicas)
         assert service.is_running, f"a replica ended by itself:\n{service.text[-6000:]}"
         service.signal(number)
-        code = await service.ended(seconds=60)
+        code = await service.ended()
         assert number == signal.SIGKILL or code == 0, f"a drain ended with {code}:\n{service.text[-3000:]}"
         await service.start(ready=False)
 
     async def kill_broker(self) -> None:
         node = self.chance.choice(self.nodes)
         await asyncio.to_thread(node.kill)
-        await asyncio.sleep(self.chance.uniform(0, 2))
+        await asyncio.sleep(self.chance.uniform(0, 2))  # The fault lasts for so long.
         await asyncio.to_thread(node.start)
         if len(self.nodes) > 1:  # One of them may be down at a time.
             await asyncio.to_thread(self.vhost.wait_for_log, node, len(self.nodes))
@@ -215,10 +218,10 @@ class Chaos:
 
 
 async def chaos(
-    seed: int, seconds: float, *, rate: float = 20.0, nodes: int = 1
+    seed: int, seconds: float, *, rate: float = 20.0, nodes: int = 1, rabbitmq: Installation = MACHINES
 ) -> tuple[dict[str, object], Verdict, Chaos]:
     began = time.monotonic()
-    storm = Chaos(seed, rate=rate, nodes=nodes)
+    storm = Chaos(seed, rate=rate, nodes=nodes, rabbitmq=rabbitmq)
     verdict = await storm.run(seconds)
     return storm.report(verdict, seed, time.monotonic() - began), verdict, storm
 

@@ -21,12 +21,9 @@ from tests.client import Stream
 from tests.conftest import StartService
 from tests.decoder import Decoder, Frame
 from tests.deploy.proxies import BRIDGE_HOSTS, Edge
+from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
-
-AT_ONCE_SECONDS = 3.0
-"""An event that no other follows has to be there by then. It takes milliseconds, but the suite may share its machine;
-and what waits for a full buffer would wait for ever."""
 
 SILENT_HEARTBEAT = 30.0
 """Of one of the two bridges, so that its quiet streams meet the proxy's idle limit; the other's do not."""
@@ -66,7 +63,7 @@ class Place:
             verify=self.edge.trust(),
             base_url=self.edge.url,
             limits=httpx.Limits(max_connections=1),
-            timeout=httpx.Timeout(10, read=None),
+            timeout=httpx.Timeout(PATIENCE, read=None),
         )
 
 
@@ -102,13 +99,13 @@ class Reader:
                         await self._note(frame)
             except BROKEN as error:
                 self.ends.append(repr(error))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # The pause of a page that comes back.
 
     async def _over_http1(self) -> AsyncGenerator[Frame]:
         async with self._place.opened(self._user, cursor=self._cursor) as stream:
             self._look_at(stream.status)
             while True:
-                yield await stream.next(seconds=60)
+                yield await stream.next()
 
     async def _over_http2(self, client: httpx.AsyncClient) -> AsyncGenerator[Frame]:
         headers = {"Authorization": f"Bearer {mint(self._user)}"}
@@ -146,7 +143,7 @@ class Reader:
         await self._until(lambda: len(self.ids) >= count)
 
     async def _until(self, look: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30), self._news:
+        async with asyncio.timeout(PATIENCE), self._news:
             await self._news.wait_for(look)
 
 
@@ -174,7 +171,7 @@ async def flow(vhost: Vhost, key: str, *, every: float) -> AsyncIterator[dict[st
             message = aio_pika.Message(json.dumps(cloudevent(event_id)).encode())
             began[event_id] = time.monotonic()
             await exchange.publish(message, key)
-            await asyncio.sleep(every)
+            await asyncio.sleep(every)  # The rate of the flow.
 
     async with await aio_pika.connect(vhost.url) as connection:
         exchange = await (await connection.channel()).get_exchange("events", ensure=False)
@@ -187,19 +184,19 @@ async def flow(vhost: Vhost, key: str, *, every: float) -> AsyncIterator[dict[st
 
 
 async def each_at_once(place: Place, count: int) -> dict[str, float]:
-    """The first byte, and then each event although nothing follows it."""
+    """The first byte, and then each event although nothing follows it: in a proxy that waits for
+    a full buffer they would stay for ever.
+    """
     reader = Reader(place, "at-once")
     began = time.monotonic()
     async with reading(reader):
         first = time.monotonic() - began
-        assert first < AT_ONCE_SECONDS, f"the first frame took {first:.2f} s"
         slowest = 0.0
         for number in range(count):
             published = time.monotonic()
             await place.vhost.publish("user.at-once.job.completed", cloudevent(f"a{number}"))
             await reader.has(number + 1)
             slowest = max(slowest, reader.arrived[f"a{number}"] - published)
-    assert slowest < AT_ONCE_SECONDS, f"an event took {slowest:.2f} s"
     return {"first frame, ms": first * 1000, "slowest event with its publisher's connection, ms": slowest * 1000}
 
 
@@ -288,9 +285,9 @@ async def ended_at_the_bridges(place: Place, user: str, count: int) -> float:
         lines = [line for bridge in place.bridges for line in bridge.lines]
         return sum(line["event"] == "stream ended" and line["user"] == user for line in lines)
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while ended() < count:  # noqa: ASYNC110 - both bridges' logs at once have nothing to wait on.
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # Between two looks.
     return time.monotonic() - began
 
 

@@ -20,6 +20,7 @@ import pytest
 from deploy.local.node import free_ports
 from tests.client import Stream
 from tests.deploy.manifests import bridge, render, settings
+from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
 from tests.service import SECRET, mint
 
@@ -105,7 +106,7 @@ async def test_it_streams_without_a_file_to_write_and_ends_in_order(
 
 
 async def until_ready(internal: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     async with httpx.AsyncClient() as client:
         while True:
             try:
@@ -114,4 +115,4 @@ async def until_ready(internal: str) -> None:
             except httpx.TransportError:
                 pass
             assert time.monotonic() < deadline
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # Between two looks.

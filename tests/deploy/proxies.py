@@ -22,6 +22,7 @@ import httpx
 
 from deploy.local.node import free_ports
 from tests import certificate
+from tests.patience import PATIENCE
 from tests.service import Service
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "proxies"
@@ -29,7 +30,7 @@ SHIPPED = Path(__file__).parents[2] / "deploy" / "proxies"
 BRIDGE_HOSTS = ("127.0.0.11", "127.0.0.12")
 """An address for each bridge, as the proxies ask all of them for their readiness on one port."""
 
-START_SECONDS = 20.0
+START_SECONDS = PATIENCE
 
 
 def make_certificate(folder: Path) -> None:
@@ -108,7 +109,7 @@ class Edge:
                 with contextlib.suppress(httpx.TransportError):
                     if (await client.get(f"{self.url}/schemas")).status_code == 200:
                         return self
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # Between two looks.
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -141,7 +142,7 @@ class Edge:
     async def logged(self, text: str) -> None:
         async with asyncio.timeout(START_SECONDS):
             while text not in self.said():  # noqa: ASYNC110 - a file has nothing to wait on.
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # Between two looks.
 
     def _workers(self) -> set[str]:
         pid = self._processes[0].pid
@@ -153,7 +154,7 @@ class Edge:
         self._processes[0].send_signal(self.reload_signal)
         async with asyncio.timeout(START_SECONDS):
             while self._workers() <= before:  # noqa: ASYNC110 - /proc has nothing to wait on.
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # Between two looks.
 
 
 class Nginx(Edge):
@@ -271,7 +272,7 @@ class Envoy(Edge):
         async with asyncio.timeout(START_SECONDS):
             while self.said().count("starting main dispatch loop") <= before:
                 assert self._processes[-1].returncode is None, self.said()
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # Between two looks.
 
 
 class Traefik(Edge):
@@ -313,7 +314,7 @@ class Traefik(Edge):
         async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(verify=self.trust()) as client:
             host = {"Host": f"reload-{self._reloads}"}
             while (await client.get(f"{self.url}/events", headers=host)).status_code == 404:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # Between two looks.
 
 
 EDGES: list[type[Edge]] = [Nginx, Haproxy, Caddy, Envoy, Traefik]

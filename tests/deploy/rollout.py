@@ -27,13 +27,17 @@ from deploy.local.node import Node, free_ports
 from tests.chaos.oracle import Client, Ledger, Verdict, judge, publish
 from tests.deploy.manifests import bridge, named, render, settings
 from tests.deploy.proxies import program
+from tests.patience import PATIENCE
 from tests.rabbit import Vhost
 from tests.service import Service
 
 SLOTS = 10
 """Servers that the proxy knows at once, at the most."""
 
-SETTLE_SECONDS = 30
+SETTLE_SECONDS = PATIENCE
+
+LEAST_EVENTS = 50
+"""Confirmed before the first replica goes; each is owed to several clients."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Timings:
             pre_stop=container["lifecycle"]["preStop"]["sleep"]["seconds"] * scale,
             drain=float(settings(manifests)["BRIDGE_DRAIN_SECONDS"]) * scale,
             # What it takes to close is no matter of our scale.
-            grace=max(pod["terminationGracePeriodSeconds"] * scale, 10),
+            grace=max(pod["terminationGracePeriodSeconds"] * scale, 60),
             retry=3 * scale,
         )
 
@@ -90,10 +94,10 @@ listen bridge
 
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(program("haproxy"), "-db", "-q", "-f", str(self._config))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while not self._socket.exists():
             assert time.monotonic() < deadline, "HAProxy did not start"
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # Between two looks.
 
     async def stop(self) -> None:
         self._process.kill()
@@ -162,7 +166,7 @@ class Rollout:
         """Leaving the endpoints and preStop begin together; SIGTERM follows preStop; SIGKILL the grace period."""
         began = time.monotonic()
         await self.proxy.remove(slot)
-        await asyncio.sleep(self._timings.pre_stop)
+        await asyncio.sleep(self._timings.pre_stop)  # As Kubernetes does.
         pod.signal(signal.SIGTERM)
         # TimeoutError where Kubernetes would kill it: that is what must not happen.
         self.exits.append(await pod.ended(seconds=self._timings.grace - self._timings.pre_stop))
@@ -178,12 +182,12 @@ class Rollout:
             stop = asyncio.Event()
             publisher = asyncio.create_task(publish(0, self._vhost.url, self._users, 1, self._rate, self.ledger, stop))
             tasks.append(publisher)
-            await asyncio.sleep(1)
+            await self._until(lambda: self.ledger.confirmed >= LEAST_EVENTS)
             self.began = time.monotonic()
             going = []
             for pod, slot in old:
                 await self._new_pod()
-                await asyncio.sleep(self._timings.min_ready)
+                await asyncio.sleep(self._timings.min_ready)  # As Kubernetes does.
                 going.append(asyncio.create_task(self._terminate(pod, slot)))
             await asyncio.gather(*going)
             self.seconds = time.monotonic() - self.began
@@ -210,7 +214,7 @@ class Rollout:
                 away = [client.byes for client in self.clients if client.away]
                 assert not or_else, f"{len(away)} of {len(self.clients)} clients are still away: {away[:5]}"
                 return
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # Between two looks.
 
     def report(self, verdict: Verdict) -> dict[str, object]:
         back = [at for client in self.clients for at in client.ready_at[1:]]

@@ -17,6 +17,7 @@ from bridge.event import REASONS
 from bridge.metrics import CLOSE_REASONS, GAP_REASONS, REPLAY_OUTCOMES, Metrics
 from deploy.kubernetes.components.alerts import dashboard
 from tests.deploy.manifests import named, render, settings
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
 ALERTS = ROOT / "deploy/kubernetes/components/alerts"
@@ -104,7 +105,9 @@ QUERIES = [rule["expr"] for rule in RULES.values()] + dashboard_queries()
 
 def promtool(*arguments: str, cwd: Path) -> str:
     # Debian's package `prometheus`; deploy/local/ensure promtool installs it.
-    done = subprocess.run(["promtool", *arguments], cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["promtool", *arguments], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OpenStream
+from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
 from tests.service import ROOT, SECRET, Service, bare_environment, mint
 
@@ -39,7 +40,7 @@ async def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate((stdin or "").encode()), 60)
+    out, err = await asyncio.wait_for(process.communicate((stdin or "").encode()), PATIENCE)
     return Result(process.returncode or 0, out.decode(), err.decode())
 
 
@@ -188,7 +189,7 @@ async def test_listen_prints_events_and_comes_back_after_a_cut(service: Service,
 
 async def _publish_until_delivered(service: Service, vhost: Vhost, event_id: str) -> None:
     before = await service.metric("bridge_events_delivered_total")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while await service.metric("bridge_events_delivered_total") == before:
             # The stream may not be bound yet; the same id is the same event.
             await vhost.publish("user.42.job.completed", cloudevent(event_id))
@@ -232,7 +233,7 @@ async def test_quarantine_is_listed_and_replayed(service: Service, vhost: Vhost,
     async with connection:
         channel = await connection.channel()
         # Both refused ones are in the queue first: the bridge answers streams before it puts anything aside.
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while (await channel.declare_queue("events.invalid", passive=True)).declaration_result.message_count != 2:
                 pass
         message = aio_pika.Message(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import pytest
 from bridge import __version__
 from tests.client import Stream
 from tests.conftest import OpenStream, StartService
+from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
+
+pytestmark = pytest.mark.any_rabbitmq
 
 TOKEN = {"Authorization": f"Bearer {mint('42')}"}
 APP = "https://app.example"
@@ -39,7 +43,7 @@ async def test_no_token_and_bad_tokens(service: Service) -> None:
     assert 'error="invalid_token"' in document["headers"]["www-authenticate"]
     expired = {"Authorization": f"Bearer {mint('42', ttl=-35)}"}
     document = await problem(service, 401, "expired-token", headers=expired)
-    assert "expired 3" in document["detail"]
+    assert re.search(r"expired \d+ s", document["detail"])
     assert "get a new one" in document["detail"]
     await problem(service, 401, "missing-token", headers={"Authorization": "Basic dTpw"})
     await problem(service, 401, "missing-token", f"/events?access_token={mint('42')}")
@@ -201,7 +205,7 @@ async def test_a_stream_is_two_log_lines_and_no_token_stands_in_them(
     ended = await service.logged("stream ended")
     assert (opened["user"], opened["types"], opened["groups"]) == ("someone", ["job.*"], 1)
     assert (ended["reason"], ended["events"], ended["stream"]) == ("client", 1, opened["stream"])
-    assert 0 <= ended["seconds"] < 10
+    assert ended["seconds"] >= 0
     for bad in ["?access_token=" + mint("x"), ""]:
         await service.get("/events" + bad, headers={"Authorization": "Bearer " + mint("x", ttl=-1)})
     assert "eyJ" not in service.text
@@ -244,7 +248,7 @@ async def test_http_2_in_the_clear_is_refused(service: Service) -> None:
     head = "".join(f"{name}: {value}\r\n" for name, value in {**TOKEN, **upgrade}.items())
     writer.write(f"GET /events HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         answer = await reader.readuntil(b"urn:bridge:problem:http-version")
     assert b"text/event-stream" not in answer
     writer.close()

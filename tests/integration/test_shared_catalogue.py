@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OpenStream, StartService
+from tests.patience import PATIENCE
 from tests.rabbit import Vhost
 from tests.service import ROOT
+
+pytestmark = pytest.mark.any_rabbitmq
 
 EXAMPLE = ROOT / "docs" / "examples" / "acme-events"
 
@@ -20,13 +23,15 @@ def install(source: Path, target: Path) -> None:
     # No index: what builds it is here already, and what it depends on is this tree.
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-index"]
     subprocess.run(
-        [*command, "--no-build-isolation", "--no-deps", "--target", str(target), str(source)], check=True, timeout=60
+        [*command, "--no-build-isolation", "--no-deps", "--target", str(target), str(source)],
+        check=True,
+        timeout=PATIENCE,
     )
 
 
 def work(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLE / "worker.py")]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 async def test_workers_and_bridge_install_one_catalogue(

@@ -10,8 +10,12 @@ import time
 import pytest
 
 from tests.conftest import Eventually, OpenStream, StartService
+from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost, cloudevent
+
+FOR_EVER = {"server.STOP_SECONDS": 10 * PATIENCE, "amqp.CLOSE_SECONDS": 10 * PATIENCE}
+"""With these a service that waits for something that does not come is still there when the test gives up."""
 
 
 async def test_a_drain_says_goodbye_to_each_stream_at_its_own_time(
@@ -36,28 +40,26 @@ async def test_a_drain_says_goodbye_to_each_stream_at_its_own_time(
     assert [frame.json for frame in await late.rest()] == [{"reason": "drain"}]
 
     told = await asyncio.gather(*(goodbye(number) for number in range(40)))
-    times = sorted(at for at, _ in told)
-    assert times[0] < 0.7
-    assert 1.3 < times[-1] < 2.5
+    # A slow machine may tell them later, but none before its time.
+    assert max(at for at, _ in told) > 1.3
     retries = [retry for _, retry in told]
     assert all(100 <= retry <= 2000 for retry in retries)
     assert len(set(retries)) > 30
     assert await service.ended() == 0
-    assert time.monotonic() - began < 4, "it waits for nobody once all are told"
+    assert "streams did not end" not in service.text, "it waits for nobody once all are told"
     assert vhost.live_queues() == []
 
 
 async def test_nobody_is_waited_for_once_all_have_been_told(start: StartService, connect: OpenStream) -> None:
     # Several, as what went wrong here once was a race, lost in one of three.
-    services = [await start(DRAIN_SECONDS="0.2") for _ in range(5)]
+    services = [await start(DRAIN_SECONDS="0.2", deadlines=FOR_EVER) for _ in range(5)]
     # Just opened: the log is still being read for them, over a connection that has to say goodbye as well.
     streams = [await connect(service, str(n)) for n in range(20) for service in services]
-    began = time.monotonic()
     for service in services:
         service.signal(signal.SIGTERM)
     await asyncio.gather(*(stream.rest() for stream in streams))
     assert [await service.ended() for service in services] == [0] * 5
-    assert time.monotonic() - began < 4
+    assert "streams did not end" not in "".join(service.text for service in services)
 
 
 async def test_what_has_arrived_is_sent_before_the_goodbye(
@@ -66,7 +68,7 @@ async def test_what_has_arrived_is_sent_before_the_goodbye(
     service = await start(DRAIN_SECONDS="0")
     stream = await connect(service, receive_buffer=4096)
     await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 1000)) for n in range(200)])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while await service.metric("bridge_events_received_total") < 200:
             pass
     service.signal(signal.SIGTERM)
@@ -79,23 +81,22 @@ async def test_what_has_arrived_is_sent_before_the_goodbye(
 async def test_a_stalled_client_does_not_keep_the_process(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
-    service = await start(DRAIN_SECONDS="0.5", BACKLOG_EVENTS="100000", BACKLOG_BYTES="100000000")
+    # What ends a stream whose client is stalled for long is not what is tried here.
+    service = await start(
+        DRAIN_SECONDS="0.5", BACKLOG_EVENTS="100000", BACKLOG_BYTES="100000000", STALL_SECONDS=str(10 * PATIENCE)
+    )
     await connect(service, receive_buffer=4096)
     idle = await connect(service, "idle")
     await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 2000)) for n in range(500)])
-    began = time.monotonic()
     service.signal(signal.SIGTERM)
     assert [frame.json for frame in await idle.rest()] == [{"reason": "drain"}]
     assert await service.ended() == 0
-    assert time.monotonic() - began < 15
 
 
 async def test_nothing_open_nothing_to_wait_for(start: StartService) -> None:
-    service = await start()
-    began = time.monotonic()
+    service = await start(DRAIN_SECONDS=str(10 * PATIENCE), deadlines=FOR_EVER)
     service.signal(signal.SIGINT)
     assert await service.ended() == 0
-    assert time.monotonic() - began < 3
 
 
 async def test_a_drain_while_the_broker_is_away(

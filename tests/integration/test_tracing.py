@@ -16,8 +16,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.conftest import OpenStream, StartService
+from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
 from tests.service import ROOT
+
+pytestmark = pytest.mark.any_rabbitmq
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SAMPLED = f"00-{TRACE}-00f067aa0ba902b7-01"
@@ -105,7 +108,7 @@ async def test_a_traced_event_ends_in_a_span_for_each_stream(
         values = {attribute.key: attribute.value for attribute in span.attributes}
         assert values["cloudevents.event_id"].string_value == "traced"
         assert values["cloudevents.event_type"].string_value == "job.completed"
-        assert 0 <= span.end_time_unix_nano - span.start_time_unix_nano < 5e9
+        assert span.end_time_unix_nano >= span.start_time_unix_nano
         from_log.append(values["bridge.from_log"].bool_value)
     assert sorted(from_log) == [False, False, True]
 
@@ -119,7 +122,7 @@ async def test_a_collector_that_is_away_costs_no_event_and_no_long_end(
     await vhost.publish("user.42.job.completed", cloudevent("e") | {"traceparent": SAMPLED})
     assert await stream.ids(1) == ["e"]
     service.signal(signal.SIGTERM)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         assert await service.ended() == 0
 
 

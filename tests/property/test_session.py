@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from bridge.cursor import Anchor, digest
@@ -461,7 +461,5 @@ def test_what_the_log_has_behind_the_tick_waits_for_what_is_on_its_way_from_befo
     world.come_to_rest()
 
 
-World.TestCase.settings = settings(
-    max_examples=400, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
-)
+World.TestCase.settings = settings(max_examples=400, stateful_step_count=80)
 TestWorld = World.TestCase

@@ -6,7 +6,9 @@ import ast
 import re
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import HealthCheck
 
 from bridge.metrics import Metrics
 from bridge.settings import PREFIX, Settings
@@ -122,3 +124,56 @@ def test_the_docs_name_only_metrics_that_exist_and_all_of_them() -> None:
     }
     text = (ROOT / "docs/operations.md").read_text()
     assert set(re.findall(r"`(bridge_[a-z_]+)", text)) - {"bridge_token"} == real
+
+
+# The suite passes on any machine, at any speed (CONTRIBUTING.md).
+
+TESTS = ROOT / "tests"
+SUITE = sorted(path for path in TESTS.rglob("*.py") if "node_modules" not in path.parts and "bench" not in path.parts)
+"""All of it but the benchmark, whose business is the machine's speed."""
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """Each call in a file, with what is called as it is written."""
+    tree = ast.parse(path.read_text())
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def is_number(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+
+
+@pytest.mark.parametrize("path", SUITE, ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_depends_on_the_machines_speed(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    faults = []
+    for name, call in calls(path):
+        where = f"{path.relative_to(ROOT)}:{call.lineno}"
+        no_time = bool(call.args) and is_number(call.args[0]) and ast.literal_eval(call.args[0]) == 0
+        reason = "#" in lines[call.lineno - 1] or lines[call.lineno - 2].lstrip().startswith("#")
+        if name in ("time.sleep", "asyncio.sleep", "page.wait_for_timeout") and not no_time and not reason:
+            faults.append(f"{where}: a sleep; wait for a signal, or say in a comment why there is none")
+        if name == "asyncio.timeout" and is_number(call.args[0]):
+            faults.append(f"{where}: a limit of its own; use PATIENCE of tests/patience.py")
+        given = {keyword.arg for keyword in call.keywords}
+        if name.endswith("settings") and given & {"deadline", "suppress_health_check"}:
+            faults.append(f"{where}: Hypothesis' limits are set once, in tests/conftest.py")
+        if name == "pytest.mark.timeout" and path.name != "long_proxies.py":
+            faults.append(f"{where}: one limit for all tests is enough, in pyproject.toml")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assert) and path.name not in MEASURES:
+            text = ast.unparse(node.test)
+            if re.search(r"<=? *[\d.]+", text) and re.search(r"monotonic|perf_counter|elapsed|seconds'\]", text):
+                faults.append(f"{path.relative_to(ROOT)}:{node.lineno}: an upper limit on elapsed time")
+    assert not faults, "\n".join(faults)
+
+
+def test_hypothesis_fails_no_test_for_a_slow_moment_or_an_unlucky_draw() -> None:
+    now = hypothesis.settings()
+    assert now.deadline is None
+    by_chance = {HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much}
+    assert by_chance <= set(now.suppress_health_check)
+
+
+MEASURES = {"test_publisher.py"}
+"""A deadline that a caller gives is what is tried there."""
