@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge import Publisher, PublishForbidden, PublishTimeout
+from bridge import BlockingPublisher, Publisher, PublishForbidden, PublishTimeout
 from deploy.local.node import Node, free_ports
 from schemas.jobs import JobCompleted
+from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost
 from tests.service import ROOT, bare_environment
@@ -22,7 +23,7 @@ from tests.service import ROOT, bare_environment
 DONE = JobCompleted(job_id="r-7", duration_seconds=3.2)
 
 
-def run(script: str, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         capture_output=True,
@@ -32,6 +33,15 @@ def run(script: str, *arguments: str, timeout: float = 60) -> subprocess.Complet
         check=False,
         timeout=timeout,
     )
+
+
+def publish_until(publisher: BlockingPublisher, event_id: str) -> str:
+    """Publishes until it is confirmed: a second may not be enough for that on a slow machine."""
+    while True:
+        try:
+            return publisher.to_user("42", DONE, id=event_id)
+        except PublishTimeout:
+            pass
 
 
 @pytest.fixture
@@ -50,7 +60,7 @@ import multiprocessing, os, sys
 from bridge import Publisher
 from schemas.jobs import JobCompleted
 DONE = JobCompleted(job_id="r-7", duration_seconds=3.2)
-publisher = Publisher.blocking(sys.argv[1], source="/t", timeout=20)
+publisher = Publisher.blocking(sys.argv[1], source="/t", timeout=100)
 if sys.argv[2] == "used":
     publisher.to_user("42", DONE)
 parent, child = multiprocessing.Pipe()
@@ -99,7 +109,7 @@ ASYNC_FORK = """
 import asyncio, os, sys
 from bridge import Publisher
 from schemas.jobs import JobCompleted
-publisher = Publisher(sys.argv[1], source="/t", timeout=20)
+publisher = Publisher(sys.argv[1], source="/t", timeout=100)
 async def publish():
     await publisher.to_user("42", JobCompleted(job_id="r-7", duration_seconds=3.2))
 async def parent():
@@ -161,30 +171,29 @@ async def test_it_connects_when_the_broker_is_there_at_last(vhost: Vhost, proxy:
         await asyncio.to_thread(publisher.to_user, "42", DONE)
     assert len(caught.value.id) == 36
     await proxy.open()
-    assert await asyncio.to_thread(publisher.to_user, "42", DONE, id=caught.value.id) == caught.value.id
+    assert await asyncio.to_thread(publish_until, publisher, caught.value.id) == caught.value.id
     await asyncio.to_thread(publisher.close)
     with pytest.raises(RuntimeError, match=r"closed: call open\(\)"):
         publisher.to_user("42", DONE)
     await asyncio.to_thread(publisher.open)
-    assert await asyncio.to_thread(publisher.to_user, "42", DONE)
+    assert await asyncio.to_thread(publish_until, publisher, "again") == "again"
     await asyncio.to_thread(publisher.close)
 
 
-def test_every_call_ends_at_a_listener_that_says_nothing(silent: str) -> None:
-    # Ten seconds is the limit of one try to connect: that the calls end at all before it shows whose limit it was.
+def test_every_call_ends_at_a_listener_that_says_nothing(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without the limit of one try to connect: that the calls end at all shows whose limit it was.
+    monkeypatch.setattr("bridge.amqp.CONNECT_SECONDS", 10 * PATIENCE)
     publisher = Publisher.blocking(silent, source="/t", timeout=0.5)
     for call in (publisher.open, lambda: publisher.to_user("42", DONE), lambda: publisher.publish_many([])):
-        began = time.monotonic()
         try:
             call()
         except PublishTimeout as error:
             assert "within 0.5 s" in str(error)  # noqa: PT017
-        assert time.monotonic() - began < 9
     publisher.close()
 
 
 def test_closing_ends_the_calls_of_other_threads(silent: str) -> None:
-    publisher = Publisher.blocking(silent, source="/t", timeout=60)
+    publisher = Publisher.blocking(silent, source="/t", timeout=10 * PATIENCE)
     errors: list[BaseException] = []
 
     def publish() -> None:
@@ -200,7 +209,7 @@ def test_closing_ends_the_calls_of_other_threads(silent: str) -> None:
         time.sleep(0.01)  # Until the first of them has begun; those that come after the close are refused.
     publisher.close()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert len(errors) == 5
     for error in errors:
         assert isinstance(error, PublishTimeout | RuntimeError), error
@@ -210,7 +219,7 @@ def test_closing_ends_the_calls_of_other_threads(silent: str) -> None:
 
 
 async def test_closing_ends_the_tasks_of_the_async_form(silent: str) -> None:
-    publisher = Publisher(silent, source="/t", timeout=60)
+    publisher = Publisher(silent, source="/t", timeout=10 * PATIENCE)
     tasks = [asyncio.create_task(publisher.to_user("42", DONE)) for _ in range(5)]
     await asyncio.sleep(0)  # So that each has begun.
     await publisher.close()
@@ -250,7 +259,7 @@ def messages(url: str, *commands: list[str]) -> list[str]:
         }
         done = subprocess.run(
             [sys.executable, "-m", "bridge", *command], capture_output=True, text=True, cwd=ROOT, env=environment,
-            check=False, timeout=60,
+            check=False, timeout=PATIENCE,
         )  # fmt: skip
         assert done.returncode == 1, done
         assert "Traceback" not in done.stderr
@@ -260,10 +269,9 @@ def messages(url: str, *commands: list[str]) -> list[str]:
 
 def test_a_virtual_host_that_is_none(vhost: Vhost, user: str) -> None:
     url = url_of(vhost, user, "no-such-place")
-    began = time.monotonic()
+    # Waiting would not help, so nothing waits: the test ends.
     with pytest.raises(PublishForbidden, match="NOT_ALLOWED - vhost no-such-place not found"):
-        Publisher.blocking(url, source="/t", timeout=600).to_user("42", DONE)
-    assert time.monotonic() - began < 300, "waiting would not help, so nothing waits"
+        Publisher.blocking(url, source="/t", timeout=10 * PATIENCE).to_user("42", DONE)
     for text in messages(url, PUBLISH, ["check"], ["serve"]):
         assert "NOT_ALLOWED - vhost no-such-place not found" in text
 
@@ -296,7 +304,7 @@ def test_a_limit_that_is_reached(vhost: Vhost, node: Node, user: str, limit: str
     for text in messages(url_of(vhost, user), PUBLISH, ["check"]):
         assert "NOT_ALLOWED" in text
     node.ctl(*clear)
-    assert publisher.to_user("42", DONE, id=caught.value.id) == caught.value.id
+    assert publish_until(publisher, caught.value.id) == caught.value.id
     publisher.close()
 
 
@@ -334,7 +342,7 @@ async def test_a_lost_connection_is_one_line_in_the_log_and_its_return_another(v
     assert process.stdout is not None
     assert process.stdin is not None
     assert process.stderr is not None
-    async with asyncio.timeout(100):
+    async with asyncio.timeout(PATIENCE):
         assert (await process.stdout.readline()) == b"published\n"
         await proxy.refuse()
         proxy.cut()

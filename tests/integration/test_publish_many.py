@@ -110,7 +110,7 @@ async def test_a_batch_that_times_out_is_taken_up_where_it_stopped(
                 proxy.cut()
             yield item
 
-    async with Publisher(vhost.url_at(proxy.port), source="/t", timeout=1) as publisher:
+    async with Publisher(vhost.url_at(proxy.port), source="/t", timeout=5) as publisher:
         with pytest.raises(PublishTimeout, match=r"event \d+ .* id e-\d+") as caught:
             await publisher.publish_many(cut_off())
         error = caught.value
@@ -261,7 +261,7 @@ async def test_a_timeout_in_the_blocking_form(vhost: Vhost, proxy: Proxy, queue:
             yield item
 
     def publish() -> PublishError:
-        with Publisher.blocking(vhost.url_at(proxy.port), source="/t", timeout=1) as publisher:
+        with Publisher.blocking(vhost.url_at(proxy.port), source="/t", timeout=5) as publisher:
             with pytest.raises(PublishTimeout) as caught:
                 publisher.publish_many(cut_off())
             return caught.value

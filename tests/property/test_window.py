@@ -97,4 +97,4 @@ class Batch(RuleBasedStateMachine):
 
 
 TestBatch = Batch.TestCase
-TestBatch.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestBatch.settings = settings(max_examples=200, stateful_step_count=40)
