@@ -8,6 +8,7 @@ import json
 import secrets
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +18,24 @@ import httpx
 
 from deploy.local.node import Node
 from tests.patience import PATIENCE
+
+
+@contextlib.contextmanager
+def unless_a_queue_dies() -> Iterator[None]:
+    """Leaves the block when a live queue dies while a message is on its way to it: connect, and send it again.
+
+    RabbitMQ nacks such messages, several with one frame, or (4.3) closes the connection with 506. The
+    other queues may have them; with the same id it is the same event.
+    """
+    try:
+        yield
+    except (aio_pika.exceptions.DeliveryError, aiormq.exceptions.ConnectionResourceError):
+        pass
+    except asyncio.CancelledError:
+        # aiormq's word for a connection that is gone, too, in a task that nobody has cancelled.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
 
 
 class Vhost:
@@ -129,10 +148,7 @@ class Vhost:
         waiting = deque(messages)
         async with asyncio.timeout(PATIENCE):
             while waiting:
-                # When a live queue dies just now, RabbitMQ nacks what was on its way to the queue,
-                # several messages with one frame, or (4.3) closes the connection with 506. The
-                # other queues may have the message; it is the same event when it is sent again.
-                with contextlib.suppress(aio_pika.exceptions.DeliveryError, aiormq.exceptions.ConnectionResourceError):
+                with unless_a_queue_dies():
                     await self._publish_some(waiting, exchange)
 
     async def _publish_some(self, waiting: deque[tuple[str, bytes | dict[str, Any]]], exchange: str) -> None:

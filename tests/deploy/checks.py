@@ -22,7 +22,7 @@ from tests.conftest import StartService
 from tests.decoder import Decoder, Frame
 from tests.deploy.proxies import BRIDGE_HOSTS, Edge
 from tests.patience import PATIENCE
-from tests.rabbit import Vhost, cloudevent
+from tests.rabbit import Vhost, cloudevent, unless_a_queue_dies
 from tests.service import Service, mint
 
 SILENT_HEARTBEAT = 30.0
@@ -165,22 +165,31 @@ async def flow(vhost: Vhost, key: str, *, every: float) -> AsyncIterator[dict[st
     began: dict[str, float] = {}
     enough = asyncio.Event()
 
-    async def run() -> None:
-        while not enough.is_set():
-            event_id = f"f{len(began)}"
-            message = aio_pika.Message(json.dumps(cloudevent(event_id)).encode())
-            began[event_id] = time.monotonic()
-            await exchange.publish(message, key)
-            await asyncio.sleep(every)  # The rate of the flow.
+    confirmed = 0
 
-    async with await aio_pika.connect(vhost.url) as connection:
-        exchange = await (await connection.channel()).get_exchange("events", ensure=False)
-        running = asyncio.create_task(run())
-        try:
-            yield began
-        finally:
-            enough.set()
-            await running
+    async def run() -> None:
+        nonlocal confirmed
+        async with await aio_pika.connect(vhost.url) as connection:
+            exchange = await (await connection.channel()).get_exchange("events", ensure=False)
+            while not enough.is_set() or confirmed < len(began):
+                event_id = f"f{confirmed}"
+                message = aio_pika.Message(json.dumps(cloudevent(event_id)).encode())
+                began.setdefault(event_id, time.monotonic())
+                await exchange.publish(message, key)
+                confirmed += 1
+                await asyncio.sleep(every)  # The rate of the flow.
+
+    async def run_on() -> None:
+        while not enough.is_set() or confirmed < len(began):
+            with unless_a_queue_dies():
+                await run()
+
+    running = asyncio.create_task(run_on())
+    try:
+        yield began
+    finally:
+        enough.set()
+        await running
 
 
 async def each_at_once(place: Place, count: int) -> dict[str, float]:
