@@ -80,10 +80,12 @@ image: $(READY) ## the container image, by Docker or without any engine; then ru
 	@$(VENV)/bin/python -m pytest -q tests/deploy/image_checks.py
 
 ALERTS := deploy/kubernetes/components/alerts
-exports: $(READY) ## write what is made from the event catalogue and copied of it, and the dashboard
-	@$(VENV)/bin/bridge schemas export > schemas/events.schema.json
-	@$(VENV)/bin/bridge schemas export --format typescript > schemas/events.ts
-	@$(VENV)/bin/bridge schemas export --format asyncapi > schemas/asyncapi.json
+FOLDER := bridge/samples
+SAMPLES := BRIDGE_SCHEMAS=bridge.samples $(VENV)/bin/bridge
+exports: $(READY) ## write what is made from the sample event types, the copy of schemas/, and the dashboard
+	@$(SAMPLES) schemas export > $(FOLDER)/events.schema.json
+	@$(SAMPLES) schemas export --format typescript > $(FOLDER)/events.ts
+	@$(SAMPLES) schemas export --format asyncapi > $(FOLDER)/asyncapi.json
 	@cp schemas/*.py deploy/kubernetes/base/catalogue/
 	@$(VENV)/bin/python $(ALERTS)/dashboard.py > $(ALERTS)/dashboard.json
 

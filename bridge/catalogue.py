@@ -10,7 +10,8 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,10 +35,25 @@ class InvalidCatalogue(Exception):
 
 
 class Catalogue(Mapping[str, type[EventData]]):
-    """Event type to model, in the order of the types."""
+    """Event type to model, in the order of the types.
 
-    def __init__(self, models: Mapping[str, type[EventData]]) -> None:
+    Args:
+        models: event type to model.
+        places: the folders of the package, or the file of a single module.
+        notes: classes and folders that look like a part of the catalogue and are not, each with the
+            reason and how to add it.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, type[EventData]],
+        *,
+        places: Iterable[str] = (),
+        notes: Iterable[str] = (),
+    ) -> None:
         self._models = dict(sorted(models.items()))
+        self.places = tuple(places)
+        self.notes = tuple(notes)
 
     def __getitem__(self, event_type: str) -> type[EventData]:
         return self._models[event_type]
@@ -74,19 +90,23 @@ class Catalogue(Mapping[str, type[EventData]]):
 def load_catalogue(package: str) -> Catalogue:
     """Imports the package with all its modules and collects the models in it.
 
+    A class counts if a module of the package defines it, or lists it in `__all__`. Another imported class
+    does not count: it may be there as a base class or for an annotation.
+
     Raises:
         InvalidCatalogue: a module does not import, two models name one type, a model names none or a reserved one, a
             model lets undeclared members through or does not read what it writes, or there is no model at all. All
             faults are named, not the first.
     """
     faults: list[str] = []
+    if not all(part.isidentifier() for part in package.split(".")):
+        fault = (
+            f"{package!r} (BRIDGE_SCHEMAS) is not a name that Python can import: write it as after `import`, "
+            "acme.events, without slashes, hyphens or .py"
+        )
+        raise InvalidCatalogue(package, [fault])
     modules = _import_all(package, faults)
-    classes = {
-        found: None
-        for module in modules
-        for _, found in inspect.getmembers(module, inspect.isclass)
-        if issubclass(found, EventData) and found is not EventData and found.__module__ == module.__name__
-    }
+    classes, imported = _find_classes(modules)
     models: dict[str, type[EventData]] = {}
     for found in classes:
         where = f"{found.__module__}.{found.__qualname__}"
@@ -115,11 +135,78 @@ def load_catalogue(package: str) -> Catalogue:
         else:
             faults += [f"{where}: {fault}" for fault in check_model(found)]
         models[event_type] = found
+    notes = [
+        f"{module} imports {found.__module__}.{found.__qualname__} (type {found.event_type!r}), which is "
+        f"not in the catalogue: to add it, list {name!r} in `__all__` of {module}"
+        for found, (module, name) in imported.items()
+        if found.declares_type() and not any(found in other.__mro__ for other in classes)
+    ]
+    places = _places_of(modules)
+    notes += _unused_folders(package, places)
     if not models and not faults:
-        faults.append(f'{package} has no event model: add one, `class JobDone(EventData, type="job.done")`')
+        where = f" ({', '.join(places)})" if places else ""
+        faults.append(f'{package}{where} has no event model: add one, `class JobDone(EventData, type="job.done")`')
+        faults += notes
     if faults:
         raise InvalidCatalogue(package, faults)
-    return Catalogue(models)
+    return Catalogue(models, places=places, notes=notes)
+
+
+def _find_classes(
+    modules: list[ModuleType],
+) -> tuple[dict[type[EventData], None], dict[type[EventData], tuple[str, str]]]:
+    """The classes that count, and those that are only imported, with the first module and name of each."""
+    ours = {module.__name__ for module in modules}
+    classes: dict[type[EventData], None] = {}
+    imported: dict[type[EventData], tuple[str, str]] = {}
+    for module in modules:
+        exported = getattr(module, "__all__", ())
+        for name, found in inspect.getmembers(module, inspect.isclass):
+            if not issubclass(found, EventData) or found is EventData:
+                continue
+            if found.__module__ in ours or (name in exported and found.declares_type()):
+                classes[found] = None
+            else:
+                imported.setdefault(found, (module.__name__, name))
+    return classes, {found: where for found, where in imported.items() if found not in classes}
+
+
+def _places_of(modules: list[ModuleType]) -> list[str]:
+    if not modules:
+        return []
+    file = modules[0].__file__
+    return list(getattr(modules[0], "__path__", [file] if file else []))
+
+
+def _unused_folders(package: str, places: list[str]) -> list[str]:
+    """Folders with Python files that Python does not use, because an `__init__.py` is missing."""
+    notes = []
+    parent, _, name = package.rpartition(".")
+    roots = getattr(sys.modules.get(parent), "__path__", ()) if parent else sys.path
+    used = {str(Path(place).resolve()) for place in places}
+    for root in roots:
+        folder = Path(root or ".").resolve() / name
+        if str(folder) in used:
+            break  # Python stops here too: an installed package that a folder of the user's replaces is usual.
+        if _lacks_init(folder):
+            notes.append(
+                f"the folder {folder} is not used: it has no __init__.py, so {package!r} of "
+                f"{', '.join(places)} comes first; add an empty __init__.py"
+            )
+        if str(folder.with_suffix(".py")) in used:
+            break
+    for place in places:
+        inner = sorted(Path(place).iterdir()) if Path(place).is_dir() else []
+        notes += [
+            f"the folder {folder} is not in the catalogue: it has no __init__.py; to add its modules, add an empty one"
+            for folder in inner
+            if folder.name.isidentifier() and _lacks_init(folder)
+        ]
+    return notes
+
+
+def _lacks_init(folder: Path) -> bool:
+    return folder.is_dir() and not (folder / "__init__.py").exists() and any(folder.glob("*.py"))
 
 
 def _import_all(package: str, faults: list[str]) -> list[ModuleType]:
@@ -133,9 +220,9 @@ def _import_all(package: str, faults: list[str]) -> list[ModuleType]:
             faults.append(f"{name}: {error}")
             continue
         except ModuleNotFoundError as error:
-            if error.name == package.partition(".")[0]:
-                places = ", ".join(place or "." for place in sys.path[:4])
-                faults.append(f"there is no package {package!r} (BRIDGE_SCHEMAS); looked in {places}, ...")
+            # A parent of `package` that is missing means the same; any other name is an import inside of it.
+            if name == package and error.name and f"{package}.".startswith(f"{error.name}."):
+                faults.append(_missing(package, error.name))
             else:
                 faults.append(f"{name} does not import: {error}")
             continue
@@ -145,6 +232,23 @@ def _import_all(package: str, faults: list[str]) -> list[ModuleType]:
         modules.append(module)
         pending += [f"{name}.{found.name}" for found in pkgutil.iter_modules(getattr(module, "__path__", ()))]
     return modules
+
+
+def _missing(package: str, missing: str) -> str:
+    """
+    Args:
+        missing: the package itself, or the parent of it that Python did not find.
+    """
+    parent = sys.modules.get(missing.rpartition(".")[0])
+    if parent is not None:
+        where = f"in {', '.join(_places_of([parent]))}"
+    else:
+        where = f"looked in {', '.join(place or '.' for place in sys.path)}"
+    return (
+        f"there is no package {package!r} (BRIDGE_SCHEMAS; {missing!r} not found, {where}): start the bridge "
+        "in the folder that holds it, put that folder on PYTHONPATH, or install the package; name another "
+        "one in BRIDGE_SCHEMAS, or try the sample types with BRIDGE_SCHEMAS=bridge.samples"
+    )
 
 
 def _allows_extra(schema: object) -> bool:

@@ -49,11 +49,26 @@ def _load(kind: type[settings.Kind]) -> settings.Kind:
 
 
 def _catalogue(package: str) -> Catalogue:
+    _use_working_directory()
     try:
         return load_catalogue(package)
     except InvalidCatalogue as error:
         head = f"the event catalogue {error.package!r} has {len(error.faults)} fault(s):"
         _fail(BAD_INPUT, head, *(f"  {fault}" for fault in error.faults))
+
+
+def _use_working_directory() -> None:
+    """Finds a catalogue as `python -m` does: the working directory is the first place, unless Python is told
+    otherwise (`python -P`, PYTHONSAFEPATH). Commands without a catalogue do not need it. It is called
+    after the bridge's own imports, so that a file of the user's cannot replace one of those."""
+    if sys.flags.safe_path:
+        return
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:  # It was deleted.
+        return
+    if sys.path[:1] != [folder]:
+        sys.path.insert(0, folder)
 
 
 def _runs(function: Callable[Params, Coroutine[Any, Any, None]]) -> Callable[Params, None]:
@@ -77,9 +92,6 @@ def _runs(function: Callable[Params, Coroutine[Any, Any, None]]) -> Callable[Par
 @click.version_option(__version__, prog_name="bridge")
 def main() -> None:
     """Streams events from RabbitMQ to browsers. Settings are environment variables, BRIDGE_...; see README.md."""
-    # The catalogue is a package of the team's: as with `python -m`, the folder that one stands in counts.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
 
 
 @main.command()
@@ -343,6 +355,9 @@ async def check() -> None:
     _passed(f"catalogue {loaded.schemas!r}: {', '.join(catalogue)}")
     for place in (place for model in catalogue.values() for place in zoneless_times(model)):
         click.echo(f"  ?  {place} takes times without a zone, which each browser reads in its own: use AwareDatetime")
+    _passed(f"catalogue {loaded.schemas!r} of {', '.join(catalogue.places)}: {', '.join(catalogue)}")
+    for note in catalogue.notes:
+        click.echo(f"  ?  {note}")
     if loaded.jwks is not None:
         try:
             await Authenticator(jwks=loaded.jwks).start(strict=True)

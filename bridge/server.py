@@ -77,6 +77,8 @@ async def _serve(settings: Settings, catalogue: Catalogue) -> int:
     stop = _on_signals()
     for problem in unknown_names(Settings):
         _log.warning("unknown setting", problem=problem)
+    for note in catalogue.notes:
+        _log.warning("not in the catalogue", detail=note)
     try:
         public_socket = listen(settings.bind, stall_seconds=settings.stall_seconds)
         internal_socket = listen(settings.internal_bind, stall_seconds=settings.stall_seconds)

@@ -24,6 +24,9 @@ BRIDGE = os.environ.get("SUITE_BRIDGE", "tests.patience")
 
 ROOT = Path(__file__).parent.parent
 
+SAMPLES = "bridge.samples"
+"""The catalogue of the tests, unless a test has its own."""
+
 
 def bare_environment() -> dict[str, str]:
     """Ours, without settings of the bridge's that may stand in it."""
@@ -46,6 +49,7 @@ class Service:
         self._environment = {
             **bare_environment(),
             "BRIDGE_AMQP_URL": amqp_url,
+            "BRIDGE_SCHEMAS": SAMPLES,
             "BRIDGE_JWT_SECRET": SECRET,
             "BRIDGE_BIND": "127.0.0.1:0",
             "BRIDGE_INTERNAL_BIND": "127.0.0.1:0",

@@ -149,6 +149,7 @@ def run() -> None:
         environment = {
             **os.environ,
             "BRIDGE_AMQP_URL": amqp_url,
+            "BRIDGE_SCHEMAS": "bridge.samples",
             "BRIDGE_JWT_SECRET": secret,
             "BRIDGE_BIND": f"127.0.0.1:{public_port}",
             "BRIDGE_INTERNAL_BIND": f"127.0.0.1:{internal_port}",
@@ -167,7 +168,9 @@ def run() -> None:
         say("Publish an event yourself, in another terminal:")
         # Yours stands in your environment already, and its password need not stand on the screen.
         address = "" if "BRIDGE_AMQP_URL" in os.environ else f"BRIDGE_AMQP_URL={amqp_url} "
-        command = f"{python} -m bridge publish --to user:{USER} --type notification --data"
+        command = (
+            f"BRIDGE_SCHEMAS=bridge.samples {python} -m bridge publish --to user:{USER} --type notification --data"
+        )
         print(f"      {address}{command} " + """'{"title": "Hello"}'""", flush=True)
         say("Ctrl-C ends everything.")
         asyncio.run(until_signalled({"bridge": bridge, "worker": worker}))

@@ -18,12 +18,12 @@ import time
 from collections.abc import Iterator
 
 from bridge import Publisher, PublishError, PublishTimeout
+from bridge.samples.approvals import ApprovalDecided, ApprovalRequested
+from bridge.samples.billing import Amount, BillingNotice
+from bridge.samples.jobs import JobCompleted, JobFailed, JobProgress, JobStarted
+from bridge.samples.notifications import Notification
+from bridge.samples.reports import ReportReady
 from bridge.settings import BrokerSettings, load
-from schemas.approvals import ApprovalDecided, ApprovalRequested
-from schemas.billing import Amount, BillingNotice
-from schemas.jobs import JobCompleted, JobFailed, JobProgress, JobStarted
-from schemas.notifications import Notification
-from schemas.reports import ReportReady
 
 TITLES = ["Collect invoices", "Reconcile payments", "Refresh dashboards", "Archive old orders", "Sync the address book"]
 STEPS = ["Reading the source", "Comparing", "Writing changes", "Checking the result"]

@@ -86,6 +86,7 @@ def _bridge(url: str, port: int) -> Server:
         "BRIDGE_BIND": f"127.0.0.1:{port}",
         "BRIDGE_INTERNAL_BIND": f"127.0.0.1:{internal}",
         "BRIDGE_MAX_CONNECTIONS": "20000",
+        "BRIDGE_SCHEMAS": "bridge.samples",
     }
     child = Child(
         [python(), "-m", "bridge", "serve"],

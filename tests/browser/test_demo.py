@@ -77,7 +77,7 @@ async def demo(tmp_path: Path) -> AsyncIterator[Demo]:
 
 async def test_jobs_move_on_the_page_and_ctrl_c_leaves_nothing(demo: Demo, page: Page) -> None:
     url = (await demo.read_until(r"==> Open (http://localhost:\d+)"))[1]
-    command = (await demo.read_until(r"\n +(BRIDGE_AMQP_URL=.* publish .*)\n"))[1]
+    command = (await demo.read_until(r"\n +(BRIDGE_AMQP_URL=.* BRIDGE_SCHEMAS=bridge\.samples .* publish .*)\n"))[1]
     await page.goto(f"{url}/jobs")
     await expect(page.locator("#state")).to_have_text("live for user “demo”")
     await expect(page.locator(".job")).not_to_have_count(0)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from bridge import Audience, Publisher, PublishError
 from bridge.event import EventData
-from schemas.jobs import JobProgress
+from bridge.samples.jobs import JobProgress
 from tests.client import Stream
 from tests.service import mint
 

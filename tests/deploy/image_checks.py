@@ -93,7 +93,7 @@ async def test_it_streams_without_a_file_to_write_and_ends_in_order(
     await until_ready(internal)
     async with Stream(public, mint("42")) as stream:
         await stream.ready()
-        await vhost.publish("user.42.job.completed", cloudevent("e1"))
+        await vhost.publish("user.42.parcel.shipped", cloudevent("e1", "parcel.shipped", parcel_id="p-1"))
         assert await stream.ids(1) == ["e1"]
         killed = await asyncio.create_subprocess_exec(
             *ENGINE, "kill", f"--signal={signal.SIGTERM.value}", name, stdout=asyncio.subprocess.DEVNULL

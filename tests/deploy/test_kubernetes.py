@@ -363,7 +363,7 @@ def test_metrics_exist(manifests: list[Manifest]) -> None:
     assert set(re.findall(r"\bbridge_[a-z_]+", text)) <= real
 
 
-def test_the_catalogue_is_the_one_of_the_repository() -> None:
+def test_the_catalogue_is_the_example_of_the_repository() -> None:
     """Kustomize reads no files from outside its folder, so the example is a copy."""
     copy = KUBERNETES / "base" / "catalogue"
     names = sorted(path.name for path in (ROOT / "schemas").glob("*.py"))

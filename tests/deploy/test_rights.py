@@ -14,11 +14,11 @@ import aiormq
 import pytest
 
 from bridge import Publisher
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 from tests.conftest import Eventually, OpenStream, StartService
 from tests.deploy.manifests import KUBERNETES, Manifest, of_kind, render
 from tests.rabbit import Vhost, cloudevent
-from tests.service import ROOT, SECRET, bare_environment
+from tests.service import ROOT, SAMPLES, SECRET, bare_environment
 
 DEFINITIONS: dict[str, list[dict[str, Any]]] = json.loads(
     (KUBERNETES.parent / "rabbitmq" / "definitions.json").read_text()
@@ -89,7 +89,12 @@ async def test_bridge_check_is_content_with_them(rights: Vhost) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bridge", "check",
         cwd=ROOT,
-        env={**bare_environment(), "BRIDGE_AMQP_URL": bridge_url(rights), "BRIDGE_JWT_SECRET": SECRET},
+        env={
+            **bare_environment(),
+            "BRIDGE_AMQP_URL": bridge_url(rights),
+            "BRIDGE_JWT_SECRET": SECRET,
+            "BRIDGE_SCHEMAS": SAMPLES,
+        },
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     said, _ = await process.communicate()

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import pytest
 
 from bridge import BlockingPublisher, Publisher, PublishForbidden, PublishTimeout
+from bridge.samples.jobs import JobCompleted
 from deploy.local.node import Node, free_ports
-from schemas.jobs import JobCompleted
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost
-from tests.service import ROOT, bare_environment
+from tests.service import ROOT, SAMPLES, bare_environment
 
 DONE = JobCompleted(job_id="r-7", duration_seconds=3.2)
 
@@ -58,7 +58,7 @@ def silent() -> Iterator[str]:
 FORK = """
 import multiprocessing, os, sys
 from bridge import Publisher
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 DONE = JobCompleted(job_id="r-7", duration_seconds=3.2)
 publisher = Publisher.blocking(sys.argv[1], source="/t", timeout=100)
 if sys.argv[2] == "used":
@@ -108,7 +108,7 @@ def test_a_publisher_that_was_made_before_a_fork_works_in_the_child(vhost: Vhost
 ASYNC_FORK = """
 import asyncio, os, sys
 from bridge import Publisher
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 publisher = Publisher(sys.argv[1], source="/t", timeout=100)
 async def publish():
     await publisher.to_user("42", JobCompleted(job_id="r-7", duration_seconds=3.2))
@@ -140,7 +140,7 @@ def test_a_program_may_end_without_closing(vhost: Vhost, node: Node) -> None:
     script = """
 import sys
 from bridge import Publisher
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 publisher = Publisher.blocking(sys.argv[1], source="/t")
 publisher.to_user("42", JobCompleted(job_id="r-7", duration_seconds=3.2))
 """
@@ -253,6 +253,7 @@ def messages(url: str, *commands: list[str]) -> list[str]:
     for command in commands:
         environment = bare_environment() | {
             "BRIDGE_AMQP_URL": url,
+            "BRIDGE_SCHEMAS": SAMPLES,
             "BRIDGE_JWT_SECRET": "x" * 32,
             "BRIDGE_BIND": "127.0.0.1:0",
             "BRIDGE_INTERNAL_BIND": "127.0.0.1:0",
@@ -313,7 +314,7 @@ def test_a_limit_that_is_reached(vhost: Vhost, node: Node, user: str, limit: str
 NOISE = """
 import logging, sys
 from bridge import Publisher, PublishTimeout
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 publisher = Publisher.blocking(sys.argv[1], source="/t", timeout=float(sys.argv[2]))
 for _ in range(3):
     try:

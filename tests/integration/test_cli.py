@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import OpenStream
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
-from tests.service import ROOT, SECRET, Service, bare_environment, mint
+from tests.service import ROOT, SAMPLES, SECRET, Service, bare_environment, mint
 
 ONE = '{"job_id": "r-7", "duration_seconds": 3.2}'
 
@@ -28,7 +28,8 @@ class Result:
 async def run(
     *args: str, stdin: str | None = None, cwd: Path = ROOT, amqp_url: str | None = None, **settings: str
 ) -> Result:
-    environment = {**bare_environment(), **{f"BRIDGE_{name}": value for name, value in settings.items()}}
+    given = {f"BRIDGE_{name}": value for name, value in settings.items()}
+    environment = {**bare_environment(), "BRIDGE_SCHEMAS": SAMPLES, **given}
     if amqp_url is not None:
         environment["BRIDGE_AMQP_URL"] = amqp_url
     process = await asyncio.create_subprocess_exec(
@@ -262,3 +263,14 @@ async def test_help_of_every_command() -> None:
         done = await run(*command, "--help")
         assert done.code == 0
         assert "Usage: bridge" in done.out
+
+
+async def test_check_says_where_the_catalogue_is_and_what_is_not_in_it(vhost: Vhost, tmp_path: Path) -> None:
+    (tmp_path / "our_events").mkdir()
+    (tmp_path / "our_events/__init__.py").write_text(
+        "from bridge import EventData\nfrom bridge.samples.jobs import JobCompleted\n"
+        'class Shipped(EventData, type="parcel.shipped"):\n    parcel: int\n'
+    )
+    done = await run("check", cwd=tmp_path, amqp_url=vhost.url, SCHEMAS="our_events", JWT_SECRET=SECRET)
+    assert f"catalogue 'our_events' of {tmp_path / 'our_events'}: parcel.shipped\n" in done.out
+    assert "our_events imports bridge.samples.jobs.JobCompleted (type 'job.completed')" in done.out

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bridge import Audience, Publisher
+from bridge.samples.jobs import JobProgress
 from deploy.local.node import Installation, Node
-from schemas.jobs import JobProgress
 from tests.client import Stream
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost

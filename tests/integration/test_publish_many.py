@@ -13,9 +13,9 @@ import pytest
 
 from bridge import Audience, EventRefused, Publisher, PublishError, PublishForbidden, PublishTimeout
 from bridge.publisher import Item
+from bridge.samples.jobs import JobCompleted, JobProgress
 from bridge.sender import PIPELINE_EVENTS
 from deploy.local.node import Node
-from schemas.jobs import JobCompleted, JobProgress
 from tests.proxy import Proxy
 from tests.rabbit import Vhost
 

@@ -24,8 +24,8 @@ from bridge import (
     PublishTimeout,
     new_id,
 )
+from bridge.samples.jobs import JobCompleted, JobProgress
 from deploy.local.node import Node
-from schemas.jobs import JobCompleted, JobProgress
 from tests.conftest import OpenStream
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
@@ -315,7 +315,7 @@ def test_the_blocking_form_says_what_is_wrong(vhost: Vhost) -> None:
 
 def test_the_sdk_imports_nothing_of_the_servers() -> None:
     script = (
-        "import sys, bridge, bridge.cli, schemas.jobs\n"
+        "import sys, bridge, bridge.cli, bridge.samples.jobs\n"
         "found = {'quart', 'hypercorn', 'httpx', 'jwt', 'structlog', 'prometheus_client', 'uvloop', 'werkzeug'}\n"
         "print(sorted(found & set(sys.modules)))"
     )

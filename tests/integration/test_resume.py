@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from bridge import Publisher
+from bridge.samples.jobs import JobProgress
 from deploy.local.node import Node
-from schemas.jobs import JobProgress
 from tests.bench.publish import close as close_publisher
 from tests.bench.publish import connect as raw_publisher
 from tests.bench.publish import message

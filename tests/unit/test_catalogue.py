@@ -30,7 +30,7 @@ def faults(name: str) -> list[str]:
 
 
 def test_the_catalogue_that_comes_with_the_bridge() -> None:
-    catalogue = load_catalogue("schemas")
+    catalogue = load_catalogue("bridge.samples")
     assert {"job.started", "job.progress", "job.completed", "approval.requested", "report.ready"} <= set(catalogue)
     assert {"billing.notice", "notification"} <= set(catalogue)
     schema = catalogue.json_schema("job.completed")
@@ -93,7 +93,129 @@ def test_all_faults_are_named_at_once(package: tuple[str, Path]) -> None:
 
 
 def test_no_package_of_that_name() -> None:
-    assert "there is no package 'no_such_events'" in faults("no_such_events")[0]
+    (fault,) = faults("no_such_events")
+    assert "there is no package 'no_such_events'" in fault
+    assert "BRIDGE_SCHEMAS=bridge.samples" in fault
+
+
+def test_a_missing_submodule_is_not_a_missing_package(package: tuple[str, Path]) -> None:
+    name, folder = package
+    (fault,) = faults(f"{name}.billing")
+    assert f"there is no package '{name}.billing'" in fault
+    assert f"in {folder})" in fault
+    write(folder, "a.py", f"import {name}.nope")
+    (fault,) = faults(name)
+    assert fault == f"{name}.a does not import: No module named '{name}.nope'"
+
+
+def test_an_import_of_another_missing_package_is_named(package: tuple[str, Path]) -> None:
+    name, folder = package
+    write(folder, "__init__.py", "import no_such_events.jobs")
+    assert faults(name) == [f"{name} does not import: No module named 'no_such_events'"]
+
+
+@pytest.mark.parametrize("name", ["./events", "events/", "acme-events", "events.py/x", ".events", "acme..events"])
+def test_a_name_that_python_cannot_import(name: str) -> None:
+    assert faults(name)[0].startswith(f"{name!r} (BRIDGE_SCHEMAS) is not a name that Python can import")
+
+
+MODEL = 'class {0}(EventData, type="{1}"): pass'
+
+
+def test_a_plain_folder_is_a_package(package: tuple[str, Path]) -> None:
+    name, folder = package
+    (folder / "__init__.py").unlink()
+    write(folder, "a.py", MODEL.format("A", "a"))
+    catalogue = load_catalogue(name)
+    assert (list(catalogue), catalogue.places, catalogue.notes) == (["a"], (str(folder),), ())
+
+
+def test_a_single_module_is_a_catalogue(package: tuple[str, Path]) -> None:
+    name, folder = package
+    (folder / "__init__.py").unlink()
+    folder.rmdir()
+    write(folder.parent, f"{name}.py", MODEL.format("A", "a"))
+    catalogue = load_catalogue(name)
+    assert (list(catalogue), catalogue.places) == (["a"], (f"{folder}.py",))
+    assert f"'{name}.jobs' not found, in {folder}.py" in faults(f"{name}.jobs")[0]
+
+
+def test_a_plain_folder_that_python_does_not_use_is_named(
+    package: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python prefers a package with an `__init__.py`, also where its place comes later."""
+    name, folder = package
+    write(folder, "a.py", MODEL.format("A", "a"))
+    users = folder.parent / "first" / name
+    write(users, "b.py", MODEL.format("B", "b"))
+    monkeypatch.syspath_prepend(str(users.parent))
+    catalogue = load_catalogue(name)
+    assert list(catalogue) == ["a"]
+    (note,) = catalogue.notes
+    assert f"the folder {users} is not used" in note
+    assert "add an empty __init__.py" in note
+
+
+def test_of_two_packages_the_first_counts(package: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    name, folder = package
+    write(folder, "a.py", MODEL.format("A", "a"))
+    users = folder.parent / "first" / name
+    write(users, "__init__.py", MODEL.format("B", "b"))
+    monkeypatch.syspath_prepend(str(users.parent))
+    catalogue = load_catalogue(name)
+    assert (list(catalogue), catalogue.places, catalogue.notes) == (["b"], (str(users),), ())
+
+
+def test_a_plain_folder_inside_is_named(package: tuple[str, Path]) -> None:
+    name, folder = package
+    write(folder, "a.py", MODEL.format("A", "a"))
+    write(folder, "billing/b.py", MODEL.format("B", "b"))
+    write(folder, "..data/c.py", MODEL.format("C", "c"))  # As in the volume of a ConfigMap.
+    catalogue = load_catalogue(name)
+    assert list(catalogue) == ["a"]
+    (note,) = catalogue.notes
+    assert f"the folder {folder / 'billing'} is not in the catalogue" in note
+
+
+def test_a_class_from_elsewhere_counts_when_all_lists_it(package: tuple[str, Path]) -> None:
+    name, folder = package
+    write(
+        folder,
+        "__init__.py",
+        """
+        from bridge.samples.billing import BillingNotice as Bill
+        from bridge.samples.jobs import JobCompleted
+        __all__ = ["Bill", "EventData", "JobCompleted"]
+        """,
+    )
+    catalogue = load_catalogue(name)
+    assert (list(catalogue), catalogue.notes) == (["billing.notice", "job.completed"], ())
+
+
+def test_classes_from_elsewhere_alone_are_named_with_what_to_do(package: tuple[str, Path]) -> None:
+    name, folder = package
+    write(folder, "__init__.py", "from bridge.samples.jobs import JobCompleted as Done")
+    none, note = faults(name)
+    assert "has no event model" in none
+    assert f"{name} imports bridge.samples.jobs.JobCompleted (type 'job.completed')" in note
+    assert f"list 'Done' in `__all__` of {name}" in note
+
+
+def test_a_base_from_elsewhere_does_not_count(package: tuple[str, Path]) -> None:
+    name, folder = package
+    write(
+        folder,
+        "a.py",
+        """
+        from bridge.samples.jobs import JobCompleted, JobFailed
+        class Deployed(JobCompleted, type="deployed"):
+            version: str
+        """,
+    )
+    catalogue = load_catalogue(name)
+    assert list(catalogue) == ["deployed"]
+    (note,) = catalogue.notes
+    assert "JobFailed" in note
 
 
 def test_an_empty_package(package: tuple[str, Path]) -> None:
@@ -121,3 +243,17 @@ def test_an_annotation_that_means_nothing_is_a_fault(package: tuple[str, Path]) 
     write(folder, "a.py", 'class A(EventData, type="a"):\n  x: "NoSuchThing"')
     (fault,) = faults(name)
     assert "NoSuchThing" in fault
+
+
+def test_the_example_of_a_catalogue_of_ones_own() -> None:
+    catalogue = load_catalogue("schemas")
+    assert (list(catalogue), catalogue.notes) == (["parcel.shipped"], ())
+    text = '{"parcel_id": "p-1", "arrives_at": "2026-11-26T12:00:00"}'
+    with pytest.raises(ValueError, match="arrives_at: Input should have timezone info"):
+        catalogue.parse("parcel.shipped", text)
+
+
+def test_the_samples_take_times_with_a_zone_only() -> None:
+    text = '{"approval_id": "a", "job_id": "j", "question": "?", "expires_at": "2026-11-26T12:00:00"}'
+    with pytest.raises(ValueError, match="expires_at: Input should have timezone info"):
+        load_catalogue("bridge.samples").parse("approval.requested", text)

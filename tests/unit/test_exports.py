@@ -16,8 +16,8 @@ from bridge import __version__, exports
 from bridge.catalogue import Catalogue, load_catalogue
 from bridge.event import EventData
 
-SAMPLE = load_catalogue("schemas")
-FOLDER = Path(__file__).parents[2] / "schemas"
+SAMPLE = load_catalogue("bridge.samples")
+FOLDER = Path(__file__).parents[2] / "bridge" / "samples"
 
 
 class Part(EventData):

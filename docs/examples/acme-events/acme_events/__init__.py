@@ -1,1 +1,1 @@
-"""The events of Acme's automations. The bridge takes every model of every module in here."""
+"""The events of Acme's automations. The bridge takes every model that a module in here defines."""

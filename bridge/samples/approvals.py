@@ -1,12 +1,11 @@
 """Jobs that wait for a person."""
 
-from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from bridge.event import EventData
-from schemas.jobs import JobId
+from bridge.samples.jobs import JobId
 
 
 class ApprovalRequested(EventData, type="approval.requested"):
@@ -15,7 +14,7 @@ class ApprovalRequested(EventData, type="approval.requested"):
     approval_id: Annotated[str, Field(min_length=1, max_length=200)]
     job_id: JobId
     question: Annotated[str, Field(min_length=1, max_length=1_000, description="What is to be decided, for people")]
-    expires_at: Annotated[datetime | None, Field(description="After this moment nobody is asked any more")] = None
+    expires_at: Annotated[AwareDatetime | None, Field(description="After this moment nobody is asked any more")] = None
 
 
 class ApprovalDecided(EventData, type="approval.decided"):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from bridge.event import EventData
-from schemas.jobs import JobId
+from bridge.samples.jobs import JobId
 
 
 class ReportReady(EventData, type="report.ready"):
