@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from bridge.event import EventData, describe_faults
-from bridge.sample import samples
+from bridge.trial import samples
 
 MAX_SAFE_INTEGER = 2**53 - 1
 """JavaScript reads a larger integer as another number (ECMA-262, Number.MAX_SAFE_INTEGER; RFC 7493, section 2.2)."""

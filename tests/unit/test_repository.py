@@ -18,7 +18,7 @@ BRIDGE = ROOT / "bridge"
 
 # Lowest first; a file imports only from the lines above its own.
 LAYERS = [
-    ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution", "sample"],
+    ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution", "trial"],
     ["event"],
     ["session", "roundtrip"],
     ["amqp", "catalogue"],
@@ -35,7 +35,7 @@ LAYERS = [
     ["__main__"],
 ]
 PURE = ["sse", "cursor", "pacing", "routing", "health", "deliveries", "event", "session", "exports", "evolution",
-        "sample"]  # fmt: skip
+        "trial"]  # fmt: skip
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter
 
-from bridge.sample import MAX_SAMPLES, samples
+from bridge.trial import MAX_SAMPLES, samples
 
 
 class Node(BaseModel):
