@@ -61,7 +61,7 @@ class BlockingPublisher:
     def __init__(
         self, url: str, *, source: str, exchange: str, timeout: float, max_event_bytes: int, log: bool
     ) -> None:
-        self._make = partial(
+        self._make: Callable[[], Publisher] = partial(
             Publisher,
             url,
             source=source,

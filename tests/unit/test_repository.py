@@ -25,6 +25,8 @@ LAYERS = [
     ["sender", "exports"],
     ["publisher", "topology", "auth", "metrics"],
     ["blocking"],
+    ["testing"],
+    ["pytest_plugin"],
     ["broker", "eventlog", "quarantine", "settings"],
     ["hub"],
     ["tracing"],

@@ -1,0 +1,21 @@
+"""A program that publishes, and that is ready for a broker that does not confirm."""
+
+import os
+import time
+
+from bridge import Publisher, PublishTimeout
+from schemas.jobs import JobCompleted, JobStarted
+
+publisher = Publisher.blocking(os.environ.get("AMQP_URL", "amqp://localhost/"), source="/workers/reports")
+
+
+def make_report(job_id: str, user: str) -> None:
+    started = time.monotonic()
+    publisher.to_user(user, JobStarted(job_id=job_id), id=f"{job_id}:started")
+    # The work itself is here.
+    done = JobCompleted(job_id=job_id, duration_seconds=time.monotonic() - started)
+    try:
+        publisher.to_user(user, done, id=f"{job_id}:completed")
+    except PublishTimeout as error:
+        # It may have arrived. The same id is the same event, so a second try never shows it twice.
+        publisher.to_user(user, done, id=error.id)
