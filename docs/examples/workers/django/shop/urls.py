@@ -1,0 +1,5 @@
+from django.urls import path
+
+from shop.views import make_report
+
+urlpatterns = [path("reports", make_report)]

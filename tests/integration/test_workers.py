@@ -1,0 +1,372 @@
+"""The programs of docs/workers.md, as their users run them: a real RabbitMQ, the real bridge, a page's stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import pytest
+
+from deploy.local.node import Node
+from tests.conftest import OpenStream
+from tests.proxy import Proxy
+from tests.rabbit import Vhost
+from tests.service import ROOT, Service, bare_environment
+
+EXAMPLES = ROOT / "docs" / "examples" / "workers"
+
+
+class Program:
+    """A program of an example, in the example's folder, with what it prints."""
+
+    def __init__(self, example: str, *arguments: str, **environment: str) -> None:
+        self._folder = EXAMPLES / example
+        self._arguments = arguments
+        self._environment = {
+            **bare_environment(),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+            **environment,
+        }
+        self.text = ""
+        self._heard = asyncio.Condition()
+
+    async def start(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, *self._arguments, cwd=self._folder, env=self._environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for raw in self._process.stdout:
+            async with self._heard:
+                self.text += raw.decode()
+                self._heard.notify_all()
+        async with self._heard:
+            self._heard.notify_all()
+
+    async def said(self, pattern: str, *, seconds: float = 60) -> re.Match[str]:
+        """The first place in its output that matches, once it is there."""
+        async with self._heard:
+            try:
+                async with asyncio.timeout(seconds):
+                    while (found := re.search(pattern, self.text)) is None:
+                        assert not self._reader.done(), f"ended without saying {pattern!r}:\n{self.text}"
+                        await self._heard.wait()
+            except TimeoutError:
+                raise AssertionError(f"did not say {pattern!r} within {seconds} s:\n{self.text}") from None
+        return found
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    async def ended(self, *, seconds: float = 60) -> int:
+        """The exit code."""
+        try:
+            async with asyncio.timeout(seconds):
+                code = await self._process.wait()
+                await self._reader
+        except TimeoutError:
+            raise AssertionError(f"did not end within {seconds} s:\n{self.text}") from None
+        return code
+
+    async def kill(self) -> None:
+        # The session is the program's own, and so are all processes in it.
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        await self._process.wait()
+        await self._reader
+
+
+class Run(Protocol):
+    async def __call__(self, example: str, *arguments: str, **environment: str) -> Program: ...
+
+
+@pytest.fixture
+async def run(vhost: Vhost) -> AsyncIterator[Run]:
+    """Starts a program that knows its RabbitMQ; ended with the test."""
+    programs: list[Program] = []
+
+    async def run_program(example: str, *arguments: str, **environment: str) -> Program:
+        program = Program(example, *arguments, **{"AMQP_URL": vhost.url, **environment})
+        programs.append(program)
+        await program.start()
+        return program
+
+    yield run_program
+    for program in programs:
+        await program.kill()
+
+
+def cut_off(node: Node, name: str) -> list[str]:
+    """The lines of RabbitMQ's log about connections of this name whose client did not say goodbye."""
+    log = "".join(path.read_text() for path in (node.folder / "log").glob("*.log"))
+    return [line for line in log.splitlines() if "unexpectedly closed" in line and name in line]
+
+
+# Celery
+
+
+async def start_celery(run: Run, **environment: str) -> Program:
+    arguments = ["-m", "celery", "-A", "tasks", "worker", "--pool", "prefork", "--concurrency", "2"]
+    worker = await run("celery", *arguments, "--loglevel", "INFO", C_FORCE_ROOT="1", **environment)
+    await worker.said(r"celery@\S+ ready")
+    return worker
+
+
+async def enqueue(run: Run, count: int) -> list[str]:
+    """The ids of the tasks, each confirmed by RabbitMQ."""
+    program = await run("celery", "tasks.py", "42", str(count))
+    assert await program.ended() == 0, program.text
+    return program.text.split()
+
+
+@pytest.mark.timeout(240)
+async def test_celery_loses_nothing_over_a_restart_of_the_broker(
+    service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run
+) -> None:
+    stream = await connect(service, "42")
+    worker = await start_celery(run)
+    await asyncio.sleep(3)  # RabbitMQ 3.10 loses a stream that is younger than this.
+    tasks = await enqueue(run, 100)
+    assert len(set(tasks)) == 100
+    seen: dict[str, list[str]] = defaultdict(list)
+
+    async def read_until(completed: int) -> None:
+        while sum("completed" in names for names in seen.values()) < completed:
+            event = await stream.next_event(seconds=120)
+            task, _, name = event["id"].partition(":")
+            seen[task].append(name)
+
+    await read_until(20)
+    await asyncio.to_thread(node.kill)
+    await asyncio.to_thread(node.start)
+    await read_until(100)
+    assert set(seen) == set(tasks)
+    for names in seen.values():
+        # A task that ran when the broker died runs again, under the same ids.
+        assert list(dict.fromkeys(names)) == ["started", "step-1", "step-2", "step-3", "step-4", "completed"]
+    worker.terminate()
+    assert await worker.ended() == 0, worker.text
+
+
+async def test_celery_ends_warmly(service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run) -> None:
+    stream = await connect(service, "42")
+    worker = await start_celery(run, STEP_SECONDS="0.5")
+    (task,) = await enqueue(run, 1)
+    assert (await stream.next_event())["id"] == f"{task}:started"
+    worker.terminate()
+    rest = [f"{task}:step-1", f"{task}:step-2", f"{task}:step-3", f"{task}:step-4", f"{task}:completed"]
+    assert await stream.ids(5, seconds=30) == rest
+    assert await worker.ended() == 0, worker.text
+    assert "Warm shutdown" in worker.text
+    assert cut_off(node, vhost.name) == []
+
+
+# Django
+
+
+@pytest.fixture
+async def site(run: Run, tmp_path: Path) -> Program:
+    """The site behind gunicorn, with a database of its own."""
+    return await start_site(run, tmp_path)
+
+
+async def start_site(run: Run, folder: Path, **environment: str) -> Program:
+    environment["DATABASE"] = str(folder / "shop.sqlite3")
+    made = await run("django", "manage.py", "migrate", "--run-syncdb", **environment)
+    assert await made.ended() == 0, made.text
+    return await start_gunicorn(run, "django", "shop.wsgi", "--worker-class", "sync", **environment)
+
+
+async def start_gunicorn(run: Run, example: str, *arguments: str, **environment: str) -> Program:
+    return await run(
+        # The control socket is a file in the home folder, the same for every gunicorn of one user.
+        example, "-m", "gunicorn", "--preload", "--workers", "2", "--bind", "127.0.0.1:0", "--no-control-socket",
+        *arguments, **environment,
+    )  # fmt: skip
+
+
+async def address(program: Program) -> str:
+    return (await program.said(r"(?:Listening at:|running on) (http://127\.0\.0\.1:\d+)"))[1]
+
+
+async def post(url: str, **values: Any) -> httpx.Response:
+    async with httpx.AsyncClient(timeout=60) as client:
+        return await client.post(url, **values)
+
+
+async def manage(run: Run, folder: Path, *arguments: str, **environment: str) -> Program:
+    return await run("django", "manage.py", *arguments, DATABASE=str(folder / "shop.sqlite3"), **environment)
+
+
+async def test_a_django_view_publishes_after_the_commit_and_never_after_a_rollback(
+    service: Service, connect: OpenStream, run: Run, site: Program
+) -> None:
+    stream = await connect(service, "42")
+    url = await address(site) + "/reports"
+    made = await post(url, data={"user": "42", "name": "a"})
+    assert (made.status_code, made.json()) == (201, {"event": "job-1:completed"})
+    event = await stream.next_event()
+    assert (event["id"], event["data"]["job_id"]) == ("job-1:completed", "1")
+    assert (await post(url, data={"user": "42", "name": "a"})).status_code == 409
+    # SQLite gives the number of the row that was rolled back to the next one, so the name tells them apart.
+    assert (await post(url, data={"user": "42", "name": "b"})).status_code == 201
+    assert (await post(url, data={"user": "42", "name": "c"})).status_code == 201
+    assert await stream.ids(2) == ["job-2:completed", "job-3:completed"]
+    site.terminate()
+    assert await site.ended() == 0, site.text
+
+
+async def test_django_publishes_later_what_was_committed_while_the_broker_was_away(
+    service: Service, vhost: Vhost, proxy: Proxy, connect: OpenStream, run: Run, tmp_path: Path
+) -> None:
+    stream = await connect(service, "42")
+    await proxy.refuse()
+    site = await start_site(run, tmp_path, AMQP_URL=vhost.url_at(proxy.port))
+    url = await address(site) + "/reports"
+    made = await asyncio.gather(*(post(url, data={"user": "42", "name": str(number)}) for number in range(3)))
+    assert [answer.status_code for answer in made] == [201] * 3, site.text
+    await site.said("Error calling .* in on_commit")
+    program = await manage(run, tmp_path, "publish_jobs")
+    assert await program.ended() == 0, program.text
+    assert "3 events published" in program.text
+    assert await stream.ids(3) == [f"job-{number}:completed" for number in (1, 2, 3)]
+    program = await manage(run, tmp_path, "publish_jobs")
+    assert await program.ended() == 0, program.text
+    assert "0 events published" in program.text
+
+
+BATCH = """
+from shop.models import Job
+Job.objects.bulk_create(Job(user="42" if number != 150 else "", seconds=1) for number in range(300))
+"""
+
+
+async def test_a_django_batch_that_fails_marks_what_is_confirmed(
+    service: Service, connect: OpenStream, run: Run, tmp_path: Path
+) -> None:
+    stream = await connect(service, "42")
+    for command in (["migrate", "--run-syncdb"], ["shell", "--no-startup", "-c", BATCH]):
+        program = await manage(run, tmp_path, *command)
+        assert await program.ended() == 0, program.text
+    for count in (150, 0):
+        program = await manage(run, tmp_path, "publish_jobs")
+        assert await program.ended() != 0
+        assert f"[{count} before it are confirmed]" in program.text
+    mended = "from shop.models import Job; print(Job.objects.filter(user='').update(user='42'))"
+    program = await manage(run, tmp_path, "shell", "--no-startup", "-c", mended)
+    assert await program.ended() == 0, program.text
+    program = await manage(run, tmp_path, "publish_jobs")
+    assert await program.ended() == 0, program.text
+    assert "150 events published" in program.text
+    assert await stream.ids(300) == [f"job-{number}:completed" for number in range(1, 301)]
+
+
+# FastAPI
+
+
+async def test_fastapi_publishes_and_answers_503_while_the_broker_is_away(
+    service: Service, vhost: Vhost, proxy: Proxy, connect: OpenStream, run: Run
+) -> None:
+    stream = await connect(service, "42")
+    await proxy.refuse()
+    arguments = ["-m", "uvicorn", "main:app", "--port", "0"]
+    program = await run("fastapi", *arguments, AMQP_URL=vhost.url_at(proxy.port))
+    url = await address(program) + "/jobs/r-7?user=42"
+    refused = await post(url)
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+    await proxy.open()
+    made = await post(url)
+    assert (made.status_code, made.json()) == (201, {"event": "r-7:completed"})
+    assert await stream.ids(2) == ["r-7:started", "r-7:completed"]
+    answers = await asyncio.gather(*(post(url.replace("r-7", f"r-{number}")) for number in range(10, 30)))
+    assert {answer.status_code for answer in answers} == {201}
+    expected = {f"r-{number}:{name}" for number in range(10, 30) for name in ("started", "completed")}
+    assert set(await stream.ids(40)) == expected
+    program.terminate()
+    assert await program.ended() in (0, -signal.SIGTERM), program.text
+    assert "Application shutdown complete" in program.text
+
+
+# gunicorn
+
+
+@pytest.mark.parametrize("workers", [["sync"], ["gthread", "--threads", "4"]], ids=["sync", "gthread"])
+async def test_gunicorn_preloads_the_publisher(
+    service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run, workers: list[str]
+) -> None:
+    stream = await connect(service, "42")
+    program = await start_gunicorn(run, "gunicorn", "app", "--worker-class", *workers)
+    url = await address(program)
+    answers = await asyncio.gather(*(post(f"{url}/?user=42&job=r-{number}") for number in range(40)))
+    assert {answer.status_code for answer in answers} == {201}, program.text
+    assert program.pid not in {answer.json()["pid"] for answer in answers}, "the workers publish, not their parent"
+    assert set(await stream.ids(40)) == {f"r-{number}:completed" for number in range(40)}
+    program.terminate()
+    assert await program.ended() == 0, program.text
+    assert cut_off(node, vhost.name) == []
+
+
+# APScheduler
+
+
+async def test_apscheduler_publishes_a_days_report_once(
+    service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run
+) -> None:
+    stream = await connect(service, "42", "reports")
+    printed: list[str] = []
+    for _ in range(2):
+        program = await run("apscheduler", "scheduler.py", "--now")
+        printed.append((await program.said(r"(?m)^(daily-report:\S+:completed)$"))[1])
+        program.terminate()
+        assert await program.ended() == 0, program.text
+    await vhost.publish("user.42.job.completed", json.loads(END))
+    expected = [f"{day}:{name}" for day in dict.fromkeys(text.rpartition(":")[0] for text in printed)
+                for name in ("started", "completed")]  # fmt: skip
+    assert await stream.ids(len(expected) + 1) == [*expected, "end"]
+    assert cut_off(node, vhost.name) == []
+
+
+END = """{"specversion": "1.0", "id": "end", "source": "/test", "type": "job.completed",
+          "data": {"job_id": "end", "duration_seconds": 1}}"""
+
+
+# A user's own tests
+
+
+def test_the_tests_of_a_program_that_publishes_need_no_broker(tmp_path: Path) -> None:
+    folder = shutil.copytree(EXAMPLES / "testing", tmp_path / "testing")
+    (folder / "pytest.ini").write_text("[pytest]\naddopts = -p no:asyncio -p no:cacheprovider\n")
+    environment = {**bare_environment(), "PYTHONPATH": str(ROOT), "AMQP_URL": "amqp://127.0.0.1:9/"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout
