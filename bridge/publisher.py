@@ -357,7 +357,7 @@ class EventWriter:
             )
         try:
             envelope = {"id": new_id(), "source": self._source, "time": _rfc3339(datetime.now(UTC))}
-            if "opentelemetry.trace" in sys.modules and "traceparent" not in attributes:
+            if "opentelemetry.trace" in sys.modules and attributes.get("traceparent") is None:
                 envelope |= _trace_context()
             envelope |= _read_attributes(attributes)
             key = audience.routing_key(event_type)
