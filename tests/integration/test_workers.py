@@ -127,9 +127,12 @@ def cut_off(node: Node, name: str) -> list[str]:
 # Celery
 
 
-async def start_celery(run: Run, **environment: str) -> Program:
-    arguments = ["-m", "celery", "-A", "tasks", "worker", "--pool", "prefork", "--concurrency", "2"]
-    worker = await run("celery", *arguments, "--loglevel", "INFO", C_FORCE_ROOT="1", **environment)
+PREFORK = ("--pool", "prefork", "--concurrency", "2")
+
+
+async def start_celery(run: Run, *pool: str, **environment: str) -> Program:
+    arguments = ["-m", "celery", "-A", "tasks", "worker", *pool, "--loglevel", "INFO"]
+    worker = await run("celery", *arguments, C_FORCE_ROOT="1", **environment)
     await worker.said(r"celery@\S+ ready")
     return worker
 
@@ -146,7 +149,7 @@ async def test_celery_loses_nothing_over_a_restart_of_the_broker(
     service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run
 ) -> None:
     stream = await connect(service, "42")
-    worker = await start_celery(run)
+    worker = await start_celery(run, *PREFORK)
     await asyncio.sleep(3)  # RabbitMQ 3.10 loses a stream that is younger than this.
     tasks = await enqueue(run, 100)
     assert len(set(tasks)) == 100
@@ -172,7 +175,7 @@ async def test_celery_loses_nothing_over_a_restart_of_the_broker(
 
 async def test_celery_ends_warmly(service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run) -> None:
     stream = await connect(service, "42")
-    worker = await start_celery(run, STEP_SECONDS="0.5")
+    worker = await start_celery(run, *PREFORK, STEP_SECONDS="0.5")
     (task,) = await enqueue(run, 1)
     assert (await stream.next_event())["id"] == f"{task}:started"
     worker.terminate()
@@ -196,13 +199,13 @@ async def start_site(run: Run, folder: Path, **environment: str) -> Program:
     environment["DATABASE"] = str(folder / "shop.sqlite3")
     made = await run("django", "manage.py", "migrate", "--run-syncdb", **environment)
     assert await made.ended() == 0, made.text
-    return await start_gunicorn(run, "django", "shop.wsgi", "--worker-class", "sync", **environment)
+    return await start_gunicorn(run, "django", "shop.wsgi", "--preload", **environment)
 
 
 async def start_gunicorn(run: Run, example: str, *arguments: str, **environment: str) -> Program:
     return await run(
         # The control socket is a file in the home folder, the same for every gunicorn of one user.
-        example, "-m", "gunicorn", "--preload", "--workers", "2", "--bind", "127.0.0.1:0", "--no-control-socket",
+        example, "-m", "gunicorn", "--workers", "2", "--bind", "127.0.0.1:0", "--no-control-socket",
         *arguments, **environment,
     )  # fmt: skip
 
@@ -312,12 +315,20 @@ async def test_fastapi_publishes_and_answers_503_while_the_broker_is_away(
 # gunicorn
 
 
-@pytest.mark.parametrize("workers", [["sync"], ["gthread", "--threads", "4"]], ids=["sync", "gthread"])
-async def test_gunicorn_preloads_the_publisher(
-    service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run, workers: list[str]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--preload", "--worker-class", "sync"],
+        ["--preload", "--worker-class", "gthread", "--threads", "4"],
+        ["--worker-class", "gevent"],
+    ],
+    ids=["sync", "gthread", "gevent"],
+)
+async def test_gunicorns_workers_publish_and_say_goodbye(
+    service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run, arguments: list[str]
 ) -> None:
     stream = await connect(service, "42")
-    program = await start_gunicorn(run, "gunicorn", "app", "--worker-class", *workers)
+    program = await start_gunicorn(run, "gunicorn", "app", *arguments)
     url = await address(program)
     answers = await asyncio.gather(*(post(f"{url}/?user=42&job=r-{number}") for number in range(40)))
     assert {answer.status_code for answer in answers} == {201}, program.text
@@ -350,6 +361,81 @@ async def test_apscheduler_publishes_a_days_report_once(
 
 END = """{"specversion": "1.0", "id": "end", "source": "/test", "type": "job.completed",
           "data": {"job_id": "end", "duration_seconds": 1}}"""
+
+
+# Without a framework
+
+GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import os, sys, gevent
+from bridge import Publisher
+from schemas.jobs import JobCompleted
+
+publisher = Publisher.blocking(os.environ["AMQP_URL"], source="/t")
+turns = 0
+
+def others():
+    global turns
+    while True:
+        turns += 1
+        gevent.sleep(0)
+
+gevent.spawn(others)
+def publish(number):
+    before = turns
+    done = JobCompleted(job_id=str(number), duration_seconds=1)
+    publisher.to_user("42", done, id=f"{number}:completed")
+    return turns - before
+
+def publish_all(start):
+    jobs = [gevent.spawn(publish, number) for number in range(start, start + 25)]
+    gevent.joinall(jobs, raise_error=True)
+    assert all(job.value > 0 for job in jobs), "other greenlets run meanwhile"
+
+publish_all(0)
+print("first", flush=True)
+gevent.os.tp_read(0, 1)  # The test has cut the connection.
+publish_all(25)
+publisher.close()
+"""
+
+
+async def test_gevents_greenlets_publish_over_a_lost_connection(
+    service: Service, vhost: Vhost, proxy: Proxy, connect: OpenStream
+) -> None:
+    stream = await connect(service, "42")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", GEVENT, cwd=ROOT, env={**bare_environment(), "AMQP_URL": vhost.url_at(proxy.port)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    async with asyncio.timeout(90):
+        assert await process.stdout.readline() == b"first\n"
+        proxy.cut()
+        _, errors = await process.communicate(b"\n")
+    assert process.returncode == 0, errors.decode()
+    assert set(await stream.ids(50)) == {f"{number}:completed" for number in range(50)}
+
+
+async def test_celerys_gevent_pool_publishes(service: Service, connect: OpenStream, run: Run) -> None:
+    stream = await connect(service, "42")
+    worker = await start_celery(run, "--pool", "gevent", "--concurrency", "10")
+    tasks = await enqueue(run, 20)
+    assert len(set(await stream.ids(20 * 6, seconds=30)) & {f"{task}:completed" for task in tasks}) == 20
+    worker.terminate()
+    assert await worker.ended() == 0, worker.text
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+async def test_the_processes_of_multiprocessing_publish(
+    service: Service, connect: OpenStream, run: Run, method: str
+) -> None:
+    stream = await connect(service, "42")
+    program = await run("multiprocessing", "pool.py", "42", "20", METHOD=method)
+    assert await program.ended() == 0, program.text
+    expected = {f"r-{number}:completed" for number in range(20)} | {"batch:completed"}
+    assert set(await stream.ids(21)) == expected
 
 
 # A user's own tests
