@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import time
 from collections import deque
@@ -137,6 +138,16 @@ class Vhost:
         for name in names:
             self._call("DELETE", f"connections/{quote(name, safe='')}")
         return len(names)
+
+    def cut_off(self) -> list[str]:
+        """The publishers here whose connection ended without a close, by name, as RabbitMQ has logged them by now."""
+        log = "\n".join(path.read_text() for path in (self.node.folder / "log").glob("*.log"))
+        # One entry of two lines: which connection, and what happened. A process id alone may come again.
+        connection = r"(<\S+> \(\S+ -> [^\s,)]+)"
+        pattern = rf"closing AMQP connection {connection}.*vhost: '{self.name}'.*\n.*client unexpectedly closed TCP"
+        cut = set(re.findall(pattern, log))
+        named = re.findall(rf"connection {connection}.* has a client-provided name: (publisher .*)", log)
+        return [name for key, name in named if key in cut]
 
     async def publish(self, key: str, body: bytes | dict[str, Any], *, exchange: str = "events") -> None:
         """Publishes with aio-pika alone, as a worker in another language would: no code of the bridge's."""

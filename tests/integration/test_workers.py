@@ -118,12 +118,6 @@ async def run(vhost: Vhost) -> AsyncIterator[Run]:
         await program.kill()
 
 
-def cut_off(node: Node, name: str) -> list[str]:
-    """The lines of RabbitMQ's log about connections of this name whose client did not say goodbye."""
-    log = "".join(path.read_text() for path in (node.folder / "log").glob("*.log"))
-    return [line for line in log.splitlines() if "unexpectedly closed" in line and name in line]
-
-
 # Celery
 
 
@@ -183,7 +177,7 @@ async def test_celery_ends_warmly(service: Service, vhost: Vhost, node: Node, co
     assert await stream.ids(5, seconds=30) == rest
     assert await worker.ended() == 0, worker.text
     assert "Warm shutdown" in worker.text
-    assert cut_off(node, vhost.name) == []
+    assert vhost.cut_off() == []
 
 
 # Django
@@ -336,7 +330,7 @@ async def test_gunicorns_workers_publish_and_say_goodbye(
     assert set(await stream.ids(40)) == {f"r-{number}:completed" for number in range(40)}
     program.terminate()
     assert await program.ended() == 0, program.text
-    assert cut_off(node, vhost.name) == []
+    assert vhost.cut_off() == []
 
 
 # APScheduler
@@ -356,7 +350,7 @@ async def test_apscheduler_publishes_a_days_report_once(
     expected = [f"{day}:{name}" for day in dict.fromkeys(text.rpartition(":")[0] for text in printed)
                 for name in ("started", "completed")]  # fmt: skip
     assert await stream.ids(len(expected) + 1) == [*expected, "end"]
-    assert cut_off(node, vhost.name) == []
+    assert vhost.cut_off() == []
 
 
 END = """{"specversion": "1.0", "id": "end", "source": "/test", "type": "job.completed",
