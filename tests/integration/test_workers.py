@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 import httpx
 import pytest
 
+from bridge import PublishTimeout
+from bridge.testing import FakePublisher
 from deploy.local.node import Node
 from tests.conftest import OpenStream
 from tests.proxy import Proxy
@@ -178,6 +181,21 @@ async def test_celery_ends_warmly(service: Service, vhost: Vhost, node: Node, co
     assert await worker.ended() == 0, worker.text
     assert "Warm shutdown" in worker.text
     assert vhost.cut_off() == []
+
+
+async def test_a_celery_task_runs_again_until_its_events_are_confirmed(
+    service: Service, vhost: Vhost, proxy: Proxy, connect: OpenStream, run: Run
+) -> None:
+    stream = await connect(service, "42")
+    await proxy.refuse()
+    worker = await start_celery(run, *PREFORK, EVENTS_URL=vhost.url_at(proxy.port), TIMEOUT="1")
+    (task,) = await enqueue(run, 1)
+    await worker.said(rf"{task}\] retry: Retry in .*PublishTimeout")
+    await proxy.open()
+    names = ["started", "step-1", "step-2", "step-3", "step-4", "completed"]
+    assert await stream.ids(6, seconds=60) == [f"{task}:{name}" for name in names]
+    worker.terminate()
+    assert await worker.ended() == 0, worker.text
 
 
 # Django
@@ -358,6 +376,60 @@ END = """{"specversion": "1.0", "id": "end", "source": "/test", "type": "job.com
 
 
 # Without a framework
+
+
+def jobs(count: int) -> list[dict[str, Any]]:
+    return [{"job": f"r-{number}", "user": "42", "seconds": number} for number in range(count)]
+
+
+async def test_a_script_publishes_a_file_and_may_be_run_again(
+    service: Service, vhost: Vhost, proxy: Proxy, connect: OpenStream, run: Run, tmp_path: Path
+) -> None:
+    stream = await connect(service, "42")
+    await proxy.refuse()
+    rows = jobs(200)
+    rows[50]["user"] = ""
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    where = {"AMQP_URL": vhost.url_at(proxy.port), "TIMEOUT": "1"}
+    program = await run("script", "batch.py", str(tmp_path / "jobs.jsonl"), **where)
+    await program.said("trying again: ")
+    await proxy.open()
+    assert await program.ended() == 1
+    assert "event 50: job.completed for user:" in program.text
+    expected = [f"r-{number}:completed" for number in range(200) if number != 50]
+    assert await stream.ids(199) == expected
+    program = await run("script", "batch.py", str(tmp_path / "jobs.jsonl"))
+    assert await program.ended() == 1
+    await vhost.publish("user.42.job.completed", json.loads(END))
+    assert await stream.ids(1) == ["end"], "the second run published the same events"
+
+
+@pytest.fixture
+def batch() -> Any:
+    spec = importlib.util.spec_from_file_location("batch", EXAMPLES / "script" / "batch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("arrived", [False, True])
+def test_a_script_goes_on_where_its_batch_failed(batch: Any, arrived: bool) -> None:
+    rows = jobs(600)
+    rows[500]["user"] = rows[550]["user"] = ""
+    with FakePublisher.blocking() as fake:
+        batch.publisher = fake
+        fake.fail_next(PublishTimeout, after=100, arrived=arrived)
+        fake.fail_next(PublishTimeout, after=300, arrived=arrived)
+        assert batch.publish_all(rows) == 2
+        expected = [f"r-{number}:completed" for number in range(600) if number not in (500, 550)]
+        assert [event.id for event in fake.published] == expected
+        fake.clear()
+        fake.fail_next(times=10)
+        with pytest.raises(PublishTimeout):
+            batch.publish_all(rows)
+
 
 GEVENT = """
 from gevent import monkey

@@ -15,6 +15,8 @@ from bridge import Publisher, PublishTimeout
 from schemas.jobs import JobCompleted, JobProgress, JobStarted
 
 AMQP_URL = os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/")
+EVENTS_URL = os.environ.get("EVENTS_URL", AMQP_URL)  # Celery may have a broker of its own.
+TIMEOUT = float(os.environ.get("TIMEOUT", "30"))
 STEPS = 4
 STEP_SECONDS = float(os.environ.get("STEP_SECONDS", "0.01"))
 
@@ -32,7 +34,7 @@ app.conf.update(
 )
 
 # Made before Celery forks. Each child connects with its first event.
-publisher = Publisher.blocking(AMQP_URL, source="/workers/celery")
+publisher = Publisher.blocking(EVENTS_URL, source="/workers/celery", timeout=TIMEOUT)
 
 
 @worker_process_shutdown.connect
