@@ -19,9 +19,10 @@ from typing import Any, Protocol
 import httpx
 import pytest
 
-from bridge import PublishTimeout
+from bridge import Publisher, PublishTimeout
 from bridge.testing import FakePublisher
 from deploy.local.node import Node
+from schemas.jobs import JobCompleted
 from tests.conftest import OpenStream
 from tests.proxy import Proxy
 from tests.rabbit import Vhost
@@ -298,6 +299,12 @@ async def test_a_django_batch_that_fails_marks_what_is_confirmed(
     assert await stream.ids(300) == [f"job-{number}:completed" for number in range(1, 301)]
 
 
+async def test_the_sites_own_tests_need_no_broker(run: Run) -> None:
+    program = await run("django", "manage.py", "test", AMQP_URL="amqp://127.0.0.1:9/", DATABASE=":memory:")
+    assert await program.ended() == 0, program.text
+    assert "Ran 2 tests" in program.text
+
+
 # FastAPI
 
 
@@ -332,9 +339,10 @@ async def test_fastapi_publishes_and_answers_503_while_the_broker_is_away(
     [
         ["--preload", "--worker-class", "sync"],
         ["--preload", "--worker-class", "gthread", "--threads", "4"],
+        ["--worker-class", "sync"],
         ["--worker-class", "gevent"],
     ],
-    ids=["sync", "gthread", "gevent"],
+    ids=["preloaded sync", "preloaded gthread", "sync", "gevent"],
 )
 async def test_gunicorns_workers_publish_and_say_goodbye(
     service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run, arguments: list[str]
@@ -369,6 +377,16 @@ async def test_apscheduler_publishes_a_days_report_once(
                 for name in ("started", "completed")]  # fmt: skip
     assert await stream.ids(len(expected) + 1) == [*expected, "end"]
     assert vhost.cut_off() == []
+
+
+async def test_apscheduler_ends_the_job_that_runs(service: Service, connect: OpenStream, run: Run) -> None:
+    stream = await connect(service, "42", "reports")
+    program = await run("apscheduler", "scheduler.py", "--now", WORK_SECONDS="1")
+    job, _, name = (await stream.next_event())["id"].rpartition(":")
+    assert name == "started"
+    program.terminate()
+    assert (await stream.next_event())["id"] == f"{job}:completed"
+    assert await program.ended() == 0, program.text
 
 
 END = """{"specversion": "1.0", "id": "end", "source": "/test", "type": "job.completed",
@@ -502,6 +520,21 @@ async def test_the_processes_of_multiprocessing_publish(
     assert await program.ended() == 0, program.text
     expected = {f"r-{number}:completed" for number in range(20)} | {"batch:completed"}
     assert set(await stream.ids(21)) == expected
+
+
+# Without an event log
+
+
+def test_an_event_that_no_queue_takes_times_out_where_a_log_is_expected(vhost: Vhost) -> None:
+    vhost.add_exchange("events")
+    done = JobCompleted(job_id="r-7", duration_seconds=1)
+    with (
+        Publisher.blocking(vhost.url, source="/t", timeout=1) as publisher,
+        pytest.raises(PublishTimeout, match="no queue takes it yet"),
+    ):
+        publisher.to_user("42", done)
+    with Publisher.blocking(vhost.url, source="/t", timeout=1, log=False) as publisher:
+        publisher.to_user("42", done)
 
 
 # A user's own tests

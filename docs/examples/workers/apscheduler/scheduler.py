@@ -23,7 +23,7 @@ def daily_report() -> None:
     job_id = f"daily-report:{datetime.now(UTC).date()}"
     started = time.monotonic()
     publisher.to_group("reports", JobStarted(job_id=job_id), id=f"{job_id}:started")
-    # The work itself is here.
+    time.sleep(float(os.environ.get("WORK_SECONDS", "0")))  # The work itself.
     done = JobCompleted(job_id=job_id, duration_seconds=time.monotonic() - started)
     print(publisher.to_group("reports", done, id=f"{job_id}:completed"), flush=True)
 
