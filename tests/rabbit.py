@@ -139,15 +139,19 @@ class Vhost:
             self._call("DELETE", f"connections/{quote(name, safe='')}")
         return len(names)
 
-    def cut_off(self) -> list[str]:
-        """The publishers here whose connection ended without a close, by name, as RabbitMQ has logged them by now."""
-        log = "\n".join(path.read_text() for path in (self.node.folder / "log").glob("*.log"))
-        # One entry of two lines: which connection, and what happened. A process id alone may come again.
-        connection = r"(<\S+> \(\S+ -> [^\s,)]+)"
-        pattern = rf"closing AMQP connection {connection}.*vhost: '{self.name}'.*\n.*client unexpectedly closed TCP"
-        cut = set(re.findall(pattern, log))
-        named = re.findall(rf"connection {connection}.* has a client-provided name: (publisher .*)", log)
-        return [name for key, name in named if key in cut]
+    def cut_off(self, *, seconds: float = 20) -> list[str]:
+        """The publishers here whose connection ended without a close, by name; once all connections have ended."""
+        ends = r"([\d.:]+ -> [\d.:]+) - (publisher [^,)\n]*)"
+        deadline = time.monotonic() + seconds
+        while True:
+            log = "\n".join(path.read_text() for path in (self.node.folder / "log").glob("*.log"))
+            opened = re.findall(rf"{ends}\)?: user .* granted access to vhost '{self.name}'", log)
+            # One entry of two lines, if it ended so: which connection, and what happened.
+            found = re.findall(rf"closing AMQP .*?{ends}, vhost: '{self.name}'.*\)(:\n.* client unexpectedly)?", log)
+            if opened and len(found) >= len(opened):  # RabbitMQ writes its log a moment later.
+                return [name for _, name, cut in found if cut]
+            assert time.monotonic() < deadline, f"{len(opened)} connections, {len(found)} of them have ended"
+            time.sleep(0.05)
 
     async def publish(self, key: str, body: bytes | dict[str, Any], *, exchange: str = "events") -> None:
         """Publishes with aio-pika alone, as a worker in another language would: no code of the bridge's."""
