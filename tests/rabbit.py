@@ -139,7 +139,7 @@ class Vhost:
             self._call("DELETE", f"connections/{quote(name, safe='')}")
         return len(names)
 
-    def cut_off(self, *, seconds: float = 20) -> list[str]:
+    def cut_off(self, *, seconds: float = PATIENCE) -> list[str]:
         """The publishers here whose connection ended without a close, by name; once all connections have ended."""
         ends = r"([\d.:]+ -> [\d.:]+) - (publisher [^,)\n]*)"
         deadline = time.monotonic() + seconds
@@ -151,7 +151,7 @@ class Vhost:
             if opened and len(found) >= len(opened):  # RabbitMQ writes its log a moment later.
                 return [name for _, name, cut in found if cut]
             assert time.monotonic() < deadline, f"{len(opened)} connections, {len(found)} of them have ended"
-            time.sleep(0.05)
+            time.sleep(0.05)  # A file has nothing to wait on.
 
     async def publish(self, key: str, body: bytes | dict[str, Any], *, exchange: str = "events") -> None:
         """Publishes with aio-pika alone, as a worker in another language would: no code of the bridge's."""

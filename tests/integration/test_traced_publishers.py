@@ -20,6 +20,8 @@ from tests.conftest import OpenStream
 from tests.rabbit import Vhost
 from tests.service import Service
 
+pytestmark = pytest.mark.any_rabbitmq
+
 TRACER = TracerProvider().get_tracer("tests")
 DONE = JobCompleted(job_id="r-7", duration_seconds=3.2)
 USER = Audience.user("42")

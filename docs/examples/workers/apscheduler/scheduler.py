@@ -13,7 +13,9 @@ from bridge import Publisher
 from schemas.jobs import JobCompleted, JobStarted
 
 publisher = Publisher.blocking(
-    os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/"), source="/schedulers/reports"
+    os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/"),
+    source="/schedulers/reports",
+    timeout=float(os.environ.get("TIMEOUT", "30")),
 )
 scheduler = BlockingScheduler(timezone=UTC)
 

@@ -11,12 +11,13 @@ from bridge import Publisher, PublishTimeout
 from schemas.jobs import JobCompleted, JobStarted
 
 AMQP_URL = os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/")
+TIMEOUT = float(os.environ.get("TIMEOUT", "10"))
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     # Connects with the first event, so the program starts while RabbitMQ is away. With `async with` it would not.
-    app.state.publisher = Publisher(AMQP_URL, source="/apis/jobs", timeout=10)
+    app.state.publisher = Publisher(AMQP_URL, source="/apis/jobs", timeout=TIMEOUT)
     yield
     await app.state.publisher.close()
 

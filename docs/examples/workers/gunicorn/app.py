@@ -11,7 +11,9 @@ from schemas.jobs import JobCompleted
 
 # With --preload this is made in the parent. Each worker connects with its first event.
 publisher = Publisher.blocking(
-    os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/"), source="/sites/reports", timeout=10
+    os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/"),
+    source="/sites/reports",
+    timeout=float(os.environ.get("TIMEOUT", "10")),
 )
 
 

@@ -8,7 +8,11 @@ from bridge import Publisher
 from schemas.jobs import JobCompleted
 
 # A module's global, and never an argument: a connection cannot be sent to another process.
-publisher = Publisher.blocking(os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/"), source="/batches/reports")
+publisher = Publisher.blocking(
+    os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/"),
+    source="/batches/reports",
+    timeout=float(os.environ.get("TIMEOUT", "30")),
+)
 
 
 def work(user: str, number: int) -> str:

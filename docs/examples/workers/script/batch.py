@@ -33,7 +33,7 @@ def publish_all(jobs: Sequence[dict[str, Any]]) -> int:
     """Returns how many events were refused; each is printed.
 
     Raises:
-        PublishTimeout: too many attempts failed. Run the program again.
+        PublishTimeout: ten attempts in a row confirmed nothing. Run the program again.
     """
     start = refused = attempts = 0
     while True:
@@ -47,7 +47,7 @@ def publish_all(jobs: Sequence[dict[str, Any]]) -> int:
             start += error.index + 1
         except PublishTimeout as error:
             # Those of `error.unconfirmed` may have arrived. They are published again under their ids.
-            attempts += 1
+            attempts = 1 if error.confirmed else attempts + 1
             if attempts == ATTEMPTS:
                 raise
             print(f"trying again: {error}", file=sys.stderr, flush=True)

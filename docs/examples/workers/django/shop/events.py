@@ -11,7 +11,7 @@ from schemas.jobs import JobCompleted
 from shop.models import Job
 
 # In a request a person waits: five seconds, then `publish_jobs` takes over.
-publisher = Publisher.blocking(settings.AMQP_URL, source="/sites/shop", timeout=5)
+publisher = Publisher.blocking(settings.AMQP_URL, source="/sites/shop", timeout=settings.EVENTS_TIMEOUT)
 
 
 def completed(job: Job) -> JobCompleted:

@@ -13,6 +13,7 @@ DATABASES = {
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
 AMQP_URL = os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/")
+EVENTS_TIMEOUT = float(os.environ.get("TIMEOUT", "5"))
 # Without DEBUG, Django logs nothing to the console by itself: an event that was not published would be a secret.
 LOGGING = {
     "version": 1,
