@@ -14,7 +14,7 @@ from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags,
 
 from bridge import Audience, Publisher
 from bridge.publisher import Item
-from schemas.jobs import JobCompleted, JobProgress
+from bridge.samples.jobs import JobCompleted, JobProgress
 from tests.client import Stream
 from tests.conftest import OpenStream
 from tests.rabbit import Vhost

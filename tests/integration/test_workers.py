@@ -20,9 +20,9 @@ import httpx
 import pytest
 
 from bridge import Publisher, PublishTimeout
+from bridge.samples.jobs import JobCompleted
 from bridge.testing import FakePublisher
 from deploy.local.node import Node
-from schemas.jobs import JobCompleted
 from tests.conftest import OpenStream
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
@@ -471,7 +471,7 @@ from gevent import monkey
 monkey.patch_all()
 import os, sys, gevent
 from bridge import Publisher
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 
 publisher = Publisher.blocking(os.environ["AMQP_URL"], source="/t", timeout=120)
 turns = 0

@@ -27,9 +27,9 @@ from bridge import (
     PublishTimeout,
 )
 from bridge.publisher import Item
+from bridge.samples.jobs import JobCompleted, JobProgress
 from bridge.sender import PIPELINE_EVENTS
 from bridge.testing import FakeBlockingPublisher, FakePublisher
-from schemas.jobs import JobCompleted, JobProgress
 from tests.service import ROOT
 
 DONE = JobCompleted(job_id="r-7", duration_seconds=3.2)

@@ -10,7 +10,7 @@ from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.cron import CronTrigger
 
 from bridge import Publisher
-from schemas.jobs import JobCompleted, JobStarted
+from bridge.samples.jobs import JobCompleted, JobStarted
 
 publisher = Publisher.blocking(
     os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/"),

@@ -12,7 +12,7 @@ from celery import Celery, Task
 from celery.signals import worker_process_shutdown
 
 from bridge import Publisher, PublishTimeout
-from schemas.jobs import JobCompleted, JobProgress, JobStarted
+from bridge.samples.jobs import JobCompleted, JobProgress, JobStarted
 
 AMQP_URL = os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/")
 EVENTS_URL = os.environ.get("EVENTS_URL", AMQP_URL)  # Celery may have a broker of its own.

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, HTTPException, Request
 
 from bridge import Publisher, PublishTimeout
-from schemas.jobs import JobCompleted, JobStarted
+from bridge.samples.jobs import JobCompleted, JobStarted
 
 AMQP_URL = os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/")
 TIMEOUT = float(os.environ.get("TIMEOUT", "10"))

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from bridge import Publisher, PublishTimeout
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 
 # With --preload this is made in the parent. Each worker connects with its first event.
 publisher = Publisher.blocking(

@@ -5,7 +5,7 @@ import os
 import sys
 
 from bridge import Publisher
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 
 # A module's global, and never an argument: a connection cannot be sent to another process.
 publisher = Publisher.blocking(

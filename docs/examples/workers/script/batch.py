@@ -12,7 +12,7 @@ from typing import Any
 
 from bridge import Audience, EventRefused, Publisher, PublishTimeout
 from bridge.publisher import Item
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 
 ATTEMPTS = 10
 

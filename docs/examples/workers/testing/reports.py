@@ -4,7 +4,7 @@ import os
 import time
 
 from bridge import Publisher, PublishTimeout
-from schemas.jobs import JobCompleted, JobStarted
+from bridge.samples.jobs import JobCompleted, JobStarted
 
 publisher = Publisher.blocking(os.environ.get("AMQP_URL", "amqp://localhost/"), source="/workers/reports")
 

@@ -4,8 +4,8 @@ import pytest
 import reports
 
 from bridge import PublishForbidden, PublishTimeout
+from bridge.samples.jobs import JobCompleted
 from bridge.testing import FakeBlockingPublisher
-from schemas.jobs import JobCompleted
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from django.db.models import QuerySet
 
 from bridge import Audience, Publisher, PublishError
 from bridge.publisher import Item
-from schemas.jobs import JobCompleted
+from bridge.samples.jobs import JobCompleted
 from shop.models import Job
 
 # In a request a person waits: five seconds, then `publish_jobs` takes over.
