@@ -18,6 +18,7 @@ import structlog
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
+from hypercorn.protocol.h11 import H11Protocol
 from quart import Quart
 
 from bridge import __version__
@@ -312,6 +313,12 @@ class _Connection(TCPServer):
         super().__init__(self._call, asyncio.get_running_loop(), config, context, {}, reader, writer)
         self._quart = app
 
+    async def _read_data(self) -> None:
+        made = self.protocol
+        made.protocol = _Http1(made.app, made.config, made.context, made.task_group, made.state, made.ssl, made.client,
+                               made.server, made.send)  # fmt: skip
+        await super()._read_data()
+
     async def _call(self, scope: Any, receive: Any, send: Any, sync_spawn: object, call_soon: object) -> None:
         scope["extensions"][TAKE_OVER] = self._take_over
         await self._quart(scope, receive, send)
@@ -325,6 +332,18 @@ class _Connection(TCPServer):
         self.writer = _Nowhere()  # type: ignore[assignment]
         self.reader.feed_eof()
         return transport
+
+
+class _Http1(H11Protocol):
+    """Hypercorn's HTTP/1.1 without `Upgrade: h2c`, which Java's HttpClient and curl send without being asked.
+
+    A server may ignore an upgrade (RFC 9110, section 7.8), and HTTP/2 in the clear has none any more (RFC 9113, section
+    3.1). Hypercorn has no setting for it. A client that begins with HTTP/2's preface still gets it, and a 505.
+    """
+
+    async def _check_protocol(self, event: Any) -> None:
+        if event.http_version == b"2.0":
+            await super()._check_protocol(event)
 
 
 class _Nowhere:

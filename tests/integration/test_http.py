@@ -242,14 +242,28 @@ async def test_who_cannot_be_judged_for_now_is_busy_and_counted(start: StartServ
     assert math.isnan(await service.metric("bridge_log_answers"))  # There is no log that could.
 
 
-async def test_http_2_in_the_clear_is_refused(service: Service) -> None:
+async def test_an_upgrade_to_http_2_is_ignored(service: Service, vhost: Vhost) -> None:
+    """As Java's HttpClient and curl ask for it, unasked (RFC 9110, section 7.8)."""
     upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    async with Stream(service.public, mint("42"), headers=upgrade) as stream:
+        assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream")
+        assert "upgrade" not in stream.headers
+        await stream.ready()
+        await vhost.publish("user.42.job.completed", cloudevent("e1"))
+        assert await stream.ids(1) == ["e1"]
+    assert (await service.get("/livez", internal=True, headers=upgrade)).json()["status"] == "alive"
+    assert (await service.get("/schemas", headers={**upgrade, "Upgrade": "TLS/1.0, h2c"})).status_code == 200
+
+
+async def test_http_2_in_the_clear_is_refused(service: Service) -> None:
     reader, writer = await asyncio.open_connection(*service.public.removeprefix("http://").split(":"))
-    head = "".join(f"{name}: {value}\r\n" for name, value in {**TOKEN, **upgrade}.items())
-    writer.write(f"GET /events HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
+    # The preface, empty SETTINGS, and HEADERS of GET http://x/events: whole, and encoded by the static table.
+    head = bytes.fromhex("82 86 41 01 78 04 07") + b"/events"
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
+    writer.write(len(head).to_bytes(3, "big") + b"\x01\x05\0\0\0\x01" + head)
     async with asyncio.timeout(PATIENCE):
         answer = await reader.readuntil(b"urn:bridge:problem:http-version")
     assert b"text/event-stream" not in answer
+    assert b"HTTP/1.1 101" not in answer
     writer.close()
     assert await service.metric("bridge_connections") == 0
