@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from bridge import amqp
 from bridge.event import MAX_EVENT_BYTES
+from bridge.headers import normal_origin
 from bridge.topology import Log
 
 PREFIX = "BRIDGE_"
@@ -177,7 +178,7 @@ class Settings(BrokerSettings):
                 or origin != f"{parts.scheme}://{parts.netloc}"
             ):
                 raise ValueError(f"{origin!r} is no origin: write https://app.example.com, without a path")
-        return tuple(origin.lower() for origin in value)
+        return tuple(normal_origin(origin) for origin in value)
 
 
 Kind = TypeVar("Kind", bound=BrokerSettings)

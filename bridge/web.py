@@ -7,13 +7,11 @@ answered as a stream that says goodbye (docs/contract.md, "GET /events").
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Set
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -24,6 +22,7 @@ from bridge import __version__, exports, pacing, sse
 from bridge.auth import Authenticator, InvalidToken, KeysUnavailable, Subscriber
 from bridge.catalogue import Catalogue
 from bridge.cursor import echo
+from bridge.headers import admits_stream, bearer_token, is_own_origin, normal_origin
 from bridge.health import CHECKS
 from bridge.hub import Hub, StreamRequest
 from bridge.metrics import Metrics
@@ -138,8 +137,7 @@ def create_app(
     async def add_cors(response: Response) -> Response:
         # Also on errors: without it a page that fetches by hand cannot read why it was refused.
         response.headers.add("Vary", "Origin")
-        origin = request.headers.get("Origin", "").lower()
-        if origin in settings.allowed_origins:
+        if normal_origin(request.headers.get("Origin", "")) in settings.allowed_origins:
             response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
             response.headers["Access-Control-Allow-Credentials"] = "true"
         return response
@@ -157,7 +155,7 @@ def create_app(
     @app.route("/events", methods=["GET", "HEAD"], provide_automatic_options=False)
     async def events() -> Response:
         _check_origin(settings)
-        if request.accept_mimetypes and not request.accept_mimetypes.quality(sse.MEDIA_TYPE):
+        if not admits_stream(request.headers.getlist("Accept")):
             raise Problem(406, "not-acceptable", "this resource is text/event-stream, which `Accept` does not admit")
         try:
             subscriber = await _authenticate(authenticator, settings)
@@ -228,7 +226,7 @@ def _add_console(
     async def publish_sample() -> Response:
         # A page of another origin, even an allowed one, must not publish with a person's cookie.
         origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("Host", "").lower():
+        if origin is not None and not is_own_origin(origin, request.headers.get("Host", "")):
             raise Problem(403, "origin-not-allowed", "only the console itself may publish")
         if not request.is_json:
             raise Problem(400, "not-json", "the body must be application/json")
@@ -348,12 +346,13 @@ def _check_origin(settings: Settings) -> None:
         Problem: 403 for a page of an origin that is neither ours nor allowed. A browser would keep the answer from such
             a page anyway (CORS), but the stream would have been opened, with the user's cookie.
     """
+    # `null` (a sandboxed frame, a file) names nobody, so it is never allowed (RFC 6454, section 7.3). An empty line is
+    # not from a browser.
     origin = request.headers.get("Origin")
-    if origin is None or origin.lower() in settings.allowed_origins:
+    if not origin or normal_origin(origin) in settings.allowed_origins:
         return
-    with contextlib.suppress(ValueError):
-        if urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower():
-            return  # The page comes from this very host.
+    if is_own_origin(origin, request.headers.get("Host", "")):
+        return
     raise Problem(
         403,
         "origin-not-allowed",
@@ -381,9 +380,9 @@ def _quotable(text: str) -> str:
 
 
 def _find_token(settings: Settings) -> str | None:
-    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return credentials.strip()
+    token = bearer_token(request.headers.getlist("Authorization"))
+    if token is not None:
+        return token
     cookie = request.cookies.get(settings.cookie)
     if cookie:
         return cookie
@@ -398,7 +397,9 @@ def _read_wish(subscriber: Subscriber) -> StreamRequest:
         Problem: 400 or 403.
     """
     try:
-        types = TypeFilter.parse(",".join(request.args.getlist("types"))) if "types" in request.args else TypeFilter()
+        # Repeated members add up, and spaces around a comma (`+` or `%20`) mean nothing.
+        patterns = [pattern.strip() for given in request.args.getlist("types") for pattern in given.split(",")]
+        types = TypeFilter.parse(",".join(patterns)) if patterns else TypeFilter()
     except InvalidPattern as error:
         raise Problem(400, "invalid-types", str(error)) from None
     named = request.args.get("named", "true")

@@ -19,7 +19,7 @@ BRIDGE = ROOT / "bridge"
 # Lowest first; a file imports only from the lines above its own.
 LAYERS = [
     ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution", "trial"],
-    ["event"],
+    ["event", "headers"],
     ["session", "roundtrip"],
     ["amqp", "catalogue"],
     ["sender", "exports"],
@@ -37,7 +37,7 @@ LAYERS = [
     ["__main__"],
 ]
 PURE = ["sse", "cursor", "pacing", "routing", "health", "deliveries", "event", "session", "exports", "evolution",
-        "trial"]  # fmt: skip
+        "trial", "headers"]  # fmt: skip
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
 
 

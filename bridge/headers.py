@@ -1,0 +1,75 @@
+"""What some request headers mean, where the framework is stricter than the standard (RFC 9110, RFC 6454)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from bridge.sse import MEDIA_TYPE
+
+_RANGE = re.compile(r"([a-z0-9!#$&^_.+*-]+)/([a-z0-9!#$&^_.+*-]+)")
+_WEIGHT = re.compile(r";\s*q\s*=\s*([0-9.]+)\s*(?:;|$)")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def admits_stream(accept: Iterable[str]) -> bool:
+    """Whether the lines of an Accept header admit `text/event-stream` (RFC 9110, section 12.5.1).
+
+    The most specific range decides. A lone `*` and weights such as `.2`, both of which Java sends, are understood.
+    Parameters of a range are ignored, since a stream has one form only. A part that cannot be read excludes nothing,
+    as the standard allows a server to ignore the whole header.
+    """
+    kind, _, subtype = MEDIA_TYPE.partition("/")
+    best: tuple[int, float] | None = None
+    for part in ",".join(accept).lower().split(","):
+        name = part.partition(";")[0].strip()
+        found = _RANGE.fullmatch("*/*" if name == "*" else name)
+        if found is None:
+            continue
+        best = best or (0, 0.0)
+        ranks = {("*", "*"): 1, (kind, "*"): 2, (kind, subtype): 3}
+        rank = ranks.get((found[1], found[2]))
+        if rank is not None:
+            best = max(best, (rank, _weight(part)))
+    return best is None or best[1] > 0
+
+
+def _weight(part: str) -> float:
+    """RFC 9110, section 12.4.2. One that cannot be read counts as none, that is as 1."""
+    found = _WEIGHT.search(part)
+    try:
+        return float(found[1]) if found else 1.0
+    except ValueError:
+        return 1.0
+
+
+def bearer_token(authorization: Iterable[str]) -> str | None:
+    """The credentials of the first Bearer line, or None (RFC 6750, section 2.1).
+
+    The scheme's case is free, and more than one space is taken (RFC 9110, section 11.1 and 11.4). Other schemes belong
+    to a proxy in front. A scheme without credentials is no token: the next place is asked.
+    """
+    for line in authorization:
+        scheme, _, credentials = line.strip().replace("\t", " ").partition(" ")
+        if scheme.lower() == "bearer" and credentials.strip():
+            return credentials.strip()
+    return None
+
+
+def normal_origin(origin: str) -> str:
+    """An origin as a browser writes it: lower case, without its scheme's own port (RFC 6454, section 6.2)."""
+    origin = origin.strip().lower()
+    return origin.removesuffix(_DEFAULT_PORTS.get(origin.partition("://")[0], ":"))
+
+
+def is_own_origin(origin: str, host: str) -> bool:
+    """Whether a page of this origin comes from the host that the request names (RFC 9110, sections 4.2.3 and 7.2)."""
+    origin = normal_origin(origin)
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    if parts.scheme not in _DEFAULT_PORTS or not parts.netloc:
+        return False
+    return origin == normal_origin(f"{parts.scheme}://{host}")
