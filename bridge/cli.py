@@ -274,10 +274,20 @@ def token(user: str, groups: tuple[str, ...], ttl: int) -> None:
     _need_server()
     from bridge import auth
 
-    secret = _load(Settings).jwt_secret
+    loaded = _load(Settings)
+    secret = loaded.jwt_secret
     if secret is None:
         _fail(BAD_INPUT, "BRIDGE_JWT_SECRET is not set; tokens for BRIDGE_JWKS come from who holds the private keys")
-    click.echo(auth.mint(secret.get_secret_value(), user=user, groups=groups, ttl_seconds=ttl, now=time.time()))
+    token = auth.mint(
+        secret.get_secret_value(),
+        user=user,
+        groups=groups,
+        ttl_seconds=ttl,
+        now=time.time(),
+        user_claim=loaded.jwt_user_claim,
+        groups_claim=loaded.jwt_groups_claim,
+    )
+    click.echo(token)
 
 
 @main.group()

@@ -139,6 +139,8 @@ class _Service:
             jwks=settings.jwks,
             audience=settings.jwt_audience,
             issuer=settings.jwt_issuer,
+            user_claim=settings.jwt_user_claim,
+            groups_claim=settings.jwt_groups_claim,
         )
         self.quarantine = Quarantine(
             settings.addresses, queue=settings.quarantine, on_dropped=metrics.quarantine_dropped.inc

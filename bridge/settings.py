@@ -118,6 +118,12 @@ class Settings(BrokerSettings):
     jwks: str | None = Field(None, description="URL or file of the keys for RS256, ES256 and EdDSA tokens")
     jwt_audience: str | None = Field(None, description="required `aud`; unset = not checked")
     jwt_issuer: str | None = Field(None, description="required `iss`; unset = not checked")
+    jwt_user_claim: str = Field(
+        "sub", min_length=1, max_length=256, description="claim with the user id: a name, or a path with dots"
+    )
+    jwt_groups_claim: str = Field(
+        "groups", max_length=256, description="claim with the groups, likewise; empty = no groups are read"
+    )
     cookie: Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")] = Field(
         "bridge_token", description="cookie that may hold the token"
     )

@@ -19,7 +19,7 @@ from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException
 
 from bridge import __version__, exports, pacing, sse
-from bridge.auth import Authenticator, InvalidToken, KeysUnavailable, Subscriber
+from bridge.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
 from bridge.catalogue import Catalogue
 from bridge.cursor import echo
 from bridge.headers import admits_stream, bearer_token, is_own_origin, normal_origin
@@ -48,6 +48,9 @@ STREAM_HEADERS = {
     # A stream ends with its connection, so that no proxy sends another request into it (RFC 9112, section 9.6).
     "Connection": "close",
 }
+
+REPEATED_LINE_SECONDS = 10.0
+"""Any client can cause some log lines at any rate; each is written at most once in this time."""
 
 TAKE_OVER = "bridge.take_over"
 """Name of the ASGI extension by which a connection is had from the server: a function without arguments. It returns the
@@ -123,6 +126,8 @@ def create_app(
         tracing: makes spans of deliveries; None where nobody wants them.
     """
     app = _bare_app("bridge")
+    not_judged = _RareLine("token not judged")
+    no_groups = _RareLine("groups not in the token")
     streams = Streams(hub, metrics, turn, stall_seconds=settings.stall_seconds, tracing=tracing)
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
@@ -159,8 +164,11 @@ def create_app(
             raise Problem(406, "not-acceptable", "this resource is text/event-stream, which `Accept` does not admit")
         try:
             subscriber = await _authenticate(authenticator, settings)
-        except KeysUnavailable as error:
-            _log.error("token not judged", error=str(error))
+        except GroupsElsewhere as error:
+            no_groups.log(str(error))
+            raise Problem(403, error.code, str(error)) from None
+        except TryAgain as error:
+            not_judged.log(str(error))
             metrics.streams_ended.labels("busy").inc()
             bye = sse.encode_bye("busy", pacing.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
             return _stream_response(bye)
@@ -232,7 +240,9 @@ def _add_console(
             raise Problem(400, "not-json", "the body must be application/json")
         try:
             await _authenticate(authenticator, settings)
-        except KeysUnavailable as error:
+        except GroupsElsewhere as error:
+            raise Problem(403, error.code, str(error)) from None
+        except TryAgain as error:
             raise Problem(503, "keys-unavailable", str(error)) from None
         wish = await request.get_json()
         if not isinstance(wish, dict) or wish.keys() != {"to", "type", "data"}:
@@ -340,6 +350,23 @@ async def _hand_over(scope: Any, streams: Streams, wish: StreamRequest) -> Async
         streams.open(transport, wish, chunked=scope["http_version"] == "1.1")
 
 
+class _RareLine:
+    """One log line, at most once in `REPEATED_LINE_SECONDS`, with the number of those left out before it."""
+
+    def __init__(self, event: str) -> None:
+        self._event = event
+        self._due = float("-inf")
+        self._left_out = 0
+
+    def log(self, error: str) -> None:
+        now = time.monotonic()
+        if now < self._due:
+            self._left_out += 1
+            return
+        _log.error(self._event, error=error, left_out=self._left_out)
+        self._due, self._left_out = now + REPEATED_LINE_SECONDS, 0
+
+
 def _check_origin(settings: Settings) -> None:
     """
     Raises:
@@ -364,10 +391,11 @@ async def _authenticate(authenticator: Authenticator, settings: Settings) -> Sub
     """
     Raises:
         Problem: 401, with a challenge (RFC 6750, section 3).
-        KeysUnavailable
+        GroupsElsewhere: the token is good and leaves out its groups.
+        TryAgain: the token cannot be judged now.
     """
     try:
-        return await authenticator.authenticate(_find_token(settings), time.time())
+        return await authenticator.authenticate_any(_find_tokens(settings), time.time())
     except InvalidToken as error:
         challenge = 'Bearer realm="bridge"'
         if error.code != "missing-token":
@@ -379,16 +407,17 @@ def _quotable(text: str) -> str:
     return "".join(char if " " <= char <= "~" and char not in '"\\' else "'" for char in text)
 
 
-def _find_token(settings: Settings) -> str | None:
+def _find_tokens(settings: Settings) -> list[str]:
     token = bearer_token(request.headers.getlist("Authorization"))
     if token is not None:
-        return token
-    cookie = request.cookies.get(settings.cookie)
-    if cookie:
-        return cookie
-    if settings.query_token:
-        return request.args.get("access_token")
-    return None
+        return [token]
+    # Cookies of one name may come from several paths and domains, and their order says nothing that can be relied on
+    # (RFC 6265, section 4.2.2).
+    cookies = [cookie for cookie in request.cookies.getlist(settings.cookie) if cookie]
+    if cookies:
+        return list(dict.fromkeys(cookies))
+    # RFC 6750, section 2.3. An empty member counts as none.
+    return [token for token in request.args.getlist("access_token") if token][:1] if settings.query_token else []
 
 
 def _read_wish(subscriber: Subscriber) -> StreamRequest:

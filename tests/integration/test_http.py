@@ -16,7 +16,7 @@ from tests.client import Stream
 from tests.conftest import OpenStream, StartService
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
-from tests.service import Service, mint
+from tests.service import SECRET, Service, mint
 
 pytestmark = pytest.mark.any_rabbitmq
 
@@ -97,8 +97,87 @@ async def test_other_methods(service: Service, method: str) -> None:
 async def test_an_accept_that_does_not_admit_a_stream(service: Service, connect: OpenStream) -> None:
     for accept in ["application/json", "text/html, application/json;q=0.9", "text/event-stream;q=0"]:
         await problem(service, 406, "not-acceptable", headers={**TOKEN, "Accept": accept})
-    for accept in ["*/*", "text/*", "text/html, text/event-stream;q=0.1"]:
+    java = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
+    for accept in ["*/*", "text/*", "text/html, text/event-stream;q=0.1", java, "text/event-stream; charset=utf-8"]:
         assert (await service.get("/events", method="HEAD", headers={**TOKEN, "Accept": accept})).status_code == 200
+
+
+async def test_two_lines_of_accept_count_together(service: Service) -> None:
+    accept = [*TOKEN.items(), ("Accept", "text/html"), ("Accept", "text/event-stream")]
+    assert (await service.get("/events", method="HEAD", headers=accept)).status_code == 200
+
+
+async def test_each_cookie_of_our_name_is_tried(service: Service) -> None:
+    good = f"bridge_token={mint('42')}"
+    for cookie in [
+        f"bridge_token=left.over.one; {good}",
+        f"bridge_token={mint('42', ttl=-35)}; {good}",
+        f"bridge_token=; {good}",
+        f'bridge_token="{mint("42")}"',  # RFC 6265, section 4.1.1: the quotes are no part of what a server meant.
+        f"a=\xe9; {good}; b",
+    ]:
+        headers = {"Cookie": cookie.encode("latin-1")}
+        assert (await service.get("/events", method="HEAD", headers=headers)).status_code == 200, cookie
+    lines = [("Cookie", "theme=dark"), ("Cookie", good)]  # An HTTP/2 proxy may have split it (RFC 9113, 8.2.3).
+    assert (await service.get("/events", method="HEAD", headers=lines)).status_code == 200
+    both = {"Cookie": f"bridge_token=x.y.z; bridge_token={mint('42', ttl=-35)}"}
+    await problem(service, 401, "expired-token", headers=both)
+
+
+async def test_forms_of_the_authorization_line(start: StartService) -> None:
+    service = await start(QUERY_TOKEN="true")
+    for scheme in ["bearer", "BEARER", "Bearer  "]:
+        headers = {"Authorization": f"{scheme} {mint('42')}"}
+        assert (await service.get("/events", method="HEAD", headers=headers)).status_code == 200
+    two = [("Authorization", "Basic dTpw"), ("Authorization", f"Bearer {mint('42')}")]
+    assert (await service.get("/events", method="HEAD", headers=two)).status_code == 200
+    # A script without a token leaves the cookie to decide, and an empty member of the query the next one.
+    empty = {"Authorization": "Bearer", "Cookie": f"bridge_token={mint('42')}"}
+    assert (await service.get("/events", method="HEAD", headers=empty)).status_code == 200
+    path = f"/events?access_token=&access_token={mint('42').replace('.', '%2E')}"
+    assert (await service.get(path, method="HEAD")).status_code == 200
+
+
+async def test_forms_of_the_query_and_the_path(service: Service, connect: OpenStream, vhost: Vhost) -> None:
+    for path in ["/events/", "/%65vents", "/events?types=job.*&types=billing.%23", "/events?types=job.*,+billing.x"]:
+        assert (await service.get(path, method="HEAD", headers=TOKEN)).status_code == 200, path
+    await problem(service, 400, "invalid-types", "/events?types=job.*,+", headers=TOKEN)
+    stream = await connect(service, query="types=billing.%23&types=+job.completed%20")
+    await vhost.publish("user.42.job.completed", cloudevent("e1"))
+    assert await stream.ids(1) == ["e1"]
+
+
+async def test_ports_that_a_scheme_implies(start: StartService) -> None:
+    service = await start(ALLOWED_ORIGINS=f"{APP}:443")
+    for origin, host in [(APP, "x"), (APP + ":443", "x"), ("https://x", "x:443"), ("http://x", "x:80"), ("", "x")]:
+        headers = {**TOKEN, "Origin": origin, "Host": host}
+        assert (await service.get("/events", method="HEAD", headers=headers)).status_code == 200, origin
+    for origin, host in [("http://x", "x:443"), ("https://x:444", "x"), ("null", "null")]:
+        await problem(service, 403, "origin-not-allowed", headers={**TOKEN, "Origin": origin, "Host": host})
+
+
+async def test_groups_that_the_token_leaves_out_are_a_403(start: StartService) -> None:
+    import jwt
+
+    service = await start()
+    claims: dict[str, Any] = {"sub": "42", "exp": 4_000_000_000, "_claim_names": {"groups": "src1"}}
+    headers = {"Authorization": f"Bearer {jwt.encode(claims, SECRET, algorithm='HS256')}"}
+    document = await problem(service, 403, "groups-elsewhere", headers=headers)
+    assert "BRIDGE_JWT_GROUPS_CLAIM" in document["detail"]
+    await service.logged("groups not in the token")
+    service = await start(JWT_GROUPS_CLAIM="")
+    assert (await service.get("/events", method="HEAD", headers=headers)).status_code == 200
+
+
+async def test_claims_of_another_name(start: StartService, connect: OpenStream, vhost: Vhost) -> None:
+    import jwt
+
+    service = await start(JWT_USER_CLAIM="email", JWT_GROUPS_CLAIM="realm_access.roles")
+    claims = {"email": "a@b.example", "realm_access": {"roles": "ops"}, "exp": 4_000_000_000}
+    async with Stream(service.public, jwt.encode(claims, SECRET, algorithm="HS256")) as stream:
+        assert (await stream.ready()).json["user"] == "a@b.example"
+        await vhost.publish("group.ops.job.completed", cloudevent("e1"))
+        assert await stream.ids(1) == ["e1"]
 
 
 async def test_no_such_page(service: Service) -> None:
@@ -267,3 +346,37 @@ async def test_http_2_in_the_clear_is_refused(service: Service) -> None:
     assert b"HTTP/1.1 101" not in answer
     writer.close()
     assert await service.metric("bridge_connections") == 0
+
+
+async def test_a_rotated_key_is_busy_until_it_is_known_and_a_strangers_is_refused(
+    start: StartService, tmp_path: Path
+) -> None:
+    import jwt
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    old, new = ed25519.Ed25519PrivateKey.generate(), ed25519.Ed25519PrivateKey.generate()
+    document = tmp_path / "keys.json"
+
+    def show(**keys: ed25519.Ed25519PrivateKey) -> None:
+        algorithm = jwt.get_algorithm_by_name("EdDSA")
+        jwks = [{**algorithm.to_jwk(key.public_key(), as_dict=True), "kid": kid} for kid, key in keys.items()]
+        document.write_text(json.dumps({"keys": jwks}))
+
+    def token(key: ed25519.Ed25519PrivateKey, kid: str) -> str:
+        return jwt.encode({"sub": "ed", "exp": 4_000_000_000}, key, algorithm="EdDSA", headers={"kid": kid})
+
+    show(old=old)
+    service = await start(JWKS=str(document))
+    stranger = {"Authorization": f"Bearer {token(new, 'no-such')}"}
+    document_of = await problem(service, 401, "invalid-token", headers=stranger)
+    assert "does not have key 'no-such'" in document_of["detail"]
+    document.write_text("<html>under construction</html>")
+    for _ in range(2):
+        async with Stream(service.public, token(new, "new")) as stream:
+            (bye,) = await stream.rest()
+        assert (stream.status, bye.json) == (200, {"reason": "busy"})
+    show(old=old, new=new)
+    async with Stream(service.public, token(new, "new")) as stream:
+        assert (await stream.ready()).json["user"] == "ed"
+    async with Stream(service.public, token(old, "old")) as stream:
+        await stream.ready()

@@ -15,16 +15,20 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from bridge import keys
 from bridge.auth import (
-    UNKNOWN_KEY_SECONDS,
+    MAX_TOKENS,
     Authenticator,
     ExpiredToken,
+    GroupsElsewhere,
     InvalidKeySet,
     InvalidToken,
     KeysUnavailable,
     MissingToken,
+    NotYetValid,
     mint,
 )
+from bridge.keys import FETCH_BURST, FETCH_EVERY_SECONDS, REFRESH_SECONDS, VERDICT_SECONDS
 
 SECRET = "0123456789abcdef0123456789abcdef"
 NOW = 1_800_000_000.0
@@ -49,7 +53,8 @@ async def authenticate(token: str | None, now: float = NOW, **options: Any) -> A
 
 def signed(key: Any = SECRET, algorithm: str = "HS256", **changes: Any) -> str:
     values = {**CLAIMS, **changes}
-    headers = {"kid": values.pop("kid")} if "kid" in values else None
+    kid = values.pop("kid", ...)
+    headers = {"kid": kid} if kid is not ... else None
     return jwt.encode({k: v for k, v in values.items() if v is not ...}, key, algorithm=algorithm, headers=headers)
 
 
@@ -78,9 +83,9 @@ async def test_an_expired_token_says_since_when() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sub": ...}, {"sub": ""}, {"sub": 42}, {"sub": None}, {"exp": ...}, {"exp": "soon"}, {"exp": True},
-        {"exp": float("inf")}, {"exp": float("nan")}, {"groups": "ops"}, {"groups": [1]}, {"groups": [""]},
-        {"groups": {"a": 1}}, {"nbf": NOW + 31}, {"exp": 10**400}, {"nbf": 10**400}, {"nbf": "x"},
+        {"sub": ...}, {"sub": ""}, {"sub": 4.2}, {"sub": None}, {"exp": ...}, {"exp": "soon"}, {"exp": True},
+        {"exp": float("inf")}, {"exp": float("nan")}, {"groups": True}, {"groups": [1.5]}, {"groups": [["ops"]]},
+        {"groups": {"a": 1}}, {"nbf": NOW + 301}, {"exp": 10**400}, {"nbf": 10**400}, {"nbf": "x"},
     ],
 )  # fmt: skip
 async def test_bad_claims(changes: dict[str, Any]) -> None:
@@ -126,32 +131,50 @@ async def test_audience_and_issuer_where_configured() -> None:
 
 
 class KeyServer(ThreadingHTTPServer):
+    daemon_threads = True
     document: Any
     status = 200
     hits = 0
 
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers = threading.Event()
+        """While it is clear, requests wait for their answer."""
+        self.answers.set()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, KeyServer)
+        self.server.hits += 1
+        document = self.server.document
+        self.server.answers.wait()
+        body = document if isinstance(document, bytes) else json.dumps(document).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine must not turn a good answer into a slow one."""
+    monkeypatch.setattr(keys, "WAIT_SECONDS", 60)
+    monkeypatch.setattr(keys, "FETCH_SECONDS", 60)
+
 
 @pytest.fixture
 def key_server() -> Iterator[KeyServer]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            assert isinstance(self.server, KeyServer)
-            self.server.hits += 1
-            body = json.dumps(self.server.document).encode()
-            self.send_response(self.server.status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = KeyServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    server = KeyServer()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield server
     finally:
+        server.answers.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -196,42 +219,288 @@ async def test_a_key_for_something_else_is_not_used(key_server: KeyServer, chang
         await authenticate(signed(key=RSA, algorithm="RS256", kid="r"), secret=None, jwks=url(key_server))
 
 
-async def test_rotation_is_found_at_once_and_inventions_are_not_paid_for(key_server: KeyServer) -> None:
+def by(key: Any, kid: Any = ..., **claims: Any) -> str:
+    """A token that any of our keys signed, good for a day."""
+    algorithm = {RSA: "RS256", EC: "ES256", ED: "EdDSA"}[key]
+    return signed(key, algorithm, **{"exp": NOW + 86_400, "kid": kid, **claims})
+
+
+async def test_a_rotated_key_is_found_at_once(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "old")]}
     authenticator = Authenticator(jwks=url(key_server))
-    await authenticator.authenticate(signed(key=EC, algorithm="ES256", kid="old"), NOW)
+    await authenticator.start()
+    await authenticator.authenticate(by(EC, "old"), NOW)
     assert key_server.hits == 1
 
     key_server.document = {"keys": [public(ED, "new")]}
-    late = NOW + UNKNOWN_KEY_SECONDS + 1
-    rotated = signed(key=ED, algorithm="EdDSA", kid="new", exp=late + 60)
-    await authenticator.authenticate(rotated, late)
+    await authenticator.authenticate(by(ED, "new"), NOW + 1)
     assert key_server.hits == 2
+    # What the issuer withdrew is refused, and the same token costs one reading, not one a request.
+    withdrawn = by(EC, "old")
     for _ in range(10):
-        with pytest.raises(InvalidToken, match="does not have key"):
-            await authenticator.authenticate(signed(key=EC, algorithm="ES256", kid="old", exp=late + 60), late + 1)
-    assert key_server.hits == 2
+        with pytest.raises(InvalidToken, match="does not have key 'old'"):
+            await authenticator.authenticate(withdrawn, NOW + 2)
+    assert key_server.hits == 3
+
+
+async def test_a_strangers_key_id_does_not_keep_a_rotated_key_out(key_server: KeyServer) -> None:
+    key_server.document = {"keys": [public(EC, "old")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    await authenticator.start()
+    # A stranger guesses the next key's name, in the same second.
+    with pytest.raises(InvalidToken):
+        await authenticator.authenticate(by(RSA, "next"), NOW)
+    key_server.document = {"keys": [public(EC, "old"), public(ED, "next")]}
+    assert (await authenticator.authenticate(by(ED, "next"), NOW)).user == "42"
+
+
+async def test_strangers_cannot_spend_more_than_the_budget_nor_have_anybody_refused(key_server: KeyServer) -> None:
+    key_server.document = {"keys": [public(EC, "old")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    await authenticator.start()
+    for number in range(FETCH_BURST):
+        with pytest.raises(InvalidToken):
+            await authenticator.authenticate(by(RSA, f"invented-{number}"), NOW)
+    for number in range(100):
+        with pytest.raises(KeysUnavailable):
+            await authenticator.authenticate(by(RSA, f"more-{number}"), NOW)
+    assert key_server.hits == 1 + FETCH_BURST
+
+    key_server.document = {"keys": [public(EC, "old"), public(ED, "new")]}
+    with pytest.raises(KeysUnavailable):
+        await authenticator.authenticate(by(ED, "new"), NOW + 1)
+    assert (await authenticator.authenticate(by(EC, "old"), NOW + 1)).user == "42"
+    assert (await authenticator.authenticate(by(ED, "new"), NOW + FETCH_EVERY_SECONDS)).user == "42"
+    # That reading decided about the strangers' tokens as well.
+    with pytest.raises(InvalidToken):
+        await authenticator.authenticate(by(RSA, "more-0"), NOW + FETCH_EVERY_SECONDS)
+    assert key_server.hits == 2 + FETCH_BURST
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"iss": "https://evil"},
+        {"iss": ...},
+        {"aud": "other"},
+        {"aud": ...},
+        {"exp": NOW - 1},
+        {"exp": ...},
+        {"sub": ...},
+    ],
+)
+async def test_a_token_whose_claims_do_not_fit_costs_nothing(key_server: KeyServer, claims: dict[str, Any]) -> None:
+    key_server.document = {"keys": [public(EC, "old")]}
+    authenticator = Authenticator(jwks=url(key_server), audience="bridge", issuer="https://issuer")
+    await authenticator.start()
+    with pytest.raises(InvalidToken):
+        await authenticator.authenticate(by(RSA, "x", **{"aud": "bridge", "iss": "https://issuer", **claims}), NOW)
+    with pytest.raises(InvalidToken, match="not accepted"):
+        await authenticator.authenticate(signed(key="x" * 32), NOW)
+    assert key_server.hits == 1
+
+
+async def test_what_is_forgotten_is_busy_and_never_refused(
+    key_server: KeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "MAX_REMEMBERED", 2)
+    key_server.document = {"keys": [public(EC, "old")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    await authenticator.start()
+    tokens = [by(RSA, f"invented-{number}") for number in range(FETCH_BURST)]
+    for token in tokens:
+        with pytest.raises(InvalidToken):
+            await authenticator.authenticate(token, NOW)
+    with pytest.raises(InvalidToken):
+        await authenticator.authenticate(tokens[-1], NOW)
+    with pytest.raises(KeysUnavailable):
+        await authenticator.authenticate(tokens[0], NOW)
+
+
+async def test_a_verdict_is_looked_up_again_after_a_while(key_server: KeyServer) -> None:
+    key_server.document = {"keys": [public(EC, "old")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    await authenticator.start()
+    token = by(ED, "late")  # The issuer shows its key only after it has signed with it.
+    with pytest.raises(InvalidToken):
+        await authenticator.authenticate(token, NOW)
+    key_server.document = {"keys": [public(ED, "late")]}
+    with pytest.raises(InvalidToken):
+        await authenticator.authenticate(token, NOW + VERDICT_SECONDS)
+    assert (await authenticator.authenticate(token, NOW + VERDICT_SECONDS + 1)).user == "42"
+
+
+@pytest.mark.parametrize("kid", ["same", ...])
+async def test_another_key_under_the_same_name_is_found(key_server: KeyServer, kid: Any) -> None:
+    other = ed25519.Ed25519PrivateKey.generate()
+    key_server.document = {"keys": [public(ED, "same")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    await authenticator.start()
+    token = signed(other, "EdDSA", kid=kid)
+    with pytest.raises(InvalidToken, match="signature"):
+        await authenticator.authenticate(token, NOW)
+    key_server.document = {"keys": [public(other, "same")]}
+    assert (await authenticator.authenticate(token, NOW + VERDICT_SECONDS + 1)).user == "42"
+
+
+@pytest.mark.parametrize("kid", ["same", ...])
+async def test_of_two_keys_with_one_name_each_is_tried(key_server: KeyServer, kid: Any) -> None:
+    other = ed25519.Ed25519PrivateKey.generate()
+    key_server.document = {"keys": [public(EC, "same"), public(other, "same"), public(ED, "same")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    await authenticator.start()
+    for key, algorithm in [(ED, "EdDSA"), (other, "EdDSA"), (EC, "ES256")]:
+        assert (await authenticator.authenticate(signed(key, algorithm, kid=kid), NOW)).user == "42"
+    assert key_server.hits == 1
+
+
+@pytest.mark.parametrize(
+    ("in_the_set", "in_the_token"),
+    [(7, 7), ("7", 7), (7, "7"), ("k", None), ("k", ["k"]), ("k", {"a": 1}), ("k", 1.5), ("k", True), ("k", ""),
+     (None, "k"), (["k"], "k"), (..., "k")],
+)  # fmt: skip
+async def test_a_kid_of_another_type(tmp_path: Path, in_the_set: Any, in_the_token: Any) -> None:
+    key = {**public(ED, "x"), "kid": in_the_set}
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [{k: v for k, v in key.items() if v is not ...}]}))
+    authenticator = Authenticator(jwks=str(tmp_path / "keys.json"))
+    await authenticator.start()
+    head = base64.urlsafe_b64encode(json.dumps({"alg": "EdDSA", "kid": in_the_token}).encode()).rstrip(b"=")
+    payload = base64.urlsafe_b64encode(json.dumps(CLAIMS).encode()).rstrip(b"=")
+    tail = base64.urlsafe_b64encode(ED.sign(head + b"." + payload)).rstrip(b"=")
+    assert (await authenticator.authenticate(b".".join([head, payload, tail]).decode(), NOW)).user == "42"
 
 
 async def test_a_key_set_that_does_not_answer_judges_nobody(key_server: KeyServer) -> None:
     key_server.document, key_server.status = {}, 500
     authenticator = Authenticator(jwks=url(key_server))
     await authenticator.start()
-    token = signed(key=EC, algorithm="ES256", kid="e", exp=NOW + 10_000)
-    with pytest.raises(KeysUnavailable):
-        await authenticator.authenticate(token, NOW)
+    for _ in range(20):
+        with pytest.raises(KeysUnavailable):
+            await authenticator.authenticate(by(EC, "e"), NOW)
+    assert key_server.hits == 1 + FETCH_BURST
     key_server.document, key_server.status = {"keys": [public(EC, "e")]}, 200
-    with pytest.raises(KeysUnavailable):
-        await authenticator.authenticate(token, NOW + 1)
-    assert (await authenticator.authenticate(token, NOW + 100)).user == "42"
-    # And once it has been read, an outage does not lock out those whose key is known.
+    assert (await authenticator.authenticate(by(EC, "e"), NOW + FETCH_EVERY_SECONDS)).user == "42"
+    # And once it has been read, an outage does not refuse tokens whose key is known.
     key_server.status = 500
-    assert (await authenticator.authenticate(token, NOW + 5000)).user == "42"
+    assert (await authenticator.authenticate(by(EC, "e"), NOW + REFRESH_SECONDS + 100)).user == "42"
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [(b"<!doctype html><p>Sign in", "it is an HTML page"), (b"", "it is not JSON"), ([], "not a JSON Web Key Set"),
+     ({"keys": {}}, "not a JSON Web Key Set"), ({"jwks_uri": "https://idp/keys"}, "set BRIDGE_JWKS to 'https://idp/keys'"),
+     ({"keys": []}, "no key for RS256"), (b"[" * 100_000, "not JSON"), (b" " * 1_000_001, "larger than")],
+)  # fmt: skip
+async def test_an_answer_that_is_no_key_set_keeps_the_last_good_one(
+    key_server: KeyServer, answer: Any, why: str
+) -> None:
+    key_server.document = {"keys": [public(EC, "e")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    await authenticator.start()
+    key_server.document = answer
+    with pytest.raises(KeysUnavailable, match=why):
+        await authenticator.authenticate(by(ED, "new"), NOW)
+    assert (await authenticator.authenticate(by(EC, "e"), NOW)).user == "42"
+    with pytest.raises(InvalidKeySet, match=why):
+        await Authenticator(jwks=url(key_server)).start(strict=True)
+
+
+async def test_a_byte_order_mark_before_a_key_set(key_server: KeyServer) -> None:
+    key_server.document = b"\xef\xbb\xbf" + json.dumps({"keys": [public(EC, "e")]}).encode()
+    await Authenticator(jwks=url(key_server)).start(strict=True)
+
+
+async def test_a_slow_endpoint_delays_nobody_whose_key_is_known(
+    key_server: KeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_server.document = {"keys": [public(EC, "e")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    await authenticator.authenticate(by(EC, "e"), NOW)
+    key_server.answers.clear()
+    key_server.document = {"keys": [public(ED, "new")]}
+    # The set is old, is read again in the background, and that does not end. These would wait with it.
+    for _ in range(3):
+        await authenticator.authenticate(by(EC, "e"), NOW + REFRESH_SECONDS + 1)
+    # A stranger's cookie before a good one does not wait either.
+    await authenticator.authenticate_any([by(RSA, "x"), by(EC, "e")], NOW + REFRESH_SECONDS + 1)
+    # Shorter than anything: the endpoint answers only when it is let.
+    monkeypatch.setattr(keys, "WAIT_SECONDS", 0.01)
+    with pytest.raises(KeysUnavailable, match="has not answered yet"):
+        await authenticator.authenticate(by(ED, "new"), NOW + REFRESH_SECONDS + 1)
+    monkeypatch.setattr(keys, "WAIT_SECONDS", 60)
+    key_server.answers.set()
+    assert (await authenticator.authenticate(by(ED, "new"), NOW + REFRESH_SECONDS + 2)).user == "42"
+
+
+async def test_a_clock_that_is_set_back_neither_ages_nor_keeps_a_set(key_server: KeyServer) -> None:
+    key_server.document = {"keys": [public(EC, "old")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    with pytest.raises(InvalidToken):
+        await authenticator.authenticate(by(ED, "new"), NOW)
+    key_server.document = {"keys": [public(ED, "new")]}
+    assert (await authenticator.authenticate(by(ED, "new"), NOW - 10_000)).user == "42"
+
+
+def test_a_budget() -> None:
+    budget = keys.Budget(2, 10)
+    assert [budget.take(now) for now in (0, 0, 0, 9, 10, 10, 5, 15, 24, 1000, 1000, 1000)] == [
+        True, True, False, False, True, False, False, True, False, True, True, False,
+    ]  # fmt: skip
+
+
+async def test_of_several_tokens_the_first_good_one_counts(key_server: KeyServer) -> None:
+    key_server.document = {"keys": [public(EC, "e")]}
+    authenticator = Authenticator(secret=SECRET, jwks=url(key_server))
+    await authenticator.start()
+    good, bad, old = signed(sub="a"), "x.y.z", signed(exp=NOW - 1)
+    for tokens in [
+        [bad, good],
+        [old, good, signed(sub="b")],
+        [good, bad],
+        [by(ED, "x"), good],
+        [bad, by(EC, "e", sub="a")],
+    ]:
+        assert (await authenticator.authenticate_any(tokens, NOW)).user == "a"
+    assert key_server.hits == 1
+    with pytest.raises(ExpiredToken):
+        await authenticator.authenticate_any([bad, old], NOW)
+    with pytest.raises(InvalidToken):
+        await authenticator.authenticate_any([bad] * MAX_TOKENS + [good], NOW)
+    key_server.status = 500
+    with pytest.raises(KeysUnavailable):  # The second one may be good.
+        await authenticator.authenticate_any([bad, by(ED, "x"), old], NOW)
+
+
+async def test_a_token_that_is_valid_soon_is_not_refused() -> None:
+    assert (await authenticate(signed(nbf=NOW + 30))).user == "42"
+    with pytest.raises(NotYetValid, match="another 31 s"):
+        await authenticate(signed(nbf=NOW + 31))
+
+
+async def test_groups_elsewhere_need_a_good_signature(key_server: KeyServer) -> None:
+    overage: dict[str, Any] = {"_claim_names": {"groups": "src1"}}
+    with pytest.raises(GroupsElsewhere, match="BRIDGE_JWT_GROUPS_CLAIM"):
+        await authenticate(signed(**overage))
+    key_server.document = {"keys": [public(EC, "e")]}
+    with pytest.raises(InvalidToken, match="does not have key"):
+        await authenticate(by(ED, "x", **overage), jwks=url(key_server))
+
+
+async def test_the_name_of_an_algorithm_by_rfc_9864(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [public(ED, "d", alg="Ed25519")]}))
+    authenticator = Authenticator(jwks=str(tmp_path / "keys.json"))
+    head = base64.urlsafe_b64encode(b'{"alg":"Ed25519","kid":"d"}').rstrip(b"=")
+    payload = base64.urlsafe_b64encode(json.dumps(CLAIMS).encode()).rstrip(b"=")
+    tail = base64.urlsafe_b64encode(ED.sign(head + b"." + payload)).rstrip(b"=")
+    assert (await authenticator.authenticate(b".".join([head, payload, tail]).decode(), NOW)).user == "42"
 
 
 @pytest.mark.parametrize(
     "bad", [{"kty": "RSA", "kid": "x"}, {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"}, None, "x", {"kty": "OKP"},
-            {"kty": "OKP", "crv": "Ed25519", "x": "AA"}]
+            {"kty": "OKP", "crv": "Ed25519", "x": "AA"}, {"kty": "AKP", "alg": "ML-DSA-65"}, {"kty": ["EC"]}, [], 7,
+            {"kty": "EC", "crv": "P-256K", "x": "AA", "y": "AA"}, {"kty": "OKP", "crv": "X25519", "x": "AA"},
+            {**public(RSA, "d"), "use": "enc"}, {**public(RSA, "d"), "alg": "RSA-OAEP"},
+            {**public(RSA, "d"), "key_ops": ["encrypt"]}, {**public(RSA, "d"), "use": ["sig"]}]
 )  # fmt: skip
 async def test_a_bad_key_beside_a_good_one_is_passed_over(tmp_path: Path, bad: Any) -> None:
     good = public(ED, "d")
@@ -261,3 +530,21 @@ async def test_a_key_set_in_a_file(tmp_path: Path) -> None:
     file.write_text(json.dumps({"keys": [public(ED, "d")]}))
     await authenticator.start()
     assert (await authenticator.authenticate(signed(key=ED, algorithm="EdDSA", kid="d"), NOW)).user == "42"
+
+
+async def test_a_private_key_in_a_set_verifies_by_its_public_half(tmp_path: Path) -> None:
+    private = json.loads(jwt.get_algorithm_by_name("RS256").to_jwk(RSA))
+    assert "d" in private
+    nulls = {"use": None, "alg": None, "key_ops": None}
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [{**private, **nulls, "kid": "r"}]}))
+    assert (await authenticate(by(RSA, "r"), jwks=str(tmp_path / "keys.json"))).user == "42"
+
+
+async def test_user_and_groups_by_other_claims() -> None:
+    options: dict[str, Any] = {"user_claim": "email", "groups_claim": "realm_access.roles"}
+    token = signed(email="a@b.example", realm_access={"roles": ["ops"]}, sub=...)
+    subscriber = await authenticate(token, **options)
+    assert (subscriber.user, subscriber.groups) == ("a@b.example", ("ops",))
+    minted = mint(SECRET, user="a@b", groups=("dev",), ttl_seconds=60, now=NOW, **options)
+    subscriber = await authenticate(minted, **options)
+    assert (subscriber.user, subscriber.groups) == ("a@b", ("dev",))
