@@ -231,4 +231,28 @@ ZOO = [
         "whoever ends reading the log closes the connection for all who read it",
         "tests/property/test_deliveries.py",
     ),
+    Mutant(
+        "an-older-reading-decides",
+        "bridge/keys.py",
+        "            self._needs[token.digest] = self._begun + 1\n",
+        "            self._needs[token.digest] = self._begun\n",
+        "a page with a new key gets 401 for good, from a key set whose reading began before the key was shown",
+        "tests/unit/test_auth.py",
+    ),
+    Mutant(
+        "strangers-have-no-budget",
+        "bridge/keys.py",
+        "        if self._left < 1:\n",
+        "        if self._left < -1e9:\n",
+        "anybody has the bridge flood the identity provider",
+        "tests/unit/test_auth.py",
+    ),
+    Mutant(
+        "claims-are-read-last",
+        "bridge/auth.py",
+        "                    self._reader.read(token.claims, now)\n                unverified",
+        "                    pass\n                unverified",
+        "tokens of other issuers have the key set read, and use up the budget",
+        "tests/unit/test_auth.py",
+    ),
 ]

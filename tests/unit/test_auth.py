@@ -1,5 +1,6 @@
 """Which tokens are good. Keys are made here; the key set is served by a real HTTP server on loopback."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -29,6 +30,7 @@ from bridge.auth import (
     mint,
 )
 from bridge.keys import FETCH_BURST, FETCH_EVERY_SECONDS, REFRESH_SECONDS, VERDICT_SECONDS
+from tests.patience import PATIENCE
 
 SECRET = "0123456789abcdef0123456789abcdef"
 NOW = 1_800_000_000.0
@@ -141,6 +143,8 @@ class KeyServer(ThreadingHTTPServer):
         self.answers = threading.Event()
         """While it is clear, requests wait for their answer."""
         self.answers.set()
+        self.asked = threading.Event()
+        """Set once a request has come and its answer is settled."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -148,6 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         assert isinstance(self.server, KeyServer)
         self.server.hits += 1
         document = self.server.document
+        self.server.asked.set()
         self.server.answers.wait()
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
         self.send_response(self.server.status)
@@ -162,8 +167,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine must not turn a good answer into a slow one."""
-    monkeypatch.setattr(keys, "WAIT_SECONDS", 60)
-    monkeypatch.setattr(keys, "FETCH_SECONDS", 60)
+    monkeypatch.setattr(keys, "WAIT_SECONDS", PATIENCE)
+    monkeypatch.setattr(keys, "FETCH_SECONDS", PATIENCE)
 
 
 @pytest.fixture
@@ -427,9 +432,28 @@ async def test_a_slow_endpoint_delays_nobody_whose_key_is_known(
     monkeypatch.setattr(keys, "WAIT_SECONDS", 0.01)
     with pytest.raises(KeysUnavailable, match="has not answered yet"):
         await authenticator.authenticate(by(ED, "new"), NOW + REFRESH_SECONDS + 1)
-    monkeypatch.setattr(keys, "WAIT_SECONDS", 60)
+    monkeypatch.setattr(keys, "WAIT_SECONDS", PATIENCE)
     key_server.answers.set()
     assert (await authenticator.authenticate(by(ED, "new"), NOW + REFRESH_SECONDS + 2)).user == "42"
+
+
+async def test_a_reading_that_began_before_the_token_came_does_not_refuse_it(key_server: KeyServer) -> None:
+    key_server.document = {"keys": [public(EC, "old")]}
+    authenticator = Authenticator(jwks=url(key_server))
+    await authenticator.start()
+    key_server.answers.clear()
+    key_server.asked.clear()
+    stranger = asyncio.create_task(authenticator.authenticate(by(RSA, "x"), NOW))
+    await asyncio.to_thread(key_server.asked.wait)
+    # The answer under way has the old keys; the issuer shows the new one now, and signs with it.
+    key_server.document = {"keys": [public(ED, "new")]}
+    page = asyncio.create_task(authenticator.authenticate(by(ED, "new"), NOW))
+    await asyncio.sleep(0)  # It runs until it waits for the reading.
+    key_server.answers.set()
+    with pytest.raises(InvalidToken):
+        await stranger
+    assert (await page).user == "42"
+    assert key_server.hits == 3
 
 
 async def test_a_clock_that_is_set_back_neither_ages_nor_keeps_a_set(key_server: KeyServer) -> None:
