@@ -126,8 +126,8 @@ def create_app(
         tracing: makes spans of deliveries; None where nobody wants them.
     """
     app = _bare_app("bridge")
-    not_judged = _RareLine("token not judged")
-    no_groups = _RareLine("groups not in the token")
+    not_judged = RareLine("token not judged")
+    no_groups = RareLine("groups not in the token")
     streams = Streams(hub, metrics, turn, stall_seconds=settings.stall_seconds, tracing=tracing)
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
@@ -292,8 +292,8 @@ def _bare_app(name: str) -> Quart:
 
     @app.before_request
     async def refuse_http_2() -> Response | None:
-        # Hypercorn takes it without being asked (`Upgrade: h2c`, or the preface), and its HTTP/2 has no back-pressure:
-        # one client that reads nothing would have us keep everything for it.
+        # Hypercorn speaks HTTP/2 to a client that begins with its preface, and has no back-pressure there: one client
+        # that reads nothing would have the bridge keep everything for it. 505 is RFC 9110, section 15.6.6.
         if request.http_version not in ("1.0", "1.1"):
             return _problem(
                 505, "http-version", "this port speaks HTTP/1.1; HTTP/2 belongs to the proxy in front of it"
@@ -350,16 +350,17 @@ async def _hand_over(scope: Any, streams: Streams, wish: StreamRequest) -> Async
         streams.open(transport, wish, chunked=scope["http_version"] == "1.1")
 
 
-class _RareLine:
+class RareLine:
     """One log line, at most once in `REPEATED_LINE_SECONDS`, with the number of those left out before it."""
 
-    def __init__(self, event: str) -> None:
+    def __init__(self, event: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._event = event
+        self._clock = clock
         self._due = float("-inf")
         self._left_out = 0
 
     def log(self, error: str) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if now < self._due:
             self._left_out += 1
             return

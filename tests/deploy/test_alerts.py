@@ -58,7 +58,7 @@ LABELS: dict[tuple[str, str], set[str]] = {
     ("bridge_replays_total", "outcome"): set(REPLAY_OUTCOMES),
     ("bridge_requests_refused_total", "code"): {
         code
-        for name in ("auth", "web")
+        for name in ("claims", "web")
         for code in re.findall(
             r'\bcode = "([a-z-]+)"|Problem\(\s*\d+,\s*"([a-z-]+)"', (ROOT / f"bridge/{name}.py").read_text()
         )
@@ -173,7 +173,7 @@ def test_log_lines_that_the_runbook_names_are_written_by_the_program() -> None:
     text = (ROOT / "docs/operations.md").read_text()
     runbook = text[text.index("\n## Alerts\n") :].partition("\n## The dashboard\n")[0]
     source = "".join(path.read_text() for path in (ROOT / "bridge").glob("*.py"))
-    written = set(re.findall(r'_log\.\w+\(\s*"([^"]+)"', source))
+    written = set(re.findall(r'(?:_log\.\w+|RareLine)\(\s*"([^"]+)"', source))
     named = set(re.findall(r"logs? (?:says? )?`([a-z][^`]*)`", runbook))
     named |= set(re.findall(r"`([a-z]+(?: [a-z]+)+)`", runbook))
     commands = {text for text in named if text.startswith(("bridge ", "kubectl "))}

@@ -33,6 +33,7 @@ def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None
     assert loaded.addresses == ("amqp://guest:guest@127.0.0.1:5672/",)
     assert (loaded.exchange, loaded.quarantine, loaded.schemas) == ("events", "events.invalid", "schemas")
     assert (loaded.bind, loaded.internal_bind) == ("127.0.0.1:8080", "127.0.0.1:9090")
+    assert (loaded.jwt_user_claim, loaded.jwt_groups_claim) == ("sub", "groups")
     assert (loaded.cookie, loaded.query_token, loaded.allowed_origins) == ("bridge_token", False, ())
     assert (loaded.heartbeat_seconds, loaded.retry_seconds, loaded.max_age_seconds) == (15, 3, 3600)
     assert (loaded.drain_seconds, loaded.stall_seconds, loaded.broker_grace_seconds) == (10, 30, 30)
@@ -82,6 +83,19 @@ def test_origins_are_origins(monkeypatch: pytest.MonkeyPatch, origin: str) -> No
 def test_origins_are_split_and_compared_without_case(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, JWT_SECRET=SECRET, ALLOWED_ORIGINS="https://App.example, http://localhost:3000,")
     assert load(Settings).allowed_origins == ("https://app.example", "http://localhost:3000")
+
+
+def test_a_port_that_a_scheme_implies_is_no_part_of_an_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, JWT_SECRET=SECRET, ALLOWED_ORIGINS="https://a.example:443,http://b:80,http://c:443")
+    assert load(Settings).allowed_origins == ("https://a.example", "http://b", "http://c:443")
+
+
+def test_other_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, JWT_SECRET=SECRET, JWT_USER_CLAIM="https://a.example/id", JWT_GROUPS_CLAIM="")
+    loaded = load(Settings)
+    assert (loaded.jwt_user_claim, loaded.jwt_groups_claim) == ("https://a.example/id", "")
+    set_all(monkeypatch, JWT_USER_CLAIM="")
+    assert faults()[0].startswith("BRIDGE_JWT_USER_CLAIM: ")
 
 
 def test_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
