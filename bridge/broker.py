@@ -84,6 +84,7 @@ class Subscription:
         "on_bound",
         "on_delivery",
         "on_lost",
+        "queue",
         "wanted",
     )
 
@@ -107,6 +108,8 @@ class Subscription:
         self.wanted = True
         self.consumed = False
         self.bound = False
+        self.queue = ""
+        """The name of its live queue, while it has one."""
         self.lane: _Lane | None = None
 
     def close(self) -> None:
@@ -160,6 +163,11 @@ class Broker:
     @property
     def connected(self) -> bool:
         return self.down_since is None
+
+    @property
+    def shared_queue(self) -> str | None:
+        """The name of the shared queue, while it is consumed."""
+        return self._link.shared.queue if self._link is not None and self._link.shared.consuming else None
 
     def subscribe(
         self,
@@ -498,6 +506,7 @@ class _Lane:
             asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._commands.put_nowait, subscription)
             return
         tag = b"%d" % subscription.number
+        subscription.queue = queue
         # Known before it is consumed: the first delivery may come with the same packet as the answer.
         self._subscriptions[tag] = subscription
         try:
@@ -538,6 +547,7 @@ class _Shared:
         self._bound: set[str] = set()
         self.consuming = False
         self.has_consumed = False
+        self.queue = ""
         self._failure: BrokerError | None = None
 
     def note_groups(self, groups: Sequence[str]) -> None:
@@ -589,6 +599,7 @@ class _Shared:
                 await setup.queue_declare(queue, exclusive=True, auto_delete=True)
                 await self._bind_everyone(setup, queue)
                 await consumer.consume(queue, "shared")
+                self.queue = queue
                 self.consuming = self.has_consumed = True
                 self._broker.note_up(self._link)
                 self._link.check_waiting(None)

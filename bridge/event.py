@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from bridge import sse
-from bridge.cursor import digest
+from bridge.cursor import digest, value
 from bridge.routing import check_type, is_key_of, split_key
 
 MAX_EVENT_BYTES = 65_536
@@ -143,13 +143,15 @@ class Event:
         text: the CloudEvent as one line of JSON, UTF-8.
     """
 
-    __slots__ = ("_unnamed_at", "digest", "id", "named", "type")
+    __slots__ = ("_unnamed_at", "digest", "id", "named", "type", "value")
 
     def __init__(self, *, id: str, type: str, text: bytes) -> None:
         self.id = id
         self.type = type
         self.digest = digest(id.encode("ascii"))
         """Of the id: how a cursor names an event that was sent."""
+        self.value = value(id.encode("ascii"))
+        """Of the id: what a cursor adds up of events that it does not name."""
         line = sse.encode_type(type)
         self.named = line + sse.encode_data(text)
         """The frame after its `id:` line, with an `event:` line."""

@@ -158,6 +158,7 @@ class EventLog:
         self._expected = 0
         self._looks_again = False
         self._passes: dict[asyncio.Task[None], _Pass] = {}
+        self._fences: set[asyncio.Task[None]] = set()
         self.passes = 0
         """Passes begun since the start."""
         self.entries_read = 0
@@ -166,6 +167,19 @@ class EventLog:
         """Asks for an entry that is written after this call; many who ask at once share one."""
         self._tick_waiters.append((ticked, time.monotonic()))
         self._tick_wanted.set()
+
+    def fence(self, queue: str, body: bytes) -> None:
+        """Puts a message into a queue of the bridge's own, behind all that it holds. If it does not get there, nothing
+        comes back, and nothing is proven by it."""
+        task = asyncio.create_task(self._fence(queue, body), name="fence")
+        self._fences.add(task)
+        task.add_done_callback(self._fences.discard)
+
+    async def _fence(self, queue: str, body: bytes) -> None:
+        with contextlib.suppress(BrokerError):
+            await self._sender.send(
+                body, exchange="", routing_key=queue, properties=Basic.Properties(), timeout=TICK_SECONDS
+            )
 
     def replay(self, replay: Replay, prefixes: Sequence[str], reader: Reader, *, since: float) -> Request:
         """Asks for the entries of a replay whose routing keys begin with one of the prefixes (`user.42.`, `all.`).
@@ -197,9 +211,9 @@ class EventLog:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in (*tasks, *self._passes):
+            for task in (*tasks, *self._passes, *self._fences):
                 task.cancel()
-            await asyncio.gather(*tasks, *self._passes, return_exceptions=True)
+            await asyncio.gather(*tasks, *self._passes, *self._fences, return_exceptions=True)
             await self._sender.close()
             if self._connection is not None:
                 await amqp.close(self._connection)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import random
+import secrets
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -45,17 +47,14 @@ BROKER_MOMENT_SECONDS = 3.0
 """So long a new stream waits for a broker that is away; a restart of a node's listener takes less."""
 
 
-ANCHOR_SECONDS = 10.0
+WATERMARK_SECONDS = 10.0
+"""So often the bridge writes an entry to the log that may become the anchor of open streams."""
 
-ARRIVAL_SECONDS = (5.0, 13.0)
-"""So long after an entry was written to the log all that stands before it has surely come live. Twice: a stream takes
-it when few of its last events may stand on either side of it. At two events a second or fewer these are few at once; at
-more, the last twenty are all from behind it thirteen seconds later."""
+WATERMARKS_KEPT = 3
+"""Watermarks that a stream can still need: the newest, the one before, which it proves, and one that is late."""
 
-ANCHORS_KEPT = 2 * len(ARRIVAL_SECONDS)
-"""Offers that a stream can still need: of the newest anchor, and of the one before in case it cannot take the newest.
-Who got nothing for longer than that can: nothing of what it got stands behind it."""
-
+MANY_BEHIND = 8
+"""A stream that was sent as many events behind its anchor asks for a newer one. Sixteen can be named in a cursor."""
 
 COPIES_SECONDS = 10.0
 """So often the log names a message that came to somebody whom its key does not name."""
@@ -111,14 +110,15 @@ class Connection:
     """One open stream: its session, its wish at the broker, its deadlines."""
 
     __slots__ = (
-        "_anchors_seen",
         "_epoch",
         "_expected",
+        "_fenced",
         "_hub",
         "_paused_at",
         "_prefix",
         "_request",
         "_waits_since",
+        "_watermarks_seen",
         "opened_at",
         "pace",
         "ready_at",
@@ -144,35 +144,66 @@ class Connection:
         self._request: Request | None = None
         self._paused_at: int | None = None
         self._expected = False
-        self._anchors_seen = hub.anchors_offered
+        self._watermarks_seen = hub.watermarks
+        self._fenced = 0
+        """The newest watermark for which a fence was put into its queue."""
         self._prefix = Audience.user(request.subscriber.user).prefix
 
     # Called by the broker's side.
 
     def on_delivery(self, routing_key: str, body: bytes) -> None:
         if not f"{routing_key}.".startswith(self._prefix):
-            self._hub.note_copy(routing_key)
+            if routing_key == self.subscription.queue:
+                self._on_fence(body)
+            else:
+                self._hub.note_copy(routing_key)
             return
         event = self._hub.read(routing_key, body, via=self.subscription.number, only=self._hub.is_only(self))
         if event is not None:
             self.offer(event, _now_ms())
 
-    def offer(self, event: Event, now_ms: int) -> None:
-        self._take_anchors()
-        self.session.offer(event, now_ms)
+    def offer(self, event: Event, now_ms: int, *, shared: bool = False) -> None:
+        if self._watermarks_seen != self._hub.watermarks:
+            self._take_watermarks()
+        self.session.offer(event, now_ms, shared=shared)
         self.ring()
 
-    def _take_anchors(self) -> None:
-        """Those that were offered to all streams since something last happened to this one.
+    def _take_watermarks(self) -> None:
+        """Those that were written since something last happened to this stream.
 
-        Before the next thing happens is as good as when they were offered. To go through ten thousand streams for it
+        Before the next thing happens is as good as when they were written. To go through ten thousand streams for it
         was a sixth of the process's time, most of it to get into the processor's cache what is there now anyway.
         """
         hub = self._hub
-        if self._anchors_seen != hub.anchors_offered:
-            for anchor, written_ms in hub.anchors_since(self._anchors_seen):
-                self.session.anchor(anchor, written_ms)
-            self._anchors_seen = hub.anchors_offered
+        for anchor, seen_ms in hub.watermarks_since(self._watermarks_seen):
+            self.session.watermark(anchor, seen_ms)
+        self._watermarks_seen = hub.watermarks
+        if self.session.sent_behind_anchor >= MANY_BEHIND:
+            self.ask_for_proof()
+
+    def _skip_watermarks(self) -> None:
+        """Going live, a stream is sent what was held: it cannot tell on which side of a watermark of before that is."""
+        self._watermarks_seen = self._hub.watermarks
+
+    def ask_for_proof(self) -> None:
+        """Puts a fence into the stream's own queue, behind everything that the newest watermark is sure to follow.
+
+        When it comes back, all that stands in the log before the watermark before that one has come by this queue.
+        """
+        hub, queue = self._hub, self.subscription.queue
+        if hub.log is not None and queue and self.subscription.bound and self._fenced < hub.watermarks - 1:
+            self._fenced = hub.watermarks - 1
+            hub.log.fence(queue, hub.fence(self._fenced))
+
+    def _on_fence(self, body: bytes) -> None:
+        number = self._hub.read_fence(body)
+        if number is None:
+            return
+        self._take_watermarks()
+        # The shared queue brings its own, with each watermark.
+        anchor = self._hub.watermark(min(number, self._hub.shared_fence))
+        if anchor is not None:
+            self.session.prove(anchor)
 
     def on_bound(self) -> None:
         log = self._hub.log
@@ -184,7 +215,6 @@ class Connection:
             log.tick(partial(self._on_tick, self._epoch))
 
     def on_lost(self) -> None:
-        self._take_anchors()
         self.forget()
         self._waits_since = time.monotonic()
         self.session.lost()
@@ -210,6 +240,7 @@ class Connection:
     def _on_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
         if epoch == self._epoch:
             self._hub.note(self, self.session.bound(_now_ms(), anchor))
+            self._skip_watermarks()
             self._read_log()
             self.expect(False)
             self.ring()
@@ -252,7 +283,7 @@ class Connection:
         event = self._hub.read_logged(routing_key, body)
         if event is None or not self.session.types.matches(event.type):
             return True
-        taken = self.session.replayed(Entry(offset, check, event))
+        taken = self.session.replayed(Entry(offset, check, event, _is_shared(routing_key)))
         if not taken:
             self._request = None
             self._paused_at = offset
@@ -261,10 +292,8 @@ class Connection:
 
     def caught_up(self) -> None:
         log = self._hub.log
-        place_lost = self.session.is_seeking
         is_live = self.session.caught_up(_now_ms())
-        if is_live and place_lost:
-            self._hub.note(self, "unknown")
+        self._skip_watermarks()
         if not is_live and log is not None:
             # What came live meanwhile was too much to hold. It stands in the log, behind the tick.
             if self._request is not None:
@@ -276,13 +305,13 @@ class Connection:
     def settle(self, routing_key: str, body: bytes) -> None:
         event = self._hub.read_logged(routing_key, body)
         if event is not None and self.session.types.matches(event.type):
-            self._take_anchors()
-            self.session.settle(event, _now_ms())
+            self._take_watermarks()
+            self.session.settle(event, _now_ms(), shared=_is_shared(routing_key))
             self.ring()
 
     def settled(self) -> None:
         self._request = None
-        self._take_anchors()
+        self._take_watermarks()
         self.session.settled()
         self.ring()
 
@@ -301,9 +330,10 @@ class Connection:
             if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
                 session.end("busy", pacing.busy_retry_ms(random.random()))
         elif pace.position_due(now):
-            self._take_anchors()
             session.place(_now_ms())
             pace.moved(now)
+            self._take_watermarks()
+            self.ask_for_proof()
             if not session.has_output and pace.heartbeat_due(now):
                 session.beat()
         elif pace.heartbeat_due(now):
@@ -372,10 +402,12 @@ class Hub:
         self._cache: OrderedDict[tuple[str, bytes], Event] = OrderedDict()
         self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
         self._cache_bytes = 0
-        self.anchors_offered = 0
-        """To every stream, since the start."""
-        self._offered: deque[tuple[Anchor, int]] = deque(maxlen=ANCHORS_KEPT)
-        self._anchors = self._newest_anchor = 0
+        self.watermarks = 0
+        """Written to the log for the open streams, since the start."""
+        self._watermarks: deque[tuple[Anchor, int]] = deque(maxlen=WATERMARKS_KEPT)
+        self.shared_fence = 0
+        """The newest watermark before which all has come by the shared queue."""
+        self._fence_secret = secrets.token_hex(8)
         self._told_of_copies_at = -COPIES_SECONDS
         self._empty = asyncio.Event()
         self._empty.set()
@@ -475,35 +507,52 @@ class Hub:
             self._metrics.streams_opened.inc()
             self._metrics.attach_seconds.observe(connection.ready_at - connection.opened_at)
 
-    async def anchor_for_ever(self) -> None:
-        """Moves the cursors of open streams forward, so that who comes back has little of the log to read."""
+    async def watermark_for_ever(self) -> None:
+        """Moves the cursors of open streams forward, so that a client that comes back has little of the log to read."""
         while self.log is not None:
-            await asyncio.sleep(ANCHOR_SECONDS)
+            await asyncio.sleep(WATERMARK_SECONDS)
             if self._connections:
-                self.log.tick(self._on_anchor)
+                self.log.tick(self._on_watermark)
 
-    def _on_anchor(self, anchor: Anchor | None, written_ms: int) -> None:
+    def _on_watermark(self, anchor: Anchor | None, _: int) -> None:
         self._metrics.log_answers.set(anchor is not None)
-        if anchor is not None:
-            self._anchors += 1
-            for seconds in ARRIVAL_SECONDS:
-                asyncio.get_running_loop().call_later(seconds, self._offer, self._anchors, anchor, written_ms)
+        if anchor is None or self.log is None:
+            return
+        self._watermarks.append((anchor, _now_ms()))
+        self.watermarks += 1
+        # An event stands in the log and in the queues a moment apart. So a fence proves the watermark before the one
+        # that it follows: RabbitMQ has answered since then, and has had ten seconds for what was on its way.
+        if self.watermarks > 1 and (queue := self.broker.shared_queue) is not None:
+            self.log.fence(queue, self.fence(self.watermarks - 1))
 
-    def _offer(self, number: int, anchor: Anchor, written_ms: int) -> None:
-        if number < self._newest_anchor:
-            return  # One that was answered late is offered again when its successor already has been.
-        self._newest_anchor = number
-        self._offered.append((anchor, written_ms))
-        self.anchors_offered += 1
+    def watermarks_since(self, seen: int) -> list[tuple[Anchor, int]]:
+        """Each with when it was seen, in ms. `seen`: what `watermarks` was when a stream last asked."""
+        count = self.watermarks - seen
+        return list(self._watermarks)[-count:] if count else []
 
-    def anchors_since(self, seen: int) -> list[tuple[Anchor, int]]:
-        """Each with when it was written, in ms. `seen`: what `anchors_offered` was when a stream last asked."""
-        return list(self._offered)[-(self.anchors_offered - seen) :]
+    def watermark(self, number: int) -> Anchor | None:
+        """The number-th of all, counted from 1, while it is kept."""
+        at = len(self._watermarks) - 1 - (self.watermarks - number)
+        return self._watermarks[at][0] if number > 0 and 0 <= at < len(self._watermarks) else None
+
+    def fence(self, number: int) -> bytes:
+        """A message that goes through a queue of ours, to see what it comes behind. Nobody else can make one."""
+        return f"{self._fence_secret}:{number}".encode("ascii")
+
+    def read_fence(self, body: bytes) -> int | None:
+        secret, _, number = body.partition(b":")
+        if not hmac.compare_digest(secret, self._fence_secret.encode("ascii")) or not number.isdigit():
+            return None
+        return int(number)
 
     # From the broker's side.
 
     def on_shared(self, routing_key: str, body: bytes) -> None:
         """A message of the shared queue: to everybody, or to the members of one group."""
+        if routing_key.startswith("bridge."):
+            if (number := self.read_fence(body)) is not None:
+                self.shared_fence = max(self.shared_fence, number)
+            return
         event = self.read(routing_key, body, via=0)
         if event is None:
             return
@@ -515,7 +564,7 @@ class Hub:
         for connection in self._members(audience):
             # The live queue's bindings carry the types; this queue serves all, so each one's filter is applied here.
             if connection.session.types.matches(event.type):
-                connection.offer(event, now_ms)
+                connection.offer(event, now_ms, shared=True)
 
     def _members(self, audience: Audience) -> list[Connection]:
         if audience.kind == "all":
@@ -620,6 +669,11 @@ class Hub:
     def _say_goodbye(connection: Connection, retry_ms: int) -> None:
         connection.session.end("drain", retry_ms)
         connection.ring()
+
+
+def _is_shared(routing_key: str) -> bool:
+    """Whether the shared queue brings it, and not one of a user's own."""
+    return not routing_key.startswith("user.")
 
 
 def _now_ms() -> int:

@@ -3,7 +3,7 @@
 Pure: no clock, no I/O, no idea of RabbitMQ or HTTP. The state of a connection is here and nowhere else. Its shell (the
 hub on one side, the stream on the other) does the waiting and calls in:
 
-    offer(event)      the broker delivered an event for this connection
+    offer(event)      the broker delivered an event for this connection, by its own queue or by the shared one
     bound(tick)       its queues are bound; `tick` is an entry of the log written after that
     lost()            its queues are gone (broker, network, an operator); `bound` follows when they are there again
     found, not_found  the log has, or has not, the entry from which `replay` wants to be read
@@ -11,6 +11,8 @@ hub on one side, the stream on the other) does the waiting and calls in:
     caught_up()       the log has been read to the tick
     settle(event)     an entry from just behind the tick, in case the live queue missed it
     settled()         no more of these
+    watermark(anchor) the bridge has just written this entry to the log
+    prove(anchor)     all that stands before that entry has come by both queues
     beat, place       the deadlines of `pacing` came up
     end(reason)       it is over; what may still be said is said
     take()            the bytes to write now, empty when there is nothing to say
@@ -26,14 +28,25 @@ counts as arrived, and everything that ends a stream leaves the client a place t
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from itertools import compress, islice
 from typing import NamedTuple
 
 from bridge import sse
-from bridge.cursor import DIGEST_CHARS, MAX_DIGESTS, Anchor, Cursor, InvalidCursor, encode, split
+from bridge.cursor import (
+    DIGEST_CHARS,
+    MAX_DIGESTS,
+    NONE,
+    VALUE_MASK,
+    Anchor,
+    BySource,
+    Cursor,
+    InvalidCursor,
+    Unnamed,
+    encode,
+    encode_unnamed,
+    split,
+)
 from bridge.event import Event
 from bridge.routing import TypeFilter
 from bridge.sse import EndReason, GapReason
@@ -51,20 +64,22 @@ CHUNK_BYTES = 65_536
 they are counted, and not in a socket's buffer, where they are not."""
 
 OVERLAP_MS = 1_000
-"""An event may reach its live queue so much earlier than the log: what came in this long before an anchor was written
-may stand behind it, and stays among the digests."""
+"""An event may reach its live queue so much earlier than the log: what came in this long before a watermark was written
+may stand behind it, and stays among the names. If it came earlier still, it is sent again; nothing is lost."""
 
-SEEK_MATCHES = 5
-"""Where a cursor could not name all that was sent behind its anchor, everything before the fifth of those named is
-taken as sent. So events that crossed are told apart on both sides: a sent one may stand up to four behind, an unsent
-one up to CROSSING before where live order would have it."""
+NEAR_MS = 50
+"""An event that came so near to a watermark may stand on either side of it. A stream that cannot name all that followed
+would rather take the next one."""
 
-CROSSING = 10
-"""So many of a client's events may overtake another on their way to it, against the order of the log."""
+PATIENCE = 3
+"""So many watermarks in a row are left out for that reason. A busy stream always has events near one."""
 
-LAG_MS = 2_000
-"""An event may reach its live queue so much later than the log: what came in this long after an anchor was written
-surely stands behind it."""
+RECALL_EVENTS = 5_000
+"""Most entries that are kept back while it is found out which of them a client was sent. Of a client that was sent more
+behind its anchor than this, or more bytes than its backlog may hold, all but the named ones are sent again."""
+
+MAX_WATERMARKS = 4
+"""Watermarks that may wait for their proof. The next but one proves it, so a fifth means that no proof comes."""
 
 
 class State(Enum):
@@ -94,121 +109,294 @@ class Entry:
     offset: int
     check: str
     event: Event
+    shared: bool = False
+    """Whether its audience is one of the shared queue's: a group, or everybody."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Mark:
-    """A place in the backlog from which the client's anchor may be this one, written at `written_ms`."""
+class _Reset:
+    """A place in the backlog from which the anchor is this one, and nothing behind it has been sent."""
 
     anchor: Anchor | None
-    written_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Watermark:
+    """A place in the backlog at which this entry had just been written to the log."""
+
+    anchor: Anchor
+    seen_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """A place in the backlog at which all that stands before this entry has come."""
+
+    anchor: Anchor
 
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
     """A place in the backlog at which the log's reading passed an event that had been sent."""
 
-    digest: str
+    event: Event
+    shared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Forget:
+    """A place in the backlog from which events of one queue are sent again: not all that were sent are known."""
+
+    shared: bool
 
 
 class _Live(NamedTuple):
     event: Event
     received_ms: int
+    shared: bool
 
 
-_Item = Entry | _Live | _Mark | _Passed | bytes
+_Item = Entry | _Live | _Reset | _Watermark | _Proof | _Passed | _Forget | bytes
+
+_SILENT = _Reset | _Watermark | _Proof | _Passed | _Forget
+
+
+class _Sent(NamedTuple):
+    """A named event. `counted`: it was sent behind the anchor, and is added up when its name falls out."""
+
+    received_ms: int
+    shared: bool
+    value: int
+    counted: bool
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A watermark that waits for its proof: what had been sent by then, by queue, and what was sent around it."""
+
+    anchor: Anchor
+    seen_ms: int
+    sent: int
+    counts: tuple[int, int]
+    totals: tuple[int, int]
+    before_ms: int
+    after_ms: int | None = None
 
 
 class _Place:
     """Where a client is: the anchor, and what was sent of the entries behind it."""
 
-    __slots__ = ("_digests", "_received_ms", "anchor", "passed", "truncated")
+    __slots__ = ("_before_ms", "_counts", "_digests", "_left_out", "_named", "_pending", "_sent", "_totals", "_unnamed",
+                 "anchor", "passed")  # fmt: skip
 
-    def __init__(self, anchor: Anchor | None, sent: Iterable[tuple[str, int]] = (), truncated: bool = False) -> None:
+    def __init__(self, anchor: Anchor | None, cursor: Cursor | None = None, now_ms: int = 0) -> None:
         self.anchor = anchor
-        self.truncated = truncated
-        # What was sent from behind the anchor, oldest first, and when it was received. Side by side, and the names as
-        # one text, because they are told with every event, and the times are looked at every ten seconds.
+        # What was sent from behind the anchor and is named, oldest first. Side by side, and the names as one text,
+        # because they are told with every event.
         self._digests = ""
-        self._received_ms: deque[int] = deque(maxlen=MAX_DIGESTS)
-        self._name(sent)
+        self._named: deque[_Sent] = deque(maxlen=MAX_DIGESTS)
+        # And what is not named, by queue: how many and their sum, and whether it is unknown which.
+        self._unnamed: list[Unnamed | None] = [NONE, NONE]
+        # All that was ever sent live, by queue, to know what was sent between two moments.
+        self._sent = 0
+        self._counts = [0, 0]
+        self._totals = [0, 0]
+        self._before_ms = 0
+        self._pending: deque[_Pending] = deque(maxlen=MAX_WATERMARKS)
+        self._left_out = 0
         self.passed: deque[str] = deque(maxlen=MAX_DIGESTS)
         """What was sent from the log, up to the anchor: a publisher's retry may stand behind it once more."""
-
-    def _name(self, sent: Iterable[tuple[str, int]]) -> None:
-        pairs = list(sent)
-        self._digests = "".join([digest for digest, _ in pairs])
-        self._received_ms.clear()
-        self._received_ms.extend([received_ms for _, received_ms in pairs])
-
-    def _sent(self) -> list[tuple[str, int]]:
-        return list(zip(split(self._digests), self._received_ms, strict=True))
+        if cursor is not None:
+            # The queues that brought these are not known, and need not be: they are only ever met by name.
+            for digest in cursor.digests[-MAX_DIGESTS:]:
+                self._digests += digest
+                self._named.append(_Sent(now_ms, False, 0, False))
+            self._unnamed = list(cursor.unnamed)
+            self.passed.extend(cursor.passed)
 
     def copy(self) -> _Place:
-        place = _Place(self.anchor, self._sent(), self.truncated)
+        place = _Place(self.anchor)
+        place._digests = self._digests
+        place._named.extend(self._named)
+        place._unnamed = self._unnamed.copy()
+        place._sent = self._sent
+        place._counts = self._counts.copy()
+        place._totals = self._totals.copy()
+        place._before_ms = self._before_ms
+        place._pending.extend(replace(each) for each in self._pending)
+        place._left_out = self._left_out
         place.passed.extend(self.passed)
         return place
 
     def move(self, item: _Item) -> None:
         """Past an item of the backlog."""
         if isinstance(item, _Live):
-            if len(self._digests) == MAX_DIGESTS * DIGEST_CHARS:
-                self.truncated = True
-                self._digests = self._digests[DIGEST_CHARS:]
-            self._digests += item.event.digest
-            self._received_ms.append(item.received_ms)
+            self._send(item)
         elif isinstance(item, Entry):
-            # Everything up to here has been sent. What was sent live from further behind stays named; what fell out
-            # of the named stands before the oldest of them, and that is before this entry.
+            # Everything up to here has been sent. What was sent live from further behind stays as it is.
             self.anchor = Anchor(item.offset, item.check)
-            self.truncated = False
             self.passed.append(item.event.digest)
         elif isinstance(item, _Passed):
-            self._name([pair for pair in self._sent() if pair[0] != item.digest])
-            self.passed.append(item.digest)
-        elif isinstance(item, _Mark):
-            self._adopt(item)
-
-    def _adopt(self, mark: _Mark) -> None:
-        since_ms = mark.written_ms - OVERLAP_MS
-        received = self._received_ms
-        if not received or max(received) < since_ms:
-            # Nothing that was sent stands behind it, as with most of ten thousand streams.
-            self.truncated = False
-            self.anchor = mark.anchor
+            self._pass(item)
+        elif isinstance(item, _Watermark):
+            self._pending.append(
+                _Pending(
+                    item.anchor,
+                    item.seen_ms,
+                    self._sent,
+                    (self._counts[0], self._counts[1]),
+                    (self._totals[0], self._totals[1]),
+                    self._before_ms,
+                )
+            )
+        elif isinstance(item, _Proof):
+            self._adopt(item.anchor)
+        elif isinstance(item, _Forget):
+            self._unnamed[item.shared] = NONE
+        elif isinstance(item, _Reset):
+            self.anchor = item.anchor
             self._digests = ""
-            self._received_ms.clear()
+            self._named.clear()
+            self._unnamed = [NONE, NONE]
+            self._pending.clear()
             self.passed.clear()
+
+    def _send(self, item: _Live) -> None:
+        event, received_ms, shared = item
+        if len(self._named) == MAX_DIGESTS:
+            oldest = self._named[0]
+            self._digests = self._digests[DIGEST_CHARS:]
+            unnamed = self._unnamed[oldest.shared]
+            if oldest.counted and unnamed is not None:
+                total = (unnamed.total + oldest.value) & VALUE_MASK
+                self._unnamed[oldest.shared] = Unnamed(unnamed.count + 1, total)
+        self._digests += event.digest
+        self._named.append(_Sent(received_ms, shared, event.value, True))
+        self._sent += 1
+        self._counts[shared] += 1
+        self._totals[shared] = (self._totals[shared] + event.value) & VALUE_MASK
+        self._before_ms = received_ms
+        for each in self._pending:
+            if each.after_ms is None:
+                each.after_ms = received_ms
+
+    def _pass(self, item: _Passed) -> None:
+        digest, shared = item.event.digest, item.shared
+        names = split(self._digests)
+        if digest in names:
+            at = names.index(digest)
+            self._digests = "".join(names[:at] + names[at + 1 :])
+            del self._named[at]
+        elif (unnamed := self._unnamed[shared]) is not None and unnamed.count:
+            total = (unnamed.total - item.event.value) & VALUE_MASK
+            self._unnamed[shared] = Unnamed(unnamed.count - 1, total)
+        self.passed.append(digest)
+
+    def _adopt(self, anchor: Anchor) -> None:
+        if all(each.anchor != anchor for each in self._pending):
             return
-        is_needed = [received_ms >= since_ms for received_ms in received]
-        unsure = sum(since_ms <= received_ms < mark.written_ms + LAG_MS for received_ms in received)
-        truncated = self.truncated and all(is_needed)
-        # Once events behind the anchor have fallen out of the named, reading the log begins among those that are left,
-        # at the fifth, and what is not sent yet may stand CROSSING before the last. So many must surely stand behind
-        # the anchor: now, or when the first falls out, which is an unsure one. Otherwise another anchor will be taken.
-        if unsure - (not truncated) > MAX_DIGESTS - SEEK_MATCHES - CROSSING:
+        while (since := self._pending.popleft()).anchor != anchor:
+            pass  # An older one is of no use any more.
+        count = self._sent - since.sent
+        is_near = since.seen_ms - since.before_ms < NEAR_MS or (
+            since.after_ms is not None and since.after_ms - since.seen_ms < NEAR_MS
+        )
+        # What is named is known for certain. Of the others it is known only how many there were after the watermark.
+        if is_near and count > MAX_DIGESTS and self._left_out < PATIENCE:
+            self._left_out += 1
             return
-        self.truncated = truncated
-        self.anchor = mark.anchor
-        if not all(is_needed):
-            self._name(compress(self._sent(), is_needed))
+        self._left_out = 0
+        self.anchor = anchor
         self.passed.clear()
+        since_ms = since.seen_ms - OVERLAP_MS
+        named = list(zip(split(self._digests), self._named, strict=True))
+        first = len(named) - count
+        kept = [
+            (digest, each._replace(counted=each.counted and at >= first))
+            for at, (digest, each) in enumerate(named)
+            if at >= first or each.received_ms >= since_ms
+        ]
+        self._digests = "".join([digest for digest, _ in kept])
+        self._named.clear()
+        self._named.extend([each for _, each in kept])
+        for shared in (False, True):
+            of_queue = [each for _, each in kept if each.shared is shared and each.counted]
+            left = self._counts[shared] - since.counts[shared] - len(of_queue)
+            total = self._totals[shared] - since.totals[shared] - sum(each.value for each in of_queue)
+            self._unnamed[shared] = Unnamed(left, total & VALUE_MASK)
+
+    def _passed(self) -> tuple[str, ...]:
+        # Those that were sent from behind the anchor are needed; of the others as many as there is room for.
+        room = MAX_DIGESTS - len(self._named)
+        return tuple(self.passed)[-room:] if room else ()
+
+    @property
+    def sent_behind(self) -> int:
+        """Events that were sent behind the anchor, as far as they are known."""
+        return len(self._named) + sum(each.count for each in self._unnamed if each is not None)
 
     def cursor(self, now_ms: int) -> Cursor:
         if self.anchor is None:
             return Cursor(None, time_ms=now_ms)
-        return Cursor(self.anchor, split(self._digests), self.truncated, self._passed())
+        return Cursor(self.anchor, split(self._digests), (self._unnamed[0], self._unnamed[1]), self._passed())
 
     def text(self, now_ms: int) -> str:
         """Of the cursor."""
         if self.anchor is None:
             return str(self.cursor(now_ms))
-        return encode(self.anchor, self._digests, self.truncated, self._passed() if self.passed else ())
+        own, shared = self._unnamed
+        return encode(
+            self.anchor,
+            self._digests,
+            "" if own is NONE else encode_unnamed(own),
+            "" if shared is NONE else encode_unnamed(shared),
+            self._passed() if self.passed else (),
+        )
 
-    def _passed(self) -> tuple[str, ...]:
-        # Those that were sent from behind the anchor are needed; of the others as many as there is room for.
-        room = MAX_DIGESTS - len(self._received_ms)
-        return tuple(self.passed)[-room:] if room else ()
+
+class _Recall:
+    """Finds in the log what a cursor says was sent behind its anchor and does not name.
+
+    Each queue alone is in the log's order, but for events of several publishers at the very end, which are named. So
+    the first unnamed entries of a queue, as many as were sent, are the ones that were sent: if their sum is that of the
+    cursor. If it is not, an entry among them was not sent, or the order was another; then none is taken as sent.
+    """
+
+    __slots__ = ("_left", "_owed", "_sums", "entries", "is_sent", "size")
+
+    def __init__(self, unnamed: BySource) -> None:
+        known = [each if each is not None and each.count <= RECALL_EVENTS else None for each in unnamed]
+        self._owed = known
+        self._left = [each.count if each is not None else 0 for each in known]
+        self._sums = [0, 0]
+        self.is_sent: list[bool | None] = [
+            False if each is None else True if not each.count else None for each in known
+        ]
+        """By queue: whether the first unnamed entries are those that were sent; None while that is not known."""
+        self.entries: list[tuple[Entry, bool]] = []
+        """Entries that wait for the answer, in the log's order, each with whether it is one of those first ones."""
+        self.size = 0
+
+    @property
+    def is_over(self) -> bool:
+        return None not in self.is_sent
+
+    def see(self, entry: Entry, *, named: bool) -> None:
+        """The next entry. Those that are named are certain already."""
+        shared = entry.shared
+        is_first = not named and self._left[shared] > 0
+        if is_first:
+            self._left[shared] -= 1
+            self._sums[shared] = (self._sums[shared] + entry.event.value) & VALUE_MASK
+            if not self._left[shared]:
+                owed = self._owed[shared]
+                self.is_sent[shared] = owed is not None and owed.total == self._sums[shared]
+        self.entries.append((entry, is_first))
+        self.size += len(entry.event.named)
+
+    def give_up(self) -> None:
+        """What is not known by now is taken as not sent."""
+        self.is_sent = [bool(each) for each in self.is_sent]
 
 
 class Session:
@@ -237,16 +425,15 @@ class Session:
         "_held_bytes",
         "_held_lost",
         "_late",
-        "_live_since_ms",
         "_max_bytes",
         "_max_events",
         "_named",
         "_now_ms",
         "_overlapping",
         "_place",
+        "_recall",
         "_recent",
         "_retry_ms",
-        "_seeking",
         "_sent_before",
         "delivered",
         "duplicates",
@@ -302,10 +489,9 @@ class Session:
         self._place = _Place(None)
         self._recent: dict[str, None] = {}
         self._now_ms = 0
-        self._live_since_ms = 0
         self.greeted = False
         """Whether `bridge.ready` has been said."""
-        self._seeking = 0
+        self._recall: _Recall | None = None
         self._overlapping = False
         self._sent_before: frozenset[str] = frozenset()
         self.tick: Anchor | None = None
@@ -323,9 +509,9 @@ class Session:
         return bool(self._frames) or bool(self._backlog)
 
     @property
-    def is_seeking(self) -> bool:
-        """Whether the log is read for a place that it has not shown yet; if it never does, that is a gap."""
-        return self.state is State.REPLAYING and self._seeking > 0
+    def sent_behind_anchor(self) -> int:
+        """Events that the client's cursor has to account for one by one; a newer anchor makes it few again."""
+        return self._place.sent_behind
 
     @property
     def wants_more(self) -> bool:
@@ -367,7 +553,7 @@ class Session:
         self.state = State.REPLAYING
         self.replay = Replay(come_from.anchor.offset, tick.offset, come_from.anchor.check)
         self._sent_before = frozenset(come_from.digests + come_from.passed)
-        self._seeking = SEEK_MATCHES if come_from.truncated else 0
+        self._recall = _Recall(come_from.unnamed)
         return None
 
     def _place_behind_backlog(self) -> _Place:
@@ -379,6 +565,7 @@ class Session:
     def _go_live(self, gap: GapReason | None) -> GapReason | None:
         """From the tick on, with what was held; everything before it is told as a gap or was never promised."""
         self._held_lost = False
+        self._recall = None
         if not self.greeted:
             self._place = _Place(self.tick)
             self._greet(self._place.cursor(self._now_ms), resumed=False)
@@ -398,14 +585,13 @@ class Session:
         # In the middle of a stream it is told only once the queues are bound again, not when they were lost: a page
         # fetches its state when it reads this, and what it fetches must not be older than the new queue.
         frame = sse.encode_gap(gap)
-        told = [item for item in islice(reversed(self._backlog), 2) if not isinstance(item, _Mark)]
-        if not told or told[0] != frame:  # A client that reads slowly needs to be told once.
+        told = next((item for item in reversed(self._backlog) if not isinstance(item, _SILENT)), None)
+        if told != frame:  # A client that reads slowly needs to be told once.
             self._backlog.append(frame)
 
     def _release_held(self) -> None:
         self.state = State.LIVE
         self.replay = None
-        self._live_since_ms = self._now_ms
         self._overlapping = self.tick is not None
         held, self._held, self._held_bytes = self._held, OrderedDict(), 0
         for item in held.values():
@@ -430,7 +616,7 @@ class Session:
         # The log has them too, and will be read from before them.
         self._drop_held()
         self._held_lost = self._overlapping = False
-        self._late = None
+        self._late = self._recall = None
 
     # The log is read.
 
@@ -439,9 +625,7 @@ class Session:
         if self.state is State.REPLAYING and not self.greeted:
             assert self._cursor is not None, "only who came with a cursor is replayed before ready"
             # The place it came with, not a later one: cut off in the middle it must come back to where it really was.
-            sent = ((digest, self._now_ms) for digest in self._cursor.digests)
-            self._place = _Place(self._cursor.anchor, sent, self._cursor.truncated)
-            self._place.passed.extend(self._cursor.passed)
+            self._place = _Place(self._cursor.anchor, self._cursor, self._now_ms)
             self._greet(self._cursor, resumed=True)
 
     def not_found(self, reason: GapReason) -> GapReason | None:
@@ -459,25 +643,55 @@ class Session:
         if self.state is not State.REPLAYING or self.replay is None:
             return True
         event = entry.event
+        recall = self._recall
+        if recall is None:
+            return self._replay(entry, was_sent=event.digest in self._sent_before)
+        recall.see(entry, named=event.digest in self._sent_before)
+        if len(recall.entries) > RECALL_EVENTS or recall.size > self._max_bytes:
+            recall.give_up()
+        if recall.is_over:
+            self._end_recall()
+        return True
+
+    def _end_recall(self) -> None:
+        """It is known by now which of the entries read so far were sent. They follow, each as what it is."""
+        recall, self._recall = self._recall, None
+        if recall is None:
+            return
+        recall.give_up()
+        for shared in (False, True):
+            if not recall.is_sent[shared]:
+                self._append(_Forget(shared))
+        for entry, is_first in recall.entries:
+            named = entry.event.digest in self._sent_before
+            self._replay(entry, was_sent=named or (is_first and bool(recall.is_sent[entry.shared])), fits=True)
+
+    def _replay(self, entry: Entry, *, was_sent: bool, fits: bool = False) -> bool:
+        event = entry.event
         # What the log gives is not given again from what is held, however many come between the two.
         self._unhold(event.id)
-        if event.digest in self._sent_before:
-            self._seeking = max(0, self._seeking - 1)
+        if was_sent:
             self.duplicates += 1
             self._recent[event.id] = None  # A publisher's retry may yet come live.
-            passed = _Passed(event.digest)
-            if self._backlog:
-                self._backlog.append(passed)
-            else:
-                self._place.move(passed)
+            self._append(_Passed(event, entry.shared))
             return True
-        if self._seeking:
-            return True  # Older than what the cursor names.
         waiting = self._backlog_events
-        if waiting and (waiting >= self._max_events or self._backlog_bytes + len(event.named) > self._max_bytes):
+        if (
+            waiting
+            and not fits
+            and (waiting >= self._max_events or self._backlog_bytes + len(event.named) > self._max_bytes)
+        ):
             return False
         self._admit(event, entry)
         return True
+
+    def _append(self, item: _SILENT) -> None:
+        if self._backlog:
+            if isinstance(item, _Reset) and isinstance(self._backlog[-1], _Reset):
+                self._backlog.pop()  # Nothing was sent between the two: losses must not pile up.
+            self._backlog.append(item)
+        else:
+            self._place.move(item)
 
     def read_on(self, offset: int) -> None:
         """Reading was stopped, and goes on with the entry at `offset`."""
@@ -492,6 +706,7 @@ class Session:
         """
         if self.state is not State.REPLAYING:
             return True
+        self._end_recall()
         if self._held_lost:
             # The tick that is asked for now stands behind all that came until now, but for what is on its way to the
             # log just yet. From here on events are held, not only from the answer on: it may come by another
@@ -505,10 +720,6 @@ class Session:
             return False
         assert self.tick is not None, "there is no replay without one"
         self._now_ms = max(self._now_ms, now_ms)
-        if self._seeking:
-            # The cursor named what it was sent, and the log does not have it: nobody can say where it was.
-            self._tell_gap("unknown")
-            self._seeking = 0
         self._reset()
         self._release_held()
         return True
@@ -520,29 +731,29 @@ class Session:
             self.tick = tick
             self._overlapping = True
 
-    def settle(self, event: Event, now_ms: int) -> None:
+    def settle(self, event: Event, now_ms: int, *, shared: bool = False) -> None:
         """Takes an event that stands in the log just behind the tick. Nearly always it has come live, or will."""
         if self.state is not State.LIVE or not self._overlapping:
             return
         if self._late is None:
-            self.offer(event, now_ms)
+            self.offer(event, now_ms, shared=shared)
         elif event.id not in self._recent:
-            self._late[event.id] = _Live(event, now_ms)
+            self._late[event.id] = _Live(event, now_ms, shared)
             if len(self._late) > self._max_events:
                 item = self._late.pop(next(iter(self._late)))
-                self.offer(item.event, item.received_ms)
+                self.offer(item.event, item.received_ms, shared=item.shared)
 
     def settled(self) -> None:
         """What follows comes live, and only live."""
         late, self._late = self._late, None
         for item in (late or {}).values():
-            self.offer(item.event, item.received_ms)
+            self.offer(item.event, item.received_ms, shared=item.shared)
         self._overlapping = False
 
     # Events.
 
-    def offer(self, event: Event, now_ms: int) -> None:
-        """Takes an event that the broker delivered.
+    def offer(self, event: Event, now_ms: int, *, shared: bool = False) -> None:
+        """Takes an event that the broker delivered, by the client's own queue or by the shared one.
 
         An event whose id was offered a short while ago is the same event (a publisher's retry, or one that came by two
         of the connection's audiences) and is dropped. A backlog over its limit ends the stream as `slow`.
@@ -551,7 +762,7 @@ class Session:
             return
         if now_ms > self._now_ms:
             self._now_ms = now_ms
-        item = _Live(event, now_ms)
+        item = _Live(event, now_ms, shared)
         if self.state is State.LIVE:
             self._admit(event, item)
             if self._is_over(self._backlog_events, self._backlog_bytes):
@@ -601,27 +812,20 @@ class Session:
         if self.greeted and not self.has_output and self.state is not State.ENDED:
             self._frames = sse.HEARTBEAT
 
-    def anchor(self, anchor: Anchor, written_ms: int) -> None:
-        """A newer entry of the log, written at `written_ms`, behind which the client is.
+    def watermark(self, anchor: Anchor, seen_ms: int) -> None:
+        """The bridge has just written this entry to the log, and nothing has come since then. It may become the
+        client's anchor when `prove` says so."""
+        if self.state is State.LIVE:
+            self._append(_Watermark(anchor, seen_ms))
 
-        The shell calls this some seconds after it was written: by then all that stands before it in the log has come
-        live. A stream with just so many events that it cannot tell which of them stand behind it does not take it; it
-        may be offered again later.
-        """
-        if self.state is State.LIVE and written_ms > self._live_since_ms:
-            self._mark(_Mark(anchor, written_ms))
+    def prove(self, anchor: Anchor) -> None:
+        """All that stands before this watermark in the log has come by both queues: it may be the client's anchor."""
+        if self.state is State.LIVE:
+            self._append(_Proof(anchor))
 
     def _reset(self) -> None:
         """From here on the tick is the anchor, and nothing behind it has been sent."""
-        self._mark(_Mark(self.tick, self._now_ms + OVERLAP_MS + 1))
-
-    def _mark(self, mark: _Mark) -> None:
-        if not self._backlog:
-            self._place.move(mark)
-        elif isinstance(self._backlog[-1], _Mark):
-            self._backlog[-1] = mark
-        else:
-            self._backlog.append(mark)
+        self._append(_Reset(self.tick))
 
     def place(self, now_ms: int) -> None:
         """No event for a while: the client is told its place anew, if it is certain that nothing is missing."""
@@ -678,7 +882,7 @@ class Session:
                 size += len(item)
                 continue
             place.move(item)
-            if isinstance(item, _Mark | _Passed):
+            if isinstance(item, _SILENT):
                 continue
             event = item.event
             self._backlog_events -= 1

@@ -4,16 +4,19 @@ import re
 
 import pytest
 
-from bridge.cursor import MAX_CHARS, Anchor, Cursor, InvalidCursor, digest
+from bridge.cursor import MAX_CHARS, NONE, Anchor, Cursor, InvalidCursor, Unnamed, digest
 
 
 @pytest.mark.parametrize(
     "cursor",
     [
         Cursor(Anchor(0, "AAAAAA")),
-        Cursor(Anchor(2**64 - 1, "zz_-09"), ("abcdef",) * 20, True),
+        Cursor(Anchor(2**64 - 1, "zz_-09"), ("abcdef",) * 16, (Unnamed(0xFFFF, 2**48 - 1),) * 2),
+        Cursor(Anchor(2**64 - 1, "zz_-09"), ("abcdef",) * 15, (Unnamed(0xFFFF, 2**48 - 1),) * 2, ("ghijkl",)),
+        Cursor(Anchor(7, "AAAAAA"), ("abcdef",), (None, Unnamed(1, 0))),
+        Cursor(Anchor(7, "AAAAAA"), (), (NONE, None)),
         Cursor(Anchor(7, "AAAAAA"), ("abcdef", "ghijkl")),
-        Cursor(Anchor(7, "AAAAAA"), ("abcdef",), passed=("ghijkl",) * 19),
+        Cursor(Anchor(7, "AAAAAA"), ("abcdef",), passed=("ghijkl",) * 15),
         Cursor(Anchor(7, "AAAAAA"), (), passed=("ghijkl",)),
         Cursor(None, time_ms=2**48 - 1),
     ],
@@ -22,6 +25,23 @@ def test_a_cursor_comes_back(cursor: Cursor) -> None:
     assert Cursor.parse(str(cursor)) == cursor
     assert re.fullmatch(r"[A-Za-z0-9._:~-]{1,160}", str(cursor))
     assert len(str(cursor)) <= MAX_CHARS
+
+
+def test_more_than_can_be_told_is_told_as_unknown() -> None:
+    cursor = Cursor(Anchor(7, "AAAAAA"), (), (Unnamed(0x10000, 5), NONE))
+    assert Cursor.parse(str(cursor)).unnamed == (None, NONE)
+
+
+@pytest.mark.parametrize(
+    ("text", "cursor"),
+    [
+        ("2.7.AAAAAA.abcdefghijkl", Cursor(Anchor(7, "AAAAAA"), ("abcdef", "ghijkl"))),
+        ("2.7.AAAAAA.~" + "abcdef" * 20, Cursor(Anchor(7, "AAAAAA"), ("abcdef",) * 20, (None, None))),
+        ("2.7.AAAAAA..ghijkl", Cursor(Anchor(7, "AAAAAA"), passed=("ghijkl",))),
+    ],
+)
+def test_a_cursor_of_the_version_before_is_read(text: str, cursor: Cursor) -> None:
+    assert Cursor.parse(text) == cursor
 
 
 def test_a_digest_is_of_the_content() -> None:
@@ -34,7 +54,10 @@ def test_a_digest_is_of_the_content() -> None:
     ["", "2", "2.", "2.0.AAAAAA", "1.0.AAAAAA.", "2.-1.AAAAAA.", "2.0.AAAAA.", "2.0.AAAAAA.abc", "2.0.AAAAAA.\n",
      "2.0.AAAAAA." + "abcdef" * 21, "2." + "f" * 17 + ".AAAAAA.", "2.G.AAAAAA.", " 2.0.AAAAAA.", "2.0.AAAA=A.", "\0",
      "../../etc/passwd", "é", "2.0.AAAAAA.abcdef,", "0.", "0.g", "2.0.AAAAAA.~~", "2.0.AAAAAA.abcdef~", "2.0.AAAAAA..",
-     "2.0.AAAAAA.abcdef." + "abcdef" * 20],
+     "2.0.AAAAAA.abcdef." + "abcdef" * 21, "3.0.AAAAAA.", "3.0.AAAAAA..", "3.0.AAAAAA...abc", "3.0.AAAAAA.1.1.",
+     "3.0.AAAAAA.0:1..", "3.0.AAAAAA.10000:1..", "3.0.AAAAAA.1:..", "3.0.AAAAAA.1:" + "f" * 13 + "..",
+     "3.0.AAAAAA.-1:1..", "3.0.AAAAAA.~~..", "3.0.AAAAAA..." + "abcdef" * 17,
+     "3.0.AAAAAA..." + "abcdef" * 16 + ".abcdef", "3.0.AAAAAA...abcdef.", "3.0.AAAAAA.1:1.1:1.1:1.abcdef"],
 )  # fmt: skip
 def test_anything_else_is_no_cursor(text: str) -> None:
     with pytest.raises(InvalidCursor):

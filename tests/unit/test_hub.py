@@ -2,44 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from operator import itemgetter
 from typing import Any
 
-import pytest
-
-from bridge import hub
+from bridge.auth import Subscriber
 from bridge.cursor import Anchor
+from bridge.hub import Connection, Hub, StreamRequest
 from bridge.metrics import Metrics
+from bridge.routing import TypeFilter
+from bridge.session import Session, State
+from tests.events import make_event
 
-OLD, NEW = Anchor(100, "aaaaaa"), Anchor(200, "bbbbbb")
+NOTHING: Any = None
 
 
-def test_an_anchor_is_not_offered_once_a_newer_one_has_been(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is offered twice after its answer. One that took long is answered just before the next."""
-    monkeypatch.setattr(hub, "ARRIVAL_SECONDS", (5.0, 13.0))
-    now, due = 0.0, list[tuple[float, Callable[[], None]]]()
+class Log:
+    """Takes fences, and keeps them until the test lets them come."""
 
-    class Clock:
-        def call_later(self, seconds: float, call: Callable[..., None], *args: object) -> None:
-            due.append((now + seconds, partial(call, *args)))
+    def __init__(self) -> None:
+        self.fences: list[tuple[str, bytes]] = []
 
-    def pass_to(then: float) -> None:
-        nonlocal now
-        for at, call in sorted(due, key=itemgetter(0)):
-            if now < at <= then:
-                call()
-        now = then
+    def expect(self, count: int) -> None: ...
 
-    monkeypatch.setattr("bridge.hub.asyncio.get_running_loop", Clock)
-    nothing: Any = None
-    made = hub.Hub(
-        models={}, limits=nothing, metrics=Metrics(), quarantine=nothing, make_broker=lambda _: nothing, log=None
+    def fence(self, queue: str, body: bytes) -> None:
+        self.fences.append((queue, body))
+
+
+class Broker:
+    shared_queue = "bridge.shared.1"
+
+
+class Subscription:
+    queue = "bridge.live.1"
+    bound = True
+    number = 1
+
+
+def anchor(number: int) -> Anchor:
+    return Anchor(100 * number, f"anchor{number}"[-6:])
+
+
+def make() -> tuple[Hub, Log, Connection]:
+    log: Any = Log()
+    broker: Any = Broker()
+    hub = Hub(models={}, limits=NOTHING, metrics=Metrics(), quarantine=NOTHING, make_broker=lambda _: broker, log=log)
+    session = Session(
+        user="42",
+        types=TypeFilter(),
+        named=True,
+        last_event_id=None,
+        has_log=True,
+        retry_ms=3000,
+        heartbeat_seconds=15,
+        max_events=1000,
+        max_bytes=1_000_000,
     )
-    made._on_anchor(OLD, 1_000)
-    pass_to(6)
-    made._on_anchor(NEW, 2_000)
-    pass_to(30)
-    assert made.anchors_since(0) == [(OLD, 1_000), (NEW, 2_000), (NEW, 2_000)]
-    assert made.anchors_since(2) == [(NEW, 2_000)]
+    session.bound(0, Anchor(1, "AAAAAA"))
+    session.settled()
+    assert session.state is State.LIVE
+    subscriber = Subscriber("42", (), 1e12)
+    request = StreamRequest(subscriber, TypeFilter(), named=True, last_event_id=None, keys=())
+    connection = Connection(hub, request, session, NOTHING, lambda: None, 0.0)
+    subscription: Any = Subscription()
+    connection.subscription = subscription
+    return hub, log, connection
+
+
+def offset_of(connection: Connection) -> int:
+    """Of the anchor in the cursor that a client would come back with."""
+    connection.session.place(0)
+    text = connection.session.take().decode()
+    return int(text.rpartition("id: ")[2].split(".")[1], 16)
+
+
+def send(connection: Connection, first: int, count: int = 6) -> None:
+    for number in range(first, first + count):
+        connection.offer(make_event(number), number * 1000)
+        connection.session.take()
+
+
+def test_an_anchor_is_taken_once_a_fence_has_come_by_both_queues() -> None:
+    hub, log, connection = make()
+    send(connection, 100)
+    hub._on_watermark(anchor(1), 0)
+    assert log.fences == [], "nothing proves the first yet"
+    send(connection, 200)
+    hub._on_watermark(anchor(2), 0)
+    ((queue, shared),) = log.fences
+    assert queue == "bridge.shared.1"
+    send(connection, 300)
+    (_, (queue, own)) = log.fences
+    assert queue == "bridge.live.1"
+    assert offset_of(connection) == 1
+    connection.on_delivery(queue, own)
+    assert offset_of(connection) == 1, "the shared queue may still be behind"
+    hub.on_shared("bridge.shared.1", shared)
+    connection.on_delivery(queue, own)
+    assert offset_of(connection) == 100
+
+
+def test_a_fence_that_somebody_else_made_proves_nothing() -> None:
+    hub, log, connection = make()
+    for number in (1, 2):
+        hub._on_watermark(anchor(number), 0)
+        send(connection, 100 * number, count=9 if number == 1 else 1)
+    (_, shared), (_, own) = log.fences
+    hub.on_shared("bridge.shared.1", b"0123456789abcdef:1")
+    connection.on_delivery("bridge.live.1", own)
+    assert offset_of(connection) == 1
+    hub.on_shared("bridge.shared.1", shared)
+    for forged in (b"", b"1", b":1", b"0123456789abcdef:1", own[:-1], own + b"x"):
+        connection.on_delivery("bridge.live.1", forged)
+        assert offset_of(connection) == 1
+    connection.on_delivery("bridge.live.1", own)
+    assert offset_of(connection) == 100
+
+
+def test_a_stream_that_was_sent_little_asks_for_no_fence() -> None:
+    hub, log, connection = make()
+    for number in range(1, 5):
+        hub._on_watermark(anchor(number), 0)
+        send(connection, 100 * number, count=1)
+    assert {queue for queue, _ in log.fences} == {"bridge.shared.1"}
+
+
+def test_watermarks_from_before_a_stream_went_live_are_left_out() -> None:
+    hub, log, connection = make()
+    hub._on_watermark(anchor(1), 0)
+    connection.on_lost()
+    connection.session.bound(0, Anchor(150, "BBBBBB"))
+    connection.session.found()
+    connection.caught_up()
+    hub._on_watermark(anchor(2), 0)
+    connection.ask_for_proof()
+    for queue, body in log.fences:
+        (hub.on_shared if "shared" in queue else connection.on_delivery)(queue, body)
+    assert offset_of(connection) == 150, "what was held when it went live may stand on either side of the first"
+    send(connection, 100, count=9)
+    hub._on_watermark(anchor(3), 0)
+    send(connection, 200)
+    for queue, body in log.fences:
+        (hub.on_shared if "shared" in queue else connection.on_delivery)(queue, body)
+    for queue, body in log.fences:
+        if "live" in queue:
+            connection.on_delivery(queue, body)
+    assert offset_of(connection) == 200, "the one that was written while the stream was live"

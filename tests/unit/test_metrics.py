@@ -25,5 +25,5 @@ async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> N
         log=None,
     )
     for anchor, answers in [(None, 0), (Anchor(5, "x"), 1)]:
-        hub._on_anchor(anchor, 0)
+        hub._on_watermark(anchor, 0)
         assert metrics.registry.get_sample_value("bridge_log_answers") == answers

@@ -1,12 +1,10 @@
 """The table of a connection's life, one sentence at a time."""
 
-import random
 from typing import Any
 
 import pytest
 
-from bridge.cursor import Anchor, Cursor
-from bridge.hub import ANCHOR_SECONDS, ARRIVAL_SECONDS
+from bridge.cursor import MAX_DIGESTS, NONE, VALUE_MASK, Anchor, Cursor, Unnamed
 from bridge.routing import TypeFilter
 from bridge.session import CHUNK_BYTES, RECENT_IDS, Entry, Replay, Session, State
 from tests.decoder import Decoder, Frame
@@ -217,7 +215,7 @@ def test_a_goodbye_before_ready_leaves_the_client_its_place() -> None:
     made = session(has_log=True, last_event_id="2.7.abcdef.")
     made.end("busy", 5)
     (bye,) = frames(made)
-    assert (bye.event, bye.id) == ("bridge.bye", "2.7.abcdef.")
+    assert (bye.event, bye.id) == ("bridge.bye", "3.7.abcdef...")
 
 
 # With a log.
@@ -242,8 +240,8 @@ def test_a_new_client_begins_at_the_tick() -> None:
     made.offer(make_event(1), 900)
     assert made.bound(1000, TICK) is None
     ready, event = frames(made)
-    assert (ready.id, ready.json["resumed"]) == ("2.64.TICKTI.", False)
-    assert event.id == f"2.64.TICKTI.{make_event(1).digest}"
+    assert (ready.id, ready.json["resumed"]) == ("3.64.TICKTI...", False)
+    assert event.id == f"3.64.TICKTI...{make_event(1).digest}"
 
 
 def test_ready_of_a_resumed_stream_has_the_place_that_the_client_came_with() -> None:
@@ -271,30 +269,57 @@ def test_log_then_held_then_live_each_once() -> None:
     sent = make_event(1).digest
     # In the log a cursor is exact; behind the tick it is the tick and what was sent since.
     assert [frame.id for frame in found] == [
-        f"2.9.ck0009..{sent}{make_event(2).digest}",
-        f"2.32.ck0050..{sent}{make_event(2).digest}{make_event(3).digest}",
-        f"2.64.TICKTI.{make_event(4).digest}",
-        f"2.64.TICKTI.{make_event(4).digest}{make_event(5).digest}",
+        f"3.9.ck0009....{sent}{make_event(2).digest}",
+        f"3.32.ck0050....{sent}{make_event(2).digest}{make_event(3).digest}",
+        f"3.64.TICKTI...{make_event(4).digest}",
+        f"3.64.TICKTI...{make_event(4).digest}{make_event(5).digest}",
     ]
 
 
-def test_a_cursor_with_more_than_it_can_name_begins_among_those_it_names() -> None:
-    named = tuple(make_event(number).digest for number in range(20, 40))
-    made = returning(Cursor(Anchor(7, "abcdef"), named, truncated=True))
-    # e19 was sent and fell out of the names; e50 was not, and crossed. Both stand among the named.
-    for offset, number in enumerate([18, 20, 19, *range(21, 26), 50, *range(26, 40), 51], 8):
-        made.replayed(entry(number, offset))
+def unnamed(*numbers: int) -> Unnamed:
+    return Unnamed(len(numbers), sum(make_event(number).value for number in numbers) & VALUE_MASK)
+
+
+def shared(number: int, offset: int) -> Entry:
+    return Entry(offset, f"ck{offset:04}", make_event(number), shared=True)
+
+
+def test_what_was_sent_and_is_not_named_is_told_by_its_count_and_sum() -> None:
+    named = (make_event(5).digest, make_event(6).digest)
+    made = returning(Cursor(Anchor(7, "abcdef"), named, (unnamed(1, 2, 3), unnamed(101))))
+    # e4 was not sent, though e5 and e6 were; the shared queue is behind, and brought e101 only.
+    log = [entry(1, 8), shared(101, 9), entry(2, 10), shared(102, 11), entry(3, 12), entry(4, 13), entry(5, 14),
+           entry(6, 15), entry(7, 16)]  # fmt: skip
+    for each in log:
+        assert made.replayed(each)
+    found = frames(made)[1:]
+    assert [frame.json["id"] for frame in found] == ["e102", "e4", "e7"]
+    # Cut off in the middle, a client comes back with what it was sent of those that are still behind it.
+    assert Cursor.parse(found[0].id).unnamed == (unnamed(3), NONE)
+    assert Cursor.parse(found[1].id).unnamed == (NONE, NONE)
+
+
+@pytest.mark.parametrize("told", [unnamed(1, 2, 4), unnamed(1, 2, 3, 4, 5), None])
+def test_what_the_log_does_not_bear_out_is_sent_again(told: Unnamed | None) -> None:
+    """Rather twice than never: an event among them was not sent, or the log has too few, or nothing is known."""
+    made = returning(Cursor(Anchor(7, "abcdef"), (make_event(9).digest,), (told, unnamed(101))))
+    for each in [entry(1, 8), shared(101, 9), entry(2, 10), entry(9, 11), entry(3, 12)]:
+        assert made.replayed(each)
     made.caught_up(5001)
-    assert [frame.json["id"] for frame in frames(made)[1:]] == ["e50", "e51"]
+    assert [frame.json["id"] for frame in frames(made)[1:]] == ["e1", "e2", "e3"]
 
 
-def test_a_cursor_that_names_what_the_log_does_not_have_is_a_gap() -> None:
-    made = returning(Cursor(Anchor(7, "abcdef"), ("nobody",) * 20, truncated=True))
+def test_a_cursor_does_not_make_us_keep_back_more_than_a_backlog() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef"), (), (Unnamed(0xFFFF, 1), NONE)))
     made.replayed(entry(1, 8))
-    assert made.is_seeking
-    made.caught_up(5001)
-    assert not made.is_seeking
-    assert [frame.event for frame in frames(made)] == ["bridge.ready", "bridge.gap"]
+    assert [frame.json["id"] for frame in frames(made)[1:]] == ["e1"], "so many are not waited for"
+    made = returning(Cursor(Anchor(7, "abcdef"), (), (Unnamed(1000, 1), NONE)), max_bytes=1000)
+    number = 0
+    while not (found := [frame.json["id"] for frame in frames(made) if frame.event == "test.done"]):
+        number += 1
+        assert number < 100, "a thousand bytes are few events"
+        made.replayed(entry(number, 7 + number))
+    assert found == [f"e{each}" for each in range(1, number + 1)]
 
 
 @pytest.mark.parametrize("cursor", [Cursor(Anchor(101, "abcdef")), Cursor(None, time_ms=5)])
@@ -302,7 +327,7 @@ def test_a_place_that_cannot_be_in_this_log_is_unknown(cursor: Cursor) -> None:
     made = session(has_log=True, last_event_id=str(cursor))
     assert made.bound(5000, TICK) == "unknown"
     ready, gap = frames(made)
-    assert (ready.json["resumed"], ready.id, gap.json) == (False, "2.64.TICKTI.", {"reason": "unknown"})
+    assert (ready.json["resumed"], ready.id, gap.json) == (False, "3.64.TICKTI...", {"reason": "unknown"})
 
 
 def test_a_place_that_the_log_no_longer_has_is_a_gap_after_ready() -> None:
@@ -383,68 +408,91 @@ def test_after_a_loss_it_is_read_from_its_own_place_and_the_page_sees_nothing() 
     assert [frame.event for frame in frames(made)] == ["bridge.ready", "test.done", "test.done"]
 
 
+def cursor_of(made: Session) -> Cursor:
+    made.place(14_000)
+    return Cursor.parse(frames(made)[-1].id)
+
+
 def test_a_newer_anchor_needs_fewer_names() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
     made.offer(make_event(1), 1001)
     made.offer(make_event(2), 8500)
     frames(made)
-    made.anchor(TICK, 9000)
-    made.place(14_000)
-    assert frames(made)[0].id == f"2.64.TICKTI.{make_event(2).digest}"
-
-
-@pytest.mark.parametrize(("count", "taken"), [(6, True), (7, False), (21, False)])
-def test_an_anchor_that_too_many_may_stand_before_is_not_taken(count: int, taken: bool) -> None:
-    made = session(has_log=True)
-    made.bound(1000, Anchor(10, "AAAAAA"))
-    for number in range(count):
-        made.offer(make_event(number), 8990)
+    made.watermark(TICK, 9000)
+    assert cursor_of(made).anchor == Anchor(10, "AAAAAA"), "it is not proven yet"
+    made.offer(make_event(3), 12_000)
+    made.prove(TICK)
     frames(made)
-    made.anchor(TICK, 9000)
-    made.place(14_000)
-    assert frames(made)[0].id.startswith("2.64.TICKTI." if taken else "2.a.AAAAAA.")
+    # e2 came so shortly before that it may stand behind.
+    assert cursor_of(made) == Cursor(TICK, (make_event(2).digest, make_event(3).digest))
 
 
-@pytest.mark.parametrize("even", [True, False])
-@pytest.mark.parametrize("rate", [0.3, 1, 1.5, 1.8, 1.9, 2, 2.05, 2.1, 2.2, 2.5, 2.9, 3, 3.3, 4, 7, 20])
-def test_a_place_moves_on_however_many_events_there_are(rate: float, even: bool) -> None:
-    made = session(has_log=True)
-    made.bound(0, Anchor(100, "AAAAAA"))
-    chance = random.Random(1)
-    moments: list[tuple[float, Anchor | None, int]] = []
-    at = 0.0
-    while at < 300:
-        at += 1 / rate if even else chance.expovariate(rate)
-        moments.append((at, None, 0))
-    for number in range(1, 29):
-        written = number * ANCHOR_SECONDS + 0.003
-        newer = Anchor(100 + number, "BBBBBB")
-        moments += [(written + seconds, newer, int(written * 1000)) for seconds in ARRIVAL_SECONDS]
-    offered = taken = 100
-    for number, (at, anchor, written_ms) in enumerate(sorted(moments, key=lambda moment: moment[0])):
-        if anchor is None:
-            made.offer(make_event(number), int(at * 1000))
-        else:
-            offered = anchor.offset
-            made.anchor(anchor, written_ms)
-        made.place(int(at * 1000))
-        for frame in frames(made):
-            if frame.id.startswith("2."):
-                taken = int(frame.id.split(".")[1], 16)
-        assert taken >= offered - 3, "whoever comes back now has half a minute of the log to read"
-
-
-def test_an_anchor_from_before_the_queues_were_bound_is_not_taken() -> None:
+def test_a_watermark_that_was_never_written_here_is_not_taken() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
+    made.watermark(Anchor(50, "BBBBBB"), 9000)
+    made.prove(TICK)
+    assert cursor_of(made).anchor == Anchor(10, "AAAAAA")
+    made.prove(Anchor(50, "BBBBBB"))
+    assert cursor_of(made).anchor == Anchor(50, "BBBBBB")
+
+
+def test_what_falls_out_of_the_names_is_added_up_by_queue() -> None:
+    made = session(has_log=True)
+    made.bound(1000, Anchor(10, "AAAAAA"))
+    for number in range(MAX_DIGESTS + 4):
+        made.offer(make_event(number), 2000, shared=number % 2 == 1)
+    frames(made)
+    cursor = cursor_of(made)
+    assert cursor.unnamed == (unnamed(0, 2), unnamed(1, 3))
+    assert len(cursor.digests) == MAX_DIGESTS
+
+
+def test_what_was_sent_since_a_watermark_is_known_when_it_becomes_the_anchor() -> None:
+    made = session(has_log=True)
+    made.bound(1000, Anchor(10, "AAAAAA"))
+    for number in range(100):
+        made.offer(make_event(number), 2000, shared=number % 2 == 1)
+    made.watermark(TICK, 8000)
+    for number in range(100, 120):
+        made.offer(make_event(number), 9000, shared=number % 2 == 1)
+    made.prove(TICK)
+    frames(made)
+    cursor = cursor_of(made)
+    assert cursor.anchor == TICK
+    assert cursor.digests == tuple(make_event(number).digest for number in range(104, 120))
+    assert cursor.unnamed == (unnamed(100, 102), unnamed(101, 103))
+
+
+def test_a_watermark_with_events_near_it_is_left_out_three_times() -> None:
+    made = session(has_log=True)
+    made.bound(1000, Anchor(10, "AAAAAA"))
+    taken = []
+    number = 0
+    for turn in range(5):
+        now = 10_000 * (turn + 1)
+        anchor = Anchor(100 + turn, "BBBBBB")
+        made.watermark(anchor, now)
+        for _ in range(20):
+            number += 1
+            made.offer(make_event(number), now + 10)
+        made.prove(anchor)
+        frames(made)
+        taken.append(cursor_of(made).anchor == anchor)
+    assert taken == [False, False, False, True, False]
+
+
+def test_a_watermark_is_forgotten_with_the_queues() -> None:
+    made = session(has_log=True)
+    made.bound(1000, Anchor(10, "AAAAAA"))
+    made.watermark(TICK, 9000)
     made.lost()
     made.bound(9500, Anchor(90, "BBBBBB"))
     made.found()
     made.caught_up(9600)
-    made.anchor(TICK, 9000)
-    made.place(14_000)
-    assert [frame.id for frame in frames(made)][-1] == "2.5a.BBBBBB."
+    made.prove(TICK)
+    assert cursor_of(made).anchor == Anchor(90, "BBBBBB")
 
 
 def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is() -> None:

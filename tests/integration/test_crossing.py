@@ -1,0 +1,145 @@
+"""A client's two queues, as far apart as they please: no cursor of a burst loses an event, and no pause does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+
+import aio_pika
+import pytest
+
+from tests.client import Stream
+from tests.conftest import Eventually, OpenStream, StartService
+from tests.decoder import Frame
+from tests.rabbit import Vhost, cloudevent
+from tests.service import Service, mint
+
+EVENTS = 3_000
+END = "last"
+
+
+async def publish_burst(vhost: Vhost, count: int) -> None:
+    """One publisher on one channel, to one user and to everybody in turn, as fast as the broker takes it."""
+    connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
+    async with connection:
+        channel = await connection.channel(publisher_confirms=False)
+        target = await channel.get_exchange("events", ensure=False)
+        for number in range(count):
+            key = "user.42" if number % 2 == 0 else "all"
+            body = json.dumps(cloudevent(f"e{number}")).encode()
+            await target.publish(aio_pika.Message(body), f"{key}.job.completed", mandatory=False)
+
+
+async def read_all(stream: Stream, *, until: str) -> list[Frame]:
+    found: list[Frame] = []
+    while not found or found[-1].json["id"] != until:
+        frame = await stream.next()
+        assert frame.event != "bridge.gap", frame
+        if not frame.event.startswith("bridge."):
+            found.append(frame)
+    return found
+
+
+async def resumed(service: Service, cursor: str, connect: OpenStream) -> list[str]:
+    """The ids that a client gets which comes back with this cursor, up to the end."""
+    stream = await connect(service, headers={"Last-Event-ID": cursor}, ready=False)
+    ready = await stream.next()
+    assert (ready.event, ready.json["resumed"]) == ("bridge.ready", True)
+    ids = [frame.json["id"] for frame in await read_all(stream, until=END)]
+    stream.abort()
+    return ids
+
+
+async def test_every_cursor_of_a_burst_brings_all_that_came_after_it(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start(BACKLOG_EVENTS="10000", BACKLOG_BYTES="10000000", MAX_CONNECTIONS_PER_USER="100")
+    stream = await connect(service)
+    publishing = asyncio.create_task(publish_burst(vhost, EVENTS))
+    frames: list[Frame] = []
+    while len(frames) < EVENTS:
+        frame = await stream.next()
+        assert frame.event in ("job.completed", "bridge.position"), frame
+        frames += [frame] if frame.event == "job.completed" else []
+    await publishing
+    await vhost.publish("user.42.job.completed", cloudevent(END))
+    await read_all(stream, until=END)
+    live = [frame.json["id"] for frame in frames]
+    assert sorted(live) == sorted(f"e{number}" for number in range(EVENTS))
+    twice = 0
+    # Every one would take long; every 17th meets each turn of the two queues, and the last are all tried.
+    tried = [*range(0, EVENTS, 17), *range(EVENTS - 20, EVENTS)]
+    for at in range(0, len(tried), 20):
+        some = tried[at : at + 20]
+        results = await asyncio.gather(*(resumed(service, frames[index].id, connect) for index in some))
+        for index, ids in zip(some, results, strict=True):
+            missing = set(live[index + 1 :]) - set(ids)
+            assert not missing, f"the cursor behind event {index} loses {len(missing)}: {sorted(missing)[:5]}"
+            twice += len(set(ids) & set(live[: index + 1])) + len(ids) - len(set(ids))
+    print(f"resumed {len(tried)} times; sent twice: {twice}")
+
+
+async def cut_off_while_it_works_off(service: Service, streams: list[Stream]) -> list[list[Frame]]:
+    """What each had read when it was cut off, somewhere in the middle of what had piled up."""
+    found = []
+    for number, stream in enumerate(streams):
+        frames: list[Frame] = []
+        while len(frames) < 100 + 50 * number:
+            frame = await stream.next()
+            assert frame.event != "bridge.gap"
+            if not frame.event.startswith("bridge."):
+                frames.append(frame)
+        stream.abort()
+        found.append(frames)
+    return found
+
+
+@pytest.mark.parametrize("connection", ["open", "closed"])
+async def test_a_pause_of_the_process_loses_nothing(
+    start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually, connection: str
+) -> None:
+    """As throttling, a move of the machine or a long collection is one. The broker fills both queues meanwhile."""
+    service = await start(BACKLOG_EVENTS="10000", BACKLOG_BYTES="10000000", MAX_CONNECTIONS_PER_USER="100")
+    streams = [await connect(service) for _ in range(6)]
+    count = 2_000
+    service.signal(signal.SIGSTOP)
+    try:
+        await publish_burst(vhost, count)
+        if connection == "closed":
+            # RabbitMQ lists a connection some seconds after it was made.
+            await eventually(lambda: vhost.close_connections() > 0)
+        await vhost.publish("user.42.job.completed", cloudevent(END))
+    finally:
+        service.signal(signal.SIGCONT)
+    everything = {f"e{number}" for number in range(count)} | {END}
+    if connection == "closed":
+        for stream in streams:
+            ids: list[str] = []
+            while set(ids) != everything:
+                frame = await stream.next()
+                assert frame.event != "bridge.gap", frame
+                if not frame.event.startswith("bridge."):
+                    ids.append(frame.json["id"])
+        return
+    twice = 0
+    for frames in await cut_off_while_it_works_off(service, streams):
+        seen = [frame.json["id"] for frame in frames]
+        ids = await resumed(service, frames[-1].id, connect)
+        missing = everything - set(seen) - set(ids)
+        assert not missing, f"{len(missing)} lost: {sorted(missing)[:5]}"
+        twice += len(seen) + len(ids) - len(everything)
+    print(f"sent twice: {twice}")
+
+
+async def test_a_cursor_of_another_user_discloses_nothing(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    stream = await connect(service, "42")
+    await publish_burst(vhost, 40)
+    frame = (await read_all(stream, until="e39"))[-1]
+    other = Stream(service.public, mint("43"), headers={"Last-Event-ID": frame.id})
+    await other.open()
+    assert (await other.next()).event == "bridge.ready"
+    await vhost.publish("user.43.job.completed", cloudevent("mine"))
+    ids = [frame.json["id"] for frame in await read_all(other, until="mine")]
+    assert set(ids) <= {f"e{number}" for number in range(1, 40, 2)} | {"mine"}
+    other.abort()
