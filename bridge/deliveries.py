@@ -9,6 +9,9 @@ connection up over one that it cannot: a timestamp in nanoseconds or a header na
 takes from anybody. The bridge relies on no property, so none gets that far: a content header goes on with its size
 alone (and a stream's offset, which the broker itself put there), and a routing key that is no text goes on with `?` for
 what is none.
+
+Bytes that are not AMQP, and frames out of their order, end the parsing here. They go on to the library in a form that
+it refuses, so the library ends the connection. No callback gets anything of them, and `feed` raises nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +20,13 @@ import struct
 from collections.abc import Callable
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
+_KINDS = (_METHOD, _BODY, _HEADER, 8)  # And the heartbeat (4.2.7).
+_BASIC = 60  # The class of all content.
+_LEAST_HEADER_BYTES = 14  # Class, weight, size of the body, flags (2.3.5.2).
+_MAX_FRAME_BYTES = 1 << 29
+"""RabbitMQ takes no larger message (512 MiB), so no frame is larger. The agreed frame size is no limit: RabbitMQ adds
+headers such as `x-death` to a content header, and does not split it."""
+
 _FRAME_END = 0xCE
 _BASIC_DELIVER = b"\x00\x3c\x00\x3c"
 _BASIC_GET_OK = b"\x00\x3c\x00\x47"
@@ -29,7 +39,8 @@ _OFFSET = b"\x0fx-stream-offset"
 
 _FRAME = struct.Struct(">BHI")  # Type, channel, size of the payload; 4.2.3.
 _CONTENT = struct.Struct(">BHIHHQ")  # The same of a content header's frame, then class, weight, size of the body.
-_TAG = struct.Struct(">Q")
+_HEAD = struct.Struct(">HHQ")  # A content header's payload: class, weight, size of the body.
+_DELIVER = struct.Struct(">QBB")  # Behind the consumer's tag: delivery tag, redelivered, length of the exchange.
 _ACK = struct.Struct(">BHIHHQBB")
 
 # Sizes of the values of a field table that have one (RabbitMQ's reading of 4.2.5.5); S, x, A and F say theirs.
@@ -38,6 +49,15 @@ _SIZES = {b"t": 1, b"b": 1, b"B": 1, b"s": 2, b"u": 2, b"I": 4, b"i": 4, b"f": 4
 
 HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 """A heartbeat's frame (4.2.7)."""
+
+
+class NotAmqp(Exception):
+    """The broker, or a program in its place, sent bytes that are not AMQP 0-9-1. The connection ends."""
+
+
+class _Unreadable(Exception):
+    """From here on the bytes are not AMQP. Does not leave this file."""
+
 
 Sink = Callable[[bytes, str, bytes, int | None], None]
 """Called with the consumer's tag, the routing key, the body, and the offset if the queue is a stream."""
@@ -71,7 +91,8 @@ class Deliveries:
         self.unacked = 0
         """Deliveries that were handed to callbacks since the acks were last taken."""
         self.faults: list[Exception] = []
-        """What callbacks have raised; the deliveries after it went on. Whoever logs them clears it."""
+        """What callbacks have raised; the deliveries after it went on. Or `NotAmqp`, once: nothing is cut out after it.
+        The caller logs them and clears it."""
 
     def take(self, channel: int, sink: Sink) -> None:
         """From here on the channel's deliveries go to `sink`, until the channel is closed."""
@@ -102,65 +123,84 @@ class Deliveries:
         return acks
 
     def feed(self, data: bytes) -> bytes:
-        """Returns what the library shall read."""
+        """Returns what the library shall read. Raises nothing, whatever the bytes are."""
         if self._buffer:
             data = self._buffer + data
-        if not self._raw and data[:1] == b"A":
-            self._raw = True  # `AMQP` and a version: the broker speaks another one, and the library says so.
+        if not self._raw and data and data[0] not in _KINDS:
+            self._raw = True  # As `AMQP` and a version: the broker speaks another one, and the library says so.
         if self._raw:
             self._buffer = b""
             return data
         passed: list[bytes] = []
         sinks, size, at = self._sinks, len(data), 0
-        while size - at >= 8:
-            kind, channel, length = _FRAME.unpack_from(data, at)
-            end = at + 8 + length
-            if end > size:
-                break
-            if data[end - 1] != _FRAME_END:
-                # Not a frame. What follows cannot be understood, and the library shall say so.
-                self._raw = True
-                passed.append(data[at:])
-                at = size
-                break
-            if channel not in sinks:
-                passed.append(_bare(kind, channel, data[at + 7 : end - 1]))
-            elif kind == _METHOD:
-                method = data[at + 7 : at + 11]
-                if method == _BASIC_DELIVER:
-                    end = self._deliver(data, at, end, size, channel)
+        try:
+            while size - at >= 8:
+                kind, channel, length = _FRAME.unpack_from(data, at)
+                end = at + 8 + length
+                if end > size:
+                    if kind not in _KINDS or length > _MAX_FRAME_BYTES:
+                        raise _Unreadable
+                    break  # The rest of it has not come yet.
+                if data[end - 1] != _FRAME_END:
+                    raise _Unreadable
+                if channel not in sinks:
+                    if kind not in _KINDS:
+                        raise _Unreadable
+                    passed.append(_bare(kind, channel, data[at + 7 : end - 1]))
+                elif kind == _METHOD:
+                    method = data[at + 7 : at + 11]
+                    if method == _BASIC_DELIVER:
+                        end = self._deliver(data, at, end, size, channel)
+                    else:
+                        if method in (_CHANNEL_CLOSE, _CHANNEL_CLOSE_OK):
+                            # Its number may be another channel's next.
+                            del sinks[channel]
+                            self._open.pop(channel, None)
+                            self._newest.pop(channel, None)
+                        passed.append(data[at:end])
                 else:
-                    if method in (_CHANNEL_CLOSE, _CHANNEL_CLOSE_OK):
-                        # Its number may be another channel's next.
-                        del sinks[channel]
-                        self._open.pop(channel, None)
-                        self._newest.pop(channel, None)
-                    passed.append(data[at:end])
-            else:
-                self._go_on(kind, channel, data[at + 7 : end - 1])
-            at = end
+                    self._go_on(kind, channel, data[at + 7 : end - 1])
+                at = end
+        except _Unreadable:
+            self._raw = True  # What follows cannot be understood either.
+            self.faults.append(NotAmqp(f"the broker sent what is not AMQP: {data[at : at + 40]!r}"))
+            passed.append(_refusable(data, at))
+            at = size
         self._buffer = data[at:]
         return b"".join(passed)
 
     def _deliver(self, data: bytes, at: int, end: int, size: int, channel: int) -> int:
-        """Reads a `deliver`, and the frames behind it if they are there. Returns where what it has read ends."""
-        tag_end = at + 12 + data[at + 11]
-        (delivery_tag,) = _TAG.unpack_from(data, tag_end)
-        key_at = tag_end + 10 + data[tag_end + 9]  # Behind `redelivered` and the exchange.
-        tag, key = data[at + 12 : tag_end], data[key_at + 1 : key_at + 1 + data[key_at]]
+        """Reads a `deliver`, and the frames behind it if they are there. Returns where what it has read ends.
+
+        Raises:
+            _Unreadable: it is not a `deliver`, or another one is not complete on its channel.
+        """
+        try:
+            tag_end = at + 12 + data[at + 11]
+            delivery_tag, _, exchange_size = _DELIVER.unpack_from(data, tag_end)
+            key_at = tag_end + 10 + exchange_size
+            key_end = key_at + 1 + data[key_at]
+        except (IndexError, struct.error):
+            raise _Unreadable from None
+        # The key is the last argument. So each string before it ends within the frame, too.
+        if key_end != end - 1 or (self._open and channel in self._open):
+            raise _Unreadable
+        tag, key = data[at + 12 : tag_end], data[key_at + 1 : key_end]
         # Nearly always the rest is there too, in one header and one body.
         if size - end >= 22:
-            kind, of, length, _, _, body_size = _CONTENT.unpack_from(data, end)
+            kind, of, length, class_id, _, body_size = _CONTENT.unpack_from(data, end)
             header_end: int = end + 8 + length
             body_end: int = header_end + 8 + body_size if body_size else header_end
             if (
                 kind == _HEADER
                 and of == channel
+                and class_id == _BASIC
+                and length >= _LEAST_HEADER_BYTES
                 and body_end <= size
                 and data[header_end - 1] == _FRAME_END == data[body_end - 1]
                 and (not body_size or _FRAME.unpack_from(data, header_end) == (_BODY, channel, body_size))
             ):
-                offset = _offset(data[end + 7 : header_end - 1]) if length > 14 else None
+                offset = _offset(data[end + 7 : header_end - 1]) if length > _LEAST_HEADER_BYTES else None
                 body = data[header_end + 7 : body_end - 1] if body_size else b""
                 self._hand_on(channel, tag, delivery_tag, key, body, offset)
                 return body_end
@@ -168,16 +208,26 @@ class Deliveries:
         return end
 
     def _go_on(self, kind: int, channel: int, payload: bytes) -> None:
-        """A frame of a delivery that did not come in one piece."""
+        """Reads a frame of a delivery that did not come in one piece.
+
+        Raises:
+            _Unreadable: it is out of its order, or not a frame of this kind. It is not of a message that the library
+                asked for: there is none on a channel that was taken.
+        """
         delivery = self._open.get(channel)
         if delivery is None:
-            return  # Of a message that the library asked for; there is none on a channel that was taken.
-        if kind == _HEADER:
-            (delivery.missing,) = _TAG.unpack_from(payload, 4)
+            raise _Unreadable
+        size = len(payload)
+        if kind == _HEADER and delivery.missing < 0 and size >= _LEAST_HEADER_BYTES:
+            class_id, _, delivery.missing = _HEAD.unpack_from(payload)
+            if class_id != _BASIC:
+                raise _Unreadable
             delivery.offset = _offset(payload)
-        elif kind == _BODY:
+        elif kind == _BODY and size <= delivery.missing:
             delivery.parts.append(payload)
-            delivery.missing -= len(payload)
+            delivery.missing -= size
+        else:
+            raise _Unreadable
         if delivery.missing == 0:
             del self._open[channel]
             body = b"".join(delivery.parts)
@@ -192,12 +242,26 @@ class Deliveries:
         self._newest[channel] = delivery_tag
         self.unacked += 1
         try:
-            sink(tag, _text(key), body, offset)
+            text = key.decode()
+        except UnicodeDecodeError:
+            text = _text(key)
+        try:
+            sink(tag, text, body, offset)
         except Exception as fault:  # noqa: BLE001
             self.faults.append(fault)
 
 
 def _nowhere(tag: bytes, routing_key: str, body: bytes, offset: int | None) -> None: ...
+
+
+def _refusable(data: bytes, at: int) -> bytes:
+    """What is left from a frame on that is not AMQP, in a form that the library refuses.
+
+    The library reads much that is not AMQP: it takes a string that ends behind its frame for a shorter one, and forgets
+    a frame that comes out of order. Then the connection would stay, without deliveries. It refuses each kind of frame
+    that it does not know.
+    """
+    return b"\x00" + data[at + 1 :] if data[at] in _KINDS else data[at:]
 
 
 def _bare(kind: int, channel: int, payload: bytes) -> bytes:
@@ -221,6 +285,8 @@ def _text(key: bytes) -> str:
 
 
 def _bare_header(payload: bytes) -> bytes:
+    if len(payload) < _LEAST_HEADER_BYTES:
+        return payload  # The library says so.
     offset = _stream_offset(payload)
     if offset is None:
         return payload[:12] + b"\x00\x00"
@@ -249,7 +315,7 @@ def _stream_offset(payload: bytes) -> bytes | None:
             name, kind = payload[at:name_end], payload[name_end : name_end + 1]
             at = name_end + 1
             if name == _OFFSET and kind == b"l":
-                return payload[at : at + 8]
+                return payload[at : at + 8] if at + 8 <= end <= len(payload) else None
             if kind in b"SxAF" and kind:
                 (length,) = struct.unpack_from(">I", payload, at)
                 at += 4 + length
@@ -264,9 +330,12 @@ def _readable_key(payload: bytes) -> bytes:
     """The routing key is the last short string of `deliver`; what is no UTF-8 in it becomes `?`, byte for byte."""
     deliver = payload[:4] == _BASIC_DELIVER
     at = 4
-    if deliver:
-        at += 1 + payload[at]  # consumer tag
-    at += 9  # delivery tag, redelivered
-    at += 1 + payload[at]  # exchange
-    key = payload[at + 1 : at + 1 + payload[at]]
+    try:
+        if deliver:
+            at += 1 + payload[at]  # consumer tag
+        at += 9  # delivery tag, redelivered
+        at += 1 + payload[at]  # exchange
+        key = payload[at + 1 : at + 1 + payload[at]]
+    except IndexError:
+        return payload  # It ends too early; the library shall judge.
     return payload[: at + 1] + _text(key).encode() + payload[at + 1 + len(key) :]

@@ -9,7 +9,9 @@ from random import Random
 from typing import Any
 
 import hypothesis.strategies as st
+import pamqp.exceptions
 import pamqp.frame
+import pytest
 from aiormq.connection import FrameReceiver
 from hypothesis import given, settings
 from pamqp.body import ContentBody
@@ -311,3 +313,197 @@ def test_a_table_with_an_offset_among_odd_fields() -> None:
     raw = struct.pack(">BHI", 2, 1, len(payload)) + payload + b"\xce"
     _, _, header = take(Deliveries().feed(raw))
     assert header.properties.headers == {"x-stream-offset": 77}
+
+
+Found = list[tuple[int, bytes, bytes, bytes, Any]]
+"""Channel, consumer's tag, routing key, body, offset."""
+
+
+def parse_plainly(raw: bytes) -> tuple[Found, bool]:
+    """The deliveries of the channels that were taken, read one frame at a time, and whether all of it was AMQP."""
+    found: Found = []
+    taken, begun, at = set(TAKEN), dict[int, list[Any]](), 0
+    while at < len(raw):
+        kind = raw[at]
+        if kind not in (1, 2, 3, 8):
+            return found, False
+        if len(raw) - at < 8:
+            break
+        channel, size = int.from_bytes(raw[at + 1 : at + 3], "big"), int.from_bytes(raw[at + 3 : at + 7], "big")
+        payload, end_mark = raw[at + 7 : at + 7 + size], raw[at + 7 + size : at + 8 + size]
+        if end_mark == b"":
+            return found, size <= 2**29
+        if end_mark != b"\xce":
+            return found, False
+        at += size + 8
+        if channel not in taken:
+            continue
+        if kind == 1 and payload[:4] == b"\x00\x3c\x00\x3c":
+            strings, rest = [], payload[4:]
+            for fixed_before in (0, 9, 0):
+                fixed, rest = rest[:fixed_before], rest[fixed_before:]
+                if len(fixed) < fixed_before or not rest or len(rest) < 1 + rest[0]:
+                    return found, False
+                strings.append(rest[1 : 1 + rest[0]])
+                rest = rest[1 + rest[0] :]
+            if rest or channel in begun:
+                return found, False
+            begun[channel] = [strings[0], strings[2], None, b"", None]
+        elif kind == 1:
+            if payload[:4] in (b"\x00\x14\x00\x28", b"\x00\x14\x00\x29"):
+                taken.remove(channel)
+                begun.pop(channel, None)
+            continue
+        elif channel not in begun:
+            return found, False
+        elif kind == 2 and begun[channel][2] is None and len(payload) >= 14 and payload[:2] == b"\x00\x3c":
+            begun[channel][2] = int.from_bytes(payload[4:12], "big")
+            begun[channel][4] = offset_of(payload)
+        elif kind == 3 and begun[channel][2] is not None:
+            begun[channel][3] += payload
+        else:
+            return found, False
+        tag, key, missing, body, offset = begun[channel]
+        if missing is not None and len(body) > missing:
+            return found, False
+        if missing == len(body):
+            found.append((channel, tag, key, body, offset))
+            del begun[channel]
+    return found, True
+
+
+def offset_of(payload: bytes) -> Any:
+    """By the library's own decoder. `...` where it cannot read the properties: then any offset or none is right."""
+    try:
+        header = ContentHeader()
+        header.unmarshal(payload)
+        table_of = header.properties.headers
+    except Exception:  # noqa: BLE001 - It raises many kinds over what it cannot read.
+        return ...
+    return (table_of or {}).get("x-stream-offset")
+
+
+def cut_out(raw: bytes, cuts: list[int]) -> tuple[Found, bytes, Deliveries]:
+    found: Found = []
+    cutter = Deliveries()
+    for channel in TAKEN:
+
+        def sink(tag: bytes, key: str, body: bytes, offset: int | None, channel: int = channel) -> None:
+            found.append((channel, tag, key.encode(), body, offset))
+
+        cutter.take(channel, sink)
+    out, at, turn = b"", 0, 0
+    while at < len(raw):
+        size = cuts[turn % len(cuts)]
+        out += cutter.feed(raw[at : at + size])
+        at, turn = at + size, turn + 1
+    return found, out, cutter
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A conversation with some of its bytes, lengths and frames changed, lost, repeated or in another order."""
+    conversation = draw(conversations())
+    frames = [frame for frames in conversation for frame in frames]
+    frames = draw(st.permutations(frames)) if draw(st.booleans()) else frames
+    for _ in range(draw(st.integers(0, 3)) if frames else 0):
+        at = draw(st.integers(0, len(frames) - 1))
+        frame = frames[at]
+        place = draw(st.integers(0, len(frame) - 1))
+        match draw(st.sampled_from(["byte", "size", "shorter", "longer", "cut", "lost", "twice", "header", "channel"])):
+            case "byte":
+                frames[at] = frame[:place] + draw(st.binary(min_size=1, max_size=1)) + frame[place + 1 :]
+            case "size":
+                size = draw(st.integers(0, 300) | st.integers(0, 2**32 - 1))
+                frames[at] = frame[:3] + size.to_bytes(4, "big") + frame[7:]
+            case "shorter":
+                payload = frame[7:-1][: place % max(1, len(frame) - 8)]
+                frames[at] = frame[:3] + len(payload).to_bytes(4, "big") + payload + b"\xce"
+            case "longer":
+                payload = frame[7:-1] + draw(st.binary(max_size=9))
+                frames[at] = frame[:3] + len(payload).to_bytes(4, "big") + payload + b"\xce"
+            case "cut":
+                frames[at] = frame[:place]
+            case "lost":
+                frames[at] = b""
+            case "twice":
+                frames[at] = frame + frame
+            case "header":
+                payload = struct.pack(">HHQH", 60, 0, draw(st.integers(0, 2**64 - 1)), 1 << 13) + frame[7:-1]
+                frames[at] = b"\x02" + frame[1:3] + len(payload).to_bytes(4, "big") + payload + b"\xce"
+            case "channel":
+                frames[at] = frame[:1] + draw(st.sampled_from([b"\x00\x01", b"\x00\x03"])) + frame[3:]
+        if not frames[at]:
+            del frames[at]
+        if not frames:
+            break
+    return b"".join(frames)
+
+
+pieces = st.lists(st.integers(1, 60), min_size=1, max_size=8)
+
+
+@settings(max_examples=1000)
+@given(damaged() | st.binary(max_size=80) | st.tuples(st.binary(max_size=60), damaged()).map(b"".join), pieces)
+def test_no_bytes_raise_and_none_that_are_not_amqp_reach_a_callback(raw: bytes, cuts: list[int]) -> None:
+    expected, is_amqp = parse_plainly(raw)
+    whole, out, cutter = cut_out(raw, [max(1, len(raw))])
+    assert [each[:2] + each[3:4] for each in whole] == [each[:2] + each[3:4] for each in expected]
+    for (_, _, got, _, offset), (_, _, key, _, wanted) in zip(whole, expected, strict=True):
+        assert got == key or (got == got.decode().encode() and b"?" in got)
+        assert offset == wanted or wanted is ...
+    assert [type(fault).__name__ for fault in cutter.faults] in ([], ["NotAmqp"])
+    # In any pieces it is the same.
+    again, out_again, in_pieces = cut_out(raw, cuts)
+    assert again == whole
+    rest, rest_again = cutter.feed(b""), in_pieces.feed(b"")
+    assert (out + rest, cutter.take_acks()) == (out_again + rest_again, in_pieces.take_acks())
+    if not is_amqp:
+        # The library refuses what it is given, whatever comes behind it.
+        with pytest.raises(Exception, match=r"."):
+            asyncio.run(Library(out + rest + b"\x00" * 2000).read())
+
+
+@given(st.binary(max_size=60), st.sampled_from([b"\x00\x3c\x00\x3c", b"\x00\x3c\x00\x47"]), st.booleans())
+def test_a_method_that_ends_too_early_is_the_librarys(payload: bytes, method: bytes, is_taken: bool) -> None:
+    cutter = Deliveries()
+    if is_taken:
+        cutter.take(1, lambda *_: None)
+    raw = struct.pack(">BHI", 1, 1, 4 + len(payload)) + method + payload + b"\xce"
+    cutter.feed(raw)
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (1, b"\x00\x3c\x00\x3c\x03tag"),
+        (2, b"\x00\x3c" + b"\x00" * 12),
+        (3, b"a body without a header"),
+        (3, b""),
+        (8, b""),
+        (8, b"a heartbeat of a channel"),
+    ],
+)
+def test_a_frame_out_of_its_order_is_refused_by_the_library(kind: int, payload: bytes) -> None:
+    cutter = Deliveries()
+    cutter.take(1, lambda *_: None)
+    out = cutter.feed(struct.pack(">BHI", kind, 1, len(payload)) + payload + b"\xce")
+    with pytest.raises(pamqp.exceptions.UnmarshalingException):
+        take(out)
+
+
+def test_a_method_that_ends_early_goes_on_in_a_form_that_the_library_refuses() -> None:
+    found: list[bytes] = []
+    cutter = Deliveries()
+    cutter.take(1, lambda _tag, _key, body, _offset: found.append(body))
+    good = b"".join(delivery(b"good"))
+    # The key claims 200 bytes, and the next frames have them. The library by itself reads five bytes as the key.
+    short = b"\x00\x3c\x00\x3c" + short_string(b"tag") + b"\0" * 9 + short_string(b"events") + b"\xc8all.x"
+    frame = struct.pack(">BHI", 1, 1, len(short)) + short + b"\xce"
+    take(frame)
+    out = cutter.feed(good + frame + good * 3)
+    assert found == [b"good"]
+    with pytest.raises(pamqp.exceptions.UnmarshalingException):
+        take(out)
+    assert [str(fault).partition(": ")[0] for fault in cutter.faults] == ["the broker sent what is not AMQP"]
+    assert cutter.feed(good) == good
