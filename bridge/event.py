@@ -7,6 +7,7 @@ extension attributes other than those of W3C Trace Context, stay inside.
 
 from __future__ import annotations
 
+import calendar
 import json
 import math
 import re
@@ -40,6 +41,15 @@ _RFC3339 = re.compile(
     r"(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII,
 )
+_PARENT = r"-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+_TRACEPARENT = re.compile(rf"00{_PARENT}|(?!00|ff)[0-9a-f]{{2}}{_PARENT}(?:-[ !#-\[\]-~]*+)?")
+"""W3C Trace Context, sections 3.2.2 and 4.3. A version after 00 may add to it."""
+_TRACESTATE_MEMBER = re.compile(r"([a-z0-9][a-z0-9_*/@-]{0,255})=[ !-+\x2d-<>-~]{0,255}[!-+\x2d-<>-~]")
+_MAX_TRACESTATE_MEMBERS = 32
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""A body without this has no lone surrogate: UTF-8 itself cannot carry one."""
+# JSON may escape half of a surrogate pair (RFC 8259, section 8.2); no UTF-8 can carry it on.
+_LONE_SURROGATE = "a string holds a lone surrogate (\\ud800 to \\udfff), which is not Unicode text"
 _OPTIONAL = ("time", "subject", "datacontenttype", "dataschema")
 _TRACE_CONTEXT = ("traceparent", "tracestate")
 _REQUIRED = ("specversion", "id", "source", "type")
@@ -52,8 +62,9 @@ _OWN = frozenset({*_REQUIRED, *_OPTIONAL, "data", "data_base64"})
 _PLAIN = r"[ !#-\[\]-~]"  # What stands in JSON's strings as it is, of ASCII.
 _HEAD_AS_WRITTEN = re.compile(
     rf'\{{"specversion":"1\.0","id":"({_ID.pattern})","source":"{_PLAIN}++","type":"([a-z0-9_.-]++)"'
-    rf'(?:,"time":"{_RFC3339.pattern}")?(?:,"subject":"{_PLAIN}++")?(?:,"datacontenttype":"application/json")?'
-    rf'(?:,"dataschema":"{_PLAIN}++")?(?:,"traceparent":"{_PLAIN}*+")?(?:,"tracestate":"{_PLAIN}*+")?,"data":'.encode()
+    rf'(?:,"time":"({_RFC3339.pattern})")?(?:,"subject":"{_PLAIN}++")?(?:,"datacontenttype":"application/json")?'
+    rf'(?:,"dataschema":"{_PLAIN}++")?(?:,"traceparent":"(?:{_TRACEPARENT.pattern})"(?:,"tracestate":"({_PLAIN}++)")?)?'
+    rf',"data":'.encode()
 )
 """An envelope up to its data, in the very text that `_read_attributes` would write for it."""
 
@@ -190,8 +201,7 @@ def read_event(body: bytes, routing_key: str, models: Models, *, max_bytes: int 
     except RecursionError:
         raise Malformed("the JSON is nested too deeply") from None
     except UnicodeEncodeError:
-        # JSON may escape half of a surrogate pair (RFC 8259, section 8.2); no UTF-8 can carry it on.
-        raise Malformed("a string holds a lone surrogate (\\ud800 to \\udfff), which is not Unicode text") from None
+        raise Malformed(_LONE_SURROGATE) from None  # Made by the model itself.
 
 
 def _read_as_written(body: bytes, routing_key: str, models: Models) -> Event | None:
@@ -203,6 +213,9 @@ def _read_as_written(body: bytes, routing_key: str, models: Models) -> Event | N
     """
     head = _HEAD_AS_WRITTEN.match(body)
     if head is None or body[-1:] != b"}":
+        return None
+    time, tracestate = head[3], head[4]
+    if (time and not _is_in_calendar(time.decode())) or (tracestate and not _is_tracestate(tracestate.decode())):
         return None
     event_type = head[2].decode("ascii")
     model = models.get(event_type)
@@ -230,7 +243,7 @@ def _read(body: bytes, routing_key: str, models: Models) -> Event:
             raise UnknownType(f"the catalogue has no model for type {event_type[:200]!r}")
     data = _pass_through(body, model)
     if data is None:
-        data = _revalidate(envelope["data"], model)
+        data = _revalidate(body, model)
     return Event(id=envelope["id"], type=event_type, text=b'{%b,"data":%b}' % (head.encode(), data))
 
 
@@ -286,6 +299,11 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise Malformed(str(error)) from None
     except ValueError:  # sys.set_int_max_str_digits: reading such a number costs the square of its length.
         raise Malformed("a number has more than 4,300 digits") from None
+    if _SURROGATE.search(body):
+        try:
+            _JSON.encode(value).encode()
+        except UnicodeEncodeError:
+            raise Malformed(_LONE_SURROGATE) from None
     if not isinstance(value, dict):
         raise NotACloudEvent("the body is JSON, but no object")
     return value
@@ -305,6 +323,9 @@ def _read_attributes(envelope: dict[str, Any]) -> str:
     if "data" not in envelope:
         hint = " (data_base64 is not taken: data must be JSON)" if "data_base64" in envelope else ""
         raise NotACloudEvent(f"the member 'data' is missing{hint}")
+    if envelope.get("data_base64") is not None:
+        # JSON event format, section 3.1.1: an event has one of them. Readers differ in which they take.
+        raise NotACloudEvent("the event has 'data' and 'data_base64': leave out data_base64, data must be JSON")
     extensions = envelope.keys() - _OWN
     for name in sorted(extensions):
         _check_extension(name, envelope[name])
@@ -318,13 +339,58 @@ def _read_attributes(envelope: dict[str, Any]) -> str:
             raise NotACloudEvent(f"the attribute {name!r} must be a string that is not empty")
         if name == "time" and not _RFC3339.fullmatch(value):
             raise NotACloudEvent(f"time must be RFC 3339 (2026-01-31T12:00:00Z), not {value[:60]!r}")
+        if name == "time" and not _is_in_calendar(value):
+            raise NotACloudEvent(
+                f"time is {value[:60]!r}: the day does not exist, or the second 60 is not the last of a month in UTC "
+                "(RFC 3339, section 5.7)"
+            )
         if name == "datacontenttype" and value != "application/json":
             raise NotACloudEvent(f"datacontenttype must be application/json, not {value[:100]!r}")
         text += f',"{name}":{_quote(value)}'
-    for name in _TRACE_CONTEXT if extensions else ():
-        if envelope.get(name) is not None:
-            text += f',"{name}":{_JSON.encode(envelope[name])}'
+    if extensions:
+        for name, value in read_trace_context(envelope).items():
+            text += f',"{name}":{_quote(value)}'
     return text
+
+
+def _is_in_calendar(time: str) -> bool:
+    """Whether a time of the pattern is one: its day exists, and a second 60 ends a month in UTC (RFC 3339, 5.7)."""
+    is_leap_second = time[17:19] == "60"
+    if time[8:10] <= "28" and not is_leap_second:
+        return True
+    year, month, day = int(time[:4]), int(time[5:7]), int(time[8:10])
+    _, days = calendar.monthrange(year, month)
+    if day > days or not is_leap_second:
+        return day <= days
+    minutes = int(time[11:13]) * 60 + int(time[14:16])
+    if time[-1] not in "Zz":
+        offset = int(time[-5:-3]) * 60 + int(time[-2:])
+        minutes += offset if time[-6] == "-" else -offset
+    days_on, minute = divmod(minutes, 24 * 60)
+    # Day 0 is the last one of the month before.
+    return minute == 24 * 60 - 1 and day + days_on in (0, days)
+
+
+def read_trace_context(attributes: Mapping[str, object]) -> dict[str, str]:
+    """`traceparent` and `tracestate`, as far as they leave the bridge.
+
+    A receiver ignores a `traceparent` that it cannot read, and with it the `tracestate`; it ignores a `tracestate` that
+    it cannot read by itself (W3C Trace Context, sections 3.3 and 4.3). The event is as good as one without.
+    """
+    parent, state = (attributes.get(name) for name in _TRACE_CONTEXT)
+    if not isinstance(parent, str) or not _TRACEPARENT.fullmatch(parent):
+        return {}
+    if not isinstance(state, str) or not _is_tracestate(state):
+        return {"traceparent": parent}
+    return {"traceparent": parent, "tracestate": state}
+
+
+def _is_tracestate(text: str) -> bool:
+    """W3C Trace Context, section 3.3.1: 1 to 32 members, each key once. Empty members are allowed."""
+    members = [member for part in text.split(",") if (member := part.strip(" \t"))]
+    found = [_TRACESTATE_MEMBER.fullmatch(member) for member in members[: _MAX_TRACESTATE_MEMBERS + 1]]
+    keys = {member[1] for member in found if member is not None}
+    return 1 <= len(members) == len(keys) <= _MAX_TRACESTATE_MEMBERS
 
 
 def _check_extension(name: str, value: object) -> None:
@@ -369,14 +435,18 @@ def _pass_through(body: bytes, model: type[EventData]) -> bytes | None:
     return None if b"null" in text or b"NaN" in text or b"Infinity" in text else text
 
 
-def _revalidate(data: object, model: type[EventData]) -> bytes:
-    """The data as its model writes it out again, as JSON: what the model does not declare is gone."""
-    # Validated as JSON, not as Python values: under `strict=True` a model takes a time as text only from JSON.
-    text = _JSON.encode(data).encode("utf-8")
+def _revalidate(body: bytes, model: type[EventData]) -> bytes:
+    """The data as its model writes it out again, as JSON: what the model does not declare is gone.
+
+    Args:
+        body: the whole body, which has been read before.
+    """
+    # Validated as JSON, not as Python values: under `strict=True` a model takes a time as text only from JSON. The same
+    # bytes and the same parser as in `_pass_through`, so that the two cannot read a number in different ways.
     try:
-        return encode_data(model.model_validate_json(text)).encode()
+        return encode_data(_envelope_of(model).__pydantic_validator__.validate_json(body).data).encode()
     except ValidationError as error:
-        raise SchemaViolation(describe_faults(error)) from None
+        raise SchemaViolation(describe_faults(error, ())) from None
     except (RecursionError, UnicodeEncodeError):
         raise  # Faults of the body, told apart by the caller.
     except ValueError as error:
@@ -413,10 +483,14 @@ def _find_infinite(value: object, where: str) -> str | None:
     return next((found for name, member in members if (found := _find_infinite(member, name))), None)
 
 
-def describe_faults(error: ValidationError) -> str:
-    """What is wrong with which member of an event's data, without its value: texts go to logs, values are people's."""
+def describe_faults(error: ValidationError, within: tuple[str, ...] = ("data",)) -> str:
+    """What is wrong with which member of an event's data, without its value: texts go to logs, values are people's.
+
+    Args:
+        within: where in the event the validated value is; () for the whole event.
+    """
     faults = [
-        ".".join(["data", *(str(part) for part in fault["loc"])]) + ": " + fault["msg"]
+        ".".join([*within, *(str(part) for part in fault["loc"])] or ["data"]) + ": " + fault["msg"]
         for fault in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     return "; ".join(faults)

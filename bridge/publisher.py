@@ -38,6 +38,7 @@ from bridge.event import (
     describe_faults,
     encode_data,
     read_event,
+    read_trace_context,
     write_event,
 )
 from bridge.roundtrip import declaring_class, find_loss
@@ -358,8 +359,9 @@ class EventWriter:
         try:
             envelope = {"id": new_id(), "source": self._source, "time": _rfc3339(datetime.now(UTC))}
             if "opentelemetry.trace" in sys.modules and attributes.get("traceparent") is None:
-                envelope |= _trace_context()
+                envelope |= read_trace_context(_trace_context())
             envelope |= _read_attributes(attributes)
+            _check_trace_context(envelope)
             key = audience.routing_key(event_type)
             text = encode_data(data).encode()
             body = write_event(envelope, event_type, text)
@@ -446,6 +448,28 @@ def _rfc3339(time: datetime) -> str:
     time = time.astimezone(UTC)
     precision = "microseconds" if time.microsecond % 1000 else "milliseconds"
     return time.isoformat(timespec=precision).replace("+00:00", "Z")
+
+
+def _check_trace_context(envelope: Mapping[str, str]) -> None:
+    """
+    Raises:
+        _Refused: a page would not get it; see `read_trace_context`.
+    """
+    kept = read_trace_context(envelope)
+    if "traceparent" in envelope.keys() - kept.keys():
+        raise _Refused(
+            f"traceparent is {envelope['traceparent']!r:.80}, which is not one of W3C Trace Context: leave it out, or "
+            "pass it as in 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+        )
+    if "tracestate" in envelope.keys() - kept.keys():
+        if not kept:
+            raise _Refused(
+                "tracestate is given without a traceparent, and means nothing alone: pass both, or leave it out"
+            )
+        raise _Refused(
+            f"tracestate is {envelope['tracestate']!r:.80}, which is not one of W3C Trace Context: leave it out, or "
+            "pass key=value pairs joined by commas"
+        )
 
 
 def _trace_context() -> dict[str, str]:

@@ -75,7 +75,9 @@ async def test_three_lines_reach_a_browser(service: Service, vhost: Vhost, conne
 
 async def test_a_message_is_a_cloudevent_with_its_properties(vhost: Vhost, queue: aio_pika.abc.AbstractQueue) -> None:
     async with Publisher(vhost.url, source="/workers/reports") as publisher:
-        event_id = await publisher.to_user("a.b", DONE, subject="s", traceparent="00-ab-cd-01")
+        event_id = await publisher.to_user(
+            "a.b", DONE, subject="s", traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+        )
     (message,) = await take_all(queue)
     assert message.routing_key == "user.a%2Eb.job.completed"
     assert message.content_type == "application/cloudevents+json"
@@ -93,7 +95,7 @@ async def test_a_message_is_a_cloudevent_with_its_properties(vhost: Vhost, queue
         "source": "/workers/reports",
         "type": "job.completed",
         "subject": "s",
-        "traceparent": "00-ab-cd-01",
+        "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
         "data": {"job_id": "r-7", "duration_seconds": 3.2, "result_url": None},
     }
 

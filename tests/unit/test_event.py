@@ -84,9 +84,11 @@ def test_an_event_comes_out_as_one_line_with_its_frame() -> None:
 
 def test_what_no_model_declares_stays_inside() -> None:
     data = {"job_id": "r", "password": "s3cret", "part": {"name": "n", "secret": "s3cret"}}
-    event = read(envelope(data=data, tenant="s3cret", traceparent="00-ab-cd-01"))
+    event = read(
+        envelope(data=data, tenant="s3cret", traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+    )
     assert b"s3cret" not in event.named
-    assert json.loads(line_of(event))["traceparent"] == "00-ab-cd-01"
+    assert json.loads(line_of(event))["traceparent"] == "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,10 @@ def test_no_text_ends_a_line(text: str) -> None:
         json.dumps(envelope(data={"job_id": "@"})).encode().replace(b"@", rb"\ud800"),
         json.dumps(envelope(data={"job_id": "r", "anything": {"@": 1}})).encode().replace(b"@", rb"\udfff"),
         json.dumps(envelope(subject="@")).encode().replace(b"@", rb"\ud83d"),
+        # Neither of these three leaves the bridge.
+        json.dumps(envelope(tenant="@")).encode().replace(b"@", rb"\uDBFF"),
+        json.dumps(envelope(traceparent="@")).encode().replace(b"@", rb"\udc00\ud800"),
+        json.dumps(envelope(data={"job_id": "r", "other": ["@"]})).encode().replace(b"@", rb"\ud800"),
     ],
 )
 def test_malformed(body: bytes) -> None:
@@ -156,6 +162,15 @@ def test_malformed(body: bytes) -> None:
         {"type": None},
         {"data": ...},
         {"data": ..., "data_base64": "AA=="},
+        {"data_base64": "AA=="},
+        {"data_base64": 5},
+        {"time": "2026-02-29T00:00:00Z"},
+        {"time": "1900-02-29T00:00:00Z"},
+        {"time": "2026-04-31T00:00:00Z"},
+        {"time": "2026-01-31T12:00:60Z"},
+        {"time": "2026-01-30T23:59:60Z"},
+        {"time": "2026-12-31T23:59:60+01:00"},
+        {"time": "2026-12-31T23:59:61Z"},
         {"time": "yesterday"},
         {"time": "2026-13-01T00:00:00Z"},
         {"time": 12},
@@ -178,8 +193,57 @@ def test_json_that_is_no_cloudevent(body: bytes) -> None:
     assert refusal(body).reason == "not-a-cloudevent"
 
 
+@pytest.mark.parametrize(
+    "time",
+    [
+        "2024-02-29T00:00:00Z",
+        "0000-02-29T00:00:00-00:00",
+        "2016-12-31T23:59:60Z",
+        "2017-01-01T05:29:60.5+05:30",
+        "2016-12-31T15:59:60-08:00",
+        "2012-06-30t23:59:60z",
+    ],
+)
+def test_times_go_on_as_they_are(time: str) -> None:
+    assert json.loads(read(envelope(time=time)).text)["time"] == time
+    assert json.loads(read(json.dumps(envelope(time=time), separators=(",", ":")).encode()).text)["time"] == time
+
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"traceparent": PARENT}, {"traceparent": PARENT}),
+        ({"traceparent": PARENT, "tracestate": "a=1, b@c=2"}, {"traceparent": PARENT, "tracestate": "a=1, b@c=2"}),
+        ({"traceparent": "01" + PARENT[2:] + "-more"}, {"traceparent": "01" + PARENT[2:] + "-more"}),
+        ({"traceparent": PARENT, "tracestate": 5}, {"traceparent": PARENT}),
+        ({"traceparent": PARENT, "tracestate": ""}, {"traceparent": PARENT}),
+        ({"traceparent": PARENT, "tracestate": "a=1,a=2"}, {"traceparent": PARENT}),
+        ({"traceparent": PARENT, "tracestate": ",".join(f"k{n}=1" for n in range(33))}, {"traceparent": PARENT}),
+        ({"tracestate": "a=1"}, {}),
+        ({"traceparent": 5, "tracestate": "a=1"}, {}),
+        ({"traceparent": True}, {}),
+        ({"traceparent": ""}, {}),
+        ({"traceparent": PARENT.upper()}, {}),
+        ({"traceparent": PARENT + "-more"}, {}),
+        ({"traceparent": "ff" + PARENT[2:]}, {}),
+        ({"traceparent": "00-" + "0" * 32 + PARENT[35:]}, {}),
+        ({"traceparent": PARENT[:36] + "0" * 16 + PARENT[52:]}, {}),
+    ],
+)
+def test_a_trace_context_that_cannot_be_read_is_left_out(given: dict[str, Any], shown: dict[str, Any]) -> None:
+    bare = envelope()
+    data = bare.pop("data")
+    compact = json.dumps({**bare, **given, "data": data}, separators=(",", ":")).encode()
+    for body in (envelope(**given), compact):
+        found = json.loads(read(body).text)
+        assert {name: found[name] for name in ("traceparent", "tracestate") if name in found} == shown
+
+
 def test_optional_attributes_may_be_null() -> None:
-    event = read(envelope(time=None, subject=None, traceparent=None, tenant=None))
+    event = read(envelope(time=None, subject=None, traceparent=None, tenant=None, data_base64=None))
     assert set(json.loads(line_of(event))) == {"specversion", "id", "source", "type", "data"}
 
 
@@ -246,7 +310,14 @@ def test_what_is_written_is_read() -> None:
 def test_what_the_sdk_writes_goes_out_as_it_is() -> None:
     attributes = {"tracestate": "v=1", "time": "2026-01-31T12:00:00.5Z", "subject": "s", "id": "e", "source": "/t"}
     data = Done(job_id="r", seconds=1.5, anything={"text": 'é \n " \\', "none": None, "list": [1, -0.25, True]})
-    body = write({**attributes, "traceparent": "00-1-2-01", "dataschema": "https://x.example/s"}, data)
+    body = write(
+        {
+            **attributes,
+            "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            "dataschema": "https://x.example/s",
+        },
+        data,
+    )
     event = _read_as_written(body, "user.42.test.done", MODELS)
     assert event is not None, "it takes the long way, at three times the price"
     assert event.text == body == line_of(read(body))
@@ -272,6 +343,10 @@ WRITTEN = (
         (b"/t", b"\\n", None),
         (b'"/t"', b'"/t","time":"yesterday"', "not-a-cloudevent"),
         (b'"test.done"', b'"test.done","time":"2026-02-30"', "not-a-cloudevent"),
+        (b'"test.done"', b'"test.done","time":"2026-02-30T00:00:00Z"', "not-a-cloudevent"),
+        (b'"test.done"', b'"test.done","tracestate":"v=1"', None),
+        (b'"test.done"', b'"test.done","traceparent":"00-1-2-3"', None),
+        (b'"test.done"', b'"test.done","traceparent":"%b","tracestate":"v"' % PARENT.encode(), None),
         (b'"test.done"', b'"test.done","datacontenttype":"text/plain"', "not-a-cloudevent"),
         (b'"test.done"', b'"test.done","subject":""', "not-a-cloudevent"),
         (b'"test.done"', b'"test.done","other":"x"', None),
@@ -301,6 +376,47 @@ def test_as_written_and_nearly_so(old: bytes, new: bytes, reason: str | None) ->
         assert read(body).id == "e"
     else:
         assert refusal(body).reason == reason
+
+
+class Number(EventData, type="test.number"):
+    anything: Any = 0
+    number: float = 0
+    whole: int = 0
+
+
+@pytest.mark.parametrize(
+    ("member", "given", "shown"),
+    [
+        ("number", b"1E5", b"100000.0"),
+        ("whole", b"1E5", b"100000"),
+        ("anything", b"1E5", b"100000.0"),
+        ("anything", b"1.0", b"1.0"),
+        ("anything", b"1", b"1"),
+        ("anything", b"-0", b"0"),
+        ("anything", b"-0.0", b"-0.0"),
+        ("number", b"1", b"1.0"),
+        ("number", b"-0.0", b"-0.0"),
+        ("number", b"1e-400", b"0.0"),
+        ("whole", b"1.0", b"1"),
+        ("whole", b"9007199254740993", b"9007199254740993"),
+        ("anything", b"9" * 4_300, b"9" * 4_300),
+        ("number", b"9" * 400, "schema"),
+        ("whole", b"1.5", "schema"),
+        ("anything", b"1e400", "malformed"),
+        ("number", b"-1E400", "malformed"),
+        ("anything", b"9" * 4_301, "malformed"),
+    ],
+)
+def test_numbers_are_what_the_model_validated(member: str, given: bytes, shown: bytes | str) -> None:
+    body = b'{"specversion":"1.0","id":"e","source":"/t","type":"test.number","data":{"%b":%b}}'
+    body %= member.encode(), given
+    if isinstance(shown, str):
+        with pytest.raises(InvalidEvent) as caught:
+            read_event(body, "all.test.number", {"test.number": Number})
+        assert caught.value.reason == shown
+    else:
+        text = read_event(body, "all.test.number", {"test.number": Number}).text
+        assert b'"%b":%b' % (member.encode(), shown) in text.replace(b"}", b",")
 
 
 def test_infinity_is_not_written_as_null() -> None:

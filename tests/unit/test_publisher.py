@@ -22,6 +22,7 @@ class Done(EventData, type="test.done"):
 
 
 USER = Audience.user("42")
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 DONE = Done(job_id="r-7")
 WRITER = EventWriter(source="/t", exchange="events", max_event_bytes=65_536, log=True)
 
@@ -49,7 +50,12 @@ def test_attributes_in_the_types_that_programs_have() -> None:
     assert written(time=time.replace(microsecond=123_456))["time"] == "2026-01-31T12:00:00.123456Z"
     assert written(time="2026-01-31T12:00:00+01:00")["time"] == "2026-01-31T12:00:00+01:00"
     assert written(source="/other")["source"] == "/other"
-    assert written(subject="s", traceparent="00-ab-cd-01", tracestate="v=1", dataschema="https://x.example/s")
+    assert written(
+        subject="s",
+        traceparent=PARENT,
+        tracestate="v=1",
+        dataschema="https://x.example/s",
+    )
 
 
 def test_an_attribute_that_is_none_is_not_given() -> None:
@@ -74,6 +80,10 @@ def test_an_attribute_that_is_none_is_not_given() -> None:
         ({"time": 1_700_000_000}, "time must be a datetime with a zone"),
         ({"subject": 7}, "subject must be a str, not 7"),
         ({"subject": "\ud800"}, "surrogate"),
+        ({"time": "2026-02-30T00:00:00Z"}, "time is '2026-02-30T00:00:00Z': the day does not exist"),
+        ({"traceparent": "00-ab-cd-01"}, "traceparent is '00-ab-cd-01', which is not one of W3C .* leave it out"),
+        ({"tracestate": "v=1"}, "tracestate is given without a traceparent"),
+        ({"traceparent": PARENT, "tracestate": "v"}, "tracestate is 'v', which is not one of W3C"),
         ({"datacontenttype": "text/plain"}, "datacontenttype must be application/json"),
     ],
 )
