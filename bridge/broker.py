@@ -272,6 +272,12 @@ class _ExchangeGone(BrokerUnavailable):
         super().__init__(f"the exchange is gone, and all bindings with it: {error}")
 
 
+def _note_differences(what: str, declared: topology.Declared, detail: str = "nothing has to be done") -> None:
+    if declared.differences:
+        differences = [str(each) for each in declared.differences]
+        _log.warning(f"the {what} differs, and fits", differences=differences, detail=detail)
+
+
 def _lose(subscription: Subscription) -> None:
     if subscription.bound:
         subscription.bound = False
@@ -295,9 +301,10 @@ class _Link:
         Raises:
             BrokerError: with what differs or which right is missing, and what to do.
         """
-        await topology.declare_exchange(self.connection, self.broker.exchange)
+        _note_differences("exchange", await topology.declare_exchange(self.connection, self.broker.exchange))
         try:
-            await topology.declare_quarantine(self.connection, self.broker.quarantine)
+            declared = await topology.declare_quarantine(self.connection, self.broker.quarantine)
+            _note_differences("quarantine", declared)
         except NotFound as error:
             # In a cluster its node may be down. Streams do without; what is refused meanwhile is kept for a while.
             _log.error("no quarantine", error=str(error))
@@ -316,13 +323,19 @@ class _Link:
         deadline = time.monotonic() + LOG_RECOVERY_SECONDS
         while True:
             try:
-                is_bound = await topology.declare_log(self.connection, log, self.broker.exchange)
+                declared = await topology.declare_log(self.connection, log, self.broker.exchange)
                 break
             except NotFound:
                 if time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(_LOG_PAUSE_SECONDS)
-        if self.broker.log_may_be_unbound and not is_bound:
+        _note_differences(
+            "log",
+            declared,
+            "it keeps events as it was made. Set BRIDGE_LOG_MAX_AGE and BRIDGE_LOG_MAX_BYTES to what it has; to keep "
+            "events for another time, set BRIDGE_LOG to a new name",
+        )
+        if self.broker.log_may_be_unbound and not declared.may_declare:
             _log.error(
                 "the log may be unbound",
                 detail=f"somebody deleted exchange {self.broker.exchange!r} and made it again, and this user may not "

@@ -250,7 +250,7 @@ def _in_definitions(manifest: Manifest) -> dict[str, Any]:
         case "Exchange":
             return {"name": spec["name"], "type": spec["type"], "durable": spec["durable"]}
         case "Queue":
-            kind = {"x-queue-type": spec["type"]} if spec["type"] != "classic" else {}
+            kind = {"x-queue-type": spec["type"]}
             return {"name": spec["name"], "durable": spec["durable"], "arguments": kind | spec["arguments"]}
         case "Binding":
             return {

@@ -278,8 +278,10 @@ async def test_topology_that_differs_stops_the_start_with_what_to_do(
         channel = await connection.channel()
         if what == "exchange":
             await channel.declare_exchange("events", "direct", durable=True)
+        elif what == "quarantine":
+            await channel.declare_queue("events.invalid", durable=True, arguments={"x-queue-type": "stream"})
         else:
-            await channel.declare_queue({"quarantine": "events.invalid", "log": "events.log"}[what], durable=True)
+            await channel.declare_queue("events.log", durable=True)
     service = await start(ready=False)
     assert await service.ended() == 1
     error = (await service.logged("cannot start"))["error"]
