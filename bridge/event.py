@@ -215,10 +215,10 @@ def _read_as_written(body: bytes, routing_key: str, models: Models) -> Event | N
     if head is None or body[-1:] != b"}":
         return None
     at = head.start(3)
-    # Nearly every time is seen to be one by its day and its second; -1 says that there is none.
-    if at > 0 and (body[at + 8 : at + 10] > b"28" or body[at + 17 : at + 19] == b"60"):
-        if not _is_in_calendar(head[3].decode()):
-            return None
+    # The day and the second show of nearly every time that it exists; -1 says that there is none.
+    is_rare = at > 0 and (body[at + 8 : at + 10] > b"28" or body[at + 17 : at + 19] == b"60")
+    if is_rare and not _is_in_calendar(head[3].decode()):
+        return None
     if head.start(4) > 0 and not _is_tracestate(head[4].decode()):
         return None
     event_type = head[2].decode("ascii")
