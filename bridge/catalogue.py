@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from bridge import facts
 from bridge.event import EventData, describe_faults
 from bridge.roundtrip import check_model
 from bridge.routing import InvalidType
@@ -78,13 +79,12 @@ class Catalogue(Mapping[str, type[EventData]]):
             raise ValueError(describe_faults(error)) from None
 
     def json_schema(self, event_type: str) -> dict[str, Any]:
-        """JSON Schema (draft 2020-12) of the data of one type, as a publisher must write it.
+        """JSON Schema (draft 2020-12) of the data of one type, as a publisher must write it; see `facts.py`.
 
         Raises:
             KeyError: no such type.
         """
-        schema = self[event_type].model_json_schema(by_alias=True, mode="validation")
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+        return facts.describe(self[event_type])
 
 
 def load_catalogue(package: str) -> Catalogue:

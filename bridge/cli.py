@@ -322,8 +322,17 @@ def _pretty(value: object) -> str:
 @click.argument("old", type=click.File("r", encoding="utf-8"))
 @click.argument("new", type=click.File("r", encoding="utf-8"), required=False)
 def diff(old: IO[str], new: IO[str] | None) -> None:
-    """Name what breaks from one catalogue to another. OLD and NEW are files that `schemas export` printed; without NEW
-    it is the catalogue as it stands. Exit 1 when something breaks."""
+    """Name what a change of the catalogue breaks. OLD and NEW are files that `schemas export` printed; without NEW it
+    is the catalogue as it is now.
+
+    \b
+    compatible         nobody has to change anything
+    breaks publishers  data that OLD accepted is refused
+    breaks pages       a page may receive data that OLD did not allow
+    cannot tell        the change is not understood: a person must decide
+
+    Exit 0 for no change and for compatible ones, 1 for the last three, 2 for a file that is not an export.
+    """
     before = _read_export(old)
     if new is not None:
         after = _read_export(new)
@@ -332,10 +341,10 @@ def diff(old: IO[str], new: IO[str] | None) -> None:
         after = {name: catalogue.json_schema(name) for name in catalogue}
     changes = evolution.compare(before, after)
     for change in changes:
-        click.echo(f"{f'breaks {change.breaks}' if change.breaks else 'compatible':17} {change}")
+        click.echo(f"{change.verdict:17} {change}")
     if not changes:
         click.echo("no change")
-    sys.exit(any(change.breaks for change in changes))
+    sys.exit(any(change.verdict != "compatible" for change in changes))
 
 
 def _read_export(file: IO[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ BRIDGE = ROOT / "bridge"
 
 # Lowest first; a file imports only from the lines above its own.
 LAYERS = [
-    ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution", "trial", "claims"],
+    ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution", "facts", "trial", "claims"],
     ["event", "headers", "keys"],
     ["session", "roundtrip"],
     ["amqp", "catalogue"],
