@@ -8,7 +8,8 @@ and tell by callback when it is so and when it no longer is.
     Broker        supervisor: one consuming connection, made again for ever, with jittered pauses
     └─ _Link      one life of that connection, with the queues that live and die with it
        ├─ _Lane   two channels and their owner task; some hundred live queues each
-       └─ _Shared the process's queue for groups and broadcasts
+       ├─ _Shared the process's queue for groups and broadcasts
+       └─ _Dropped the queue to which RabbitMQ sends what it drops from the others
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bridge.routing import Audience
 if TYPE_CHECKING:
     import aio_pika
     from aiormq.abc import AbstractChannel
+    from pamqp.common import FieldTable
 
 LANES = 8
 """Attaching is bounded by this: so many queues are being made at any time, each after the one before it. A broker
@@ -51,6 +53,10 @@ COMMAND_SECONDS = 30.0
 
 EXCHANGE_CHECK_SECONDS = 10.0
 """An exchange that is deleted takes all bindings with it and tells nobody; streams would fall silent."""
+
+DROPPED_SECONDS = 0.5
+"""After the first message that RabbitMQ dropped, this long passes before the streams are read from the log: many are
+dropped at once."""
 
 LOG_RECOVERY_SECONDS = 5.0
 
@@ -157,6 +163,8 @@ class Broker:
         self.last_error: BrokerError | None = None
         self.connects = 0
         """Connections made since the start, the first included."""
+        self.dropped = 0
+        """Messages that RabbitMQ dropped from the bridge's queues, since the start."""
         self.log_may_be_unbound = False
         """Whether the exchange was deleted, and with it the log's binding, and we have not bound it again."""
 
@@ -292,6 +300,7 @@ class _Link:
         self.connection = connection
         self._lanes = [_Lane(self) for _ in range(LANES)]
         self.shared = _Shared(self)
+        self.dropped = _Dropped(self)
         self._waiting: defaultdict[str | None, dict[int, Subscription]] = defaultdict(dict)
         """Who has its own queue, by what the shared queue lacks for it: a group, or None for the queue itself."""
 
@@ -357,7 +366,8 @@ class _Link:
             closed.set()
 
         self.connection.close_callbacks.add(on_close)
-        runs = [self.shared.run(), *(lane.run() for lane in self._lanes)]
+        await self.dropped.open()
+        runs = [self.dropped.run(), self.shared.run(), *(lane.run() for lane in self._lanes)]
         owners = [asyncio.create_task(run, name="amqp-owner") for run in runs]
         watch = asyncio.create_task(closed.wait(), name="amqp-closed")
         try:
@@ -410,7 +420,7 @@ class _Link:
                 del self._waiting[lacking]
 
     def lose_all(self) -> None:
-        """The shared queue is gone, and everybody is on it: each gets broadcasts by it."""
+        """The shared queue is gone, and everybody is on it: each gets broadcasts by it. Or messages were dropped."""
         self._waiting.clear()
         for subscription in list(self.broker.subscriptions.values()):
             _lose(subscription)
@@ -506,7 +516,8 @@ class _Lane:
             async with amqp.translating("making a live queue"):
                 if self._setup is None or self._setup.is_closed:
                     self._setup = await amqp.open_channel(self._link.connection)
-                await self._setup.queue_declare(queue, exclusive=True, auto_delete=True)
+                arguments = self._link.dropped.arguments
+                await self._setup.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
                 for key in subscription.keys:
                     await self._setup.queue_bind(queue, self._broker.exchange, key)
         except BrokerError as error:
@@ -548,6 +559,68 @@ class _Lane:
             # With its last consumer the queue is gone too (auto-delete), and with the queue its bindings.
             async with amqp.translating("ending a live queue"):
                 await consumer.channel.basic_cancel(tag.decode())
+
+
+class _Dropped:
+    """The queue to which RabbitMQ sends what it drops from the live queues and the shared one.
+
+    A policy that limits queues (`max-length`, `message-ttl`), or an `expiration` that a publisher set, takes messages
+    away whenever the bridge reads slowly. Nobody would notice. So each queue of the bridge names this one for its dead
+    letters. A message here says that something is missing somewhere, and all streams are read from the log, as after a
+    lost connection.
+    """
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+        self._queue = f"bridge.dropped.{link.broker.instance}.{secrets.token_hex(2)}"
+        self._count = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = asyncio.Event()
+
+    @property
+    def arguments(self) -> FieldTable:
+        """Of a queue whose dropped messages come here. Arguments win over policies."""
+        return {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": self._queue}
+
+    async def open(self) -> None:
+        """
+        Raises:
+            BrokerError
+        """
+        consumer = await amqp.Consumer.open(self._link.connection, self._note, prefetch=SHARED_PREFETCH)
+        consumer.channel.closing.add_done_callback(lambda _: self._closed.set())
+        consumer.channel.on_consumer_cancel_callbacks.add(lambda _: self._closed.set())
+        async with amqp.translating("making the queue for dropped messages"):
+            setup = await amqp.open_channel(self._link.connection)
+            await setup.queue_declare(self._queue, exclusive=True, auto_delete=True)
+            await consumer.consume(self._queue, "dropped")
+
+    async def run(self) -> None:
+        """
+        Raises:
+            BrokerUnavailable: the queue is gone. Without it no loss would be noticed, so all is made again.
+        """
+        await self._closed.wait()
+        if self._timer is not None:
+            self._timer.cancel()
+        raise BrokerUnavailable("the queue for dropped messages is gone")
+
+    def _note(self, _tag: bytes, _key: str, _body: bytes, _offset: int | None) -> None:
+        self._count += 1
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(DROPPED_SECONDS, self._tell)
+
+    def _tell(self) -> None:
+        self._timer = None
+        count, self._count = self._count, 0
+        _log.error(
+            "messages dropped by the broker",
+            count=count,
+            detail="a policy (max-length, message-ttl) or an `expiration` took them out of the bridge's queues; all "
+            "streams are read from the log. Exempt queues named bridge.* from the policy",
+        )
+        self._link.broker.dropped += count
+        self._link.lose_all()
 
 
 class _Shared:
@@ -609,7 +682,8 @@ class _Shared:
         channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
         try:
             async with amqp.translating("making the shared queue"):
-                await setup.queue_declare(queue, exclusive=True, auto_delete=True)
+                arguments = self._link.dropped.arguments
+                await setup.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
                 await self._bind_everyone(setup, queue)
                 await consumer.consume(queue, "shared")
                 self.queue = queue

@@ -94,6 +94,11 @@ class Metrics:
             "Connections made to RabbitMQ since the start, the first included",
             registry=self.registry,
         )
+        self.broker_dropped = Gauge(
+            "bridge_broker_dropped",
+            "Messages that RabbitMQ dropped from the bridge's queues since the start; streams got them from the log",
+            registry=self.registry,
+        )
         self.loop_lag_seconds = Gauge(
             "bridge_loop_lag_seconds", "How late the event loop last came to a timer", registry=self.registry
         )

@@ -177,6 +177,7 @@ class _Service:
         metrics.ready.set_function(lambda: self._why_not_ready() is None)
         metrics.broker_connected.set_function(lambda: broker.connected)
         metrics.broker_connects.set_function(lambda: broker.connects)
+        metrics.broker_dropped.set_function(lambda: broker.dropped)
         if self.log is not None:
             log = self.log
             metrics.log_passes.set_function(lambda: log.passes)

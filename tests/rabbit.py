@@ -129,6 +129,11 @@ class Vhost:
         self._call("PUT", f"queues/{self.name}/everything", durable=True)
         self._call("POST", f"bindings/{self.name}/e/events/q/everything", routing_key="#")
 
+    def set_policy(self, name: str, **definition: Any) -> None:
+        """For every queue of the virtual host, as an operator's `.*` does."""
+        body = {"pattern": ".*", "definition": definition, "apply-to": "queues"}
+        self._call("PUT", f"policies/{self.name}/{name}", **body)
+
     def delete_exchange(self, name: str) -> None:
         self._call("DELETE", f"exchanges/{self.name}/{name}")
 

@@ -1,0 +1,67 @@
+"""What a policy or an expiration takes out of the bridge's queues is noticed, and comes from the log."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+import aio_pika
+import pytest
+
+from tests.conftest import OpenStream, StartService
+from tests.rabbit import Vhost, cloudevent
+
+COUNT = 3_000
+
+
+async def publish_burst(vhost: Vhost, **properties: Any) -> None:
+    connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
+    async with connection:
+        channel = await connection.channel(publisher_confirms=False)
+        target = await channel.get_exchange("events", ensure=False)
+        for number in range(COUNT):
+            key = ("user.42", "all", "group.ops")[number % 3]
+            message = aio_pika.Message(json.dumps(cloudevent(f"e{number}")).encode(), **properties)
+            await target.publish(message, f"{key}.job.completed", mandatory=False)
+
+
+@pytest.mark.parametrize("cause", ["max-length", "max-length-bytes", "message-ttl", "expiration"])
+async def test_what_is_dropped_while_the_bridge_is_slow_comes_from_the_log(
+    start: StartService, vhost: Vhost, connect: OpenStream, cause: str
+) -> None:
+    service = await start(BACKLOG_EVENTS="10000", BACKLOG_BYTES="10000000")
+    streams = [await connect(service, "42", "ops"), await connect(service, "43", "ops")]
+    limits: dict[str, int] = {"max-length": 100, "max-length-bytes": 10_000, "message-ttl": 1}
+    # Added when the queues are there already, as policies are. The log is a stream, which has limits of its own.
+    if cause in limits:
+        vhost.set_policy("house-rule", **{cause: limits[cause]})
+    service.signal(signal.SIGSTOP)  # As throttling of its processor would, for a moment.
+    try:
+        await publish_burst(vhost, **({"expiration": 0.001} if cause == "expiration" else {}))
+    finally:
+        service.signal(signal.SIGCONT)
+    for stream, owed in zip(streams, [range(COUNT), [n for n in range(COUNT) if n % 3]], strict=True):
+        missing = {f"e{number}" for number in owed}
+        while missing:
+            frame = await stream.next()
+            assert frame.event != "bridge.gap", frame
+            if not frame.event.startswith("bridge."):
+                missing.discard(frame.json["id"])
+    line = await service.logged("messages dropped by the broker")
+    assert line["count"] > 0
+    assert "Exempt queues named bridge.*" in line["detail"]
+    assert await service.metric("bridge_broker_dropped") > 0
+
+
+async def test_without_a_log_it_is_a_gap(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+    service = await start(LOG="", BACKLOG_EVENTS="10000", BACKLOG_BYTES="10000000")
+    stream = await connect(service, "42", "ops")
+    vhost.set_policy("house-rule", **{"max-length": 100})
+    service.signal(signal.SIGSTOP)
+    try:
+        await publish_burst(vhost)
+    finally:
+        service.signal(signal.SIGCONT)
+    gap = await stream.until("bridge.gap")
+    assert gap.json == {"reason": "no-log"}
