@@ -307,7 +307,7 @@ async def test_a_right_that_every_stream_needs_stops_the_start(vhost: Vhost, nod
             amqp_url=vhost.url_at(node.port, user="bridge-test", password="secret-bridge-test"), ready=False
         )
         assert await service.ended() == 1
-        assert "access to queue 'bridge.shared." in (await service.logged("cannot start"))["error"]
+        assert "access to queue 'bridge." in (await service.logged("cannot start"))["error"]
     finally:
         vhost.delete_user("bridge-test")
 
