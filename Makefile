@@ -18,8 +18,18 @@ test: $(READY) check ## every test, on private RabbitMQs (this machine's and 4.3
 	@deploy/local/ensure kubectl
 	@deploy/local/ensure promtool
 	@deploy/local/ensure proxies
+	@$(MAKE) --no-print-directory $(NODE)/.ready
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
+
+# Packages of npm that tests use: validators, and clients that were not written here. See tests/node/__init__.py.
+NODE := .run/node
+$(NODE)/.ready: tests/node/package.json tests/node/package-lock.json
+	@deploy/local/ensure node
+	@set -e; mkdir -p $(NODE); echo "==> $(NODE): Node $$(node --version), with the tests' locked packages" >&2; \
+	cp tests/node/package.json tests/node/package-lock.json $(NODE)/; \
+	npm ci --prefix $(NODE) --no-audit --no-fund --loglevel=error >/dev/null
+	@touch $@
 
 chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on, with NODES
 	@deploy/local/ensure rabbitmq
@@ -97,11 +107,12 @@ lock: $(READY) ## renew the lock files (needs uv, and npm)
 	@$(LOCK) pyproject.toml --extra server --extra tracing --group dev -o requirements-dev.lock
 	@$(LOCK) --group build -o requirements-build.lock
 	@cd $(PEERS) && $(LOCK) requirements.in --constraint ../../../requirements.lock -o requirements.lock
-	@cd $(PEERS) && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error >/dev/null
 	@# Whom to fund is an address too.
-	@cd $(PEERS) && $(abspath $(VENV))/bin/python -c "import json, pathlib; lock = pathlib.Path('package-lock.json'); \
+	@for folder in $(PEERS) tests/node; do (cd $$folder && \
+		npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error >/dev/null && \
+		$(abspath $(VENV))/bin/python -c "import json, pathlib; lock = pathlib.Path('package-lock.json'); \
 		held = json.loads(lock.read_text()); [entry.pop('funding', None) for entry in held['packages'].values()]; \
-		lock.write_text(json.dumps(held, indent=2) + '\n')"
+		lock.write_text(json.dumps(held, indent=2) + '\n')") || exit 1; done
 
 $(READY): requirements-dev.lock pyproject.toml
 	@set -e; python=$$(deploy/local/ensure python); \
