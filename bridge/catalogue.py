@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bridge import facts
+from bridge import dialects, facts
 from bridge.event import EventData, describe_faults
 from bridge.roundtrip import check_model
 from bridge.routing import InvalidType
@@ -84,7 +84,7 @@ class Catalogue(Mapping[str, type[EventData]]):
         Raises:
             KeyError: no such type.
         """
-        return facts.describe(self[event_type])
+        return dialects.standard(facts.describe(self[event_type]))
 
 
 def load_catalogue(package: str) -> Catalogue:

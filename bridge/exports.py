@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
-from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+from pydantic.json_schema import models_json_schema
 
+from bridge import dialects
 from bridge.catalogue import Catalogue
 from bridge.event import SPECVERSION
 
@@ -19,6 +21,20 @@ Schema = dict[str, Any]
 
 _INDENT = "  "
 _NAME = re.compile(r"[A-Za-z_$][A-Za-z0-9_$]*")
+
+# Names of the module itself, of types that the language has, and words that are not a name.
+# fmt: off
+_TAKEN = {
+    "CloudEvent", "EventType", "EventDataByType", "BridgeEvent",
+    "any", "bigint", "boolean", "never", "null", "number", "object", "string", "symbol",
+    "undefined", "unknown", "void", "await", "break", "case", "catch", "class", "const",
+    "continue", "debugger", "default", "delete", "do", "else", "enum", "export", "extends",
+    "false", "finally", "for", "function", "if", "implements", "import", "in", "instanceof",
+    "interface", "let", "new", "package", "private", "protected", "public", "return", "static",
+    "super", "switch", "this", "throw", "true", "try", "typeof", "var", "while", "with",
+    "yield", "infer", "keyof", "readonly", "unique", "asserts", "is",
+}
+# fmt: on
 
 _PREAMBLE = """\
 // The event catalogue's types, as browsers receive them.
@@ -49,46 +65,54 @@ export type BridgeEvent = { [Type in EventType]: CloudEvent<Type, EventDataByTyp
 """
 
 
-class _Received(GenerateJsonSchema):
-    """A member with a default is always there: the bridge writes it out."""
+def received(catalogue: Catalogue) -> tuple[dict[str, str], dict[str, Schema]]:
+    """The name of each event type's definition, and all definitions, with those of nested models.
 
-    def field_is_required(self, field: Any, total: bool) -> bool:
-        return not field.get("serialization_exclude")
-
-
-def _received(catalogue: Catalogue) -> tuple[dict[str, str], dict[str, Schema]]:
-    """The name of each event type's definition, and all definitions, with those of nested models."""
+    References are `#/$defs/` and a name of `A-Z a-z 0-9 - _`.
+    """
     models = list(catalogue.values())
     references, schema = models_json_schema(
         [(model, "serialization") for model in models],
         by_alias=True,
-        ref_template="{model}",
-        schema_generator=_Received,
+        ref_template=dialects.DEFINITIONS + "{model}",
+        schema_generator=dialects.Received,
     )
-    names = {model.event_type: references[model, "serialization"]["$ref"] for model in models}
+    names = {
+        model.event_type: references[model, "serialization"]["$ref"].removeprefix(dialects.DEFINITIONS)
+        for model in models
+    }
     return names, schema.get("$defs", {})
 
 
 # TypeScript
+#
+# Written here and not by one of the libraries for it (json-schema-to-typescript, quicktype): they are packages of npm,
+# and `bridge schemas export` works where a worker does, with Python alone. The suite has the compiler check the result.
 
 
 def typescript(catalogue: Catalogue) -> str:
     """A module: one interface a model, a map from event type to data, and the union of all events."""
-    names, definitions = _received(catalogue)
-    parts = [_PREAMBLE, *(_declare(name, schema) for name, schema in definitions.items())]
-    members = "".join(f"{_INDENT}{json.dumps(kind)}: {_identifier(names[kind])};\n" for kind in catalogue)
+    names, definitions = received(catalogue)
+    known = _identifiers(definitions)
+    writer = _Writer(known)
+    parts = [_PREAMBLE, *(writer.declare(known[name], schema) for name, schema in definitions.items())]
+    members = "".join(f"{_INDENT}{json.dumps(kind)}: {known[names[kind]]};\n" for kind in catalogue)
     return "\n".join([*parts, f"export interface EventDataByType {{\n{members}}}\n"]) + _UNION
 
 
-def _declare(name: str, schema: Schema) -> str:
-    comment = _comment(schema, "")
-    if schema.get("type") == "object" and "properties" in schema and not schema.get("additionalProperties"):
-        return f"{comment}export interface {_identifier(name)} {_object(schema, '')}\n"
-    return f"{comment}export type {_identifier(name)} = {_type(schema, '')};\n"
-
-
-def _identifier(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_$]", "_", name)
+def _identifiers(names: Iterable[str]) -> dict[str, str]:
+    """A name for each definition that is one in TypeScript, and no other's."""
+    known: dict[str, str] = {}
+    taken = set(_TAKEN)
+    for name in names:
+        identifier = re.sub(r"[^A-Za-z0-9_$]", "_", name)
+        if not _NAME.fullmatch(identifier):
+            identifier = f"_{identifier}"
+        while identifier in taken:
+            identifier += "_"
+        taken.add(identifier)
+        known[name] = identifier
+    return known
 
 
 def _comment(schema: Schema, indent: str) -> str:
@@ -97,71 +121,109 @@ def _comment(schema: Schema, indent: str) -> str:
     return f"{indent}/** {text} */\n" if text else ""
 
 
-def _type(schema: Schema | bool, indent: str) -> str:
-    """The type of a value. What TypeScript cannot say (lengths, patterns, ranges) the bridge has validated."""
-    if isinstance(schema, bool):
-        return "unknown" if schema else "never"
-    if "$ref" in schema:
-        return _identifier(schema["$ref"])
-    if "const" in schema:
-        return json.dumps(schema["const"], ensure_ascii=False)
-    if "enum" in schema:
-        return _union([json.dumps(value, ensure_ascii=False) for value in schema["enum"]])
-    for choice in ("anyOf", "oneOf"):
-        if choice in schema:
-            return _union([_type(option, indent) for option in schema[choice]])
-    if "allOf" in schema:
-        return " & ".join(_group(_type(part, indent)) for part in schema["allOf"])
-    kind = schema.get("type")
-    if isinstance(kind, list):
-        return _union([_type({**schema, "type": each}, indent) for each in kind])
-    match kind:
-        case "string":
-            return "string"
-        case "integer" | "number":
-            return "number"
-        case "boolean" | "null":
-            return str(kind)
-        case "array":
-            return _array(schema, indent)
-        case "object":
-            return _object(schema, indent)
-    return "unknown"
+def _literal(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _union(options: list[str]) -> str:
-    return " | ".join(dict.fromkeys(_group(option) if "&" in option else option for option in options)) or "never"
+def _union(options: Iterable[str]) -> str:
+    """What is written twice, or fits everything, is written once."""
+    found = dict.fromkeys(f"({option})" if " & " in option else option for option in options)
+    return "unknown" if "unknown" in found else " | ".join(found) or "never"
 
 
 def _group(text: str) -> str:
     return f"({text})" if " | " in text or " & " in text else text
 
 
-def _array(schema: Schema, indent: str) -> str:
-    if "prefixItems" in schema:
-        items = [_type(item, indent) for item in schema["prefixItems"]]
-        if schema.get("items") not in (None, False) and schema.get("maxItems") != len(items):
-            items.append(f"...{_group(_type(schema['items'], indent))}[]")
+class _Writer:
+    """Types of values. What TypeScript cannot say (lengths, patterns, ranges) the bridge has validated."""
+
+    def __init__(self, known: dict[str, str]) -> None:
+        self._known = known
+
+    def declare(self, identifier: str, schema: Schema) -> str:
+        comment = _comment(schema, "")
+        if schema.get("type") == "object" and "properties" in schema:
+            return f"{comment}export interface {identifier} {self._object(schema, '')}\n"
+        return f"{comment}export type {identifier} = {self._type(schema, '')};\n"
+
+    def _type(self, schema: Schema | bool, indent: str) -> str:
+        if isinstance(schema, bool):
+            return "unknown" if schema else "never"
+        if "$ref" in schema:
+            # A reference by hand may lead anywhere.
+            return self._known.get(schema["$ref"].removeprefix(dialects.DEFINITIONS), "unknown")
+        if "const" in schema:
+            return _literal(schema["const"])
+        if "enum" in schema:
+            return _union(_literal(value) for value in schema["enum"])
+        for choice in ("anyOf", "oneOf"):
+            if choice in schema:
+                return _union(self._type(option, indent) for option in schema[choice])
+        if "allOf" in schema:
+            return " & ".join(_group(self._type(part, indent)) for part in schema["allOf"])
+        kind = schema.get("type")
+        if isinstance(kind, list):
+            return _union(self._type({**schema, "type": each}, indent) for each in kind)
+        match kind:
+            case "string":
+                return "string"
+            case "integer" | "number":
+                return "number"
+            case "boolean" | "null":
+                return str(kind)
+            case "array":
+                return self._array(schema, indent)
+            case "object":
+                return self._object(schema, indent)
+        return "unknown"
+
+    def _array(self, schema: Schema, indent: str) -> str:
+        if schema.get("maxItems") == 0:
+            return "[]"
+        if "prefixItems" not in schema:
+            return f"{_group(self._type(schema.get('items', True), indent))}[]"
+        items = [self._type(item, indent) for item in schema["prefixItems"]]
+        least = schema.get("minItems", 0)
+        items = [item if number < least else f"{_group(item)}?" for number, item in enumerate(items)]
+        if schema.get("items", True) is not False and schema.get("maxItems") != len(items):
+            items.append(f"...{_group(self._type(schema.get('items', True), indent))}[]")
         return f"[{', '.join(items)}]"
-    return f"{_group(_type(schema.get('items', True), indent))}[]"
 
+    def _object(self, schema: Schema, indent: str) -> str:
+        properties: dict[str, Schema] = schema.get("properties", {})
+        if not properties:
+            # Not `Record<string, ...>`: a type that refers to itself may do so inside of braces only.
+            return f"{{ [key: string]: {self._others(schema, indent)} }}"
+        required = set(schema.get("required", ()))
+        inner = indent + _INDENT
+        lines = []
+        for name, member in properties.items():
+            key = name if _NAME.fullmatch(name) else _literal(name)
+            optional = "" if name in required else "?"
+            lines.append(f"{_comment(member, inner)}{inner}{key}{optional}: {self._type(member, inner)};\n")
+        if schema.get("additionalProperties") or "patternProperties" in schema:
+            lines.append(f"{inner}[key: string]: unknown;\n")  # It must fit the declared members, too.
+        return f"{{\n{''.join(lines)}{indent}}}"
 
-def _object(schema: Schema, indent: str) -> str:
-    properties: dict[str, Schema] = schema.get("properties", {})
-    extra = schema.get("additionalProperties")
-    if not properties:
-        return f"Record<string, {_type(extra, indent)}>" if extra is not None else "Record<string, unknown>"
-    required = set(schema.get("required", ()))
-    inner = indent + _INDENT
-    lines = []
-    for name, member in properties.items():
-        key = name if _NAME.fullmatch(name) else json.dumps(name, ensure_ascii=False)
-        optional = "" if name in required else "?"
-        lines.append(f"{_comment(member, inner)}{inner}{key}{optional}: {_type(member, inner)};\n")
-    return f"{{\n{''.join(lines)}{indent}}}"
+    def _others(self, schema: Schema, indent: str) -> str:
+        """The type of members that have no name of their own."""
+        kinds = [self._type(part, indent) for part in schema.get("patternProperties", {}).values()]
+        extra = schema.get("additionalProperties")
+        if extra or not kinds:
+            kinds.append("unknown" if extra is None else self._type(extra, indent))
+        return _union(kinds)
 
 
 # AsyncAPI
+
+
+COMPONENTS = "#/components/schemas/"
+"""Where AsyncAPI and OpenAPI have the definitions."""
+
+# The payloads are AsyncAPI's own Schema Objects, a superset of draft-07, which every tool must take.
+# `schemaFormat` could name JSON Schema 2020-12, as the models have it. But AsyncAPI does not list that
+# format, and @asyncapi/parser 3.6 has no reader for it: it passes such a payload on unread.
 
 
 def asyncapi(catalogue: Catalogue, *, version: str) -> dict[str, Any]:
@@ -170,7 +232,7 @@ def asyncapi(catalogue: Catalogue, *, version: str) -> dict[str, Any]:
     Args:
         version: of the bridge.
     """
-    names, definitions = _received(catalogue)
+    names, definitions = received(catalogue)
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -202,11 +264,11 @@ def asyncapi(catalogue: Catalogue, *, version: str) -> dict[str, Any]:
                     "title": kind,
                     "summary": " ".join((model.__doc__ or "").split()),
                     "contentType": "application/cloudevents+json",
-                    "payload": _envelope(kind, names[kind]),
+                    "payload": envelope(kind, names[kind]),
                 }
                 for kind, model in catalogue.items()
             },
-            "schemas": {name: _with_pointers(schema) for name, schema in definitions.items()},
+            "schemas": {name: dialects.draft_07(schema, COMPONENTS) for name, schema in definitions.items()},
         },
     }
 
@@ -215,7 +277,12 @@ def _pointer(token: str) -> str:
     return token.replace("~", "~0").replace("/", "~1")  # RFC 6901, section 3.
 
 
-def _envelope(kind: str, name: str) -> Schema:
+def envelope(kind: str, name: str) -> Schema:
+    """The schema of a CloudEvent as browsers get it.
+
+    Args:
+        name: of its data's definition.
+    """
     text = {"type": "string"}
     return {
         "type": "object",
@@ -227,17 +294,10 @@ def _envelope(kind: str, name: str) -> Schema:
             "type": {"const": kind},
             "subject": text,
             "time": {"type": "string", "format": "date-time"},
-            "data": {"$ref": f"#/components/schemas/{_pointer(name)}"},
+            "datacontenttype": {"const": "application/json"},
+            "dataschema": text,
+            "traceparent": text,
+            "tracestate": text,
+            "data": {"$ref": COMPONENTS + name},
         },
     }
-
-
-def _with_pointers(schema: Any) -> Any:
-    if isinstance(schema, dict):
-        return {
-            name: f"#/components/schemas/{_pointer(part)}"
-            if name == "$ref" and isinstance(part, str)
-            else _with_pointers(part)
-            for name, part in schema.items()
-        }
-    return [_with_pointers(part) for part in schema] if isinstance(schema, list) else schema

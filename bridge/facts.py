@@ -23,8 +23,9 @@ from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticOmit
+
+from bridge import dialects
 
 RECEIVED = ":received"
 """Name of the definition that says what a page receives. No class can have it: pydantic puts no colon in a name."""
@@ -134,7 +135,7 @@ def describe(model: type[BaseModel]) -> Schema:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **published, "$defs": definitions}
 
 
-class _WithFacts(GenerateJsonSchema):
+class _WithFacts(dialects.Generator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._configs: list[Mapping[str, Any]] = [{}]
@@ -211,6 +212,7 @@ class _Published(_WithFacts):
             "least": None if "min_length" in core else config.get("str_min_length"),
             "most": None if "max_length" in core else config.get("str_max_length"),
             "flags": core["pattern"].flags & ~re.UNICODE if isinstance(core.get("pattern"), re.Pattern) else None,
+            "pattern": dialects.unsayable(core.get("pattern")),
             "engine": get("regex_engine", "regex_engine") if "pattern" in core else None,
         }
         return {name: value for name, value in facts.items() if value}
@@ -281,13 +283,8 @@ class _Published(_WithFacts):
     _facts_of_function_plain = _facts_of_function_before
 
 
-class _Received(_WithFacts):
-    """What a page receives. A member with a default is always there, because the bridge writes it."""
-
-    def field_is_required(self, field: Any, total: bool) -> bool:
-        if field.get("serialization_exclude") or field.get("serialization_exclude_if") is not None:
-            return False
-        return bool(field.get("required", total)) if field["type"] == "typed-dict-field" else True
+class _Received(_WithFacts, dialects.Received):
+    """What a page receives."""
 
     def _facts(self, core: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         facts: dict[str, Any] = {}

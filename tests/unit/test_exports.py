@@ -63,7 +63,7 @@ def test_the_committed_files_are_current() -> None:
         "count: number | null;",
         'choice: "a" | "b\\"" | 3;',
         "when: string;",
-        "mapping: Record<string, number>;",
+        "mapping: { [key: string]: number };",
         "pair: [number, string];",
         "anything: unknown;",
         "nested: Part | Part[];",
@@ -108,7 +108,8 @@ def test_what_the_bridge_writes_fits_the_payload_of_the_document() -> None:
         "data": data.model_dump(mode="json", by_alias=True),
     }
     schema = {**payload, "components": document["components"]}
-    jsonschema.validate(event, schema)
+    validator = jsonschema.Draft7Validator(schema)
+    validator.validate(event)
     del event["data"]["twice"]
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(event, schema)
+        validator.validate(event)

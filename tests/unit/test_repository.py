@@ -18,8 +18,8 @@ BRIDGE = ROOT / "bridge"
 
 # Lowest first; a file imports only from the lines above its own.
 LAYERS = [
-    ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution", "facts", "trial", "claims"],
-    ["event", "headers", "keys"],
+    ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution", "dialects", "trial", "claims"],
+    ["event", "facts", "headers", "keys"],
     ["session", "roundtrip"],
     ["amqp", "catalogue"],
     ["sender", "exports"],
@@ -37,7 +37,7 @@ LAYERS = [
     ["__main__"],
 ]
 PURE = ["sse", "cursor", "pacing", "routing", "health", "deliveries", "event", "session", "exports", "evolution",
-        "trial", "claims", "headers"]  # fmt: skip
+        "trial", "claims", "headers", "dialects"]  # fmt: skip
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
 
 

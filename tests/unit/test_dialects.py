@@ -1,0 +1,75 @@
+"""JSON Schema 2020-12 in other dialects, keyword by keyword."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bridge.dialects import draft_07, ecma_pattern, openapi, standard
+
+HERE = "#/components/schemas/"
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"$ref": "#/$defs/A"}, {"$ref": HERE + "A"}),
+        ({"$ref": "#/$defs/A", "title": "x"}, {"title": "x", "allOf": [{"$ref": HERE + "A"}]}),
+        (
+            {"prefixItems": [{"$ref": "#/$defs/A"}], "items": False, "minItems": 1},
+            {"items": [{"$ref": HERE + "A"}], "additionalItems": False, "minItems": 1},
+        ),
+        ({"prefixItems": [{}]}, {"items": [{}]}),
+        ({"items": False}, {"items": {"not": {}}}),
+        ({"$defs": {"A": {"prefixItems": [True]}}}, {"definitions": {"A": {"items": [True]}}}),
+        (
+            {"dependentRequired": {"a": ["b"]}, "dependentSchemas": {"c": {"$ref": "#/$defs/A"}}},
+            {"dependencies": {"a": ["b"], "c": {"$ref": HERE + "A"}}},
+        ),
+        ({"unevaluatedProperties": False}, {"additionalProperties": False}),
+        ({"anyOf": [True], "unevaluatedProperties": False}, {"anyOf": [True]}),
+        ({"contains": {}, "minContains": 0}, {}),
+        ({"contains": {}, "minContains": 2, "maxContains": 3}, {"contains": {}}),
+        ({"oneOf": [True], "discriminator": {"propertyName": "k", "mapping": {"a": "#/$defs/A"}}},
+         {"oneOf": [True], "discriminator": "k"}),
+        ({"const": {"$ref": "#/$defs/A", "prefixItems": []}}, {"const": {"$ref": "#/$defs/A", "prefixItems": []}}),
+        ({"properties": {"prefixItems": {"type": "string"}}}, {"properties": {"prefixItems": {"type": "string"}}}),
+        ({"properties": {"$ref": {"type": "string"}}},
+         {"properties": {}, "patternProperties": {r"^\$ref$": {"type": "string"}}}),
+    ],
+)  # fmt: skip
+def test_draft_07(schema: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert draft_07(schema, HERE) == expected
+
+
+def test_openapi_keeps_a_discriminator_and_moves_its_mapping() -> None:
+    mapping = {"a": "#/$defs/A", "b": {"oneOf": []}}
+    union = {"oneOf": [], "discriminator": {"propertyName": "k", "mapping": mapping}}
+    expected = {"oneOf": [], "discriminator": {"propertyName": "k", "mapping": {"a": HERE + "A"}}}
+    assert openapi(union, HERE) == expected
+    assert standard({"items": union}) == {"items": {"oneOf": []}}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"^\d+(?:a|b){2,3}$", r"^\d+(?:a|b){2,3}$"),
+        (r"\A(?P<x>a)(?P=x)\z", r"^(?<x>a)\k<x>$"),
+        (r"a\-\@[\w\-\.]", r"a-@[\w\-\.]"),
+        ("[]a][^]]", r"[\]a][^\]]"),
+        (r"\x41\u{1F600}\pL", r"\u0041\u{1f600}\p{L}"),
+        ("}a{", r"\}a\{"),
+        ("(?i)a", None),
+        ("a++", None),
+        ("[a&&b]", None),
+        (r"\h", None),
+        ("[a", None),
+        ("a\\", None),
+    ],
+)
+def test_patterns_in_the_syntax_of_javascript(pattern: str, expected: str | None) -> None:
+    assert ecma_pattern(pattern) == expected
+    told = standard({"type": "string", "pattern": pattern})
+    assert told.get("pattern") == expected
+    assert ("$comment" in told) == (expected is None)
