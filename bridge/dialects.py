@@ -229,6 +229,8 @@ def ecma_pattern(pattern: str) -> str | None:
         None where it cannot be said there: inline flags, verbose patterns, classes with operators, possessive matches.
     """
     found: list[str] = []
+    names: dict[str, int] = {}
+    groups = 0
     in_class = False
     position = 0
     while position < len(pattern):
@@ -248,7 +250,7 @@ def ecma_pattern(pattern: str) -> str | None:
                     return None
                 position += code.end() - 2
                 point = int(next(digits for digits in code.groups() if digits), 16)
-                found.append(f"\\u{point:04x}" if point < 0x10000 else f"\\u{{{point:x}}}")
+                found.append(f"\\u{point:04x}" if point < 0x10000 else chr(point))
             elif escaped in "pP":
                 name = re.match(r"\\[pP](?:\{\^?[A-Za-z_=]+\}|[A-Z])", rest)
                 if name is None or "^" in name[0]:
@@ -277,13 +279,18 @@ def ecma_pattern(pattern: str) -> str | None:
                 position += 1
         elif char == "(" and rest.startswith("(?"):
             group = re.match(r"\(\?(?:[:=!]|<[=!]|P?<([A-Za-z_]\w*)>|P=(\w+)\))", rest)
-            if group is None:
+            if group is None or (group[2] and group[2] not in names):
                 return None
             position += group.end() - 1
-            if group[1]:
-                found.append(f"(?<{group[1]}>")
+            if group[1]:  # Python writes `(?P<name>`, JavaScript `(?<name>`: a number is understood by both.
+                groups += 1
+                names[group[1]] = groups
+                found.append("(")
             else:
-                found.append(f"\\k<{group[2]}>" if group[2] else group[0])
+                found.append(rf"(?:\{names[group[2]]})" if group[2] else group[0])
+        elif char == "(":
+            groups += 1
+            found.append(char)
         elif char == "{" and not (bounds := re.match(r"\{\d+(?:,\d*)?\}", rest)):
             if rest.startswith("{,"):
                 return None

@@ -5,7 +5,6 @@ import addFormats from "ajv-formats";
 
 const answers = {};
 for (const [type, { schema, cases }] of Object.entries(JSON.parse(readFileSync(0, "utf8")))) {
-
   const ajv = new Ajv.default({ ownProperties: true, strict: false, allErrors: true });
   addFormats.default(ajv);
   try {
