@@ -22,10 +22,11 @@ from bridge import __version__, evolution, exports, settings
 from bridge.amqp import BrokerError
 from bridge.catalogue import Catalogue, InvalidCatalogue, load_catalogue
 from bridge.event import EventData, InvalidEvent
+from bridge.openapi import openapi
 from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.roundtrip import zoneless_times
 from bridge.routing import Audience, RoutingError
-from bridge.settings import BrokerSettings, InvalidSettings, Settings
+from bridge.settings import BrokerSettings, InvalidSettings, PublicSettings, Settings
 
 if TYPE_CHECKING:
     from bridge.quarantine import Refused
@@ -299,17 +300,29 @@ def schemas() -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["jsonschema", "typescript", "asyncapi"]),
+    type=click.Choice(["jsonschema", "typescript", "asyncapi", "openapi"]),
     default="jsonschema",
     show_default=True,
 )
 def export(form: str) -> None:
-    """Print the catalogue: JSON Schemas for publishers, TypeScript types for pages, or an AsyncAPI 3 document."""
-    catalogue = _catalogue(_load(BrokerSettings).schemas)
+    """Print the catalogue: JSON Schemas for publishers, TypeScript types for pages, an AsyncAPI 3 document of the
+    stream, or an OpenAPI 3.2 document of all routes.
+    """
+    loaded = _load(PublicSettings)
+    catalogue = _catalogue(loaded.schemas)
     if form == "typescript":
         click.echo(exports.typescript(catalogue), nl=False)
     elif form == "asyncapi":
         click.echo(_pretty(exports.asyncapi(catalogue, version=__version__)))
+    elif form == "openapi":
+        document = openapi(
+            catalogue,
+            version=__version__,
+            cookie=loaded.cookie,
+            query_token=loaded.query_token,
+            console=loaded.console,
+        )
+        click.echo(_pretty(document))
     else:
         click.echo(_pretty({name: catalogue.json_schema(name) for name in catalogue}))
 

@@ -109,7 +109,19 @@ class BrokerSettings(BaseSettings):
         return amqp.parse_urls(self.amqp_url.get_secret_value())
 
 
-class Settings(BrokerSettings):
+class PublicSettings(BrokerSettings):
+    """What the description of the HTTP side needs (`bridge schemas export --format openapi`)."""
+
+    cookie: Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")] = Field(
+        "bridge_token", description="cookie that may hold the token"
+    )
+    query_token: bool = Field(False, description="whether `?access_token=` is taken")
+    console: Annotated[Literal["false", "true", "development"], BeforeValidator(_lower)] = Field(
+        "false", description="a page at `/` that shows events live; `development` lets it publish samples, too"
+    )
+
+
+class Settings(PublicSettings):
     """What the service needs."""
 
     bind: Bind = Field("127.0.0.1:8080", description="public address")
@@ -124,10 +136,6 @@ class Settings(BrokerSettings):
     jwt_groups_claim: str = Field(
         "groups", max_length=256, description="claim with the groups, likewise; empty = no groups are read"
     )
-    cookie: Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")] = Field(
-        "bridge_token", description="cookie that may hold the token"
-    )
-    query_token: bool = Field(False, description="whether `?access_token=` is taken")
     allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="origins of pages on other hosts, joined by commas"
     )
@@ -144,9 +152,6 @@ class Settings(BrokerSettings):
     max_connections_per_user: Count = Field(20, description="streams of one user a process")
     backlog_events: Count = Field(1000, description="events that may wait for one client")
     backlog_bytes: Annotated[int, Field(ge=1024)] = Field(1_048_576, description="bytes that may wait for one client")
-    console: Annotated[Literal["false", "true", "development"], BeforeValidator(_lower)] = Field(
-        "false", description="a page at `/` that shows events live; `development` lets it publish samples, too"
-    )
     tracing: bool = Field(False, description="whether deliveries of traced events become spans (OpenTelemetry)")
     broker_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         30, description="how long the broker may be away before /readyz says 503"

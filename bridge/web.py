@@ -26,6 +26,7 @@ from bridge.headers import admits_stream, bearer_token, is_own_origin, normal_or
 from bridge.health import CHECKS
 from bridge.hub import Hub, StreamRequest
 from bridge.metrics import Metrics
+from bridge.openapi import openapi
 from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
 from bridge.settings import Settings
@@ -131,6 +132,13 @@ def create_app(
     streams = Streams(hub, metrics, turn, stall_seconds=settings.stall_seconds, tracing=tracing)
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
+    document = openapi(
+        catalogue,
+        version=__version__,
+        cookie=settings.cookie,
+        query_token=settings.query_token,
+        console=settings.console,
+    )
     schemas = {event_type: catalogue.json_schema(event_type) for event_type in catalogue}
 
     @app.errorhandler(Problem)
@@ -188,6 +196,10 @@ def create_app(
     @app.get("/asyncapi.json")
     async def show_asyncapi() -> Response:
         return _json(asyncapi)
+
+    @app.get("/openapi.json")
+    async def show_openapi() -> Response:
+        return _json(document)
 
     @app.get("/schemas/<event_type>")
     async def show_schema(event_type: str) -> Response:

@@ -23,7 +23,7 @@ LAYERS = [
     ["session", "roundtrip"],
     ["amqp", "catalogue"],
     ["sender", "exports"],
-    ["publisher", "topology", "auth", "metrics"],
+    ["publisher", "topology", "auth", "metrics", "openapi"],
     ["blocking"],
     ["testing"],
     ["pytest_plugin"],
@@ -37,7 +37,7 @@ LAYERS = [
     ["__main__"],
 ]
 PURE = ["sse", "cursor", "pacing", "routing", "health", "deliveries", "event", "session", "exports", "evolution",
-        "trial", "claims", "headers", "dialects"]  # fmt: skip
+        "trial", "claims", "headers", "dialects", "openapi"]  # fmt: skip
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
 
 

@@ -1,0 +1,366 @@
+"""The HTTP side as an OpenAPI 3.2 document.
+
+Pure. Version 3.2 is the first that can describe a stream: `itemSchema` is the schema of one frame. The words of each
+route are here; `docs/contract.md` is the page that they agree with, and a test compares the routes with the server's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from bridge import dialects, sse
+from bridge.catalogue import Catalogue
+from bridge.exports import COMPONENTS, envelope, received
+from bridge.routing import MAX_PATTERNS, MAX_TYPE_CHARS
+
+Schema = dict[str, Any]
+
+# No class of the catalogue's has a name with a hyphen.
+_PROBLEM = "bridge-problem"
+_FRAME = "bridge-frame"
+
+_CURSOR: Schema = {"type": "string", "pattern": "^[A-Za-z0-9._:~-]{1,160}$"}
+_TYPE_PATTERN: Schema = {
+    "type": "string",
+    "maxLength": MAX_TYPE_CHARS,
+    "pattern": r"^(?!.*#.*#.*#)([a-z0-9_-]+|\*|#)(\.([a-z0-9_-]+|\*|#))*$",
+}
+_TEXT: Schema = {"type": "string"}
+
+
+def openapi(
+    catalogue: Catalogue,
+    *,
+    version: str,
+    cookie: str = "bridge_token",
+    query_token: bool = False,
+    console: str = "false",
+) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        version: of the bridge.
+        cookie: name of the cookie that may hold the token.
+        query_token: whether `?access_token=` is taken.
+        console: the setting: `false`, `true` or `development`.
+    """
+    names, definitions = received(catalogue)
+    schemes = _security_schemes(cookie, query_token=query_token)
+    security: list[dict[str, Any]] = [{name: []} for name in schemes]
+    paths: dict[str, Any] = {
+        "/events": _events(security),
+        "/schemas": _resource(
+            "Schemas",
+            "The JSON Schema of each event type's data, as a publisher writes it.",
+            {"application/json": {"schema": {"type": "object", "additionalProperties": {"type": "object"}}}},
+        ),
+        "/schemas/{type}": _resource(
+            "Schema",
+            "The JSON Schema of one event type's data, as a publisher writes it.",
+            {"application/json": {"schema": {"type": "object"}}},
+            name=("type", "The event type.", next(iter(catalogue))),
+        ),
+        "/asyncapi.json": _resource(
+            "AsyncApi",
+            "The stream as an AsyncAPI 3.0 document.",
+            {"application/json": {"schema": {"type": "object", "required": ["asyncapi"]}}},
+        ),
+        "/openapi.json": _resource(
+            "OpenApi",
+            "This document.",
+            {"application/json": {"schema": {"type": "object", "required": ["openapi"]}}},
+        ),
+        "/client.js": _resource("Client", "The client for browsers, a module.", {"text/javascript": {}}, tagged=True),
+    }
+    if console != "false":
+        paths |= _console(security, list(catalogue) if console == "development" else [])
+    return {
+        "openapi": "3.2.0",
+        "info": {
+            "title": "Events for browsers",
+            "version": version,
+            "description": "Server-Sent Events of the person whose token the request carries. Before the first byte "
+            "of a stream an error is a problem document (RFC 9457). After it everything is a frame.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/", "description": "The bridge that serves this document."}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": schemes,
+            "schemas": {
+                **{name: dialects.openapi(schema, COMPONENTS) for name, schema in definitions.items()},
+                _PROBLEM: _problem_schema(),
+                _FRAME: _frame(catalogue, names),
+            },
+        },
+    }
+
+
+def _security_schemes(cookie: str, *, query_token: bool) -> dict[str, Any]:
+    schemes: dict[str, Any] = {
+        "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+        "cookie": {"type": "apiKey", "in": "cookie", "name": cookie, "description": "The JWT, in a cookie."},
+    }
+    if query_token:
+        schemes["query"] = {
+            "type": "apiKey",
+            "in": "query",
+            "name": "access_token",
+            "description": "The JWT, for clients that can set neither a header nor a cookie.",
+        }
+    return schemes
+
+
+# Schemas
+
+
+def _problem_schema() -> Schema:
+    return {
+        "title": "Problem",
+        "description": "RFC 9457. The code in `type` is stable; `detail` is for a person.",
+        "type": "object",
+        "required": ["type", "title", "status", "detail"],
+        "properties": {
+            "type": {"type": "string", "format": "uri", "pattern": "^urn:bridge:problem:[a-z0-9-]+$"},
+            "title": _TEXT,
+            "status": {"type": "integer", "minimum": 400, "maximum": 599},
+            "detail": _TEXT,
+        },
+    }
+
+
+def _frame(catalogue: Catalogue, names: dict[str, str]) -> Schema:
+    """One block of the stream. Comments are not frames: a parser passes over them."""
+    retry = {"type": "integer", "minimum": 0, "description": "Milliseconds until a client may reconnect."}
+
+    def frame(name: str, title: str, data: Schema, required: list[str], **fields: Schema) -> Schema:
+        return {
+            "title": title,
+            "type": "object",
+            "required": [*required, "data"],
+            "properties": {
+                **fields,
+                "event": {"const": name},
+                "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
+            },
+        }
+
+    def reason(*reasons: str) -> Schema:
+        return _object(reason={"enum": list(reasons)})
+
+    ready = _object(
+        user=_TEXT, resumed={"type": "boolean"}, heartbeat_seconds={"type": "number", "exclusiveMinimum": 0}
+    )
+    always = ["event"]
+    return {
+        "title": "Frame",
+        "description": "With `named=false` an event of the catalogue has no `event` field. Its type is in its data.",
+        "anyOf": [
+            frame("bridge.ready", "First", ready, ["retry", "id", *always], retry=retry, id=_CURSOR),
+            frame("bridge.gap", "Fetch your state again", reason(*get_args(sse.GapReason)), always),
+            frame("bridge.position", "A new cursor", _object(), ["id", *always], id=_CURSOR),
+            frame("bridge.bye", "Last", reason(*sse.END_REASONS), ["retry", *always], retry=retry, id=_CURSOR),
+            *(frame(kind, kind, envelope(kind, names[kind]), ["id"], id=_CURSOR) for kind in catalogue),
+        ],
+    }
+
+
+def _object(**members: Schema) -> Schema:
+    return {"type": "object", "required": list(members), "properties": members}
+
+
+# Answers
+
+
+def _problem(description: str, **headers: str) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "description": description,
+        "content": {"application/problem+json": {"schema": {"$ref": COMPONENTS + _PROBLEM}}},
+    }
+    if headers:
+        answer["headers"] = {
+            name.replace("_", "-"): {"description": text, "schema": _TEXT} for name, text in headers.items()
+        }
+    return answer
+
+
+def _without_body(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in answer.items() if name != "content"}
+
+
+# What any route may answer, whatever it is asked for.
+_ALWAYS = {
+    "413": _problem("The body of the request is larger than 16,384 bytes."),
+    "500": _problem("The bridge failed. Its log says why."),
+    "505": _problem("The request is HTTP/2. It belongs to the proxy in front of the bridge."),
+}
+_UNKNOWN_TOKEN = {
+    "401": _problem(
+        "There is no token, or it is not valid: `missing-token`, `invalid-token`, `expired-token`.",
+        WWW_Authenticate="The challenge (RFC 6750, section 3).",
+    )
+}
+
+
+def _heads(get: dict[str, Any]) -> dict[str, Any]:
+    """The operation of HEAD beside that of GET."""
+    responses = {status: _without_body(answer) for status, answer in get["responses"].items()}
+    return {**get, "operationId": "head" + get["operationId"].removeprefix("get"), "responses": responses}
+
+
+def _resource(
+    operation: str,
+    summary: str,
+    content: dict[str, Any],
+    *,
+    name: tuple[str, str, str] | None = None,
+    tagged: bool = False,
+) -> dict[str, Any]:
+    """A path that is the same for everybody.
+
+    Args:
+        operation: its name, after `get` or `head`.
+        content: of the answer.
+        name: of the path's parameter, with a description and an example.
+        tagged: whether it has an ETag.
+    """
+    answer: dict[str, Any] = {
+        "description": summary,
+        "headers": {"Cache-Control": {"description": "Asked for each time.", "schema": {"const": "no-cache"}}},
+        "content": content,
+    }
+    responses: dict[str, Any] = {"200": answer}
+    if tagged:
+        answer["headers"]["ETag"] = {"description": "For `If-None-Match`.", "schema": _TEXT}
+        responses["304"] = {"description": "The client has it already."}
+    if name:
+        responses["404"] = _problem("There is none of this name.")
+    get = {"operationId": f"get{operation}", "summary": summary, "security": [], "responses": responses | _ALWAYS}
+    path: dict[str, Any] = {"get": get, "head": _heads(get)}
+    if name:
+        parameter = {"name": name[0], "in": "path", "required": True, "description": name[1], "example": name[2]}
+        path["parameters"] = [{**parameter, "schema": _TEXT}]
+    return path
+
+
+# Routes
+
+
+def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
+    header = {"schema": _TEXT}
+    get = {
+        "operationId": "getEvents",
+        "summary": "The stream of one person's events.",
+        "description": "What is temporary (too many connections, draining, the broker is away) is not an error. It is "
+        "a stream of one `bridge.bye`, since a browser never comes back after another status than 200.",
+        "security": security,
+        "parameters": [
+            {
+                "name": "types",
+                "in": "query",
+                "description": "Patterns of event types, joined by commas. `*` is one word, `#` any number of them. "
+                "Left out: every type.",
+                "style": "form",
+                "explode": False,
+                "schema": {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": MAX_PATTERNS,
+                    "items": _TYPE_PATTERN,
+                },
+                "example": ["job.*", "billing.#"],
+            },
+            {
+                "name": "named",
+                "in": "query",
+                "description": "With `false`, events have no `event` field, so that `onmessage` gets them all.",
+                "schema": {"type": "string", "enum": ["true", "false"], "default": "true"},
+            },
+            {
+                "name": "lastEventId",
+                "in": "query",
+                "description": "As the header Last-Event-ID, which has priority. For clients that open a new stream.",
+                "schema": _TEXT,
+            },
+            {
+                "name": "Last-Event-ID",
+                "in": "header",
+                "description": "The `id` of the last frame. The stream goes on after it. An id that the bridge cannot "
+                "read is answered by `bridge.gap`.",
+                "schema": _TEXT,
+            },
+        ],
+        "responses": {
+            "200": {
+                "description": "The stream. It ends with `bridge.bye`, or with the connection.",
+                "headers": {"Cache-Control": header, "X-Accel-Buffering": header},
+                "content": {sse.MEDIA_TYPE: {"itemSchema": {"$ref": COMPONENTS + _FRAME}}},
+            },
+            "400": _problem("A query that cannot be read: `invalid-types`, `invalid-named`."),
+            **_UNKNOWN_TOKEN,
+            "403": _problem(
+                "The page's origin or the person has no stream: `origin-not-allowed`, `id-too-long`, `invalid-id`, "
+                "`groups-elsewhere`."
+            ),
+            "406": _problem("`Accept` does not admit text/event-stream."),
+            **_ALWAYS,
+        },
+    }
+    granted = ("Allow-Methods", "Allow-Headers", "Max-Age")
+    preflight = {
+        "operationId": "optionsEvents",
+        "summary": "The preflight of a page of another origin (CORS).",
+        "security": [],
+        "responses": {
+            "204": {
+                "description": "The origin is allowed.",
+                "headers": dict.fromkeys(["Allow", *(f"Access-Control-{name}" for name in granted)], header),
+            },
+            "403": _problem("The page's origin is not allowed: `origin-not-allowed`."),
+            **_ALWAYS,
+        },
+    }
+    return {"get": get, "head": _heads(get), "options": preflight}
+
+
+def _console(security: list[dict[str, Any]], published: list[str]) -> dict[str, Any]:
+    paths = {
+        "/": _resource("Console", "A page that shows events live.", {"text/html": {}}, tagged=True),
+        "/console/{name}": _resource(
+            "ConsoleFile",
+            "A file of the console.",
+            {"text/javascript": {}, "text/css": {}},
+            name=("name", "`app.js` or `style.css`.", "app.js"),
+            tagged=True,
+        ),
+    }
+    if published:
+        to = {
+            "type": "string",
+            "pattern": "^(all|(user|group):.+)$",
+            "description": "`user:42`, `group:ops` or `all`.",
+        }
+        sample = {
+            **_object(to=to, type={"enum": published}, data={"type": "object"}),
+            "additionalProperties": False,
+        }
+        paths["/console/publish"] = {
+            "post": {
+                "operationId": "publishSample",
+                "summary": "Publish an event. For the console's own page only.",
+                "security": security,
+                "requestBody": {"required": True, "content": {"application/json": {"schema": sample}}},
+                "responses": {
+                    "200": {
+                        "description": "RabbitMQ has confirmed the event.",
+                        "content": {"application/json": {"schema": _object(id=_TEXT)}},
+                    },
+                    "400": _problem("The body is not a sample: `not-json`, `bad-sample`."),
+                    **_UNKNOWN_TOKEN,
+                    "403": _problem("The request is of another page (`origin-not-allowed`), or `groups-elsewhere`."),
+                    "503": _problem("The event is not published: `not-published`, `keys-unavailable`."),
+                    **_ALWAYS,
+                },
+            }
+        }
+    return paths
