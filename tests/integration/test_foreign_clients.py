@@ -1,6 +1,6 @@
 """Clients from npm and PyPI get the same events from a stream as the independent decoder, and nothing besides.
 
-Those of npm stand in tests/clients/node_modules, as published (MIT), and run in the Node that Playwright brings.
+Those of npm are packages of tests/node.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -15,16 +16,15 @@ import httpx
 import httpx_sse
 import pytest
 import sseclient
-from playwright._impl._driver import compute_driver_executable
 
 from tests.conftest import OpenStream, StartService
+from tests.node import find_node, place
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
 
 pytestmark = pytest.mark.any_rabbitmq
 
-CLIENTS = Path(__file__).parents[1] / "clients"
 NAMES = "bridge.ready,job.completed,notification"
 TEXTS = ["plain", "a\r\nb\n\nc", "data: x\n\nevent: evil\ndata: y\n\n", "\u2028\u2029\x85", "😀" * 900, ": comment", ""]
 
@@ -34,15 +34,14 @@ Reader = Callable[[Service], AsyncIterator[Dispatched]]
 
 def npm(client: str) -> Reader:
     async def read(service: Service) -> AsyncIterator[Dispatched]:
-        node, _ = compute_driver_executable()
+        folder = tempfile.TemporaryDirectory()
         process = await asyncio.create_subprocess_exec(
-            node,
-            "read.mjs",
+            find_node(),
+            place("read.mjs", Path(folder.name)),
             client,
             f"{service.public}/events",
             mint("42"),
             NAMES,
-            cwd=CLIENTS,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             limit=2**20,
@@ -57,6 +56,7 @@ def npm(client: str) -> Reader:
         finally:
             process.kill()
             await process.communicate()
+            folder.cleanup()
 
     return read
 

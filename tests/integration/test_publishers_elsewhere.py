@@ -12,17 +12,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from playwright._impl._driver import compute_driver_executable
 
 from deploy.local.node import Node
 from tests.conftest import OpenStream
+from tests.node import find_node, link_packages
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost
 from tests.service import Service
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
-PACKAGES = ROOT / "tests" / "clients" / "node_modules"
 
 # Publishes for as long as its input is open, and says the id of each event that was confirmed.
 DRIVERS = {
@@ -59,7 +58,7 @@ def example(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """One of the examples, in a folder where it finds its library."""
     path = tmp_path / str(request.param)
     shutil.copy(EXAMPLES / path.name, path)
-    (tmp_path / "node_modules").symlink_to(PACKAGES)
+    link_packages(tmp_path)
     return path
 
 
@@ -79,9 +78,8 @@ def make_patient(example: Path) -> None:
 
 @asynccontextmanager
 async def running(script: Path, url: str, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    node, _ = compute_driver_executable()
     process = await asyncio.create_subprocess_exec(
-        node if script.suffix == ".mjs" else sys.executable,
+        find_node() if script.suffix == ".mjs" else sys.executable,
         script,
         *arguments,
         cwd=script.parent,

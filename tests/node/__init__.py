@@ -26,15 +26,16 @@ def link_packages(folder: Path) -> None:
     (folder / "node_modules").symlink_to(PACKAGES)
 
 
-def ask(script: str, question: Any, folder: Path) -> Any:
-    """What a script of this folder prints, as JSON, when it gets `question` as JSON by its standard input."""
-    node = find_node()
-    place = folder / script
-    shutil.copy(Path(__file__).parent / script, place)
+def place(script: str, folder: Path) -> Path:
+    """A copy of a script of this folder, where it finds the packages. Node looks for them beside the script."""
     if not (folder / "node_modules").exists():
         link_packages(folder)
-    done = subprocess.run(
-        [node, place], cwd=folder, input=json.dumps(question), capture_output=True, text=True, timeout=100, check=False
-    )
+    return Path(shutil.copy(Path(__file__).parent / script, folder / script))
+
+
+def ask(script: str, question: Any, folder: Path) -> Any:
+    """What a script of this folder prints, as JSON, when it gets `question` as JSON by its standard input."""
+    command = [find_node(), str(place(script, folder))]
+    done = subprocess.run(command, cwd=folder, input=json.dumps(question), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import hypothesis
@@ -107,6 +108,11 @@ def test_lock_files_hold_hashes_and_no_address() -> None:
         assert text.count('"integrity"') > 20
 
 
+def test_no_code_of_others_is_in_the_repository() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert [name for name in files if "node_modules" in name or "site-packages" in name] == []
+
+
 def test_the_readme_names_every_setting_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(BRIDGE_[A-Z_]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
     fields = {PREFIX + name.upper(): field for name, field in Settings.model_fields.items()}
@@ -132,7 +138,7 @@ def test_the_docs_name_only_metrics_that_exist_and_all_of_them() -> None:
 # The suite passes on any machine, at any speed (CONTRIBUTING.md).
 
 TESTS = ROOT / "tests"
-SUITE = sorted(path for path in TESTS.rglob("*.py") if "node_modules" not in path.parts and "bench" not in path.parts)
+SUITE = sorted(path for path in TESTS.rglob("*.py") if "bench" not in path.parts)
 """All of it but the benchmark, whose business is the machine's speed."""
 
 
