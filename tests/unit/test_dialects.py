@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field, create_model
 
+from bridge.catalogue import Catalogue
 from bridge.dialects import draft_07, ecma_pattern, openapi, standard
+from bridge.event import EventData
+from bridge.evolution import compare
 
 HERE = "#/components/schemas/"
 
@@ -74,3 +78,14 @@ def test_patterns_in_the_syntax_of_javascript(pattern: str, expected: str | None
     told = standard({"type": "string", "pattern": pattern})
     assert told.get("pattern") == expected
     assert ("$comment" in told) == (expected is None)
+
+
+@pytest.mark.parametrize("new", ["(?i)b", "a"])
+def test_schemas_diff_sees_a_pattern_that_is_left_out(new: str) -> None:
+    def export(pattern: str) -> dict[str, Any]:
+        member: Any = Annotated[str, Field(pattern=pattern)]
+        model: Any = create_model("M", __base__=EventData, __cls_kwargs__={"type": "test.pattern"}, text=(member, ...))
+        return {"test.pattern": Catalogue({"test.pattern": model}).json_schema("test.pattern")}
+
+    assert compare(export("(?i)a"), export("(?i)a")) == []
+    assert "cannot tell" in {change.verdict for change in compare(export("(?i)a"), export(new))}
