@@ -37,6 +37,9 @@ from bridge.sender import PIPELINE_EVENTS, Message, Progress
 MARGIN_SECONDS = 2.0
 """A call that has not returned this long after its timeout raises: the thread of the event loop does not answer."""
 
+LAST_TURNS = 4
+"""Times that the tasks of a closing publisher are waited for, together half of `MARGIN_SECONDS`."""
+
 Result = TypeVar("Result")
 
 _forks = 0
@@ -245,10 +248,14 @@ class _Worker:
 
     async def _finish(self) -> None:
         await self.publisher.close()
-        # Whoever still waited for a confirm has its error now; the tasks take a turn of the loop to pass it on.
-        rest = asyncio.all_tasks() - {asyncio.current_task()}
-        if rest:
-            _, late = await asyncio.wait(rest, timeout=1)
+        # Tasks that still wait for a confirm have their error now, and need a turn of the loop to pass it on. The
+        # library starts more tasks while a connection ends; one left behind would be reported as never awaited.
+        for _ in range(LAST_TURNS):
+            await asyncio.sleep(0)
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            if not rest:
+                return
+            _, late = await asyncio.wait(rest, timeout=MARGIN_SECONDS / 2 / LAST_TURNS)
             for task in late:
                 task.cancel()
 
