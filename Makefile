@@ -48,6 +48,7 @@ mutants: $(READY) ## let each bug of the zoo loose and see that a test catches i
 
 test-slow: $(READY) ## the integration tests once more, with the AMQP library's own deliveries
 	@deploy/local/ensure rabbitmq
+	@$(MAKE) --no-print-directory $(NODE)/.ready
 	@SUITE_BRIDGE=tests.slow SUITE_RABBITMQ_ROOT= $(VENV)/bin/python -m pytest tests/integration tests/chaos
 
 rollout: $(READY) ## a rolling update of CLIENTS streams with the manifests' own timings, behind a real proxy; four minutes
