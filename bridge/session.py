@@ -71,12 +71,17 @@ NEAR_MS = 50
 """An event that came so near to a watermark may stand on either side of it. A stream that cannot name all that followed
 would rather take the next one."""
 
-PATIENCE = 3
-"""So many watermarks in a row are left out for that reason. A busy stream always has events near one."""
+RECALL_EVENTS = 20_000
+RECALL_BYTES = 4_194_304
+"""Most entries, and bytes, that are kept back for a client while it is found out which of them it was sent. Of a client
+that was sent more behind its anchor than this, all but the named ones are sent again."""
 
-RECALL_EVENTS = 5_000
-"""Most entries that are kept back while it is found out which of them a client was sent. Of a client that was sent more
-behind its anchor than this, or more bytes than its backlog may hold, all but the named ones are sent again."""
+MANY_BEHIND = RECALL_EVENTS // 2
+"""A client that was sent so many behind its anchor takes a watermark although events came near it: without a newer
+anchor nothing could be recalled of it before long."""
+
+MAX_UNSENT = 2
+"""Entries among those that were sent which a cursor's sum can show not to have been sent."""
 
 MAX_WATERMARKS = 4
 """Watermarks that may wait for their proof. The next but one proves it, so a fifth means that no proof comes."""
@@ -186,7 +191,7 @@ class _Pending:
 class _Place:
     """Where a client is: the anchor, and what was sent of the entries behind it."""
 
-    __slots__ = ("_before_ms", "_counts", "_digests", "_left_out", "_named", "_pending", "_sent", "_totals", "_unnamed",
+    __slots__ = ("_before_ms", "_counts", "_digests", "_named", "_pending", "_sent", "_totals", "_unnamed",
                  "anchor", "passed")  # fmt: skip
 
     def __init__(self, anchor: Anchor | None, cursor: Cursor | None = None, now_ms: int = 0) -> None:
@@ -203,7 +208,6 @@ class _Place:
         self._totals = [0, 0]
         self._before_ms = 0
         self._pending: deque[_Pending] = deque(maxlen=MAX_WATERMARKS)
-        self._left_out = 0
         self.passed: deque[str] = deque(maxlen=MAX_DIGESTS)
         """What was sent from the log, up to the anchor: a publisher's retry may stand behind it once more."""
         if cursor is not None:
@@ -224,7 +228,6 @@ class _Place:
         place._totals = self._totals.copy()
         place._before_ms = self._before_ms
         place._pending.extend(replace(each) for each in self._pending)
-        place._left_out = self._left_out
         place.passed.extend(self.passed)
         return place
 
@@ -302,10 +305,8 @@ class _Place:
             since.after_ms is not None and since.after_ms - since.seen_ms < NEAR_MS
         )
         # What is named is known for certain. Of the others it is known only how many there were after the watermark.
-        if is_near and count > MAX_DIGESTS and self._left_out < PATIENCE:
-            self._left_out += 1
+        if is_near and count > MAX_DIGESTS and self.sent_behind < MANY_BEHIND:
             return
-        self._left_out = 0
         self.anchor = anchor
         self.passed.clear()
         since_ms = since.seen_ms - OVERLAP_MS
@@ -358,23 +359,26 @@ class _Recall:
     """Finds in the log what a cursor says was sent behind its anchor and does not name.
 
     Each queue alone is in the log's order, but for events of several publishers at the very end, which are named. So
-    the first unnamed entries of a queue, as many as were sent, are the ones that were sent: if their sum is that of the
-    cursor. If it is not, an entry among them was not sent, or the order was another; then none is taken as sent.
+    the first unnamed entries of a queue, as many as were sent, are the ones that were sent, if their sum is that of the
+    cursor. With one or two entries among them that were not sent, the sum of one or two more is too large by just
+    those. In every other case none is taken as sent. A publisher's retry is in the log twice, and counts once.
     """
 
-    __slots__ = ("_left", "_owed", "_sums", "entries", "is_sent", "size")
+    __slots__ = ("_ids", "_owed", "_sums", "_unsent", "_values", "entries", "is_sent", "size")
 
     def __init__(self, unnamed: BySource) -> None:
         known = [each if each is not None and each.count <= RECALL_EVENTS else None for each in unnamed]
         self._owed = known
-        self._left = [each.count if each is not None else 0 for each in known]
+        self._ids: set[str] = set()
         self._sums = [0, 0]
+        self._values: tuple[dict[int, None], dict[int, None]] = ({}, {})
+        self._unsent: tuple[set[int], set[int]] = (set(), set())
         self.is_sent: list[bool | None] = [
             False if each is None else True if not each.count else None for each in known
         ]
-        """By queue: whether the first unnamed entries are those that were sent; None while that is not known."""
-        self.entries: list[tuple[Entry, bool]] = []
-        """Entries that wait for the answer, in the log's order, each with whether it is one of those first ones."""
+        """By queue: whether it is known which of its entries were sent; None while that is open."""
+        self.entries: list[Entry] = []
+        """Entries that wait for the answer, in the log's order."""
         self.size = 0
 
     @property
@@ -383,20 +387,50 @@ class _Recall:
 
     def see(self, entry: Entry, *, named: bool) -> None:
         """The next entry. Those that are named are certain already."""
-        shared = entry.shared
-        is_first = not named and self._left[shared] > 0
-        if is_first:
-            self._left[shared] -= 1
-            self._sums[shared] = (self._sums[shared] + entry.event.value) & VALUE_MASK
-            if not self._left[shared]:
-                owed = self._owed[shared]
-                self.is_sent[shared] = owed is not None and owed.total == self._sums[shared]
-        self.entries.append((entry, is_first))
+        self.entries.append(entry)
         self.size += len(entry.event.named)
+        shared, event = entry.shared, entry.event
+        owed, values = self._owed[shared], self._values[shared]
+        if named or event.id in self._ids or self.is_sent[shared] is not None or owed is None:
+            return
+        self._ids.add(event.id)
+        values[event.value] = None
+        self._sums[shared] = (self._sums[shared] + event.value) & VALUE_MASK
+        more = len(values) - owed.count
+        if more < 0:
+            return
+        over = (self._sums[shared] - owed.total) & VALUE_MASK
+        unsent = _parts(over, values, more)
+        if unsent is not None:
+            self._unsent[shared].update(unsent)
+            self.is_sent[shared] = True
+        elif more == MAX_UNSENT:
+            self.is_sent[shared] = False
 
     def give_up(self) -> None:
         """What is not known by now is taken as not sent."""
         self.is_sent = [bool(each) for each in self.is_sent]
+
+    def was_sent(self, entry: Entry) -> bool:
+        value = entry.event.value
+        return (
+            bool(self.is_sent[entry.shared])
+            and value in self._values[entry.shared]
+            and value not in self._unsent[entry.shared]
+        )
+
+
+def _parts(total: int, values: dict[int, None], count: int) -> tuple[int, ...] | None:
+    """So many of the values whose sum is the total, or None: none for 0, and at most two."""
+    if count == 0:
+        return () if total == 0 else None
+    if count == 1:
+        return (total,) if total in values else None
+    for value in values:
+        other = (total - value) & VALUE_MASK
+        if other != value and other in values:
+            return value, other
+    return None
 
 
 class Session:
@@ -647,7 +681,7 @@ class Session:
         if recall is None:
             return self._replay(entry, was_sent=event.digest in self._sent_before)
         recall.see(entry, named=event.digest in self._sent_before)
-        if len(recall.entries) > RECALL_EVENTS or recall.size > self._max_bytes:
+        if len(recall.entries) > RECALL_EVENTS or recall.size > RECALL_BYTES:
             recall.give_up()
         if recall.is_over:
             self._end_recall()
@@ -662,9 +696,9 @@ class Session:
         for shared in (False, True):
             if not recall.is_sent[shared]:
                 self._append(_Forget(shared))
-        for entry, is_first in recall.entries:
+        for entry in recall.entries:
             named = entry.event.digest in self._sent_before
-            self._replay(entry, was_sent=named or (is_first and bool(recall.is_sent[entry.shared])), fits=True)
+            self._replay(entry, was_sent=named or recall.was_sent(entry), fits=True)
 
     def _replay(self, entry: Entry, *, was_sent: bool, fits: bool = False) -> bool:
         event = entry.event
