@@ -148,12 +148,15 @@ class BlockingPublisher:
             batch.finish()
         except _BatchFailed as failed:
             raise batch_error(failed.error, batch.progress()) from failed.error
-        except BaseException as error:  # noqa: BLE001 - raised again below.
+        except BaseException as error:
             # Of the event or the iterable, or Ctrl-C: nothing is wrong with what was taken before.
             failure = batch.settle(self._timeout if isinstance(error, Exception) else SETTLE_SECONDS)
             if failure is not None and isinstance(error, Exception):
                 raise batch_error(failure, batch.progress()) from failure
-            raise report_progress(error, batch.progress()) from None
+            reported = report_progress(error, batch.progress())
+            if reported is error:
+                raise
+            raise reported from error.__cause__
         return count
 
     def _worker(self) -> _Worker:
@@ -195,7 +198,8 @@ class _Worker:
         self.publisher = make()
         self.loop: asyncio.AbstractEventLoop
         self._running = threading.Event()
-        self._lock = threading.Lock()
+        # A signal's handler may publish too, and interrupts its own thread within `submit`.
+        self._lock = threading.RLock()
         self._is_stopped = False
         self._thread: threading.Thread | None = None
 

@@ -285,13 +285,16 @@ class Publisher:
         except amqp.BrokerError as error:
             pipeline.abandon()
             raise batch_error(error, pipeline.progress()) from error
-        except BaseException as error:  # noqa: BLE001 - raised again below.
+        except BaseException as error:
             # Of the event or the iterable, or a cancellation: nothing is wrong with what was taken before.
             limit = SETTLE_SECONDS if isinstance(error, asyncio.CancelledError) else self._timeout
             failure = await settle(pipeline, limit)
             if failure is not None and isinstance(error, Exception):
                 raise batch_error(failure, pipeline.progress()) from failure
-            raise report_progress(error, pipeline.progress()) from None
+            reported = report_progress(error, pipeline.progress())
+            if reported is error:
+                raise
+            raise reported from error.__cause__
         return count
 
     def pipeline(self) -> Pipeline:
@@ -393,14 +396,22 @@ class EventWriter:
         """The message of one event of `publish_many`.
 
         Raises:
-            EventRefused: with its index.
+            ItemRefused: with an EventRefused that has its index.
         """
         try:
             if not isinstance(item, tuple) or len(item) not in (2, 3):
                 raise EventRefused(f"{item!r:.80} is not (audience, data) or (audience, data, attributes)")
-            return self.message(item[0], item[1], item[2] if len(item) == 3 else {})
+            return self.message(item[0], item[1], (item[2] or {}) if len(item) == 3 else {})
         except EventRefused as error:
-            raise EventRefused(f"event {index}: {error}", id=error.id, index=index) from error
+            raise ItemRefused(EventRefused(f"event {index}: {error}", id=error.id, index=index)) from error
+
+
+class ItemRefused(Exception):
+    """Around an EventRefused of `publish_many` itself: the iterable may raise one of its own. Never leaves the SDK."""
+
+    def __init__(self, error: EventRefused) -> None:
+        self.error = error
+        super().__init__(str(error))
 
 
 class _Refused(ValueError):
@@ -539,17 +550,18 @@ def batch_error(error: BaseException, progress: Progress) -> PublishError:
 def report_progress(error: BaseException, progress: Progress) -> BaseException:
     """The error that ended a batch, with the number of events that are confirmed."""
     confirmed, rest = progress.confirmed, {entry.index: entry.message.id for entry in progress.unconfirmed}
-    if isinstance(error, PublishError):
-        return type(error)(
-            f"{error} [{confirmed} before it are confirmed]",
-            id=error.id,
-            index=error.index,
+    if isinstance(error, ItemRefused):
+        refused = error.error
+        return EventRefused(
+            f"{refused} [{confirmed} before it are confirmed]",
+            id=refused.id,
+            index=refused.index,
             confirmed=confirmed,
             unconfirmed=rest,
         )
-    with contextlib.suppress(AttributeError, TypeError):  # An exception class of the caller's own may have slots.
+    unclear = f"; {len(rest)} more were sent and may arrive" if rest else ""
+    with contextlib.suppress(Exception):  # An exception class of the caller's own may have slots, or other rules.
+        error.add_note(f"publish_many: {confirmed} events are confirmed{unclear}")
         error.confirmed = confirmed  # type: ignore[attr-defined]
         error.unconfirmed = rest  # type: ignore[attr-defined]
-    unclear = f"; {len(rest)} more were sent and may arrive" if rest else ""
-    error.add_note(f"publish_many: {confirmed} events are confirmed{unclear}")
     return error

@@ -8,10 +8,13 @@ asks `find_loss` before it sends; the catalogue asks `check_model` when it is lo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
-from datetime import datetime
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr, ValidationError
@@ -25,6 +28,8 @@ MAX_SAFE_INTEGER = 2**53 - 1
 """JavaScript reads a larger integer as another number (ECMA-262, Number.MAX_SAFE_INTEGER; RFC 7493, section 2.2)."""
 
 _LONG_NUMBER = re.compile(rb"\d{16}")
+
+_SEQUENCES = (list, tuple, deque)
 
 
 def declaring_class(kind: type[EventData]) -> type[EventData]:
@@ -42,32 +47,104 @@ def find_loss(passed: EventData, text: bytes) -> str | None:
     Raises:
         pydantic.ValidationError: the written form cannot be read back.
     """
-    read = declaring_class(type(passed)).__pydantic_validator__.validate_json(text)
-    return _compare(passed, read, "data", naive=False) or _find_long_integer(text)
+    model = declaring_class(type(passed))
+    read = model.__pydantic_validator__.validate_json(text)
+    loss = _find_unsafe(passed, "data", naive=_takes_naive(model)) or _compare(passed, read, "data")
+    return loss or _compare_written(text, read, model) or _find_long_integer(text)
 
 
-def _compare(passed: Any, read: Any, where: str, *, naive: bool) -> str | None:
-    """The first difference between a value and the same value read back.
+def _find_unsafe(value: Any, where: str, *, naive: bool) -> str | None:
+    """A value that has another meaning for a page, however it is written.
 
     Args:
-        naive: whether the member is declared as a time without a zone.
+        naive: whether the model declares times without a zone, so that they are meant.
     """
-    if isinstance(passed, BaseModel):
-        return _compare_models(passed, read, where)
-    if isinstance(passed, SecretStr | SecretBytes | Secret):
-        return f"{where} is a {type(passed).__name__}, which is written as asterisks: declare it as a plain type"
-    if isinstance(passed, datetime) and passed.tzinfo is None and not naive:
+    if isinstance(value, SecretStr | SecretBytes | Secret):
+        return f"{where} is a {type(value).__name__}, which is written as asterisks: declare it as a plain type"
+    if isinstance(value, datetime) and value.tzinfo is None and not naive:
         return (
-            f"{where} is {passed.isoformat()}, a time without a zone, which each browser reads in its own zone: "
+            f"{where} is {value.isoformat()}, a time without a zone, which each browser reads in its own zone: "
             "pass datetime.now(UTC), and declare it as AwareDatetime"
         )
-    if isinstance(passed, dict) and isinstance(read, dict) and passed.keys() == read.keys():
-        members = ((passed[name], read[name], f"{where}.{name}") for name in passed)
-    elif isinstance(passed, list | tuple) and isinstance(read, list | tuple) and len(passed) == len(read):
+    if isinstance(value, datetime) and value.tzinfo is not None and (value.utcoffset() or timedelta()).seconds % 60:
+        return f"{where} has an offset with seconds, which RFC 3339 cannot write: pass it with astimezone(UTC)"
+    parts = _parts_of(value, where)
+    return next((found for part, at in parts if (found := _find_unsafe(part, at, naive=naive))), None)
+
+
+def _parts_of(value: Any, where: str) -> Iterator[tuple[Any, str]]:
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            if not field.exclude:
+                yield getattr(value, name, None), f"{where}.{name}"
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield name, f"a key of {where}"
+            yield part, f"{where}.{name}"
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        for index, part in enumerate(value):
+            yield part, f"{where}[{index}]"
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for each in dataclasses.fields(value):
+            yield getattr(value, each.name, None), f"{where}.{each.name}"
+
+
+@lru_cache(maxsize=1024)
+def _takes_naive(model: type[EventData]) -> bool:
+    return "'tz_constraint': 'naive'" in str(model.__pydantic_core_schema__)
+
+
+def _compare(passed: Any, read: Any, where: str) -> str | None:
+    """The first difference between a value and the same value read back."""
+    if isinstance(passed, BaseModel):
+        return _compare_models(passed, read, where)
+    members: Iterable[tuple[Any, Any, str]]
+    if isinstance(passed, dict) and isinstance(read, dict):
+        keys = {name: name for name in read} if passed.keys() == read.keys() else {_key(name): name for name in read}
+        found = {name if passed.keys() == read.keys() else _key(name): part for name, part in passed.items()}
+        if found.keys() != keys.keys() or len(found) != len(passed):
+            return _differs(passed, read, where)
+        members = ((part, read[keys[name]], f"{where}.{name}") for name, part in found.items())
+    elif isinstance(passed, _SEQUENCES) and isinstance(read, _SEQUENCES) and len(passed) == len(read):
         members = ((one, other, f"{where}[{at}]") for at, (one, other) in enumerate(zip(passed, read, strict=True)))
+    elif dataclasses.is_dataclass(passed) and type(passed) is type(read):
+        names = [each.name for each in dataclasses.fields(passed)]
+        members = ((getattr(passed, name, None), getattr(read, name, None), f"{where}.{name}") for name in names)
     else:
         return None if _is_same(passed, read) else _differs(passed, read, where)
-    return next((loss for one, other, at in members if (loss := _compare(one, other, at, naive=naive))), None)
+    return next((loss for one, other, at in members if (loss := _compare(one, other, at))), None)
+
+
+def _key(name: Any) -> str:
+    """The text of a key in JSON."""
+    return str(next(iter(to_jsonable_python({name: None}))))
+
+
+def _compare_written(text: bytes, read: EventData, model: type[EventData]) -> str | None:
+    """The first difference between what is sent and what the bridge writes for pages."""
+    shown = model.__pydantic_serializer__.to_json(read, by_alias=True)
+    if shown == text:
+        return None
+    return _compare_json(json.loads(text), json.loads(shown), "data")
+
+
+def _compare_json(sent: Any, shown: Any, where: str) -> str | None:
+    if isinstance(sent, dict) and isinstance(shown, dict):
+        for name in {**sent, **shown}:
+            if name not in shown or name not in sent:
+                made, got = sent.get(name, "nothing"), shown.get(name, "nothing")
+                return f"{where}.{name}: {_shown(made)} would be sent, and a page would get {_shown(got)}"
+            if loss := _compare_json(sent[name], shown[name], f"{where}.{name}"):
+                return loss
+    elif isinstance(sent, list) and isinstance(shown, list) and len(sent) == len(shown):
+        losses = [
+            _compare_json(one, other, f"{where}[{at}]") for at, (one, other) in enumerate(zip(sent, shown, strict=True))
+        ]
+        if any(losses) and sorted(map(json.dumps, sent)) != sorted(map(json.dumps, shown)):  # A set has no order.
+            return next(loss for loss in losses if loss)
+    elif sent != shown:
+        return f"{where}: {_shown(sent)} would be sent, and a page would get {_shown(shown)}"
+    return None
 
 
 def _compare_models(passed: BaseModel, read: Any, where: str) -> str | None:
@@ -85,7 +162,7 @@ def _compare_models(passed: BaseModel, read: Any, where: str) -> str | None:
         if field.exclude or (field.exclude_if is not None and field.exclude_if(getattr(passed, name, None))):
             continue
         one, other = getattr(passed, name, None), getattr(read, name)
-        if loss := _compare(one, other, f"{where}.{name}", naive=_is_naive(field)):
+        if loss := _compare(one, other, f"{where}.{name}"):
             written, names = _written_name(name, field), _read_names(name, field, type(read))
             if written not in names:
                 return f"{loss}. {_unread(name, written, names)}"
@@ -93,14 +170,12 @@ def _compare_models(passed: BaseModel, read: Any, where: str) -> str | None:
     return None
 
 
-def _is_naive(field: FieldInfo) -> bool:
-    return "NaiveDatetime" in str(field.annotation)
-
-
 def _is_same(passed: Any, read: Any) -> bool:
     with contextlib.suppress(Exception):  # A comparison of the user's own; then their written forms decide.
         if passed == read:
             return True
+    if isinstance(passed, datetime) and isinstance(read, datetime):
+        return False  # Their texts may be equal: an offset is written without its seconds.
     try:
         # A member that takes anything reads a tuple as a list and a time as its text. To a page they are equal.
         return bool(to_jsonable_python(passed) == to_jsonable_python(read))
@@ -204,8 +279,12 @@ def _check_names(schema: Any, owner: str) -> Iterator[str]:
 def _check_fields(schema: Mapping[str, Any], owner: str) -> Iterator[str]:
     config = schema.get("config", {})
     inner = schema if schema["type"] == "typed-dict" else schema["schema"]
+    if "serialization" in schema:
+        return  # A serializer of the whole model names its members by itself; samples try it.
     while "fields" not in inner and isinstance(inner.get("schema"), Mapping):
-        inner = inner["schema"]  # Below a validator of the whole model.
+        if inner.get("type") in ("function-before", "function-wrap", "function-plain"):
+            return  # A validator of the whole model may read other names; samples try it.
+        inner = inner["schema"]
     fields = inner.get("fields", {})
     pairs = fields.items() if isinstance(fields, Mapping) else ((field["name"], field) for field in fields)
     written_by: dict[str, str] = {}

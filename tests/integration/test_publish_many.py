@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -271,3 +273,50 @@ async def test_a_timeout_in_the_blocking_form(vhost: Vhost, proxy: Proxy, queue:
     assert error.confirmed == error.index
     assert error.id == f"e-{error.index}"
     assert set(await arrived(queue)) >= set(range(error.confirmed))
+
+
+class Ours(PublishTimeout):
+    """An error of the caller's own, with rules of its own."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+async def test_what_the_iterable_raises_is_raised_as_it_is(vhost: Vhost, queue: aio_pika.abc.AbstractQueue) -> None:
+    async with Publisher(vhost.url, source="/t") as publisher:
+
+        async def nested() -> AsyncIterator[Item]:
+            for item in items(5):
+                yield item
+            await publisher.publish_many([(Audience.user(""), event(0))])
+
+        def own() -> Iterator[Item]:
+            yield from items(3)
+            raise Ours(1, 2) from KeyError("why")
+
+        with pytest.raises(EventRefused, match=r"event 0: .*\[0 before it are confirmed\]") as inner:
+            await publisher.publish_many(nested())
+        assert inner.value.confirmed == 5
+        with pytest.raises(Ours, match="1 and 2") as caught:
+            await publisher.publish_many(own())
+        assert (caught.value.confirmed, repr(caught.value.__cause__)) == (3, "KeyError('why')")
+
+
+def test_a_signals_handler_may_publish(vhost: Vhost) -> None:
+    vhost.add_everything()
+    came = []
+    with Publisher.blocking(vhost.url, source="/t") as publisher:
+
+        def on_signal(*_: object) -> None:
+            came.append(publisher.to_user("42", event(0)))
+
+        before = signal.signal(signal.SIGUSR1, on_signal)
+        try:
+            for _ in range(100):  # At any place of a call that is just running.
+                timer = threading.Timer(0.002, os.kill, (os.getpid(), signal.SIGUSR1))
+                timer.start()
+                publisher.to_user("42", event(1))
+                timer.join()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+    assert came

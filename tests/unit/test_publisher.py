@@ -12,7 +12,7 @@ import pytest
 
 from bridge import Audience, EventData, EventRefused, Publisher
 from bridge.event import read_event
-from bridge.publisher import Attribute, EventWriter, as_text, batch_error
+from bridge.publisher import Attribute, EventWriter, ItemRefused, as_text, batch_error
 from bridge.sender import Progress
 
 
@@ -113,9 +113,10 @@ def test_an_audience_and_an_event_of_the_wrong_kind() -> None:
 def test_an_item_of_a_batch_that_is_none() -> None:
     bad: list[Any] = [DONE, (USER,), (USER, DONE, {}, 1), [USER, DONE]]
     for item in bad:
-        with pytest.raises(EventRefused, match=r"event 3: .* is not \(audience, data\)") as caught:
+        with pytest.raises(ItemRefused, match=r"event 3: .* is not \(audience, data\)") as caught:
             WRITER.item(item, 3)
-        assert caught.value.index == 3
+        assert caught.value.error.index == 3
+    assert WRITER.item((USER, DONE, None), 0).id  # type: ignore[arg-type]
     assert WRITER.item((USER, DONE, {"id": "e"}), 0).id == "e"
 
 

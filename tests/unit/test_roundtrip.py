@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections import deque
 from collections.abc import Callable
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -24,12 +25,16 @@ from pydantic import (
     Field,
     NaiveDatetime,
     PlainSerializer,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     computed_field,
     field_serializer,
     field_validator,
+    model_serializer,
+    model_validator,
 )
+from typing_extensions import TypedDict
 
 from bridge.event import EventData, encode_data
 from bridge.roundtrip import MAX_SAFE_INTEGER, check_model, declaring_class, find_loss, zoneless_times
@@ -422,6 +427,131 @@ def test_what_is_at_the_edge_and_goes_through() -> None:
 def test_the_declaring_class_is_the_one_that_the_catalogue_has() -> None:
     assert declaring_class(ShippedByUs) is Shipped
     assert declaring_class(Shipped) is Shipped
+
+
+class FromHidden(EventData, type="from.hidden"):
+    raw: str = Field("", exclude=True)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def shown(self) -> str:
+        return self.raw.upper()
+
+
+class FromPrivate(EventData, type="from.private"):
+    _raw: str = PrivateAttr("a")
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def shown(self) -> str:
+        return self._raw
+
+
+class Linked(Shipped):
+    """A worker's own subclass with a computed member only."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def link(self) -> str:
+        return "/jobs/1"
+
+
+class One(BaseModel):
+    x: int = 0
+
+
+class Two(BaseModel):
+    x: int = 0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def kind(self) -> str:
+        return "two"
+
+
+@dataclasses.dataclass
+class Moment:
+    at: datetime
+
+
+class Anything(EventData, type="anything"):
+    either: One | Two = One()
+    moment: Moment | None = None
+    times: set[datetime] = set()
+    recent: deque[datetime] = deque()
+    keys: dict[int | str, str] = {}
+    anything: Any = None
+
+
+def from_private() -> EventData:
+    made = FromPrivate()
+    made._raw = "b"
+    return made
+
+
+AMSTERDAM_1850 = datetime(1850, 6, 1, tzinfo=timezone(timedelta(minutes=19, seconds=32)))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (FromHidden(raw="abc"), r"data\.shown: 'ABC' would be sent, and a page would get ''"),
+        (from_private(), r"data\.shown: 'b' would be sent, and a page would get 'a'"),
+        (Linked(parcel_id="p"), r"data\.link: '/jobs/1' would be sent, and a page would get 'nothing'"),
+        (Anything(either=Two(x=1)), r"data\.either"),
+        (Anything(anything=AMSTERDAM_1850), r"data\.anything has an offset with seconds"),
+        (Anything(moment=Moment(NAIVE)), r"data\.moment\.at is .* without a zone"),
+        (Anything(times={NAIVE}), r"data\.times\[0\] is .* without a zone"),
+        (Anything(recent=deque([NAIVE])), r"data\.recent\[0\] is .* without a zone"),
+        (Anything(anything={NAIVE: 1}), r"a key of data\.anything is .* without a zone"),
+        (Anything(anything=[{SecretStr("s3cret"): 1}]), r"a key of data\.anything\[0\] is a SecretStr"),
+        (Anything(keys={1: "first", "1": "b"}), r"data\.keys: "),
+        (Anything(anything={1: "first", "1": "b"}), r"data\.anything: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_more_that_a_page_would_not_get(data: EventData, words: str) -> None:
+    found = loss(data)
+    assert found is not None
+    assert pytest.raises(AssertionError, match=words).matches(AssertionError(found)), found
+    assert "s3cret" not in found
+
+
+class LocalTimes(TypedDict):
+    at: NaiveDatetime
+
+
+class Calendar(EventData, type="calendar"):
+    """Times that are meant to have no zone, wherever they stand."""
+
+    entry: LocalTimes | None = None
+    all: list[NaiveDatetime] = []
+
+
+class WithNames(EventData, type="with.names"):
+    user: str = Field("", serialization_alias="userId")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_either(cls, values: Any) -> Any:
+        return {**values, "user": values["userId"]} if "userId" in values else values
+
+
+class WithSerializer(EventData, type="with.serializer"):
+    user: str = Field("", validation_alias="userId")
+
+    @model_serializer
+    def _write(self) -> dict[str, str]:
+        return {"userId": self.user}
+
+
+def test_what_looks_odd_and_is_not() -> None:
+    assert loss(Calendar(entry={"at": NAIVE}, all=[NAIVE])) is None
+    assert check_model(WithNames) == check_model(WithSerializer) == []
+    assert loss(WithNames(user="ann")) is None
+    assert loss(WithSerializer(userId="ann")) is None
+    assert loss(Anything(anything={1: "a", 2.5: ("b",)}, keys={1: "a", "b": "c"})) is None
+    assert loss(Anything(either=One(x=1), moment=Moment(datetime(2026, 1, 31, tzinfo=UTC)))) is None
 
 
 class Odd:
