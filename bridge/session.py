@@ -80,6 +80,10 @@ MANY_BEHIND = RECALL_EVENTS // 2
 """A client that was sent so many behind its anchor takes a watermark although events came near it: without a newer
 anchor nothing could be recalled of it before long."""
 
+REMEMBERED_IDS = 64
+"""Ids from before a stream went live by its log. A publisher that had no confirm then may repeat one of them behind the
+anchor, however much later the log is read again."""
+
 MAX_UNSENT = 2
 """Entries among those that were sent which a cursor's sum can show not to have been sent."""
 
@@ -450,6 +454,7 @@ class Session:
         "_backlog",
         "_backlog_bytes",
         "_backlog_events",
+        "_before",
         "_cursor",
         "_frames",
         "_gap",
@@ -522,6 +527,7 @@ class Session:
         self._late: dict[str, _Live] | None = None  # By event id.
         self._place = _Place(None)
         self._recent: dict[str, None] = {}
+        self._before: frozenset[str] = frozenset()
         self._now_ms = 0
         self.greeted = False
         """Whether `bridge.ready` has been said."""
@@ -704,7 +710,7 @@ class Session:
         event = entry.event
         # What the log gives is not given again from what is held, however many come between the two.
         self._unhold(event.id)
-        if was_sent:
+        if was_sent or event.id in self._before:
             self.duplicates += 1
             self._recent[event.id] = None  # A publisher's retry may yet come live.
             self._append(_Passed(event, entry.shared))
@@ -860,6 +866,7 @@ class Session:
     def _reset(self) -> None:
         """From here on the tick is the anchor, and nothing behind it has been sent."""
         self._append(_Reset(self.tick))
+        self._before = frozenset(list(self._recent)[-REMEMBERED_IDS:])
 
     def place(self, now_ms: int) -> None:
         """No event for a while: the client is told its place anew, if it is certain that nothing is missing."""

@@ -49,8 +49,8 @@ ZOO = [
     Mutant(
         "held-is-not-compared",
         "bridge/session.py",
-        "        self._unhold(event.id)\n        if was_sent:",
-        "        if was_sent:",
+        "        self._unhold(event.id)\n        if was_sent or",
+        "        if was_sent or",
         "with more than 512 held, what the log gave comes again from the live queue",
         SESSION,
     ),

@@ -423,6 +423,24 @@ def cursor_of(made: Session) -> Cursor:
     return Cursor.parse(frames(made)[-1].id)
 
 
+def test_a_retry_of_what_was_sent_before_the_anchor_is_not_sent_again_much_later() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")))
+    made.replayed(entry(1, 8))
+    made.caught_up(5001)
+    made.settled()
+    for number in range(2, 1000):
+        made.offer(make_event(number), 6000)
+    assert len(frames(made)) == 1000
+    made.lost()
+    made.bound(9000, Anchor(5000, "BBBBBB"))
+    made.found()
+    # The publisher had no confirm of e1, and repeated it behind the tick.
+    for offset, number in enumerate([1, *range(2, 1000), 1000], 101):
+        made.replayed(entry(number, offset))
+    made.caught_up(9001)
+    assert [frame.json["id"] for frame in frames(made)] == ["e1000"]
+
+
 def test_a_newer_anchor_needs_fewer_names() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
