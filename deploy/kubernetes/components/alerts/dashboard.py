@@ -421,8 +421,9 @@ ROWS = (
             Panel(
                 "Restarts and reconnects",
                 "Processes that began anew in the same pod, and connections to RabbitMQ that were made again, within "
-                "each step of the graph. Normal is none but for a restart of RabbitMQ, once for each pod. What "
-                "RabbitMQ dropped from the bridge's queues was read from the log; a policy on bridge.* is the usual cause.",
+                "each step of the graph. Normal is none but for a restart of RabbitMQ, once for each pod. "
+                "Messages that RabbitMQ dropped from the bridge's queues were read from the log; a policy on "
+                "bridge.* is the usual cause.",
                 (
                     (f"sum (changes(process_start_time_seconds{{{OURS}}}{RATE}))", "process began anew"),
                     (f"sum (changes(bridge_broker_connects{{{OURS}}}{RATE}))", "RabbitMQ connected anew"),
