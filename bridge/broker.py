@@ -173,6 +173,11 @@ class Broker:
         return self.down_since is None
 
     @property
+    def has_dropped(self) -> bool:
+        """Whether RabbitMQ has just dropped messages, and the streams have not been read from the log since then."""
+        return self._link is not None and self._link.dropped.is_pending
+
+    @property
     def shared_queue(self) -> str | None:
         """The name of the shared queue, while it is consumed."""
         return self._link.shared.queue if self._link is not None and self._link.shared.consuming else None
@@ -576,6 +581,10 @@ class _Dropped:
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closed = asyncio.Event()
+
+    @property
+    def is_pending(self) -> bool:
+        return self._timer is not None
 
     @property
     def arguments(self) -> FieldTable:

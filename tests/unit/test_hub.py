@@ -29,6 +29,7 @@ class Log:
 
 class Broker:
     shared_queue = "bridge.shared.1"
+    has_dropped = False
 
 
 class Subscription:
@@ -146,3 +147,16 @@ def test_watermarks_from_before_a_stream_went_live_are_left_out() -> None:
         if "live" in queue:
             connection.on_delivery(queue, body)
     assert offset_of(connection) == 200, "the one that was written while the stream was live"
+
+
+def test_a_fence_proves_nothing_while_messages_were_dropped() -> None:
+    hub, log, connection = make()
+    for number in (1, 2):
+        hub._on_watermark(anchor(number), 0)
+        send(connection, 100 * number, count=9 if number == 1 else 1)
+    (_, shared), (queue, own) = log.fences
+    hub.on_shared("bridge.shared.1", shared)
+    broker: Any = hub.broker
+    broker.has_dropped = True
+    connection.on_delivery(queue, own)
+    assert offset_of(connection) == 1
