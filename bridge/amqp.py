@@ -487,6 +487,13 @@ class _Underlay(UnderlayConnection):
 
 
 class _Connection(aio_pika.Connection):
+    def __del__(self) -> None:
+        """Nothing: whoever called `connect` closes.
+
+        The library's own makes a task that closes, in whatever thread collects the garbage, where no loop may run. A
+        connection that is open is never collected: the tasks that read and write it hold it.
+        """
+
     async def connect(self, timeout: Any = None) -> None:
         self.transport = await _Underlay.connect(self.url, self._on_connection_close, **self.kwargs)
         await self._on_connected()
