@@ -112,6 +112,8 @@ class InvalidEvent(ValueError):
     """A message that reaches no browser. `reason` is the word in the quarantine, `detail` says where and why."""
 
     reason: ClassVar[Reason]
+    depends_on_catalogue: ClassVar[bool] = False
+    """Whether a bridge with another catalogue, or with other settings, might read the same message."""
 
     def __init__(self, detail: str) -> None:
         self.detail = detail if len(detail) <= MAX_DETAIL_CHARS else detail[: MAX_DETAIL_CHARS - 3] + "..."
@@ -120,6 +122,7 @@ class InvalidEvent(ValueError):
 
 class TooLarge(InvalidEvent):
     reason = "too-large"
+    depends_on_catalogue = True
 
 
 class Malformed(InvalidEvent):
@@ -136,10 +139,12 @@ class TypeMismatch(InvalidEvent):
 
 class UnknownType(InvalidEvent):
     reason = "unknown-type"
+    depends_on_catalogue = True
 
 
 class SchemaViolation(InvalidEvent):
     reason = "schema"
+    depends_on_catalogue = True
 
 
 REASONS: tuple[Reason, ...] = tuple(

@@ -29,7 +29,7 @@ from bridge.eventlog import EventLog, Request
 from bridge.metrics import Metrics
 from bridge.pacing import Pace
 from bridge.quarantine import Quarantine
-from bridge.routing import Audience, TypeFilter, split_key
+from bridge.routing import Audience, RoutingError, TypeFilter, split_key
 from bridge.session import Entry, Session, State
 from bridge.sse import EndReason, GapReason
 
@@ -38,6 +38,10 @@ _log = structlog.get_logger("bridge.hub")
 CACHE_EVENTS = 256
 CACHE_BYTES = 4_194_304
 """Limits of the cache of read events. It only has to last while one event comes in by several queues."""
+
+REFUSALS = 10_000
+"""Refused messages that are remembered, so that each is put aside once, whichever way it comes and however often the
+log is read."""
 
 ATTACH_SECONDS = 20.0
 """A stream whose queues are not bound by then is told `busy`: the browser comes back, perhaps to another replica. Long
@@ -159,14 +163,30 @@ class Connection:
                 self._hub.note_copy(routing_key)
             return
         event = self._hub.read(routing_key, body, via=self.subscription.number, only=self._hub.is_only(self))
-        if event is not None:
+        if isinstance(event, Event):
             self.offer(event, _now_ms())
+        elif event.depends_on_catalogue:
+            self.unreadable()
 
     def offer(self, event: Event, now_ms: int, *, shared: bool = False) -> None:
         if self._watermarks_seen != self._hub.watermarks:
             self._take_watermarks()
         self.session.offer(event, now_ms, shared=shared)
         self.ring()
+
+    def unreadable(self, *, logged: bool = False) -> None:
+        """An event for this stream, of a type that it asked for, cannot be read here."""
+        self._take_watermarks()
+        self.session.unreadable(_now_ms(), logged=logged)
+        self.ring()
+
+    def _wants(self, routing_key: str) -> bool:
+        """Whether an event that could not be read is of a type that this stream asked for."""
+        try:
+            _, event_type = split_key(routing_key)
+        except RoutingError:
+            return False
+        return self.session.types.matches(event_type)
 
     def _take_watermarks(self) -> None:
         """Those that were written since something last happened to this stream.
@@ -282,7 +302,11 @@ class Connection:
 
     def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
         event = self._hub.read_logged(routing_key, body)
-        if event is None or not self.session.types.matches(event.type):
+        if not isinstance(event, Event):
+            if event.depends_on_catalogue and self._wants(routing_key):
+                self.unreadable(logged=True)
+            return True
+        if not self.session.types.matches(event.type):
             return True
         taken = self.session.replayed(Entry(offset, check, event, _is_shared(routing_key)))
         if not taken:
@@ -305,7 +329,10 @@ class Connection:
 
     def settle(self, routing_key: str, body: bytes) -> None:
         event = self._hub.read_logged(routing_key, body)
-        if event is not None and self.session.types.matches(event.type):
+        if not isinstance(event, Event):
+            if event.depends_on_catalogue and self._wants(routing_key):
+                self.unreadable()
+        elif self.session.types.matches(event.type):
             self._take_watermarks()
             self.session.settle(event, _now_ms(), shared=_is_shared(routing_key))
             self.ring()
@@ -371,6 +398,13 @@ class _Refusal:
         self.published += 1
         return True
 
+    def is_new_in_log(self) -> bool:
+        """Whether this entry of the log is the first that is seen of it."""
+        if self.published:
+            return False
+        self.published = 1
+        return True
+
 
 class Hub:
     """
@@ -400,7 +434,7 @@ class Hub:
         self._connections: dict[Connection, None] = {}
         self._by_group: dict[str, dict[Connection, None]] = {}
         self._by_user: Counter[str] = Counter()
-        self._cache: OrderedDict[tuple[str, bytes], Event] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, bytes], Event | InvalidEvent] = OrderedDict()
         self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
         self._cache_bytes = 0
         self.watermarks = 0
@@ -555,7 +589,9 @@ class Hub:
                 self.shared_fence = max(self.shared_fence, number)
             return
         event = self.read(routing_key, body, via=0)
-        if event is None:
+        if not isinstance(event, Event):
+            if event.depends_on_catalogue:
+                self._tell_unreadable(routing_key)
             return
         now_ms = _now_ms()
         audience, _ = split_key(routing_key)
@@ -566,6 +602,15 @@ class Hub:
             # The live queue's bindings carry the types; this queue serves all, so each one's filter is applied here.
             if connection.session.types.matches(event.type):
                 connection.offer(event, now_ms, shared=True)
+
+    def _tell_unreadable(self, routing_key: str) -> None:
+        try:
+            audience, event_type = split_key(routing_key)
+        except RoutingError:
+            return
+        for connection in self._members(audience) if audience.kind != "user" else ():
+            if connection.session.types.matches(event_type):
+                connection.unreadable()
 
     def _members(self, audience: Audience) -> list[Connection]:
         if audience.kind == "all":
@@ -588,8 +633,8 @@ class Hub:
         """Whether its user has no other connection here."""
         return self._by_user[connection.session.user] == 1
 
-    def read(self, routing_key: str, body: bytes, *, via: int, only: bool = False) -> Event | None:
-        """The event of a message, made once however many queues of this process it comes by; None if it is refused.
+    def read(self, routing_key: str, body: bytes, *, via: int, only: bool = False) -> Event | InvalidEvent:
+        """The event of a message, or why it is refused, found once however many queues of this process it comes by.
 
         Args:
             via: number of the queue. A refused message goes to quarantine once for all queues that bring it; by the
@@ -598,36 +643,43 @@ class Hub:
         """
         self._metrics.events_received.value += 1
         key = (routing_key, body)
-        if not only and (known := self._cache.get(key)) is not None:
-            return known
-        try:
-            event = read_event(body, routing_key, self._models, max_bytes=self._limits.max_event_bytes)
-        except InvalidEvent as error:
-            # Remembered by a digest: the body may be as large as the broker takes.
-            digested = (routing_key, hashlib.blake2b(body, digest_size=16).digest())
-            refusal = self._refusals.setdefault(digested, _Refusal())
-            if len(self._refusals) > CACHE_EVENTS:
-                self._refusals.popitem(last=False)
-            if refusal.is_new(via):
-                self._refuse(routing_key, body, error)
-            return None
-        if not only:
-            self._remember(key, event)
+        event = None if only else self._cache.get(key)
+        if event is None:
+            event = self._read(routing_key, body)
+            if not only:
+                self._remember(key, event)
+        if not isinstance(event, Event) and self._refusal(routing_key, body).is_new(via):
+            self._refuse(routing_key, body, event)
         return event
 
-    def read_logged(self, routing_key: str, body: bytes) -> Event | None:
-        """The same for an entry of the log. What is refused was put aside by whoever met it live."""
+    def read_logged(self, routing_key: str, body: bytes) -> Event | InvalidEvent:
+        """The same for an entry of the log. What is refused is put aside if this process has not met it live."""
         key = (routing_key, body)
-        known = self._cache.get(key)
-        if known is None:
-            try:
-                known = read_event(body, routing_key, self._models, max_bytes=self._limits.max_event_bytes)
-            except InvalidEvent:
-                return None
-            self._remember(key, known)
-        return known
+        event = self._cache.get(key)
+        if event is None:
+            event = self._read(routing_key, body)
+            self._remember(key, event)
+            if not isinstance(event, Event):
+                self._metrics.log_unreadable.labels(event.reason).inc()
+                if self._refusal(routing_key, body).is_new_in_log():
+                    self._refuse(routing_key, body, event)
+        return event
 
-    def _remember(self, key: tuple[str, bytes], value: Event) -> None:
+    def _read(self, routing_key: str, body: bytes) -> Event | InvalidEvent:
+        try:
+            return read_event(body, routing_key, self._models, max_bytes=self._limits.max_event_bytes)
+        except InvalidEvent as error:
+            return type(error)(error.detail)  # To be kept, without the frames that it came through.
+
+    def _refusal(self, routing_key: str, body: bytes) -> _Refusal:
+        # By a digest: the body may be as large as the broker takes.
+        digested = (routing_key, hashlib.blake2b(body, digest_size=16).digest())
+        refusal = self._refusals.setdefault(digested, _Refusal())
+        if len(self._refusals) > REFUSALS:
+            self._refusals.popitem(last=False)
+        return refusal
+
+    def _remember(self, key: tuple[str, bytes], value: Event | InvalidEvent) -> None:
         """Of a key that is not known yet."""
         self._cache[key] = value
         self._cache_bytes += len(key[1])

@@ -30,7 +30,7 @@ CLOSE_REASONS = (*END_REASONS, "client", "stalled", "error")
 
 REPLAY_OUTCOMES = ("complete", "gap")
 
-GAP_REASONS: tuple[GapReason, ...] = ("expired", "unknown", "no-log")
+GAP_REASONS: tuple[GapReason, ...] = ("expired", "unknown", "no-log", "not-readable")
 
 _DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ATTACH_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -129,6 +129,12 @@ class Metrics:
         self.quarantine_dropped = Counter(
             "bridge_quarantine_dropped_total", "Refused messages that could not be quarantined", registry=self.registry
         )
+        self.log_unreadable = Counter(
+            "bridge_log_unreadable_total",
+            "Entries met in the event log that could not be read, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
         self.gaps = Counter(
             "bridge_gaps_total", "bridge.gap told to clients, by reason", ["reason"], registry=self.registry
         )
@@ -163,6 +169,7 @@ class Metrics:
             self.streams_ended.labels(reason)
         for reason in REASONS:
             self.events_invalid.labels(reason)
+            self.log_unreadable.labels(reason)
         for gap in GAP_REASONS:
             self.gaps.labels(gap)
         for outcome in REPLAY_OUTCOMES:

@@ -8,6 +8,7 @@ hub on one side, the stream on the other) does the waiting and calls in:
     lost()            its queues are gone (broker, network, an operator); `bound` follows when they are there again
     found, not_found  the log has, or has not, the entry from which `replay` wants to be read
     replayed(entry)   the next entry of the log for this connection
+    unreadable()      an event for this connection, live or in the log, that this bridge's catalogue cannot read
     caught_up()       the log has been read to the tick
     settle(event)     an entry from just behind the tick, in case the live queue missed it
     settled()         no more of these
@@ -86,6 +87,9 @@ anchor, however much later the log is read again."""
 
 MAX_UNSENT = 2
 """Entries among those that were sent which a cursor's sum can show not to have been sent."""
+
+UNREADABLE_MS = 5_000
+"""A live stream is told `not-readable` at most this often, since its page fetches its state each time."""
 
 MAX_WATERMARKS = 4
 """Watermarks that may wait for their proof. The next but one proves it, so a fifth means that no proof comes."""
@@ -474,6 +478,8 @@ class Session:
         "_recent",
         "_retry_ms",
         "_sent_before",
+        "_unreadable_told_ms",
+        "_unreadable_waits",
         "delivered",
         "duplicates",
         "end_reason",
@@ -483,6 +489,7 @@ class Session:
         "state",
         "tick",
         "types",
+        "unreadable_told",
         "user",
     )
 
@@ -509,6 +516,12 @@ class Session:
         """Events handed out by `take`."""
         self.duplicates = 0
         """Events not sent because their id had just been sent."""
+        self.unreadable_told = 0
+        """Gaps `not-readable` since the shell last set this to 0."""
+        self._unreadable_told_ms: int | None = None
+        """When the last was told: since then in a live stream, or in this reading of the log."""
+        self._unreadable_waits = False
+        """Whether one is still to be told. Until then no cursor moves past the event that it is for."""
         self.oldest_ms: int | None = None
         """When the oldest live event of the last `take` was received; None if it had none."""
         self._named = named
@@ -575,6 +588,7 @@ class Session:
         assert self.state in (State.OPENING, State.DETACHED), self.state
         self._now_ms = max(self._now_ms, now_ms)
         self.tick = tick
+        self._unreadable_told_ms = None
         if self.greeted:
             place = self._place_behind_backlog()
             come_from = place.cursor(now_ms)
@@ -606,6 +620,8 @@ class Session:
         """From the tick on, with what was held; everything before it is told as a gap or was never promised."""
         self._held_lost = False
         self._recall = None
+        # The page fetches its state after this ready or gap, and finds in it whatever was not readable before.
+        self._unreadable_waits = False
         if not self.greeted:
             self._place = _Place(self.tick)
             self._greet(self._place.cursor(self._now_ms), resumed=False)
@@ -657,6 +673,7 @@ class Session:
         self._drop_held()
         self._held_lost = self._overlapping = False
         self._late = self._recall = None
+        self._unreadable_waits = False  # The log is read again from before it, or a gap is told.
 
     # The log is read.
 
@@ -760,6 +777,8 @@ class Session:
             return False
         assert self.tick is not None, "there is no replay without one"
         self._now_ms = max(self._now_ms, now_ms)
+        if self._unreadable_waits:
+            self._tell_unreadable()  # Before the anchor becomes the tick, which may stand behind it.
         self._reset()
         self._release_held()
         return True
@@ -770,6 +789,7 @@ class Session:
             self.replay = Replay(self.replay.until + 1, tick.offset, None)
             self.tick = tick
             self._overlapping = True
+            self._unreadable_told_ms = None  # What this part of the log holds may be newer than the page's state.
 
     def settle(self, event: Event, now_ms: int, *, shared: bool = False) -> None:
         """Takes an event that stands in the log just behind the tick. Nearly always it has come live, or will."""
@@ -790,6 +810,32 @@ class Session:
             self.offer(item.event, item.received_ms, shared=item.shared)
         self._overlapping = False
 
+    def unreadable(self, now_ms: int, *, logged: bool = False) -> None:
+        """Takes notice of an event for this connection that another bridge might show, and this one cannot.
+
+        The page is told `bridge.gap`, `not-readable`, and fetches its state, in which it finds what the event said. One
+        gap is for all that came before it was told. So a reading of the log tells one, and a live stream one in five
+        seconds; until the next is told, the client's cursor stays before the event.
+
+        Args:
+            logged: it stands in the log before the tick.
+        """
+        if self.state in (State.ENDED, State.DETACHED):
+            return
+        self._now_ms = max(self._now_ms, now_ms)
+        told_ms = self._unreadable_told_ms
+        if logged and told_ms is not None and self.state is State.REPLAYING:
+            return  # It was published before the tick, and the page has been told to fetch its state since then.
+        self._unreadable_waits = True
+        if self.greeted and (told_ms is None or self._now_ms >= told_ms + UNREADABLE_MS):
+            self._tell_unreadable()
+
+    def _tell_unreadable(self) -> None:
+        self._unreadable_waits = False
+        self._unreadable_told_ms = self._now_ms
+        self.unreadable_told += 1
+        self._tell_gap("not-readable")
+
     # Events.
 
     def offer(self, event: Event, now_ms: int, *, shared: bool = False) -> None:
@@ -804,6 +850,8 @@ class Session:
             self._now_ms = now_ms
         item = _Live(event, now_ms, shared)
         if self.state is State.LIVE:
+            if self._unreadable_waits and now_ms >= (self._unreadable_told_ms or 0) + UNREADABLE_MS:
+                self._tell_unreadable()
             self._admit(event, item)
             if self._is_over(self._backlog_events, self._backlog_bytes):
                 self.end("slow", self._retry_ms)
@@ -849,7 +897,11 @@ class Session:
 
     def beat(self) -> None:
         """Nothing was sent for a while: a heartbeat."""
-        if self.greeted and not self.has_output and self.state is not State.ENDED:
+        if not self.greeted or self.has_output or self.state is State.ENDED:
+            return
+        if self._unreadable_waits:
+            self._tell_unreadable()
+        else:
             self._frames = sse.HEARTBEAT
 
     def watermark(self, anchor: Anchor, seen_ms: int) -> None:
@@ -860,7 +912,7 @@ class Session:
 
     def prove(self, anchor: Anchor) -> None:
         """All that stands before this watermark in the log has come by both queues: it may be the client's anchor."""
-        if self.state is State.LIVE:
+        if self.state is State.LIVE and not self._unreadable_waits:
             self._append(_Proof(anchor))
 
     def _reset(self) -> None:
@@ -872,6 +924,8 @@ class Session:
         """No event for a while: the client is told its place anew, if it is certain that nothing is missing."""
         if self.state is State.LIVE and not self._backlog:
             self._now_ms = max(self._now_ms, now_ms)
+            if self._unreadable_waits:
+                self._tell_unreadable()
             self._frames += sse.encode_position(self._place.text(self._now_ms))
 
     # The end.

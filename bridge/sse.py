@@ -11,7 +11,7 @@ import json
 from functools import lru_cache
 from typing import Literal
 
-GapReason = Literal["expired", "unknown", "no-log"]
+GapReason = Literal["expired", "unknown", "no-log", "not-readable"]
 EndReason = Literal["drain", "rotate", "expired", "slow", "busy", "revoked"]
 
 END_REASONS: tuple[EndReason, ...] = ("drain", "rotate", "expired", "slow", "busy", "revoked")

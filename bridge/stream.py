@@ -158,6 +158,9 @@ class _Stream(asyncio.Protocol):
         if chunk:
             metrics = self._streams.metrics
             metrics.events_delivered.value += session.delivered - delivered
+            if session.unreadable_told:
+                metrics.gaps.labels("not-readable").inc(session.unreadable_told)
+                session.unreadable_told = 0
             if session.oldest_ms is not None:
                 connection.pace.moved(now)
                 metrics.delivery_seconds.observe(max(0.0, time.time() - session.oldest_ms / 1000))

@@ -16,6 +16,8 @@ export type GapReason =
   | "unknown"
   /** The bridge runs without a log. */
   | "no-log"
+  /** This replica cannot read an event for this page, and another might: a deploy of event types is under way. */
+  | "not-readable"
   /** The stream is now another person's. */
   | "other-user";
 

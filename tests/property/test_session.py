@@ -2,14 +2,16 @@
 
 The world is a list (the log) and live queues, of which any may deliver next, however far behind the others are. In one
 world there are two, the client's own and the shared one, each in the log's order. In the other there is one for each
-publisher and audience: then the order of two publishers is another in every queue. The client is cut anywhere, has read
-as much as it pleases of what was written, and comes back to a new session with the last id it saw. Laws, checked
-whenever nothing is under way:
+publisher and audience: then the order of two publishers is another in every queue. In a third, some events are of a
+type that only newer replicas can read, and the client comes back to replicas of both versions. The client is cut
+anywhere, has read as much as it pleases of what was written, and comes back to a new session with the last id it saw.
+Laws, checked whenever nothing is under way:
 
     nothing lost        it has every event written to the log after its first ready, unless it was told a gap before
     nothing twice       no event came twice, where each queue was in the log's order and the watermarks were too
     in order            events of one publisher to one audience came as they were published
     none of others      it never saw an event that is not for it
+    nothing hidden      what a replica could not read was sent by a newer one, or its page fetched its state since then
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ class Published:
     number: int
     publisher: int
     audience: str
+    is_new: bool = False
+    """Of a type that only newer replicas can read."""
 
 
 @dataclass
@@ -76,6 +80,8 @@ class World(RuleBasedStateMachine):
         self.got: list[int] = []
         self.newest = 0
         self.may_repeat = False
+        self.is_new = True
+        self.state_at = 0  # What the client's page has in the state that it fetched last: all up to this number.
         self.open()
 
     # The broker.
@@ -113,6 +119,9 @@ class World(RuleBasedStateMachine):
     def deliver_one(self, key: Key) -> None:
         event = self.queues[key].popleft()
         assert self.session is not None
+        if event.is_new and not self.is_new:
+            self.session.unreadable(self.now_ms)
+            return
         self.session.offer(make_event(event.number), self.now_ms, shared=event.audience != "user")
 
     @precondition(lambda self: any(self.queues.values()))
@@ -203,7 +212,9 @@ class World(RuleBasedStateMachine):
                 return
             offset = self.reading
             item = self.log[offset]
-            if isinstance(item, Published) and item.audience in MINE:
+            if isinstance(item, Published) and item.audience in MINE and item.is_new and not self.is_new:
+                self.session.unreadable(self.now_ms, logged=True)
+            elif isinstance(item, Published) and item.audience in MINE:
                 entry = Entry(offset, self.check(offset), make_event(item.number), item.audience != "user")
                 if not self.session.replayed(entry):
                     assert not self.session.wants_more, "stopped though it wants more"
@@ -232,7 +243,9 @@ class World(RuleBasedStateMachine):
             if self.settling is None or self.settling >= len(self.log):
                 return
             item = self.log[self.settling]
-            if isinstance(item, Published) and item.audience in MINE:
+            if isinstance(item, Published) and item.audience in MINE and item.is_new and not self.is_new:
+                self.session.unreadable(self.now_ms)
+            elif isinstance(item, Published) and item.audience in MINE:
                 self.session.settle(make_event(item.number), self.now_ms, shared=item.audience != "user")
             self.settling += 1
 
@@ -304,7 +317,10 @@ class World(RuleBasedStateMachine):
             if self.since is None:
                 self.since = int(frame.id.split(".")[1], 16)
         elif frame.event == "bridge.gap":
-            raise AssertionError("nothing here can make a gap: the log is never cut, and no cursor is bad")
+            # Nothing here can make another gap: the log is never cut, and no cursor is bad.
+            assert frame.json["reason"] == "not-readable"
+            assert any(isinstance(item, Published) and item.is_new for item in self.log)
+            self.state_at = self.count
         elif not frame.event.startswith("bridge."):
             self.got.append(int(frame.json["id"][1:]))
 
@@ -404,6 +420,8 @@ class World(RuleBasedStateMachine):
         for number in got:
             event = events[number]
             assert event.audience in MINE
+            if event.is_new:
+                continue  # A newer replica may send it after what followed it; the page was told of it in time.
             key = (event.publisher, event.audience)
             assert last.get(key, 0) < number, "out of order"
             last[key] = number
@@ -436,9 +454,15 @@ class World(RuleBasedStateMachine):
         assert self.session is not None
         assert self.session.state is State.LIVE
         assert self.since is not None
-        owed = {item.number for item in self.log[self.since :] if isinstance(item, Published) and item.audience in MINE}
+        owed = [item for item in self.log[self.since :] if isinstance(item, Published) and item.audience in MINE]
         first = {item.number for item in self.log[: self.since] if isinstance(item, Published)}
-        assert owed - first <= set(self.got), "lost"
+        numbers = {item.number for item in owed if not item.is_new}
+        assert numbers - first <= set(self.got), "lost"
+        self.session.beat()
+        self.write()
+        self.read(len(self.written))
+        hidden = {item.number for item in owed if item.is_new and item.number > self.state_at}
+        assert hidden - first <= set(self.got), "hidden"
         self.none_of_others_nothing_twice_in_order()
 
 
@@ -475,7 +499,32 @@ class CrossingWorld(World):
         self.may_repeat = True
 
 
+class RollingWorld(World):
+    """Replicas of two versions, of which the newer one can read more."""
+
+    @initialize()
+    def begin(self) -> None:
+        super().begin()
+        self.may_repeat = True
+
+    @precondition(lambda self: self.count % 5 == 0)
+    @rule()
+    def roll(self) -> None:
+        self.cut()
+        self.is_new = not self.is_new
+
+    @rule(publisher=st.integers(0, PUBLISHERS - 1), audience=st.sampled_from(AUDIENCES))
+    def publish_new(self, publisher: int, audience: str) -> None:
+        self.count += 1
+        event = Published(self.count, publisher, audience, is_new=True)
+        self.log.append(event)
+        if self.bound and audience in MINE:
+            self.queues.setdefault(self.queue_of(publisher, audience), deque()).append(event)
+
+
 World.TestCase.settings = settings(max_examples=400, stateful_step_count=80)
 TestWorld = World.TestCase
 CrossingWorld.TestCase.settings = World.TestCase.settings
 TestCrossingWorld = CrossingWorld.TestCase
+RollingWorld.TestCase.settings = World.TestCase.settings
+TestRollingWorld = RollingWorld.TestCase

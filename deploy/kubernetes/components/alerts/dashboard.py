@@ -220,6 +220,10 @@ ROWS = (
                         f"sum (increase(bridge_quarantine_dropped_total{{{OURS}}}{RATE}))",
                         "not even quarantined",
                     ),
+                    (
+                        f"sum by (reason) (increase(bridge_log_unreadable_total{{{OURS}}}{RATE}))",
+                        "{{reason}}, in the log",
+                    ),
                 ),
                 stacked=True,
             ),
@@ -235,7 +239,8 @@ ROWS = (
             Panel(
                 "Gaps told",
                 "Pages that were told to fetch their state afresh, within each step of the graph. `expired` is who "
-                "was away for longer than the log reaches; `unknown` and `no-log` are never normal.",
+                "was away for longer than the log reaches; `not-readable` is a catalogue that is behind; `unknown` and "
+                "`no-log` are never normal.",
                 ((f"sum by (reason) (increase(bridge_gaps_total{{{OURS}}}{RATE}))", "{{reason}}"),),
                 stacked=True,
             ),
