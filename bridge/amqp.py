@@ -1,7 +1,7 @@
 """A connection to RabbitMQ and what can go wrong with it, in words of our own.
 
-This file and `sender.py` alone know errors of aio-pika. The bridge consumes through `connect`; the SDK and the
-quarantine publish through `sender.Sender`. Needs aio-pika and nothing of the service.
+Only this file and `sender.py` know errors of aio-pika. The SDK and the quarantine publish through `sender.Sender`; the
+service consumes through `consumer.py`. Needs aio-pika and nothing of the service.
 
     BrokerError
     ├─ BrokerUnavailable    cannot be reached, went away, or did not answer in time: trying again may help
@@ -18,10 +18,9 @@ import contextlib
 import logging
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, Self, SupportsIndex, cast
+from typing import Any
 
 import aio_pika
 import aiormq.connection
@@ -36,15 +35,12 @@ from aio_pika.exceptions import (
     DeliveryError,
     ProbableAuthenticationError,
 )
-from aiormq.abc import AbstractChannel, DeliveredMessage
-from aiormq.connection import FrameReceiver, TransportFactory, exception_by_code
+from aiormq.abc import AbstractChannel
+from aiormq.connection import FrameReceiver, exception_by_code
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ConnectionNotAllowed, InvalidFrameError
 from pamqp import commands
-from pamqp.common import FieldTable
 from pamqp.exceptions import PAMQPException
 from yarl import URL
-
-from bridge.deliveries import HEARTBEAT, Deliveries, Sink
 
 CONNECT_SECONDS = 10.0
 """aiormq has no limit of its own for connecting: a listener that never answers would hold us for ever."""
@@ -54,26 +50,6 @@ HEARTBEAT_SECONDS = 10
 
 CLOSE_SECONDS = 5.0
 """A broker that is blocked or gone never answers a close."""
-
-GATHER_SECONDS = 0.016
-"""So long nothing is read from a connection after deliveries that came close behind others: no longer than a screen
-shows one picture. An event that comes alone is not delayed."""
-
-TALK_SECONDS = 0.1
-"""So long after an answer of the broker's another may be awaited."""
-
-ACK_SECONDS = 0.025
-"""Acks wait this long for others of their channel to go with."""
-
-MANY = 100
-"""So many deliveries are acknowledged without waiting: half of a live queue's prefetch, so that none runs dry. A packet
-of so many is large enough, and nothing is gathered behind it."""
-
-LARGE_BYTES = 65_536
-"""A packet of so many is large enough, too: of large events a packet holds few, and the broker has more of them."""
-
-QUIET_SECONDS = 1.0
-"""A connection that brings deliveries only shows the library a frame this often."""
 
 _ACCESS_REFUSED = 403
 """AMQP 0-9-1, section 1.2, "access-refused": at the start of a connection these are its credentials."""
@@ -117,9 +93,6 @@ class _Quiet(logging.Filter):
 
 for _name in ("aiormq.connection", "aiormq.channel", "aio_pika.connection", "aio_pika.channel"):
     logging.getLogger(_name).addFilter(_Quiet())
-
-Packet = AbstractContextManager[object]
-"""Entered and left around the callbacks of all deliveries that come in one packet."""
 
 
 class BrokerError(Exception):
@@ -209,8 +182,8 @@ def _text(error: BaseException) -> str:
 
 
 async def connect(
-    addresses: Sequence[str], *, name: str, consuming: Packet | None = None
-) -> aio_pika.abc.AbstractConnection:
+    addresses: Sequence[str], *, name: str, make: Callable[[URL], Connection] | None = None
+) -> Connection:
     """A plain connection to the first address that takes one, tried in random order.
 
     Plain, not robust: a robust connection restores its queues one after another, and one refused queue keeps all others
@@ -219,8 +192,7 @@ async def connect(
     Args:
         addresses: AMQP URLs. `heartbeat` in the URL wins over our 10 s.
         name: shown in RabbitMQ's list of connections.
-        consuming: for `Consumer`; entered and left around the callbacks of all deliveries that come in one packet.
-            Properties of messages are not read, so that none that anybody published can break the connection.
+        make: makes the connection of a URL, not yet open. By default a `Connection`, which publishes.
 
     Raises:
         BrokerError: none of the addresses took it; the error of the last one tried, which names it.
@@ -234,7 +206,7 @@ async def connect(
         quiet = _quiet.set(True)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                connection = _Connection(url) if consuming is None else _ConsumingConnection(url, consuming)
+                connection = (make or Connection)(url)
                 await connection.connect()
                 return connection
         except (*ERRORS, TimeoutError) as error:
@@ -310,150 +282,6 @@ def pauses() -> Callable[[], float]:
     return draw
 
 
-class Consumer:
-    """A channel that consumes: its deliveries go to a callback as they come from the socket, and are acknowledged.
-
-    Acknowledged as soon as the callback returns: the live queue may lose, the log is what remembers.
-
-    Made by `open`.
-    """
-
-    def __init__(self, deliveries: Deliveries, channel: AbstractChannel, on_message: Sink) -> None:
-        self._deliveries = deliveries
-        self._on_message = on_message
-        self.channel = channel
-        deliveries.take(channel.number, on_message)
-
-    @classmethod
-    async def open(cls, connection: aio_pika.abc.AbstractConnection, on_message: Sink, *, prefetch: int) -> Self:
-        """
-        Args:
-            connection: made by `connect` with `consuming`.
-            on_message: called with the consumer's tag, the routing key, the body, and the offset if the queue is a
-                stream. What it raises is logged, and the next message comes.
-            prefetch: most deliveries that are on their way unacknowledged, for each consumer.
-
-        Raises:
-            BrokerError
-        """
-        assert isinstance(connection, _ConsumingConnection), "only what was opened for consuming cuts out deliveries"
-        channel = await open_channel(connection)
-        async with translating("setting the prefetch"):
-            await channel.basic_qos(prefetch_count=prefetch)
-        return cls(connection.deliveries, channel, on_message)
-
-    async def consume(self, queue: str, tag: str, *, arguments: FieldTable | None = None) -> None:
-        """
-        Raises:
-            BrokerError: the channel is closed, by the broker or by the library.
-        """
-        try:
-            async with translating(f"consuming {queue!r}"):
-                await self.channel.basic_consume(queue, _unexpected, consumer_tag=tag, arguments=arguments)
-        except BaseException:
-            self.stop()  # Also when cancelled: the library has closed the channel then.
-            raise
-
-    def stop(self) -> None:
-        """No more, and no ack either: to be called before the channel is closed."""
-        self._deliveries.drop(self.channel.number, self._on_message)
-
-
-async def _unexpected(message: DeliveredMessage) -> None:
-    raise AssertionError(f"a delivery came through the library: {message.delivery!r}")
-
-
-class _Reader(asyncio.StreamReader):
-    """What the library reads of a connection: everything but deliveries.
-
-    While deliveries come close upon each other, nothing is read for a moment after each packet, so that the next one
-    brings all that came meanwhile. To be woken costs a process more than the event that it was woken for: it comes
-    back to caches that others have filled (figures in docs/design.md).
-    """
-
-    def __init__(self, deliveries: Deliveries, packet: Packet) -> None:
-        super().__init__()
-        self._deliveries = deliveries
-        self._packet = packet
-        self._clock = asyncio.get_running_loop()
-        self._passed_at = self._answered_at = self._delivered_at = self._acked_at = 0.0
-        self._gathering = False
-        self._ack_timer: asyncio.TimerHandle | None = None
-        self.writer: asyncio.StreamWriter
-
-    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
-        deliveries = self._deliveries
-        before = deliveries.unacked
-        packet = bytes(data)
-        with self._packet:
-            passed = deliveries.feed(packet)
-        now = self._clock.time()
-        if deliveries.faults:
-            self._tell_faults()
-        if passed:
-            self._answered_at = self._passed_at = now
-        elif deliveries.takes and now - self._passed_at > QUIET_SECONDS:
-            # The library takes a connection for dead on which it reads nothing, and a busy one has no heartbeats.
-            passed = HEARTBEAT
-            self._passed_at = now
-        if deliveries.unacked != before:
-            self._delivered(now, deliveries.unacked - before, len(packet))
-        if passed:
-            super().feed_data(passed)
-
-    def _delivered(self, now: float, count: int, size: int) -> None:
-        busy = now - self._delivered_at < 2 * GATHER_SECONDS
-        # Queues are being made, one question after the other: who waits for the answers must not wait for us too.
-        in_talk = now - self._answered_at < TALK_SECONDS
-        is_small = count < MANY and size < LARGE_BYTES
-        if busy and not in_talk and is_small and not self._gathering:
-            self._gathering = True
-            cast("asyncio.Transport", self.writer.transport).pause_reading()
-            self._clock.call_later(GATHER_SECONDS, self._go_on)
-        self._delivered_at = now
-        if self._deliveries.unacked >= MANY or now - self._acked_at >= ACK_SECONDS:
-            self._ack()
-        elif self._ack_timer is None:
-            self._ack_timer = self._clock.call_later(ACK_SECONDS, self._ack)
-
-    def _go_on(self) -> None:
-        self._gathering = False
-        if not self.writer.is_closing():
-            cast("asyncio.Transport", self.writer.transport).resume_reading()
-
-    def _ack(self) -> None:
-        """One write for all that came meanwhile, on all channels."""
-        self._acked_at = self._clock.time()
-        if self._ack_timer is not None:
-            self._ack_timer.cancel()
-            self._ack_timer = None
-        acks = self._deliveries.take_acks()
-        if acks and not self.writer.is_closing():
-            self.writer.write(acks)
-
-    def _tell_faults(self) -> None:
-        for fault in self._deliveries.faults:
-            _log.error("a delivery was not taken", exc_info=fault)
-        self._deliveries.faults.clear()
-
-
-class _Transport(TransportFactory):
-    def __init__(self, packet: Packet) -> None:
-        self._packet = packet
-        self.deliveries = Deliveries()
-
-    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        context = await kwargs.pop("ssl_context_provider").get_context() if url.scheme == "amqps" else None
-        loop = asyncio.get_running_loop()
-        reader = _Reader(self.deliveries, self._packet)
-        protocol = asyncio.StreamReaderProtocol(reader)
-        assert url.host is not None, "parse_urls wants a host"
-        port = url.port or (5671 if context else 5672)
-        transport, _ = await loop.create_connection(lambda: protocol, url.host, port, ssl=context)
-        reader.writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-        return reader, reader.writer
-
-
 class _Protocol(aiormq.connection.Connection):
     """The library's connection, but with RabbitMQ's own words for a connection that it refuses."""
 
@@ -486,7 +314,9 @@ class _Underlay(UnderlayConnection):
         return connection
 
 
-class _Connection(aio_pika.Connection):
+class Connection(aio_pika.Connection):
+    """A plain connection of the library, without its close by the garbage collector. Made by `connect`."""
+
     def __del__(self) -> None:
         """Nothing: whoever called `connect` closes.
 
@@ -497,14 +327,3 @@ class _Connection(aio_pika.Connection):
     async def connect(self, timeout: Any = None) -> None:
         self.transport = await _Underlay.connect(self.url, self._on_connection_close, **self.kwargs)
         await self._on_connected()
-
-
-class _ConsumingConnection(_Connection):
-    """One whose deliveries are cut out before the library reads them, so that none can break it."""
-
-    def __init__(self, url: URL, packet: Packet) -> None:
-        super().__init__(url)
-        transport = _Transport(packet)
-        self.deliveries = transport.deliveries
-        # aio_pika passes on what it knows from a URL, and this is of aiormq only.
-        self.kwargs["transport_factory"] = transport

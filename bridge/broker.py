@@ -27,7 +27,8 @@ import structlog
 from pamqp.commands import Basic
 
 from bridge import amqp, topology
-from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, Packet, TopologyMismatch
+from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
+from bridge.consumer import Consumer, ConsumingConnection, Packet
 from bridge.routing import Audience
 
 if TYPE_CHECKING:
@@ -243,8 +244,8 @@ class Broker:
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[aio_pika.abc.AbstractConnection]:
-        connection = await amqp.connect(
-            self._addresses, name=f"bridge {self.instance} consumer", consuming=self._packet
+        connection = await ConsumingConnection.open(
+            self._addresses, name=f"bridge {self.instance} consumer", packet=self._packet
         )
         try:
             yield connection
@@ -454,7 +455,7 @@ class _Lane:
 
     async def run(self) -> None:
         while True:
-            consumer = await amqp.Consumer.open(self._link.connection, self._deliver, prefetch=PREFETCH)
+            consumer = await Consumer.open(self._link.connection, self._deliver, prefetch=PREFETCH)
             channel = consumer.channel
             channel.closing.add_done_callback(self._note_closed)
             channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
@@ -495,7 +496,7 @@ class _Lane:
         if subscription is not None and subscription.wanted:
             subscription.on_delivery(routing_key, body)
 
-    async def _obey(self, consumer: amqp.Consumer) -> None:
+    async def _obey(self, consumer: Consumer) -> None:
         """Brings one subscription after another to what it should be.
 
         Raises:
@@ -514,7 +515,7 @@ class _Lane:
                 elif not command.wanted and command.consumed:
                     await self._detach(command, consumer)
 
-    async def _attach(self, subscription: Subscription, consumer: amqp.Consumer) -> None:
+    async def _attach(self, subscription: Subscription, consumer: Consumer) -> None:
         # A name of its own for each try: the queue of a try that failed may still be there.
         queue = f"bridge.live.{self._broker.instance}.{subscription.number}.{secrets.token_hex(2)}"
         try:
@@ -557,7 +558,7 @@ class _Lane:
                 self._setup = await amqp.open_channel(self._link.connection)
                 await self._setup.queue_delete(queue)
 
-    async def _detach(self, subscription: Subscription, consumer: amqp.Consumer) -> None:
+    async def _detach(self, subscription: Subscription, consumer: Consumer) -> None:
         subscription.consumed = False
         tag = b"%d" % subscription.number
         if self._subscriptions.pop(tag, None) is not None:
@@ -596,7 +597,7 @@ class _Dropped:
         Raises:
             BrokerError
         """
-        consumer = await amqp.Consumer.open(self._link.connection, self._note, prefetch=SHARED_PREFETCH)
+        consumer = await Consumer.open(self._link.connection, self._note, prefetch=SHARED_PREFETCH)
         consumer.channel.closing.add_done_callback(lambda _: self._closed.set())
         consumer.channel.on_consumer_cancel_callbacks.add(lambda _: self._closed.set())
         async with amqp.translating("making the queue for dropped messages"):
@@ -681,7 +682,7 @@ class _Shared:
         queue = f"bridge.shared.{self._broker.instance}.{secrets.token_hex(2)}"
         async with amqp.translating("making the shared queue"):
             setup = await amqp.open_channel(self._link.connection)
-        consumer = await amqp.Consumer.open(
+        consumer = await Consumer.open(
             self._link.connection,
             lambda _tag, key, body, _offset: self._broker.on_shared(key, body),
             prefetch=SHARED_PREFETCH,

@@ -20,6 +20,7 @@ from pamqp.commands import Basic
 
 from bridge import amqp, topology
 from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
+from bridge.consumer import Consumer, ConsumingConnection, Packet
 from bridge.cursor import Anchor, digest
 from bridge.publisher import new_id
 from bridge.sender import Sender
@@ -142,7 +143,7 @@ class EventLog:
         packet: entered and left around the calls of readers for all entries that come in one packet.
     """
 
-    def __init__(self, addresses: Sequence[str], *, log: topology.Log, exchange: str, packet: amqp.Packet) -> None:
+    def __init__(self, addresses: Sequence[str], *, log: topology.Log, exchange: str, packet: Packet) -> None:
         self._addresses = addresses
         self._packet = packet
         self._log_stream = log
@@ -224,7 +225,9 @@ class EventLog:
                 if self._connection is not None:
                     await amqp.close(self._connection)
                     self._connection = None
-                self._connection = await amqp.connect(self._addresses, name="bridge log reader", consuming=self._packet)
+                self._connection = await ConsumingConnection.open(
+                    self._addresses, name="bridge log reader", packet=self._packet
+                )
             return self._connection
 
     # Ticks.
@@ -538,11 +541,11 @@ class _Consumer:
         self._stream = stream
         self._offset = offset
         self._on_entry = on_entry
-        self._consumer: amqp.Consumer
+        self._consumer: Consumer
         self._failure: BaseException | None = None
 
     async def __aenter__(self) -> _Consumer:
-        self._consumer = await amqp.Consumer.open(self._connection, self._deliver, prefetch=PREFETCH)
+        self._consumer = await Consumer.open(self._connection, self._deliver, prefetch=PREFETCH)
         channel = self._consumer.channel
         channel.closing.add_done_callback(self._note_closed)
         channel.on_consumer_cancel_callbacks.add(self._note_cancelled)

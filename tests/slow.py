@@ -13,14 +13,14 @@ import aio_pika
 from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.common import FieldTable
 
-from bridge import amqp
+from bridge import amqp, broker, eventlog
 from bridge.cli import main
 from bridge.deliveries import Sink
 from tests import patience
 
 
 class LibraryConsumer:
-    """What `amqp.Consumer` is, by way of the library."""
+    """What `Consumer` is, by way of the library."""
 
     def __init__(self, channel: AbstractChannel, on_message: Sink) -> None:
         self.channel = channel
@@ -54,5 +54,6 @@ class LibraryConsumer:
 
 if __name__ == "__main__":
     patience.apply()
-    amqp.Consumer = LibraryConsumer  # type: ignore[assignment,misc]
+    for user in (broker, eventlog):
+        setattr(user, "Consumer", LibraryConsumer)  # noqa: B010 - Its type is another one.
     main()

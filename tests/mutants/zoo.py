@@ -177,7 +177,7 @@ ZOO = [
     ),
     Mutant(
         "busy-is-dead",
-        "bridge/amqp.py",
+        "bridge/consumer.py",
         "        elif deliveries.takes and now - self._passed_at > QUIET_SECONDS:\n",
         "        elif False:\n",
         "every half minute under load all queues are lost, because the library hears no heartbeat",

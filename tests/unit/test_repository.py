@@ -23,6 +23,7 @@ LAYERS = [
     ["event", "facts", "headers", "keys"],
     ["session", "roundtrip"],
     ["amqp", "catalogue"],
+    ["consumer"],
     ["sender", "exports"],
     ["publisher", "topology", "auth", "metrics", "openapi"],
     ["blocking"],
