@@ -30,6 +30,7 @@ from bridge import amqp, topology
 from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
 from bridge.consumer import Consumer, ConsumingConnection, Packet
 from bridge.routing import Audience
+from bridge.settings import LogSettings
 
 if TYPE_CHECKING:
     import aio_pika
@@ -142,7 +143,7 @@ class Broker:
         *,
         exchange: str,
         quarantine: str,
-        log: topology.Log | None,
+        log: LogSettings | None,
         on_shared: Delivery,
         packet: Packet,
     ) -> None:
@@ -332,7 +333,7 @@ class _Link:
                     raise
                 _log.error("no log", error=str(error))
 
-    async def _declare_log(self, log: topology.Log) -> None:
+    async def _declare_log(self, log: LogSettings) -> None:
         # RabbitMQ 3.10 takes connections before it has recovered its streams, and says that there is none. A live queue
         # bound then would take what the log does not get: who is connected would see it, who comes back would not.
         deadline = time.monotonic() + LOG_RECOVERY_SECONDS

@@ -25,6 +25,7 @@ from bridge.cursor import Anchor, digest
 from bridge.publisher import new_id
 from bridge.sender import Sender
 from bridge.session import Replay
+from bridge.settings import LogSettings
 from bridge.sse import GapReason
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class EventLog:
         packet: entered and left around the calls of readers for all entries that come in one packet.
     """
 
-    def __init__(self, addresses: Sequence[str], *, log: topology.Log, exchange: str, packet: Packet) -> None:
+    def __init__(self, addresses: Sequence[str], *, log: LogSettings, exchange: str, packet: Packet) -> None:
         self._addresses = addresses
         self._packet = packet
         self._log_stream = log

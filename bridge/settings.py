@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -18,12 +19,20 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from bridge import amqp
 from bridge.event import MAX_EVENT_BYTES
 from bridge.headers import normal_origin
-from bridge.topology import Log
 
 PREFIX = "BRIDGE_"
 MIN_SECRET_BYTES = 32
 
 _NAME = re.compile(r"[A-Za-z0-9_.:@#,/ -]{1,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """The stream that clients resume from. `max_age` is in RabbitMQ's form, as in 1h; `max_bytes` is its size limit."""
+
+    name: str
+    max_age: str
+    max_bytes: int
 
 
 class InvalidSettings(Exception):
@@ -101,8 +110,8 @@ class BrokerSettings(BaseSettings):
     )
 
     @property
-    def log_stream(self) -> Log | None:
-        return Log(self.log, self.log_max_age, self.log_max_bytes) if self.log else None
+    def log_stream(self) -> LogSettings | None:
+        return LogSettings(self.log, self.log_max_age, self.log_max_bytes) if self.log else None
 
     @property
     def addresses(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from bridge import amqp
 from bridge.amqp import AccessRefused, NotFound, TopologyMismatch
 from bridge.routing import Audience
+from bridge.settings import LogSettings
 
 if TYPE_CHECKING:
     import aio_pika
@@ -41,15 +42,6 @@ _TYPED = re.compile(r"the value '(?P<value>.*)' of type '(?P<type>[a-z]+)'", re.
 _KINDS: dict[type, str] = {bool: "bool", int: "signedint"}
 _MAX_QUESTIONS = 20
 """More than the arguments that RabbitMQ compares."""
-
-
-@dataclass(frozen=True, slots=True)
-class Log:
-    """The stream that clients resume from. `max_age` is in RabbitMQ's words, as in 1h."""
-
-    name: str
-    max_age: str
-    max_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +190,7 @@ async def declare_quarantine(connection: aio_pika.abc.AbstractConnection, name: 
         )
 
 
-async def declare_log(connection: aio_pika.abc.AbstractConnection, log: Log, exchange: str) -> Declared:
+async def declare_log(connection: aio_pika.abc.AbstractConnection, log: LogSettings, exchange: str) -> Declared:
     """The stream, bound to everything on the exchange. Where `may_declare` is False, whether it is bound is not known.
 
     Raises:
@@ -321,7 +313,9 @@ async def _ignore(_: DeliveredMessage) -> None:
     pass
 
 
-async def rehearse(addresses: Sequence[str], *, exchange: str, quarantine: str, log: Log | None) -> AsyncIterator[str]:
+async def rehearse(
+    addresses: Sequence[str], *, exchange: str, quarantine: str, log: LogSettings | None
+) -> AsyncIterator[str]:
     """Does once what the bridge will do all day, leaves what it would leave, and yields the name of each good step.
 
     Raises:

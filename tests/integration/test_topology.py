@@ -13,12 +13,13 @@ from pamqp.common import FieldTable
 
 from bridge import amqp, topology
 from bridge.amqp import TopologyMismatch
+from bridge.settings import LogSettings
 from tests.conftest import OpenStream, StartService
 from tests.integration.test_cli import run
 from tests.rabbit import Vhost, cloudevent
 from tests.service import SECRET
 
-LOG = topology.Log("events.log", "1h", 1_000_000_000)
+LOG = LogSettings("events.log", "1h", 1_000_000_000)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from bridge.eventlog import (
     is_worth_waiting,
 )
 from bridge.session import Replay
-from bridge.topology import Log
+from bridge.settings import LogSettings
 
 
 class Notes:
@@ -146,7 +146,10 @@ def test_a_line_is_waited_for_while_it_moves(waited: float, here: int, expected:
 def log() -> EventLog:
     """Never run: asked for whom it would begin a pass."""
     return EventLog(
-        ["amqp://nobody/"], log=Log("events.log", "1h", 1_000), exchange="events", packet=contextlib.nullcontext()
+        ["amqp://nobody/"],
+        log=LogSettings("events.log", "1h", 1_000),
+        exchange="events",
+        packet=contextlib.nullcontext(),
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from bridge import topology
 from bridge.broker import Broker
 from bridge.cursor import Anchor
 from bridge.hub import Hub
 from bridge.metrics import Metrics
 from bridge.quarantine import Quarantine
-from bridge.settings import Settings
+from bridge.settings import LogSettings, Settings
 from bridge.stream import Turn
 
 
@@ -20,7 +19,7 @@ async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> N
         metrics=metrics,
         quarantine=Quarantine([], queue="q", on_dropped=lambda: None),
         make_broker=lambda shared: Broker(
-            [], exchange="e", quarantine="q", log=topology.Log("l", "1h", 1), on_shared=shared, packet=Turn()
+            [], exchange="e", quarantine="q", log=LogSettings("l", "1h", 1), on_shared=shared, packet=Turn()
         ),
         log=None,
     )
