@@ -18,8 +18,6 @@ from typing import Any, ClassVar, Generic, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from bridge import sse
-from bridge.cursor import digest, value
 from bridge.routing import check_type, is_key_of, split_key
 
 MAX_EVENT_BYTES = 65_536
@@ -153,35 +151,18 @@ REASONS: tuple[Reason, ...] = tuple(
 
 
 class Event:
-    """A validated event, with the bytes that every connection of this process shares. Not to be changed.
+    """A validated event. Not to be changed.
 
     Args:
         text: the CloudEvent as one line of JSON, UTF-8.
     """
 
-    __slots__ = ("_unnamed_at", "digest", "id", "named", "type", "value")
+    __slots__ = ("id", "text", "type")
 
     def __init__(self, *, id: str, type: str, text: bytes) -> None:
         self.id = id
         self.type = type
-        self.digest = digest(id.encode("ascii"))
-        """Of the id: how a cursor names an event that was sent."""
-        self.value = value(id.encode("ascii"))
-        """Of the id: what a cursor adds up of events that it does not name."""
-        line = sse.encode_type(type)
-        self.named = line + sse.encode_data(text)
-        """The frame after its `id:` line, with an `event:` line."""
-        self._unnamed_at = len(line)
-
-    @property
-    def plain(self) -> bytes:
-        """The same without the `event:` line, for `named=false`."""
-        return self.named[self._unnamed_at :]
-
-    @property
-    def text(self) -> bytes:
-        """The CloudEvent as one line of JSON."""
-        return sse.decode_data(self.plain)
+        self.text = text
 
     def __repr__(self) -> str:
         return f"<Event {self.id} {self.type}>"

@@ -7,14 +7,13 @@ Asyncio, but no framework and no socket: the broker's side calls `deliver`, the 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import random
 import secrets
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -24,24 +23,16 @@ from bridge import pacing
 from bridge.auth import Subscriber
 from bridge.broker import Broker, Delivery, Subscription
 from bridge.cursor import Anchor
-from bridge.event import Event, InvalidEvent, Models, read_event
 from bridge.eventlog import EventLog, Request
 from bridge.metrics import Metrics
 from bridge.pacing import Pace
-from bridge.quarantine import Quarantine
+from bridge.reader import EventReader
 from bridge.routing import Audience, RoutingError, TypeFilter, split_key
 from bridge.session import Entry, Session, State
 from bridge.sse import EndReason, GapReason
+from bridge.streamevent import StreamEvent
 
 _log = structlog.get_logger("bridge.hub")
-
-CACHE_EVENTS = 256
-CACHE_BYTES = 4_194_304
-"""Limits of the cache of read events. It only has to last while one event comes in by several queues."""
-
-REFUSALS = 10_000
-"""Refused messages that are remembered, so that each is put aside once, whichever way it comes and however often the
-log is read."""
 
 ATTACH_SECONDS = 20.0
 """A stream whose queues are not bound by then is told `busy`: the browser comes back, perhaps to another replica. Long
@@ -67,8 +58,6 @@ COPIES_SECONDS = 10.0
 class Limits(Protocol):
     """Of bridge.settings.Settings, what the hub goes by."""
 
-    @property
-    def max_event_bytes(self) -> int: ...
     @property
     def heartbeat_seconds(self) -> float: ...
     @property
@@ -162,13 +151,13 @@ class Connection:
             else:
                 self._hub.note_copy(routing_key)
             return
-        event = self._hub.read(routing_key, body, via=self.subscription.number, only=self._hub.is_only(self))
-        if isinstance(event, Event):
+        event = self._hub.reader.read(routing_key, body, via=self.subscription.number, only=self._hub.is_only(self))
+        if isinstance(event, StreamEvent):
             self.offer(event, _now_ms())
         elif event.depends_on_catalogue:
             self.unreadable()
 
-    def offer(self, event: Event, now_ms: int, *, shared: bool = False) -> None:
+    def offer(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
         if self._watermarks_seen != self._hub.watermarks:
             self._take_watermarks()
         self.session.offer(event, now_ms, shared=shared)
@@ -301,8 +290,8 @@ class Connection:
         self.ring()
 
     def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
-        event = self._hub.read_logged(routing_key, body)
-        if not isinstance(event, Event):
+        event = self._hub.reader.read_logged(routing_key, body)
+        if not isinstance(event, StreamEvent):
             if event.depends_on_catalogue and self._wants(routing_key):
                 self.unreadable(logged=True)
             return True
@@ -328,8 +317,8 @@ class Connection:
         self.ring()
 
     def settle(self, routing_key: str, body: bytes) -> None:
-        event = self._hub.read_logged(routing_key, body)
-        if not isinstance(event, Event):
+        event = self._hub.reader.read_logged(routing_key, body)
+        if not isinstance(event, StreamEvent):
             if event.depends_on_catalogue and self._wants(routing_key):
                 self.unreadable()
         elif self.session.types.matches(event.type):
@@ -382,34 +371,10 @@ class Connection:
         return self.pace.deadline()
 
 
-@dataclass(slots=True)
-class _Refusal:
-    """A message that was refused: how often it came by each queue, and how often it must have been published."""
-
-    came_by: Counter[int] = field(default_factory=Counter)
-    published: int = 0
-
-    def is_new(self, via: int) -> bool:
-        """Whether this delivery shows another publication. A queue brings each one once, so the queue that has brought
-        most of them says how many there were."""
-        self.came_by[via] += 1
-        if self.came_by[via] <= self.published:
-            return False
-        self.published += 1
-        return True
-
-    def is_new_in_log(self) -> bool:
-        """Whether this entry of the log is the first that is seen of it."""
-        if self.published:
-            return False
-        self.published = 1
-        return True
-
-
 class Hub:
     """
     Args:
-        models: the event catalogue.
+        reader: reads messages of all queues and of the log.
         make_broker: given the function for shared deliveries, makes the broker's side.
         log: what clients resume from; None without one.
     """
@@ -417,26 +382,21 @@ class Hub:
     def __init__(
         self,
         *,
-        models: Models,
+        reader: EventReader,
         limits: Limits,
         metrics: Metrics,
-        quarantine: Quarantine,
         make_broker: Callable[[Delivery], Broker],
         log: EventLog | None,
     ) -> None:
-        self._models = models
+        self.reader = reader
         self._limits = limits
         self._metrics = metrics
-        self._quarantine = quarantine
         self.broker = make_broker(self.on_shared)
         self.log = log
         self.draining = False
         self._connections: dict[Connection, None] = {}
         self._by_group: dict[str, dict[Connection, None]] = {}
         self._by_user: Counter[str] = Counter()
-        self._cache: OrderedDict[tuple[str, bytes], Event | InvalidEvent] = OrderedDict()
-        self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
-        self._cache_bytes = 0
         self.watermarks = 0
         """Written to the log for the open streams, since the start."""
         self._watermarks: deque[tuple[Anchor, int]] = deque(maxlen=WATERMARKS_KEPT)
@@ -588,8 +548,8 @@ class Hub:
             if (number := self.read_fence(body)) is not None:
                 self.shared_fence = max(self.shared_fence, number)
             return
-        event = self.read(routing_key, body, via=0)
-        if not isinstance(event, Event):
+        event = self.reader.read(routing_key, body, via=0)
+        if not isinstance(event, StreamEvent):
             if event.depends_on_catalogue:
                 self._tell_unreadable(routing_key)
             return
@@ -632,67 +592,6 @@ class Hub:
     def is_only(self, connection: Connection) -> bool:
         """Whether its user has no other connection here."""
         return self._by_user[connection.session.user] == 1
-
-    def read(self, routing_key: str, body: bytes, *, via: int, only: bool = False) -> Event | InvalidEvent:
-        """The event of a message, or why it is refused, found once however many queues of this process it comes by.
-
-        Args:
-            via: number of the queue. A refused message goes to quarantine once for all queues that bring it; by the
-                same queue a second time, it has been published a second time.
-            only: no other queue brings it, so it need not be kept for another.
-        """
-        self._metrics.events_received.value += 1
-        key = (routing_key, body)
-        event = None if only else self._cache.get(key)
-        if event is None:
-            event = self._read(routing_key, body)
-            if not only:
-                self._remember(key, event)
-        if not isinstance(event, Event) and self._refusal(routing_key, body).is_new(via):
-            self._refuse(routing_key, body, event)
-        return event
-
-    def read_logged(self, routing_key: str, body: bytes) -> Event | InvalidEvent:
-        """The same for an entry of the log. What is refused is put aside if this process has not met it live."""
-        key = (routing_key, body)
-        event = self._cache.get(key)
-        if event is None:
-            event = self._read(routing_key, body)
-            self._remember(key, event)
-            if not isinstance(event, Event):
-                self._metrics.log_unreadable.labels(event.reason).inc()
-                if self._refusal(routing_key, body).is_new_in_log():
-                    self._refuse(routing_key, body, event)
-        return event
-
-    def _read(self, routing_key: str, body: bytes) -> Event | InvalidEvent:
-        try:
-            return read_event(body, routing_key, self._models, max_bytes=self._limits.max_event_bytes)
-        except InvalidEvent as error:
-            return type(error)(error.detail)  # To be kept, without the frames that it came through.
-
-    def _refusal(self, routing_key: str, body: bytes) -> _Refusal:
-        # By a digest: the body may be as large as the broker takes.
-        digested = (routing_key, hashlib.blake2b(body, digest_size=16).digest())
-        refusal = self._refusals.setdefault(digested, _Refusal())
-        if len(self._refusals) > REFUSALS:
-            self._refusals.popitem(last=False)
-        return refusal
-
-    def _remember(self, key: tuple[str, bytes], value: Event | InvalidEvent) -> None:
-        """Of a key that is not known yet."""
-        self._cache[key] = value
-        self._cache_bytes += len(key[1])
-        while len(self._cache) > CACHE_EVENTS or self._cache_bytes > CACHE_BYTES:
-            (_, body), _ = self._cache.popitem(last=False)
-            self._cache_bytes -= len(body)
-
-    def _refuse(self, routing_key: str, body: bytes, error: InvalidEvent) -> None:
-        self._metrics.events_invalid.labels(error.reason).inc()
-        _log.warning(
-            "message refused", reason=error.reason, detail=error.detail, routing_key=routing_key, bytes=len(body)
-        )
-        self._quarantine.put(body, routing_key=routing_key, reason=error.reason, detail=error.detail)
 
     # The end.
 

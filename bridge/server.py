@@ -32,6 +32,7 @@ from bridge.hub import Hub
 from bridge.metrics import Metrics
 from bridge.publisher import Publisher
 from bridge.quarantine import Quarantine
+from bridge.reader import EventReader
 from bridge.settings import Settings, parse_bind, unknown_names
 from bridge.stream import Turn
 from bridge.web import TAKE_OVER, create_app, create_internal_app
@@ -165,10 +166,14 @@ class _Service:
             else EventLog(settings.addresses, log=stream, exchange=settings.exchange, packet=self.turn)
         )
         self.hub = Hub(
-            models=catalogue,
+            reader=EventReader(
+                catalogue,
+                max_event_bytes=settings.max_event_bytes,
+                metrics=metrics,
+                quarantine=self.quarantine,
+            ),
             limits=settings,
             metrics=metrics,
-            quarantine=self.quarantine,
             make_broker=self._make_broker,
             log=self.log,
         )

@@ -48,9 +48,9 @@ from bridge.cursor import (
     encode_unnamed,
     split,
 )
-from bridge.event import Event
 from bridge.routing import TypeFilter
 from bridge.sse import EndReason, GapReason
+from bridge.streamevent import StreamEvent
 
 RECENT_IDS = 512
 """Ids remembered to drop an event that comes again. A publisher that had no confirm repeats within its deadline; the
@@ -121,7 +121,7 @@ class Entry:
 
     offset: int
     check: str
-    event: Event
+    event: StreamEvent
     shared: bool = False
     """Whether its audience is one of the shared queue's: a group, or everybody."""
 
@@ -152,7 +152,7 @@ class _Proof:
 class _Passed:
     """A place in the backlog at which the log's reading passed an event that had been sent."""
 
-    event: Event
+    event: StreamEvent
     shared: bool
 
 
@@ -164,7 +164,7 @@ class _Forget:
 
 
 class _Live(NamedTuple):
-    event: Event
+    event: StreamEvent
     received_ms: int
     shared: bool
 
@@ -791,7 +791,7 @@ class Session:
             self._overlapping = True
             self._unreadable_told_ms = None  # What this part of the log holds may be newer than the page's state.
 
-    def settle(self, event: Event, now_ms: int, *, shared: bool = False) -> None:
+    def settle(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
         """Takes an event that stands in the log just behind the tick. Nearly always it has come live, or will."""
         if self.state is not State.LIVE or not self._overlapping:
             return
@@ -838,7 +838,7 @@ class Session:
 
     # Events.
 
-    def offer(self, event: Event, now_ms: int, *, shared: bool = False) -> None:
+    def offer(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
         """Takes an event that the broker delivered, by the client's own queue or by the shared one.
 
         An event whose id was offered a short while ago is the same event (a publisher's retry, or one that came by two
@@ -880,7 +880,7 @@ class Session:
         # One event alone always fits, however small the limit: a client could never get past it otherwise.
         return events > self._max_events or (size > self._max_bytes and events > 1)
 
-    def _admit(self, event: Event, item: Entry | _Live) -> None:
+    def _admit(self, event: StreamEvent, item: Entry | _Live) -> None:
         if event.id in self._recent:
             self.duplicates += 1
             return
@@ -949,7 +949,7 @@ class Session:
         keeps = str(self._cursor) if self._cursor is not None and not self.greeted else None
         self._backlog.append(sse.encode_bye(reason, retry_ms, cursor=keeps))
 
-    def waiting(self) -> list[tuple[Event, int | None]]:
+    def waiting(self) -> list[tuple[StreamEvent, int | None]]:
         """The events that the next `take`s hand out, in their order, each with when it was received live, in ms.
 
         None for what came from the log.

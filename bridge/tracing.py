@@ -27,13 +27,13 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from bridge import __version__
-from bridge.event import Event
+from bridge.streamevent import StreamEvent
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 @lru_cache(maxsize=16)  # The streams that get the same event get it one after another.
-def _context_of(event: Event) -> Context | None:
+def _context_of(event: StreamEvent) -> Context | None:
     """The context that it was published in, if it carries one.
 
     An extension attribute may be a number or a boolean too; the library takes text alone and raises over anything else,
@@ -60,7 +60,7 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("bridge", __version__)
 
-    def delivered(self, events: Sequence[tuple[Event, int | None]], stream: int) -> None:
+    def delivered(self, events: Sequence[tuple[StreamEvent, int | None]], stream: int) -> None:
         """
         Args:
             events: what has just been written, each with when it was received live, in ms since 1970; None for what was

@@ -1,8 +1,9 @@
 """Events for tests of what comes after reading."""
 
 from bridge.event import Event
+from bridge.streamevent import StreamEvent
 
 
-def make_event(number: int, *, size: int = 0, event_type: str = "test.done") -> Event:
+def make_event(number: int, *, size: int = 0, event_type: str = "test.done") -> StreamEvent:
     text = f'{{"id":"e{number}","pad":"{"x" * size}"}}'
-    return Event(id=f"e{number}", type=event_type, text=text.encode())
+    return StreamEvent(Event(id=f"e{number}", type=event_type, text=text.encode()))

@@ -21,6 +21,7 @@ from bridge.event import (
     _revalidate,
     read_event,
 )
+from bridge.streamevent import StreamEvent
 from tests.decoder import Decoder
 
 json_values = st.recursive(
@@ -75,7 +76,7 @@ def test_an_envelope_with_anything_in_it(data: st.DataObject) -> None:
 
 def try_to_read(body: bytes) -> str | None:
     try:
-        event = read_event(body, KEY, MODELS)
+        event = StreamEvent(read_event(body, KEY, MODELS))
     except InvalidEvent:
         return None
     for tail in (event.named, event.plain):
@@ -196,7 +197,7 @@ def test_a_body_as_written_says_what_it_says_read_with_care_or_nothing(
     short = _read_as_written(body, key, models)
     if short is not None:
         careful = _read(body, key, models)
-        assert (short.id, short.type, short.named) == (careful.id, careful.type, careful.named)
+        assert (short.id, short.type, short.text) == (careful.id, careful.type, careful.text)
 
 
 class Numbers(EventData, type="numbers"):

@@ -9,7 +9,6 @@ from pydantic import BaseModel, Field
 
 from bridge.event import (
     MAX_DETAIL_CHARS,
-    Event,
     EventData,
     InvalidEvent,
     Models,
@@ -19,6 +18,7 @@ from bridge.event import (
     write_event,
 )
 from bridge.routing import InvalidType
+from bridge.streamevent import StreamEvent
 
 
 class Part(BaseModel):
@@ -56,13 +56,13 @@ def envelope(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in event.items() if value is not ...}
 
 
-def line_of(event: Event) -> bytes:
+def line_of(event: StreamEvent) -> bytes:
     return event.plain.removeprefix(b"data: ").removesuffix(b"\n\n")
 
 
-def read(body: bytes | dict[str, Any], key: str = "user.42.test.done", **options: Any) -> Event:
+def read(body: bytes | dict[str, Any], key: str = "user.42.test.done", **options: Any) -> StreamEvent:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return read_event(raw, key, MODELS, **options)
+    return StreamEvent(read_event(raw, key, MODELS, **options))
 
 
 def refusal(body: bytes | dict[str, Any], key: str = "user.42.test.done", **options: Any) -> InvalidEvent:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from bridge.auth import Subscriber
 from bridge.cursor import Anchor
-from bridge.event import Event, UnknownType, read_event
 from bridge.hub import Connection, Hub, StreamRequest
 from bridge.metrics import Metrics
+from bridge.quarantine import Quarantine
+from bridge.reader import EventReader
 from bridge.routing import TypeFilter
 from bridge.session import Session, State
 from tests.events import make_event
@@ -35,10 +34,6 @@ class Broker:
     has_dropped = False
 
 
-class Limits:
-    max_event_bytes = 65_536
-
-
 class Subscription:
     queue = "bridge.live.1"
     bound = True
@@ -53,8 +48,9 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
     """The catalogue has no types: each event is of one that only another replica knows."""
     log: Any = Log()
     broker: Any = Broker()
-    limits: Any = Limits()
-    hub = Hub(models={}, limits=limits, metrics=Metrics(), quarantine=quarantine, make_broker=lambda _: broker, log=log)
+    metrics = Metrics()
+    reader = EventReader({}, max_event_bytes=65_536, metrics=metrics, quarantine=quarantine)
+    hub = Hub(reader=reader, limits=NOTHING, metrics=metrics, make_broker=lambda _: broker, log=log)
     session = Session(
         user="42",
         types=TypeFilter(),
@@ -171,35 +167,12 @@ def test_a_fence_proves_nothing_while_messages_were_dropped() -> None:
     assert offset_of(connection) == 1
 
 
-class Quarantine:
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-
-    def put(self, body: bytes, **_: str) -> None:
-        self.bodies.append(body)
-
-
 BODY = b'{"specversion":"1.0","id":"1","source":"/t","type":"test.done","data":{}}'
 
 
-def test_a_refused_entry_is_read_and_put_aside_once_for_all_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    quarantine = Quarantine()
-    hub, _, _ = make(quarantine)
-    reads: list[bytes] = []
-
-    def count(body: bytes, *args: Any, **options: Any) -> Event:
-        reads.append(body)
-        return read_event(body, *args, **options)
-
-    monkeypatch.setattr("bridge.hub.read_event", count)
-    for _ in range(200):
-        assert isinstance(hub.read_logged("user.42.test.done", BODY), UnknownType)
-    assert hub.read("user.42.test.done", BODY, via=1) is not None
-    assert (len(reads), len(quarantine.bodies)) == (1, 1)
-
-
 def test_a_live_event_that_cannot_be_read_is_a_gap_for_those_who_asked_for_its_type() -> None:
-    hub, _, connection = make(Quarantine())
+    quarantine: Any = Quarantine([], queue="q", on_dropped=lambda: None)
+    hub, _, connection = make(quarantine)
     hub._connections[connection] = None
     connection.session.take()
     connection.on_delivery("user.42.test.done", b"{")

@@ -7,6 +7,7 @@ from bridge.cursor import Anchor
 from bridge.hub import Hub
 from bridge.metrics import Metrics
 from bridge.quarantine import Quarantine
+from bridge.reader import EventReader
 from bridge.settings import LogSettings, Settings
 from bridge.stream import Turn
 
@@ -14,10 +15,14 @@ from bridge.stream import Turn
 async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> None:
     metrics = Metrics()
     hub = Hub(
-        models={},
+        reader=EventReader(
+            {},
+            max_event_bytes=1_000,
+            metrics=metrics,
+            quarantine=Quarantine([], queue="q", on_dropped=lambda: None),
+        ),
         limits=Settings(),
         metrics=metrics,
-        quarantine=Quarantine([], queue="q", on_dropped=lambda: None),
         make_broker=lambda shared: Broker(
             [], exchange="e", quarantine="q", log=LogSettings("l", "1h", 1), on_shared=shared, packet=Turn()
         ),

@@ -21,7 +21,8 @@ BRIDGE = ROOT / "bridge"
 LAYERS = [
     ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution", "dialects", "trial", "claims"],
     ["event", "facts", "headers", "keys"],
-    ["session", "roundtrip"],
+    ["streamevent", "roundtrip"],
+    ["session"],
     ["amqp", "catalogue"],
     ["consumer"],
     ["sender", "exports"],
@@ -31,6 +32,7 @@ LAYERS = [
     ["pytest_plugin"],
     ["topology"],
     ["broker", "eventlog", "quarantine"],
+    ["reader"],
     ["hub"],
     ["tracing"],
     ["stream"],
@@ -39,8 +41,8 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
-PURE = ["sse", "cursor", "pacing", "routing", "health", "deliveries", "event", "session", "exports", "evolution",
-        "trial", "claims", "headers", "dialects", "openapi"]  # fmt: skip
+PURE = ["sse", "cursor", "pacing", "routing", "health", "deliveries", "event", "streamevent", "session", "exports",
+        "evolution", "trial", "claims", "headers", "dialects", "openapi"]  # fmt: skip
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
 
 

@@ -1,0 +1,129 @@
+"""Reads each message once for all streams of a process, and puts each refused one into quarantine once.
+
+Knows nothing of streams and queues but their numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+
+import structlog
+
+from bridge.event import InvalidEvent, Models, read_event
+from bridge.metrics import Metrics
+from bridge.quarantine import Quarantine
+from bridge.streamevent import StreamEvent
+
+CACHE_EVENTS = 256
+CACHE_BYTES = 4_194_304
+"""Limits of the cache of read events. It only has to last while one event comes in by several queues."""
+
+REFUSALS = 10_000
+"""Refused messages that are remembered, so that each is put aside once, whichever way it comes and however often the
+log is read."""
+
+_log = structlog.get_logger("bridge.reader")
+
+
+@dataclass(slots=True)
+class _Refusal:
+    """A message that was refused: how often it came by each queue, and how often it must have been published."""
+
+    came_by: Counter[int] = field(default_factory=Counter)
+    published: int = 0
+
+    def is_new(self, via: int) -> bool:
+        """Whether this delivery shows another publication. A queue brings each one once, so the queue that has brought
+        most of them says how many there were."""
+        self.came_by[via] += 1
+        if self.came_by[via] <= self.published:
+            return False
+        self.published += 1
+        return True
+
+    def is_new_in_log(self) -> bool:
+        """Whether this entry of the log is the first that is seen of it."""
+        if self.published:
+            return False
+        self.published = 1
+        return True
+
+
+class EventReader:
+    """
+    Args:
+        models: the event catalogue.
+        max_event_bytes: the largest body that is read at all.
+    """
+
+    def __init__(self, models: Models, *, max_event_bytes: int, metrics: Metrics, quarantine: Quarantine) -> None:
+        self._models = models
+        self._max_event_bytes = max_event_bytes
+        self._metrics = metrics
+        self._quarantine = quarantine
+        self._cache: OrderedDict[tuple[str, bytes], StreamEvent | InvalidEvent] = OrderedDict()
+        self._cache_bytes = 0
+        self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
+
+    def read(self, routing_key: str, body: bytes, *, via: int, only: bool = False) -> StreamEvent | InvalidEvent:
+        """The event of a message, or why it is refused, found once however many queues of this process it comes by.
+
+        Args:
+            via: number of the queue. A refused message goes to quarantine once for all queues that bring it; by the
+                same queue a second time, it has been published a second time.
+            only: no other queue brings it, so it need not be kept for another.
+        """
+        self._metrics.events_received.value += 1
+        key = (routing_key, body)
+        event = None if only else self._cache.get(key)
+        if event is None:
+            event = self._read(routing_key, body)
+            if not only:
+                self._remember(key, event)
+        if not isinstance(event, StreamEvent) and self._refusal(routing_key, body).is_new(via):
+            self._refuse(routing_key, body, event)
+        return event
+
+    def read_logged(self, routing_key: str, body: bytes) -> StreamEvent | InvalidEvent:
+        """The same for an entry of the log. What is refused is put aside if this process has not met it live."""
+        key = (routing_key, body)
+        event = self._cache.get(key)
+        if event is None:
+            event = self._read(routing_key, body)
+            self._remember(key, event)
+            if not isinstance(event, StreamEvent):
+                self._metrics.log_unreadable.labels(event.reason).inc()
+                if self._refusal(routing_key, body).is_new_in_log():
+                    self._refuse(routing_key, body, event)
+        return event
+
+    def _read(self, routing_key: str, body: bytes) -> StreamEvent | InvalidEvent:
+        try:
+            return StreamEvent(read_event(body, routing_key, self._models, max_bytes=self._max_event_bytes))
+        except InvalidEvent as error:
+            return type(error)(error.detail)  # To be kept, without the frames that it came through.
+
+    def _refusal(self, routing_key: str, body: bytes) -> _Refusal:
+        # By a digest: the body may be as large as the broker takes.
+        digested = (routing_key, hashlib.blake2b(body, digest_size=16).digest())
+        refusal = self._refusals.setdefault(digested, _Refusal())
+        if len(self._refusals) > REFUSALS:
+            self._refusals.popitem(last=False)
+        return refusal
+
+    def _remember(self, key: tuple[str, bytes], value: StreamEvent | InvalidEvent) -> None:
+        """Of a key that is not known yet."""
+        self._cache[key] = value
+        self._cache_bytes += len(key[1])
+        while len(self._cache) > CACHE_EVENTS or self._cache_bytes > CACHE_BYTES:
+            (_, body), _ = self._cache.popitem(last=False)
+            self._cache_bytes -= len(body)
+
+    def _refuse(self, routing_key: str, body: bytes, error: InvalidEvent) -> None:
+        self._metrics.events_invalid.labels(error.reason).inc()
+        _log.warning(
+            "message refused", reason=error.reason, detail=error.detail, routing_key=routing_key, bytes=len(body)
+        )
+        self._quarantine.put(body, routing_key=routing_key, reason=error.reason, detail=error.detail)

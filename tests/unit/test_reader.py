@@ -1,0 +1,104 @@
+"""Each message is read once, and each refused one is put into quarantine once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bridge.event import EventData, Malformed, UnknownType, read_event
+from bridge.metrics import Metrics
+from bridge.reader import REFUSALS, EventReader
+from bridge.streamevent import StreamEvent
+
+KEY = "user.42.test.done"
+
+
+class Done(EventData, type="test.done"):
+    """The catalogue has this type only."""
+
+
+class Quarantine:
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+
+    def put(self, body: bytes, **_: str) -> None:
+        self.bodies.append(body)
+
+
+def body(event_type: str, number: int = 1) -> bytes:
+    return b'{"specversion":"1.0","id":"%d","source":"/t","type":"%b","data":{}}' % (number, event_type.encode())
+
+
+UNKNOWN = body("test.unknown")
+UNKNOWN_KEY = "user.42.test.unknown"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The bodies that are read in earnest."""
+    found: list[bytes] = []
+
+    def count(body: bytes, *args: Any, **options: Any) -> Any:
+        found.append(body)
+        return read_event(body, *args, **options)
+
+    monkeypatch.setattr("bridge.reader.read_event", count)
+    return found
+
+
+def make() -> tuple[EventReader, list[bytes], Metrics]:
+    quarantine: Any = Quarantine()
+    metrics = Metrics()
+    reader = EventReader({"test.done": Done}, max_event_bytes=65_536, metrics=metrics, quarantine=quarantine)
+    return reader, quarantine.bodies, metrics
+
+
+def test_an_event_is_read_once_for_all_queues_and_for_the_log(reads: list[bytes]) -> None:
+    reader, refused, _ = make()
+    first = reader.read(KEY, body("test.done"), via=0)
+    assert isinstance(first, StreamEvent)
+    assert reader.read(KEY, body("test.done"), via=1) is first
+    assert reader.read_logged(KEY, body("test.done")) is first
+    assert (len(reads), refused) == (1, [])
+
+
+def test_an_event_that_one_queue_brings_is_not_kept(reads: list[bytes]) -> None:
+    reader, _, _ = make()
+    for _ in range(2):
+        reader.read(KEY, body("test.done"), via=1, only=True)
+    assert len(reads) == 2
+
+
+def test_a_refused_entry_is_read_and_put_aside_once_for_all_clients(reads: list[bytes]) -> None:
+    reader, refused, metrics = make()
+    for _ in range(200):
+        assert isinstance(reader.read_logged(UNKNOWN_KEY, UNKNOWN), UnknownType)
+    assert isinstance(reader.read(UNKNOWN_KEY, UNKNOWN, via=1), UnknownType)
+    assert (len(reads), len(refused)) == (1, 1)
+    assert metrics.log_unreadable.labels("unknown-type")._value.get() == 1
+
+
+def test_a_message_that_was_refused_live_is_not_put_aside_again_from_the_log() -> None:
+    reader, refused, _ = make()
+    for queue in range(3):
+        reader.read(UNKNOWN_KEY, UNKNOWN, via=queue)
+    reader.read_logged(UNKNOWN_KEY, UNKNOWN)
+    assert len(refused) == 1
+    reader.read(UNKNOWN_KEY, UNKNOWN, via=0)
+    assert len(refused) == 2, "the same queue brought it again, so it was published again"
+
+
+def test_refusals_are_remembered_within_a_bound() -> None:
+    reader, refused, _ = make()
+    for number in range(REFUSALS + 1):
+        reader.read_logged("user.42.test.unknown", body("test.unknown", number))
+    assert len(refused) == REFUSALS + 1
+    assert len(reader._refusals) == REFUSALS
+    assert len(reader._cache) <= 256
+
+
+def test_a_body_that_is_not_json_is_refused_with_its_reason() -> None:
+    reader, refused, _ = make()
+    assert isinstance(reader.read(KEY, b"{", via=1), Malformed)
+    assert refused == [b"{"]
