@@ -18,18 +18,18 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from bridge import __version__, evolution, exports, settings
+from bridge import __version__
 from bridge.amqp import BrokerError
-from bridge.catalogue import Catalogue, InvalidCatalogue, load_catalogue
+from bridge.catalogue import evolution, exports
+from bridge.catalogue.load import Catalogue, InvalidCatalogue, load_catalogue
 from bridge.event import EventData, InvalidEvent
-from bridge.openapi import openapi
 from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.roundtrip import zoneless_times
 from bridge.routing import Audience, RoutingError
-from bridge.settings import BrokerSettings, InvalidSettings, PublicSettings, Settings
 
 if TYPE_CHECKING:
-    from bridge.quarantine import Refused
+    from bridge.service.broker.quarantine import Refused
+    from bridge.service.settings import BrokerSettings, Kind, PublicSettings, Settings
 
 BAD_INPUT = 2
 
@@ -42,9 +42,29 @@ def _fail(code: int, *lines: str) -> NoReturn:
     sys.exit(code)
 
 
-def _load(kind: type[settings.Kind]) -> settings.Kind:
+def _broker_settings() -> BrokerSettings:
+    from bridge.service.settings import BrokerSettings
+
+    return _load(BrokerSettings)
+
+
+def _public_settings() -> PublicSettings:
+    from bridge.service.settings import PublicSettings
+
+    return _load(PublicSettings)
+
+
+def _settings() -> Settings:
+    from bridge.service.settings import Settings
+
+    return _load(Settings)
+
+
+def _load(kind: type[Kind]) -> Kind:
+    from bridge.service.settings import InvalidSettings, load
+
     try:
-        return settings.load(kind)
+        return load(kind)
     except InvalidSettings as error:
         _fail(BAD_INPUT, f"{len(error.faults)} setting(s) to mend:", *(f"  {fault}" for fault in error.faults))
 
@@ -99,13 +119,14 @@ def main() -> None:
 def serve() -> None:
     """Run the service until SIGTERM."""
     _need_server()
-    from bridge import logs, server
+    from bridge.service import logs
+    from bridge.service.main import run
 
-    loaded = _load(Settings)
+    loaded = _settings()
     _need_tracing(loaded)
     catalogue = _catalogue(loaded.schemas)
     logs.configure()
-    sys.exit(server.run(loaded, catalogue))
+    sys.exit(run(loaded, catalogue))
 
 
 def _need_server() -> None:
@@ -121,7 +142,7 @@ def _need_tracing(loaded: Settings) -> None:
     if not loaded.tracing:
         return
     try:
-        import bridge.tracing  # noqa: F401
+        import bridge.service.tracing  # noqa: F401
     except ImportError as error:
         _fail(BAD_INPUT, f"BRIDGE_TRACING: {error.name} is not installed: pip install 'rabbitmq-sse-bridge[tracing]'")
 
@@ -152,7 +173,7 @@ async def publish(
     With --type, --data and each line are the event's data. Without it, each line is an object with `type`, `data`, and
     `to` unless --to is given. Lines are all checked before the first is sent.
     """
-    loaded = _load(BrokerSettings)
+    loaded = _broker_settings()
     catalogue = _catalogue(loaded.schemas)
     if data is not None and file is not None:
         _fail(BAD_INPUT, "--data and --file exclude each other")
@@ -273,9 +294,9 @@ async def listen(url: str, token: str, types: str | None, last_event_id: str | N
 def token(user: str, groups: tuple[str, ...], ttl: int) -> None:
     """Mint a token for development, signed with BRIDGE_JWT_SECRET."""
     _need_server()
-    from bridge import auth
+    from bridge.service.http import auth
 
-    loaded = _load(Settings)
+    loaded = _settings()
     secret = loaded.jwt_secret
     if secret is None:
         _fail(BAD_INPUT, "BRIDGE_JWT_SECRET is not set; tokens for BRIDGE_JWKS come from who holds the private keys")
@@ -308,13 +329,15 @@ def export(form: str) -> None:
     """Print the catalogue: JSON Schemas for publishers, TypeScript types for pages, an AsyncAPI 3 document of the
     stream, or an OpenAPI 3.2 document of all routes.
     """
-    loaded = _load(PublicSettings)
+    loaded = _public_settings()
     catalogue = _catalogue(loaded.schemas)
     if form == "typescript":
         click.echo(exports.typescript(catalogue), nl=False)
     elif form == "asyncapi":
         click.echo(_pretty(exports.asyncapi(catalogue, version=__version__)))
     elif form == "openapi":
+        from bridge.service.http.openapi import openapi
+
         document = openapi(
             catalogue,
             version=__version__,
@@ -350,7 +373,7 @@ def diff(old: IO[str], new: IO[str] | None) -> None:
     if new is not None:
         after = _read_export(new)
     else:
-        catalogue = _catalogue(_load(BrokerSettings).schemas)
+        catalogue = _catalogue(_broker_settings().schemas)
         after = {name: catalogue.json_schema(name) for name in catalogue}
     changes = evolution.compare(before, after)
     for change in changes:
@@ -375,16 +398,16 @@ def _read_export(file: IO[str]) -> dict[str, Any]:
 async def check() -> None:
     """Check settings, catalogue, keys, broker and rights, and say how to mend what is wrong."""
     _need_server()
-    from bridge import topology
-    from bridge.auth import Authenticator, InvalidKeySet
+    from bridge.service.broker import topology
+    from bridge.service.http.auth import Authenticator, InvalidKeySet
+    from bridge.service.settings import Settings, unknown_names
 
-    loaded = _load(Settings)
+    loaded = _settings()
     _need_tracing(loaded)
     _passed("settings")
-    for problem in settings.unknown_names(Settings):
+    for problem in unknown_names(Settings):
         click.echo(f"  ?  {problem}")
     catalogue = _catalogue(loaded.schemas)
-    _passed(f"catalogue {loaded.schemas!r}: {', '.join(catalogue)}")
     for place in (place for model in catalogue.values() for place in zoneless_times(model)):
         click.echo(f"  ?  {place} takes times without a zone, which each browser reads in its own: use AwareDatetime")
     _passed(f"catalogue {loaded.schemas!r} of {', '.join(catalogue.places)}: {', '.join(catalogue)}")
@@ -431,9 +454,9 @@ def quarantine() -> None:
 async def list_refused(limit: int) -> None:
     """Print the oldest refused messages, one a line, and leave them where they are."""
     _need_server()
-    from bridge.quarantine import peek
+    from bridge.service.broker.quarantine import peek
 
-    loaded = _load(BrokerSettings)
+    loaded = _broker_settings()
     try:
         for message in await peek(loaded.addresses, queue=loaded.quarantine, limit=limit):
             click.echo(_shown(message))
@@ -447,9 +470,9 @@ async def list_refused(limit: int) -> None:
 async def replay_refused(limit: int) -> None:
     """Publish again what the catalogue takes by now, under its old id; leave the rest. Exit 1 when any is left."""
     _need_server()
-    from bridge.quarantine import replay
+    from bridge.service.broker.quarantine import replay
 
-    loaded = _load(BrokerSettings)
+    loaded = _broker_settings()
     catalogue = _catalogue(loaded.schemas)
     sent = left = 0
     try:

@@ -1,7 +1,7 @@
 """Events for tests of what comes after reading."""
 
 from bridge.event import Event
-from bridge.streamevent import StreamEvent
+from bridge.service.streams.streamevent import StreamEvent
 
 
 def make_event(number: int, *, size: int = 0, event_type: str = "test.done") -> StreamEvent:

@@ -37,7 +37,7 @@ from pydantic.alias_generators import to_camel
 from pydantic.networks import IPvAnyAddress
 from typing_extensions import TypeAliasType, TypedDict
 
-from bridge.catalogue import Catalogue
+from bridge.catalogue.load import Catalogue
 from bridge.event import EventData
 from tests import features_elsewhere
 

@@ -16,9 +16,9 @@ as long."""
 
 DEADLINES = {
     # Without an answer of the log for so long, the bridge tells a gap.
-    "eventlog.PATIENCE_SECONDS": 0.8 * PATIENCE,
+    "service.broker.eventlog.PATIENCE_SECONDS": 0.8 * PATIENCE,
     # Without its queues for so long, a new stream is told `busy`.
-    "hub.ATTACH_SECONDS": 0.9 * PATIENCE,
+    "service.streams.hub.ATTACH_SECONDS": 0.9 * PATIENCE,
     "amqp.CONNECT_SECONDS": PATIENCE / 2,
 }
 """Of the bridge under test, unless a test sets them itself: constants of modules of `bridge`."""
@@ -29,7 +29,7 @@ VARIABLE = "SUITE_DEADLINES"
 def apply() -> None:
     """Sets the constants that the environment names, before the bridge starts."""
     for name, seconds in json.loads(os.environ.get(VARIABLE, "{}")).items():
-        module, _, constant = name.partition(".")
+        module, _, constant = name.rpartition(".")
         target = importlib.import_module(f"bridge.{module}")
         assert hasattr(target, constant), f"bridge.{name} does not exist any more"
         setattr(target, constant, seconds)

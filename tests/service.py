@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from bridge import auth
+from bridge.service.http import auth
 from tests.patience import DEADLINES, PATIENCE, VARIABLE
 
 SECRET = "a-secret-of-the-tests-0123456789abcdef"
@@ -41,7 +41,7 @@ class Service:
     """
     Args:
         amqp_url: where its RabbitMQ is.
-        deadlines: constants of modules of `bridge`, in seconds, as in {"hub.ATTACH_SECONDS": 5}.
+        deadlines: constants of modules of `bridge`, in seconds, as in {"service.streams.hub.ATTACH_SECONDS": 5}.
         settings: environment variables, without their prefix.
     """
 

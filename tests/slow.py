@@ -1,4 +1,4 @@
-"""The bridge with aiormq's own deliveries instead of `bridge.deliveries`: `make test-slow`.
+"""The bridge with aiormq's own deliveries instead of `bridge.service.broker.deliveries`: `make test-slow`.
 
     SUITE_BRIDGE=tests.slow python -m pytest tests/integration
 
@@ -13,9 +13,10 @@ import aio_pika
 from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.common import FieldTable
 
-from bridge import amqp, broker, eventlog
+from bridge import amqp
 from bridge.cli import main
-from bridge.deliveries import Sink
+from bridge.service.broker import eventlog, live
+from bridge.service.broker.deliveries import Sink
 from tests import patience
 
 
@@ -54,6 +55,6 @@ class LibraryConsumer:
 
 if __name__ == "__main__":
     patience.apply()
-    for user in (broker, eventlog):
+    for user in (live, eventlog):
         setattr(user, "Consumer", LibraryConsumer)  # noqa: B010 - Its type is another one.
     main()

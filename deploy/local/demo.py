@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from http.cookies import SimpleCookie
 from pathlib import Path
 
-from bridge import auth
+from bridge.service.http import auth
 from deploy.local.node import Node, NodeFailed, free_ports
 
 USER = "demo"

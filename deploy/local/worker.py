@@ -23,7 +23,7 @@ from bridge.samples.billing import Amount, BillingNotice
 from bridge.samples.jobs import JobCompleted, JobFailed, JobProgress, JobStarted
 from bridge.samples.notifications import Notification
 from bridge.samples.reports import ReportReady
-from bridge.settings import BrokerSettings, load
+from bridge.service.settings import BrokerSettings, load
 
 TITLES = ["Collect invoices", "Reconcile payments", "Refresh dashboards", "Archive old orders", "Sync the address book"]
 STEPS = ["Reading the source", "Comparing", "Writing changes", "Checking the result"]

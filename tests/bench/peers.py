@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bridge import auth
+from bridge.service.http import auth
 from deploy.local.node import free_ports
 from tests.bench.process import ROOT, Child
 

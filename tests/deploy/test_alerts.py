@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from bridge.event import REASONS
-from bridge.metrics import CLOSE_REASONS, GAP_REASONS, REPLAY_OUTCOMES, Metrics
+from bridge.service.metrics import CLOSE_REASONS, GAP_REASONS, REPLAY_OUTCOMES, Metrics
 from deploy.kubernetes.components.alerts import dashboard
 from tests.deploy.manifests import named, render, settings
 from tests.patience import PATIENCE
@@ -172,7 +172,7 @@ def test_the_runbook_has_no_entry_for_an_alert_that_is_gone() -> None:
 def test_log_lines_that_the_runbook_names_are_written_by_the_program() -> None:
     text = (ROOT / "docs/operations.md").read_text()
     runbook = text[text.index("\n## Alerts\n") :].partition("\n## The dashboard\n")[0]
-    source = "".join(path.read_text() for path in (ROOT / "bridge").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "bridge").rglob("*.py"))
     written = set(re.findall(r'(?:_log\.\w+|RareLine)\(\s*"([^"]+)"', source))
     named = set(re.findall(r"logs? (?:says? )?`([a-z][^`]*)`", runbook))
     named |= set(re.findall(r"`([a-z]+(?: [a-z]+)+)`", runbook))

@@ -16,9 +16,9 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from bridge.health import CHECKS
-from bridge.metrics import Metrics
-from bridge.settings import PREFIX, Settings
+from bridge.service.health import CHECKS
+from bridge.service.metrics import Metrics
+from bridge.service.settings import PREFIX, Settings
 from tests.deploy.manifests import (
     KUBERNETES,
     OVERLAYS,

@@ -314,7 +314,7 @@ async def test_from_far_behind_one_waits_for_who_is_expected(
     start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually, *, gives_up: bool
 ) -> None:
     # Without an end of the wait that only the clock brings.
-    service = await start(deadlines={"eventlog.LINE_SECONDS": 10 * PATIENCE})
+    service = await start(deadlines={"service.broker.eventlog.LINE_SECONDS": 10 * PATIENCE})
     cursors = {}
     for user in ("42", "43"):
         stream = await connect(service, user)

@@ -14,7 +14,7 @@ from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost, cloudevent
 
-FOR_EVER = {"server.STOP_SECONDS": 10 * PATIENCE, "amqp.CLOSE_SECONDS": 10 * PATIENCE}
+FOR_EVER = {"service.main.STOP_SECONDS": 10 * PATIENCE, "amqp.CLOSE_SECONDS": 10 * PATIENCE}
 """With these a service that waits for something that does not come is still there when the test gives up."""
 
 

@@ -11,9 +11,10 @@ import aio_pika.abc
 import pytest
 from pamqp.common import FieldTable
 
-from bridge import amqp, topology
+from bridge import amqp
 from bridge.amqp import TopologyMismatch
-from bridge.settings import LogSettings
+from bridge.service.broker import topology
+from bridge.service.settings import LogSettings
 from tests.conftest import OpenStream, StartService
 from tests.integration.test_cli import run
 from tests.rabbit import Vhost, cloudevent

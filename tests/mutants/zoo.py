@@ -24,7 +24,7 @@ class Mutant:
 ZOO = [
     Mutant(
         "replay-skips-one",
-        "bridge/eventlog.py",
+        "bridge/service/broker/eventlog.py",
         "                request.verified = True\n                request.next = offset + 1\n",
         "                request.verified = True\n                request.next = offset + 2\n",
         "the first event after a client's place is lost",
@@ -32,7 +32,7 @@ ZOO = [
     ),
     Mutant(
         "names-are-forgotten",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "        self._sent_before = frozenset(come_from.digests + come_from.passed)\n",
         "        self._sent_before = frozenset()\n",
         "what was sent behind the anchor comes a second time",
@@ -40,7 +40,7 @@ ZOO = [
     ),
     Mutant(
         "held-is-dropped",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "        held, self._held, self._held_bytes = self._held, OrderedDict(), 0\n",
         "        held, self._held, self._held_bytes = OrderedDict(), OrderedDict(), 0\n",
         "what came live while the log was read is lost",
@@ -48,7 +48,7 @@ ZOO = [
     ),
     Mutant(
         "held-is-not-compared",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "        self._unhold(event.id)\n        if was_sent or",
         "        if was_sent or",
         "with more than 512 held, what the log gave comes again from the live queue",
@@ -56,7 +56,7 @@ ZOO = [
     ),
     Mutant(
         "ready-moves-the-client",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "            self._greet(self._cursor, resumed=True)\n",
         "            self._greet(Cursor(self.tick), resumed=True)\n",
         "a client cut off in its replay comes back behind what it never got",
@@ -64,7 +64,7 @@ ZOO = [
     ),
     Mutant(
         "a-sum-is-not-compared",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "        return () if total == 0 else None\n",
         "        return ()\n",
         "an event that others overtook is taken as sent, and lost to whoever comes back just then (this one bit)",
@@ -72,7 +72,7 @@ ZOO = [
     ),
     Mutant(
         "both-queues-in-one-count",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "        shared, event = entry.shared, entry.event\n",
         "        shared, event = False, entry.event\n",
         "what one queue brought is counted as the other's, and is sent again",
@@ -80,7 +80,7 @@ ZOO = [
     ),
     Mutant(
         "an-anchor-without-proof",
-        "bridge/hub.py",
+        "bridge/service/streams/hub.py",
         "        anchor = self._hub.watermark(min(number, self._hub.shared_fence))\n",
         "        anchor = self._hub.watermark(number)\n",
         "a cursor moves past events that the shared queue has not brought yet (this one bit)",
@@ -88,7 +88,7 @@ ZOO = [
     ),
     Mutant(
         "anchor-drops-all-names",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "            if at >= first or each.received_ms >= since_ms\n",
         "            if at >= first\n",
         "what was sent just before a watermark, and stands behind it, comes a second time",
@@ -96,7 +96,7 @@ ZOO = [
     ),
     Mutant(
         "names-fall-out-uncounted",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "            if oldest.counted and unnamed is not None:\n",
         "            if oldest.counted and unnamed is None:\n",
         "a client with more than sixteen behind its anchor gets the others twice",
@@ -104,7 +104,7 @@ ZOO = [
     ),
     Mutant(
         "the-log-runs-ahead",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "        self._late = {}\n",
         "        self._late = None\n",
         "who has just come gets what was published behind its ready before what was published before (this one bit)",
@@ -112,7 +112,7 @@ ZOO = [
     ),
     Mutant(
         "anchor-of-a-dead-queue",
-        "bridge/hub.py",
+        "bridge/service/streams/hub.py",
         "        self._watermarks_seen = self._hub.watermarks\n\n    def ask_for_proof",
         "        pass\n\n    def ask_for_proof",
         "a client's place jumps over what fell in while its queues were gone",
@@ -120,7 +120,7 @@ ZOO = [
     ),
     Mutant(
         "hold-without-end",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "        if self._held_lost:\n            # The tick",
         "        if False:\n            # The tick",
         "what was too much to hold during a replay is lost",
@@ -128,7 +128,7 @@ ZOO = [
     ),
     Mutant(
         "held-only-from-the-answer-on",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "            self.tick = tick\n            self._overlapping = True\n",
         "            self.tick = tick\n            self._overlapping = True\n            self._drop_held()\n",
         "a client far behind gets what came while a later tick was asked for out of order (this one bit)",
@@ -136,7 +136,7 @@ ZOO = [
     ),
     Mutant(
         "settling-forgets",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "        excess = len(self._recent) - (OVERLAP_IDS if self._overlapping else RECENT_IDS)\n",
         "        excess = len(self._recent) - RECENT_IDS\n",
         "a busy client gets hundreds of events twice after each return (this one bit)",
@@ -144,7 +144,7 @@ ZOO = [
     ),
     Mutant(
         "full-backlog-swallows",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "self._max_bytes)\n        ):\n            return False\n",
         "self._max_bytes)\n        ):\n            return True\n",
         "a client that reads slowly loses events of its replay",
@@ -152,7 +152,7 @@ ZOO = [
     ),
     Mutant(
         "any-anchor-will-do",
-        "bridge/eventlog.py",
+        "bridge/service/broker/eventlog.py",
         "                if request.replay.check != check:",
         "                if False:",
         "a cursor of a log that was deleted is resumed in the new one, at a place that means nothing",
@@ -160,7 +160,7 @@ ZOO = [
     ),
     Mutant(
         "gap-before-the-queue",
-        "bridge/session.py",
+        "bridge/service/streams/session.py",
         "        self.state = State.DETACHED if self.greeted else State.OPENING\n",
         "        self.state = State.DETACHED if self.greeted else State.OPENING\n"
         '        self._backlog.append(sse.encode_gap("no-log"))\n',
@@ -169,7 +169,7 @@ ZOO = [
     ),
     Mutant(
         "log-of-everybody",
-        "bridge/hub.py",
+        "bridge/service/streams/hub.py",
         "        prefixes = [audience.prefix for audience in audiences]\n",
         '        prefixes = [*(audience.prefix for audience in audiences), "user.43."]\n',
         "a client sees events of others in its replay",
@@ -177,7 +177,7 @@ ZOO = [
     ),
     Mutant(
         "busy-is-dead",
-        "bridge/consumer.py",
+        "bridge/service/broker/consumer.py",
         "        elif deliveries.takes and now - self._passed_at > QUIET_SECONDS:\n",
         "        elif False:\n",
         "every half minute under load all queues are lost, because the library hears no heartbeat",
@@ -185,7 +185,7 @@ ZOO = [
     ),
     Mutant(
         "groups-are-never-there",
-        "bridge/broker.py",
+        "bridge/service/broker/live.py",
         "                        self._link.check_waiting(group)\n",
         "                        self._link.check_waiting(None)\n",
         "after a reconnect nobody with a group is live again",
@@ -193,7 +193,7 @@ ZOO = [
     ),
     Mutant(
         "blocked-is-written-to",
-        "bridge/stream.py",
+        "bridge/service/streams/writer.py",
         "        if connection is None or self._blocked_since is not None or self._transport.is_closing():\n",
         "        if connection is None or self._transport.is_closing():\n",
         "a client that reads nothing fills the memory of the process",
@@ -217,7 +217,7 @@ ZOO = [
     ),
     Mutant(
         "acks-after-the-close",
-        "bridge/deliveries.py",
+        "bridge/service/broker/deliveries.py",
         "            self._sinks[channel] = _nowhere\n            self._newest.pop(channel, None)\n",
         "            self._sinks[channel] = _nowhere\n",
         "whoever ends reading the log closes the connection for all who read it",
@@ -225,7 +225,7 @@ ZOO = [
     ),
     Mutant(
         "an-older-reading-decides",
-        "bridge/keys.py",
+        "bridge/service/http/keys.py",
         "            self._needs[token.digest] = self._begun + 1\n",
         "            self._needs[token.digest] = self._begun\n",
         "a page with a new key gets 401 for good, from a key set whose reading began before the key was shown",
@@ -233,7 +233,7 @@ ZOO = [
     ),
     Mutant(
         "strangers-have-no-budget",
-        "bridge/keys.py",
+        "bridge/service/http/keys.py",
         "        if self._left < 1:\n",
         "        if self._left < -1e9:\n",
         "anybody has the bridge flood the identity provider",
@@ -241,7 +241,7 @@ ZOO = [
     ),
     Mutant(
         "claims-are-read-last",
-        "bridge/auth.py",
+        "bridge/service/http/auth.py",
         "                    self._reader.read(token.claims, now)\n                unverified",
         "                    pass\n                unverified",
         "tokens of other issuers have the key set read, and use up the budget",

@@ -10,8 +10,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.claims import ClaimsReader, Refusal, parse
-from bridge.headers import admits_stream, bearer_token, is_own_origin
+from bridge.service.http.claims import ClaimsReader, Refusal, parse
+from bridge.service.http.headers import admits_stream, bearer_token, is_own_origin
 
 NOW = 1_800_000_000.0
 

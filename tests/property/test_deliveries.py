@@ -19,7 +19,7 @@ from pamqp.commands import Basic, Channel, Queue
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from bridge.deliveries import HEARTBEAT, Deliveries
+from bridge.service.broker.deliveries import HEARTBEAT, Deliveries
 from tests.raw_amqp import short_string, table
 
 keys = st.text("abc.*#%é", max_size=20).filter(lambda key: len(key.encode()) < 60)

@@ -21,7 +21,7 @@ from bridge.event import (
     _revalidate,
     read_event,
 )
-from bridge.streamevent import StreamEvent
+from bridge.service.streams.streamevent import StreamEvent
 from tests.decoder import Decoder
 
 json_values = st.recursive(

@@ -31,9 +31,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticSerializationError
 
-from bridge.catalogue import Catalogue
+from bridge.catalogue.evolution import compare
+from bridge.catalogue.load import Catalogue
 from bridge.event import EventData
-from bridge.evolution import compare
 
 Spec = dict[str, Any]
 """A type as values: `kind`, `of` (the types inside) and what else the kind has."""

@@ -24,9 +24,9 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from bridge.cursor import Anchor, digest
 from bridge.routing import TypeFilter
-from bridge.session import Entry, Session, State
+from bridge.service.streams.cursor import Anchor, digest
+from bridge.service.streams.session import Entry, Session, State
 from tests.decoder import Decoder, Frame
 from tests.events import make_event
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import hypothesis.strategies as st
 from hypothesis import given
 
-from bridge import sse
+from bridge.service.streams import sse
 from tests.decoder import Decoder, Frame
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -16,8 +16,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from bridge import keys
-from bridge.auth import (
+from bridge.service.http import keys
+from bridge.service.http.auth import (
     MAX_TOKENS,
     Authenticator,
     ExpiredToken,
@@ -29,7 +29,7 @@ from bridge.auth import (
     NotYetValid,
     mint,
 )
-from bridge.keys import FETCH_BURST, FETCH_EVERY_SECONDS, REFRESH_SECONDS, VERDICT_SECONDS
+from bridge.service.http.keys import FETCH_BURST, FETCH_EVERY_SECONDS, REFRESH_SECONDS, VERDICT_SECONDS
 from tests.patience import PATIENCE
 
 SECRET = "0123456789abcdef0123456789abcdef"

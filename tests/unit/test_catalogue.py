@@ -5,7 +5,7 @@ from textwrap import dedent
 
 import pytest
 
-from bridge.catalogue import InvalidCatalogue, load_catalogue
+from bridge.catalogue.load import InvalidCatalogue, load_catalogue
 
 
 @pytest.fixture

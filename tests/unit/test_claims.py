@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bridge.claims import (
+from bridge.service.http.claims import (
     ClaimsReader,
     ExpiredToken,
     GroupsElsewhere,

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bridge.cursor import MAX_CHARS, NONE, Anchor, Cursor, InvalidCursor, Unnamed, digest
+from bridge.service.streams.cursor import MAX_CHARS, NONE, Anchor, Cursor, InvalidCursor, Unnamed, digest
 
 
 @pytest.mark.parametrize(

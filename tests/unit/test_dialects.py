@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field, create_model
 
-from bridge.catalogue import Catalogue
-from bridge.dialects import draft_07, ecma_pattern, openapi, standard
+from bridge.catalogue.dialects import draft_07, ecma_pattern, openapi, standard
+from bridge.catalogue.evolution import compare
+from bridge.catalogue.load import Catalogue
 from bridge.event import EventData
-from bridge.evolution import compare
 
 HERE = "#/components/schemas/"
 

@@ -18,7 +18,7 @@ from bridge.event import (
     write_event,
 )
 from bridge.routing import InvalidType
-from bridge.streamevent import StreamEvent
+from bridge.service.streams.streamevent import StreamEvent
 
 
 class Part(BaseModel):

@@ -6,8 +6,7 @@ import contextlib
 
 import pytest
 
-from bridge.cursor import Anchor, digest
-from bridge.eventlog import (
+from bridge.service.broker.eventlog import (
     LINE_SECONDS,
     LONGEST_LINE_SECONDS,
     MAX_PASSES,
@@ -17,8 +16,9 @@ from bridge.eventlog import (
     _Pass,
     is_worth_waiting,
 )
-from bridge.session import Replay
-from bridge.settings import LogSettings
+from bridge.service.settings import LogSettings
+from bridge.service.streams.cursor import Anchor, digest
+from bridge.service.streams.session import Replay
 
 
 class Notes:

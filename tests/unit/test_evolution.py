@@ -39,10 +39,10 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import TypedDict
 
-from bridge.catalogue import Catalogue
+from bridge.catalogue.evolution import compare
+from bridge.catalogue.load import Catalogue
 from bridge.cli import main
 from bridge.event import EventData
-from bridge.evolution import compare
 
 
 class Inner(EventData):

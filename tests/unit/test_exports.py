@@ -12,8 +12,9 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from pydantic import Field, computed_field
 
-from bridge import __version__, exports
-from bridge.catalogue import Catalogue, load_catalogue
+from bridge import __version__
+from bridge.catalogue import exports
+from bridge.catalogue.load import Catalogue, load_catalogue
 from bridge.event import EventData
 
 SAMPLE = load_catalogue("bridge.samples")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bridge import exports
-from bridge.catalogue import Catalogue, load_catalogue
+from bridge.catalogue import exports
+from bridge.catalogue.load import Catalogue, load_catalogue
 from bridge.event import EventData
 from tests.features import CATALOGUE, INVALID, VALID
 from tests.node import ask

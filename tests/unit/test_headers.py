@@ -2,7 +2,7 @@
 
 import pytest
 
-from bridge.headers import admits_stream, bearer_token, is_own_origin, normal_origin
+from bridge.service.http.headers import admits_stream, bearer_token, is_own_origin, normal_origin
 
 JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
 """What java.net.HttpURLConnection sends unless it is told otherwise."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bridge.health import Status, why_not_ready
+from bridge.service.health import Status, why_not_ready
 
 GOOD = Status(started=True, draining=False, connections=5, max_connections=10, broker_away_seconds=None)
 

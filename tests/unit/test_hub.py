@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from bridge.auth import Subscriber
-from bridge.cursor import Anchor
-from bridge.hub import Connection, Hub, StreamRequest
-from bridge.metrics import Metrics
-from bridge.quarantine import Quarantine
-from bridge.reader import EventReader
 from bridge.routing import TypeFilter
-from bridge.session import Session, State
+from bridge.service.broker.quarantine import Quarantine
+from bridge.service.http.auth import Subscriber
+from bridge.service.metrics import Metrics
+from bridge.service.streams.cursor import Anchor
+from bridge.service.streams.hub import Connection, Hub, StreamRequest
+from bridge.service.streams.reader import EventReader
+from bridge.service.streams.session import Session, State
 from tests.events import make_event
 
 NOTHING: Any = None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from bridge.broker import Broker
-from bridge.cursor import Anchor
-from bridge.hub import Hub
-from bridge.metrics import Metrics
-from bridge.quarantine import Quarantine
-from bridge.reader import EventReader
-from bridge.settings import LogSettings, Settings
-from bridge.stream import Turn
+from bridge.service.broker.live import Broker
+from bridge.service.broker.quarantine import Quarantine
+from bridge.service.metrics import Metrics
+from bridge.service.settings import LogSettings, Settings
+from bridge.service.streams.cursor import Anchor
+from bridge.service.streams.hub import Hub
+from bridge.service.streams.reader import EventReader
+from bridge.service.streams.writer import Turn
 
 
 async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> None:

@@ -11,11 +11,11 @@ import pytest
 from openapi_spec_validator import validate
 from pydantic import SecretStr
 
-from bridge.catalogue import Catalogue, load_catalogue
-from bridge.metrics import Metrics
-from bridge.openapi import openapi
-from bridge.settings import Settings
-from bridge.web import create_app
+from bridge.catalogue.load import Catalogue, load_catalogue
+from bridge.service.http.openapi import openapi
+from bridge.service.http.web import create_app
+from bridge.service.metrics import Metrics
+from bridge.service.settings import Settings
 from tests.features import CATALOGUE, VALID
 from tests.node import ask
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from bridge.event import EventData, Malformed, UnknownType, read_event
-from bridge.metrics import Metrics
-from bridge.reader import REFUSALS, EventReader
-from bridge.streamevent import StreamEvent
+from bridge.service.metrics import Metrics
+from bridge.service.streams.reader import REFUSALS, EventReader
+from bridge.service.streams.streamevent import StreamEvent
 
 KEY = "user.42.test.done"
 
@@ -43,7 +43,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         found.append(body)
         return read_event(body, *args, **options)
 
-    monkeypatch.setattr("bridge.reader.read_event", count)
+    monkeypatch.setattr("bridge.service.streams.reader.read_event", count)
     return found
 
 

@@ -11,66 +11,97 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck
 
-from bridge.metrics import Metrics
-from bridge.settings import PREFIX, Settings
+from bridge.service.metrics import Metrics
+from bridge.service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent.parent
 BRIDGE = ROOT / "bridge"
 
-# Lowest first; a file imports only from the lines above its own.
+# Lowest first; a file imports only from the lines above its own. Three parts: SDK, catalogue, service.
 LAYERS = [
-    ["sse", "cursor", "pacing", "routing", "health", "deliveries", "evolution", "dialects", "trial", "claims"],
-    ["event", "facts", "headers", "keys"],
-    ["streamevent", "roundtrip"],
-    ["session"],
-    ["amqp", "catalogue"],
-    ["consumer"],
-    ["sender", "exports"],
-    ["publisher", "settings", "auth", "metrics", "openapi"],
+    ["routing", "amqp", "trial"],
+    ["event"],
+    ["roundtrip", "sender"],
+    ["publisher"],
     ["blocking"],
     ["testing"],
     ["pytest_plugin"],
-    ["topology"],
-    ["broker", "eventlog", "quarantine"],
-    ["reader"],
-    ["hub"],
-    ["tracing"],
-    ["stream"],
-    ["web"],
-    ["logs", "server"],
+    ["catalogue.dialects", "catalogue.evolution"],
+    ["catalogue.facts"],
+    ["catalogue.load"],
+    ["catalogue.exports"],
+    ["service.health", "service.http.claims", "service.broker.deliveries"],
+    ["service.streams.sse", "service.streams.cursor", "service.streams.deadlines"],
+    ["service.streams.streamevent", "service.http.headers", "service.http.keys", "service.broker.consumer"],
+    ["service.streams.session", "service.settings", "service.metrics", "service.http.auth", "service.http.openapi"],
+    ["service.broker.topology"],
+    ["service.broker.live", "service.broker.eventlog", "service.broker.quarantine"],
+    ["service.streams.reader"],
+    ["service.streams.hub"],
+    ["service.tracing"],
+    ["service.streams.writer"],
+    ["service.http.web"],
+    ["service.logs", "service.main"],
     ["cli"],
     ["__main__"],
 ]
-PURE = ["sse", "cursor", "pacing", "routing", "health", "deliveries", "event", "streamevent", "session", "exports",
-        "evolution", "trial", "claims", "headers", "dialects", "openapi"]  # fmt: skip
+PURE = [
+    *("routing", "event", "trial", "catalogue.dialects", "catalogue.evolution", "catalogue.exports"),
+    *("service.health", "service.broker.deliveries"),
+    *("service.http.claims", "service.http.headers", "service.http.openapi"),
+    *("service.streams.sse", "service.streams.cursor", "service.streams.deadlines"),
+    *("service.streams.streamevent", "service.streams.session"),
+]
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
+FILES = {
+    ".".join(path.relative_to(BRIDGE).with_suffix("").parts): path
+    for path in BRIDGE.rglob("*.py")
+    if path.stem != "__init__" and "samples" not in path.parts
+}
 
 
-def imports(name: str) -> set[str]:
+def imports_of(node: ast.AST) -> set[str]:
+    """The modules that a tree imports, by their whole names."""
     found = set()
-    for node in ast.walk(ast.parse((BRIDGE / f"{name}.py").read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "bridge"}
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Import):
+            found |= {alias.name for alias in inner.names}
+        elif isinstance(inner, ast.ImportFrom) and inner.module:
+            found.add(inner.module)
+            if inner.module.partition(".")[0] == "bridge":
+                found |= {f"{inner.module}.{alias.name}" for alias in inner.names}
     return found
 
 
+def imports(name: str) -> set[str]:
+    return imports_of(ast.parse(FILES[name].read_text()))
+
+
 def test_every_file_has_its_layer() -> None:
-    files = {path.stem for path in BRIDGE.glob("*.py")} - {"__init__"}
-    assert files == {name for layer in LAYERS for name in layer}
+    assert set(FILES) == {name for layer in LAYERS for name in layer}
 
 
 def test_imports_point_one_way() -> None:
     height = {name: level for level, layer in enumerate(LAYERS) for name in layer}
     for name, level in height.items():
         for imported in imports(name):
-            target = imported.removeprefix("bridge.").partition(".")[0]
+            target = imported.removeprefix("bridge.")
             if (name, target) == ("publisher", "blocking"):
                 continue  # `Publisher.blocking` makes one, and imports it when it is called.
             if imported.startswith("bridge.") and target in height:
                 assert height[target] < level or name == target, f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if not name.startswith("service.")))
+def test_nothing_outside_the_service_imports_it(name: str) -> None:
+    """The command line does when a command runs, so that a worker's installation has no need of the service."""
+    tree = ast.parse(FILES[name].read_text())
+    if name == "cli":
+        at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = set().union(*map(imports_of, at_import))
+    else:
+        found = imports_of(tree)
+    assert not {imported for imported in found if imported.startswith("bridge.service")}
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -80,22 +111,26 @@ def test_pure_files_have_no_clock_no_chance_and_no_io(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("library", "owners"),
-    [("quart", {"web", "server"}), ("hypercorn", {"server", "cli"}), ("pydantic_settings", {"settings"}),
-     ("jwt", {"auth", "keys"}), ("opentelemetry", {"tracing", "publisher"}),
-     ("aio_pika.exceptions", {"amqp", "sender"}), ("aiormq.exceptions", {"amqp"})],
-)  # fmt: skip
+    [
+        ("quart", {"service.http.web", "service.main", "cli"}),
+        ("hypercorn", {"service.main", "cli"}),
+        ("pydantic_settings", {"service.settings"}),
+        ("jwt", {"service.http.auth", "service.http.keys"}),
+        ("opentelemetry", {"service.tracing", "publisher"}),
+        ("aio_pika.exceptions", {"amqp", "sender"}),
+        ("aiormq.exceptions", {"amqp"}),
+    ],
+)
 def test_each_library_has_its_file(library: str, owners: set[str]) -> None:
     users = {
-        path.stem
-        for path in BRIDGE.glob("*.py")
-        if any(found == library or found.startswith(library + ".") for found in imports(path.stem))
+        name for name in FILES if any(found == library or found.startswith(library + ".") for found in imports(name))
     }
-    assert users <= owners | ({"cli"} if library == "quart" else set())
+    assert users <= owners
 
 
 def test_only_settings_reads_the_environment() -> None:
-    readers = {path.stem for path in BRIDGE.glob("*.py") if re.search(r"os\.(environ|getenv)", path.read_text())}
-    assert readers == {"settings"}
+    readers = {name for name, path in FILES.items() if re.search(r"os\.(environ|getenv)", path.read_text())}
+    assert readers == {"service.settings"}
 
 
 def test_lock_files_hold_hashes_and_no_address() -> None:

@@ -4,9 +4,18 @@ from typing import Any
 
 import pytest
 
-from bridge.cursor import MAX_DIGESTS, NONE, VALUE_MASK, Anchor, Cursor, Unnamed
 from bridge.routing import TypeFilter
-from bridge.session import CHUNK_BYTES, MANY_BEHIND, RECALL_BYTES, RECENT_IDS, Entry, Replay, Session, State
+from bridge.service.streams.cursor import MAX_DIGESTS, NONE, VALUE_MASK, Anchor, Cursor, Unnamed
+from bridge.service.streams.session import (
+    CHUNK_BYTES,
+    MANY_BEHIND,
+    RECALL_BYTES,
+    RECENT_IDS,
+    Entry,
+    Replay,
+    Session,
+    State,
+)
 from tests.decoder import Decoder, Frame
 from tests.events import make_event
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bridge.settings import BrokerSettings, InvalidSettings, Settings, load, parse_bind, unknown_names
+from bridge.service.settings import BrokerSettings, InvalidSettings, Settings, load, parse_bind, unknown_names
 
 SECRET = "0123456789abcdef0123456789abcdef"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bridge import sse
+from bridge.service.streams import sse
 
 
 def test_the_bridges_own_frames() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from pamqp.common import FieldTable
 
-from bridge.topology import Fits, ask_next, fits_exchange, fits_log, fits_quarantine, read_difference
+from bridge.service.broker.topology import Fits, ask_next, fits_exchange, fits_log, fits_quarantine, read_difference
 
 NOTHING: FieldTable = {}
 

@@ -2,7 +2,7 @@
 
 from structlog.testing import capture_logs
 
-from bridge.web import REPEATED_LINE_SECONDS, RareLine
+from bridge.service.http.web import REPEATED_LINE_SECONDS, RareLine
 
 
 def test_a_line_that_anybody_can_cause_is_rare_and_counts_the_others() -> None:

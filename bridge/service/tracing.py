@@ -27,7 +27,7 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from bridge import __version__
-from bridge.streamevent import StreamEvent
+from bridge.service.streams.streamevent import StreamEvent
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 

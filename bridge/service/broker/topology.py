@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from bridge import amqp
 from bridge.amqp import AccessRefused, NotFound, TopologyMismatch
 from bridge.routing import Audience
-from bridge.settings import LogSettings
+from bridge.service.settings import LogSettings
 
 if TYPE_CHECKING:
     import aio_pika

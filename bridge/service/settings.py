@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from bridge import amqp
 from bridge.event import MAX_EVENT_BYTES
-from bridge.headers import normal_origin
+from bridge.service.http.headers import normal_origin
 
 PREFIX = "BRIDGE_"
 MIN_SECRET_BYTES = 32

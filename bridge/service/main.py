@@ -23,22 +23,22 @@ from quart import Quart
 
 from bridge import __version__
 from bridge.amqp import BrokerError
-from bridge.auth import Authenticator, InvalidKeySet
-from bridge.broker import Broker, Delivery
-from bridge.catalogue import Catalogue
-from bridge.eventlog import EventLog
-from bridge.health import Status, why_not_ready
-from bridge.hub import Hub
-from bridge.metrics import Metrics
+from bridge.catalogue.load import Catalogue
 from bridge.publisher import Publisher
-from bridge.quarantine import Quarantine
-from bridge.reader import EventReader
-from bridge.settings import Settings, parse_bind, unknown_names
-from bridge.stream import Turn
-from bridge.web import TAKE_OVER, create_app, create_internal_app
+from bridge.service.broker.eventlog import EventLog
+from bridge.service.broker.live import Broker, Delivery
+from bridge.service.broker.quarantine import Quarantine
+from bridge.service.health import Status, why_not_ready
+from bridge.service.http.auth import Authenticator, InvalidKeySet
+from bridge.service.http.web import TAKE_OVER, create_app, create_internal_app
+from bridge.service.metrics import Metrics
+from bridge.service.settings import Settings, parse_bind, unknown_names
+from bridge.service.streams.hub import Hub
+from bridge.service.streams.reader import EventReader
+from bridge.service.streams.writer import Turn
 
 if TYPE_CHECKING:
-    from bridge.tracing import Tracing
+    from bridge.service.tracing import Tracing
 
 BACKLOG = 4096
 """Hypercorn's default of 100 turned 2,600 new connections a second into 200."""
@@ -287,7 +287,7 @@ class _Service:
 
 def _tracing() -> Tracing:
     # Imported only here: it takes 7 MB and a fifth of a second, from nobody who does not want it.
-    from bridge.tracing import Tracing
+    from bridge.service.tracing import Tracing
 
     return Tracing()
 

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 from pamqp.commands import Basic
 
-from bridge import amqp, topology
+from bridge import amqp
 from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
-from bridge.consumer import Consumer, ConsumingConnection, Packet
-from bridge.cursor import Anchor, digest
 from bridge.publisher import new_id
 from bridge.sender import Sender
-from bridge.session import Replay
-from bridge.settings import LogSettings
-from bridge.sse import GapReason
+from bridge.service.broker import topology
+from bridge.service.broker.consumer import Consumer, ConsumingConnection, Packet
+from bridge.service.settings import LogSettings
+from bridge.service.streams.cursor import Anchor, digest
+from bridge.service.streams.session import Replay
+from bridge.service.streams.sse import GapReason
 
 if TYPE_CHECKING:
     import aio_pika

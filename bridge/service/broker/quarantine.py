@@ -14,10 +14,11 @@ from functools import partial
 import structlog
 from pamqp.commands import Basic
 
-from bridge import amqp, topology
+from bridge import amqp
 from bridge.amqp import BrokerError, BrokerUnavailable, Unroutable
 from bridge.event import InvalidEvent, Models, read_event
 from bridge.sender import Sender
+from bridge.service.broker import topology
 
 MAX_PENDING = 1_000
 MAX_PENDING_BYTES = 33_554_432

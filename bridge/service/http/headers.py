@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from bridge.sse import MEDIA_TYPE
+from bridge.service.streams.sse import MEDIA_TYPE
 
 _RANGE = re.compile(r"([a-z0-9!#$&^_.+*-]+)/([a-z0-9!#$&^_.+*-]+)")
 _WEIGHT = re.compile(r";\s*q\s*=\s*([0-9.]+)\s*(?:;|$)")

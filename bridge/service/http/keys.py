@@ -19,7 +19,7 @@ import httpx
 import jwt
 import structlog
 
-from bridge.claims import Token, TryAgain, key_id
+from bridge.service.http.claims import Token, TryAgain, key_id
 
 FETCH_BURST = 5
 """So many readings of the key set may follow each other at once."""

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from bridge import dialects
-from bridge.catalogue import Catalogue
+from bridge.catalogue import dialects
+from bridge.catalogue.load import Catalogue
 from bridge.event import SPECVERSION
 
 Schema = dict[str, Any]

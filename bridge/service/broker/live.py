@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING
 import structlog
 from pamqp.commands import Basic
 
-from bridge import amqp, topology
+from bridge import amqp
 from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
-from bridge.consumer import Consumer, ConsumingConnection, Packet
 from bridge.routing import Audience
-from bridge.settings import LogSettings
+from bridge.service.broker import topology
+from bridge.service.broker.consumer import Consumer, ConsumingConnection, Packet
+from bridge.service.settings import LogSettings
 
 if TYPE_CHECKING:
     import aio_pika

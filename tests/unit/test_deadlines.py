@@ -2,23 +2,23 @@
 
 import pytest
 
-from bridge import pacing
-from bridge.pacing import Pace
+from bridge.service.streams import deadlines
+from bridge.service.streams.deadlines import Pace
 
 DRAWS = [0.0, 0.25, 0.5, 0.999999]
 
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_draws_stay_in_their_bounds(draw: float) -> None:
-    assert 1500 <= pacing.retry_ms(3, draw) <= 4500
-    assert 5000 <= pacing.busy_retry_ms(draw) <= 15_000
-    assert 100 <= pacing.drain_retry_ms(10, draw) <= 10_000
-    assert pacing.drain_retry_ms(0, draw) == 100
-    assert 2880 <= pacing.lifetime(3600, draw) <= 3600
+    assert 1500 <= deadlines.retry_ms(3, draw) <= 4500
+    assert 5000 <= deadlines.busy_retry_ms(draw) <= 15_000
+    assert 100 <= deadlines.drain_retry_ms(10, draw) <= 10_000
+    assert deadlines.drain_retry_ms(0, draw) == 100
+    assert 2880 <= deadlines.lifetime(3600, draw) <= 3600
 
 
 def test_goodbyes_are_spread_evenly_over_the_drain() -> None:
-    times = [pacing.drain_at(index, 100, 10, 0.5) for index in range(100)]
+    times = [deadlines.drain_at(index, 100, 10, 0.5) for index in range(100)]
     assert times == sorted(times)
     assert all(0 <= at <= 10 for at in times)
     assert all(sum(second <= at < second + 1 for at in times) == 10 for second in range(10))

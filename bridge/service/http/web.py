@@ -18,22 +18,24 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException
 
-from bridge import __version__, exports, pacing, sse
-from bridge.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
-from bridge.catalogue import Catalogue
-from bridge.cursor import echo
-from bridge.headers import admits_stream, bearer_token, is_own_origin, normal_origin
-from bridge.health import CHECKS
-from bridge.hub import Hub, StreamRequest
-from bridge.metrics import Metrics
-from bridge.openapi import openapi
+from bridge import __version__
+from bridge.catalogue import exports
+from bridge.catalogue.load import Catalogue
 from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
-from bridge.settings import Settings
-from bridge.stream import Streams, Turn
+from bridge.service.health import CHECKS
+from bridge.service.http.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
+from bridge.service.http.headers import admits_stream, bearer_token, is_own_origin, normal_origin
+from bridge.service.http.openapi import openapi
+from bridge.service.metrics import Metrics
+from bridge.service.settings import Settings
+from bridge.service.streams import deadlines, sse
+from bridge.service.streams.cursor import echo
+from bridge.service.streams.hub import Hub, StreamRequest
+from bridge.service.streams.writer import Streams, Turn
 
 if TYPE_CHECKING:
-    from bridge.tracing import Tracing
+    from bridge.service.tracing import Tracing
 
 MAX_REQUEST_BYTES = 16_384
 """An unread body of a GET stays in memory as long as its stream."""
@@ -178,7 +180,7 @@ def create_app(
         except TryAgain as error:
             not_judged.log(str(error))
             metrics.streams_ended.labels("busy").inc()
-            bye = sse.encode_bye("busy", pacing.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
+            bye = sse.encode_bye("busy", deadlines.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
             return _stream_response(bye)
         wish = _read_wish(subscriber)
         if request.method == "HEAD":

@@ -5,9 +5,9 @@ Pure. Knows nothing of the connections that send it.
 
 from __future__ import annotations
 
-from bridge import sse
-from bridge.cursor import digest, value
 from bridge.event import Event
+from bridge.service.streams import sse
+from bridge.service.streams.cursor import digest, value
 
 
 class StreamEvent:

@@ -19,18 +19,18 @@ from typing import Protocol
 
 import structlog
 
-from bridge import pacing
-from bridge.auth import Subscriber
-from bridge.broker import Broker, Delivery, Subscription
-from bridge.cursor import Anchor
-from bridge.eventlog import EventLog, Request
-from bridge.metrics import Metrics
-from bridge.pacing import Pace
-from bridge.reader import EventReader
 from bridge.routing import Audience, RoutingError, TypeFilter, split_key
-from bridge.session import Entry, Session, State
-from bridge.sse import EndReason, GapReason
-from bridge.streamevent import StreamEvent
+from bridge.service.broker.eventlog import EventLog, Request
+from bridge.service.broker.live import Broker, Delivery, Subscription
+from bridge.service.http.auth import Subscriber
+from bridge.service.metrics import Metrics
+from bridge.service.streams import deadlines
+from bridge.service.streams.cursor import Anchor
+from bridge.service.streams.deadlines import Pace
+from bridge.service.streams.reader import EventReader
+from bridge.service.streams.session import Entry, Session, State
+from bridge.service.streams.sse import EndReason, GapReason
+from bridge.service.streams.streamevent import StreamEvent
 
 _log = structlog.get_logger("bridge.hub")
 
@@ -345,7 +345,7 @@ class Connection:
             session.end("rotate", self._hub.retry_ms())
         elif not session.greeted:
             if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
-                session.end("busy", pacing.busy_retry_ms(random.random()))
+                session.end("busy", deadlines.busy_retry_ms(random.random()))
         elif pace.position_due(now):
             session.place(_now_ms())
             pace.moved(now)
@@ -422,13 +422,13 @@ class Hub:
             Refused: draining, or a limit is reached. The head count and the door are one step: nobody slips in between.
         """
         if self.draining:
-            raise Refused("drain", pacing.drain_retry_ms(self._limits.drain_seconds, random.random()))
+            raise Refused("drain", deadlines.drain_retry_ms(self._limits.drain_seconds, random.random()))
         user = request.subscriber.user
         if (
             len(self._connections) >= self._limits.max_connections
             or self._by_user[user] >= self._limits.max_connections_per_user
         ):
-            raise Refused("busy", pacing.busy_retry_ms(random.random()))
+            raise Refused("busy", deadlines.busy_retry_ms(random.random()))
         now = time.monotonic()
         session = Session(
             user=user,
@@ -444,7 +444,7 @@ class Hub:
         pace = Pace(
             now,
             heartbeat_seconds=self._limits.heartbeat_seconds,
-            ends_at=now + pacing.lifetime(self._limits.max_age_seconds, random.random()),
+            ends_at=now + deadlines.lifetime(self._limits.max_age_seconds, random.random()),
             expires_at=now + (request.subscriber.expires_at - time.time()),
         )
         connection = Connection(self, request, session, pace, ring, now)
@@ -484,7 +484,7 @@ class Hub:
         self._metrics.connections.set(len(self._connections))
 
     def retry_ms(self) -> int:
-        return pacing.retry_ms(self._limits.retry_seconds, random.random())
+        return deadlines.retry_ms(self._limits.retry_seconds, random.random())
 
     def broker_is_away(self, now: float) -> bool:
         """Away for longer than a moment."""
@@ -607,8 +607,8 @@ class Hub:
         connections = list(self._connections)
         random.shuffle(connections)
         for index, connection in enumerate(connections):
-            at = pacing.drain_at(index, len(connections), seconds, random.random())
-            retry_ms = pacing.drain_retry_ms(seconds, random.random())
+            at = deadlines.drain_at(index, len(connections), seconds, random.random())
+            retry_ms = deadlines.drain_retry_ms(seconds, random.random())
             loop.call_later(at, self._say_goodbye, connection, retry_ms)
         _log.info("draining", streams=len(connections), seconds=seconds)
         try:

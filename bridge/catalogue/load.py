@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bridge import dialects, facts
+from bridge.catalogue import dialects, facts
 from bridge.event import EventData, describe_faults
 from bridge.roundtrip import check_model
 from bridge.routing import InvalidType

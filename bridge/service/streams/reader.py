@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import structlog
 
 from bridge.event import InvalidEvent, Models, read_event
-from bridge.metrics import Metrics
-from bridge.quarantine import Quarantine
-from bridge.streamevent import StreamEvent
+from bridge.service.broker.quarantine import Quarantine
+from bridge.service.metrics import Metrics
+from bridge.service.streams.streamevent import StreamEvent
 
 CACHE_EVENTS = 256
 CACHE_BYTES = 4_194_304

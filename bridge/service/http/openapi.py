@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from bridge import dialects, sse
-from bridge.catalogue import Catalogue
-from bridge.exports import COMPONENTS, envelope, received
+from bridge.catalogue import dialects
+from bridge.catalogue.exports import COMPONENTS, envelope, received
+from bridge.catalogue.load import Catalogue
 from bridge.routing import MAX_PATTERNS, MAX_TYPE_CHARS
+from bridge.service.streams import sse
 
 Schema = dict[str, Any]
 

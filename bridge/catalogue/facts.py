@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticOmit
 
-from bridge import dialects
+from bridge.catalogue import dialects
 
 RECEIVED = ":received"
 """Name of the definition that says what a page receives. No class can have it: pydantic puts no colon in a name."""

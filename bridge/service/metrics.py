@@ -23,7 +23,7 @@ from prometheus_client.utils import floatToGoString
 
 from bridge import __version__
 from bridge.event import REASONS
-from bridge.sse import END_REASONS, GapReason
+from bridge.service.streams.sse import END_REASONS, GapReason
 
 CLOSE_REASONS = (*END_REASONS, "client", "stalled", "error")
 """Why a stream ended: what `bridge.bye` said, or `client` (it went away), `stalled`, `error` (ours)."""

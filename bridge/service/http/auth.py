@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import jwt
 
-from bridge.claims import (
+from bridge.service.http.claims import (
     ClaimsReader,
     ExpiredToken,
     GroupsElsewhere,
@@ -24,7 +24,7 @@ from bridge.claims import (
     TryAgain,
     parse,
 )
-from bridge.keys import ALGORITHMS, InvalidKeySet, KeySet, KeysUnavailable, verify
+from bridge.service.http.keys import ALGORITHMS, InvalidKeySet, KeySet, KeysUnavailable, verify
 
 __all__ = [
     "Authenticator",

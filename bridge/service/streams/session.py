@@ -33,8 +33,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
-from bridge import sse
-from bridge.cursor import (
+from bridge.routing import TypeFilter
+from bridge.service.streams import sse
+from bridge.service.streams.cursor import (
     DIGEST_CHARS,
     MAX_DIGESTS,
     NONE,
@@ -48,9 +49,8 @@ from bridge.cursor import (
     encode_unnamed,
     split,
 )
-from bridge.routing import TypeFilter
-from bridge.sse import EndReason, GapReason
-from bridge.streamevent import StreamEvent
+from bridge.service.streams.sse import EndReason, GapReason
+from bridge.service.streams.streamevent import StreamEvent
 
 RECENT_IDS = 512
 """Ids remembered to drop an event that comes again. A publisher that had no confirm repeats within its deadline; the

@@ -19,7 +19,7 @@ from pamqp.common import FieldTable
 from yarl import URL
 
 from bridge import amqp
-from bridge.deliveries import HEARTBEAT, Deliveries, Sink
+from bridge.service.broker.deliveries import HEARTBEAT, Deliveries, Sink
 
 GATHER_SECONDS = 0.016
 """So long nothing is read from a connection after deliveries that came close behind others: no longer than a screen

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from bridge import sse
-from bridge.cursor import echo
-from bridge.hub import Connection, Hub, Refused, StreamRequest
-from bridge.metrics import Metrics
-from bridge.session import State
+from bridge.service.metrics import Metrics
+from bridge.service.streams import sse
+from bridge.service.streams.cursor import echo
+from bridge.service.streams.hub import Connection, Hub, Refused, StreamRequest
+from bridge.service.streams.session import State
 
 if TYPE_CHECKING:
-    from bridge.tracing import Tracing  # Its library is there only where it is wanted.
+    from bridge.service.tracing import Tracing  # Its library is there only where it is wanted.
 
 _log = structlog.get_logger("bridge.stream")
 

@@ -1,0 +1,1 @@
+"""HTTP: requests, tokens, and the public and internal routes."""
