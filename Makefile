@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test chaos proxies rollout mutants bench image test-slow check format exports lock clean
+.PHONY: help demo test unit chaos proxies rollout mutants bench image test-slow check format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,9 @@ test: $(READY) check ## every test, on private RabbitMQs (this machine's and 4.3
 	@$(MAKE) --no-print-directory $(NODE)/.ready
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
+
+unit: $(READY) ## the unit tests alone; needs nothing but the virtual environment
+	@$(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 tests/unit
 
 # Packages of npm that tests use: validators, and clients that were not written here. See tests/node/__init__.py.
 NODE := .run/node
