@@ -17,7 +17,7 @@ Results = dict[str, dict[str, list[Figures]]]
 
 HEADING = """# The bridge beside its peers
 
-Made by `make bench`. Figures of different runs do not compare, ratios within a run do. [design.md](design.md), "Speed",
+Made by `make bench`. Figures of different runs do not compare, ratios within a run do. [speed.md](speed.md)
 says where an event's time goes.
 
 ![benchmark](benchmark.svg)

@@ -238,3 +238,31 @@ def test_the_page_of_workers_names_each_example() -> None:
     assert named == {path.name for path in (ROOT / "docs/examples/workers").iterdir() if path.is_dir()}
     for link in re.findall(r"\]\((examples/[^)#]+)\)", page):
         assert (ROOT / "docs" / link).exists(), link
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "deploy").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    """To a file, and to a heading in it, by GitHub's rule for anchors."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target} does not exist"
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{target}: there is no such heading"
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {name for name in pages if f"({name})" not in index} == set()
+    decisions = (ROOT / "docs/decisions/README.md").read_text()
+    pages = {path.name for path in (ROOT / "docs/decisions").glob("[0-9]*.md")}
+    assert {name for name in pages if f"({name})" not in decisions} == set()

@@ -105,7 +105,7 @@ class _Reader(asyncio.StreamReader):
 
     While deliveries come close upon each other, nothing is read for a moment after each packet, so that the next one
     brings all that came meanwhile. To be woken costs a process more than the event that it was woken for: it comes
-    back to caches that others have filled (figures in docs/design.md).
+    back to caches that others have filled (figures in docs/decisions/07).
     """
 
     def __init__(self, deliveries: Deliveries, packet: Packet) -> None:
