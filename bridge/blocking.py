@@ -280,7 +280,7 @@ class _Batch:
         self._inbox: asyncio.Queue[Message | None] = asyncio.Queue()
         self._pipeline = worker.publisher.pipeline()
         self._done = worker.submit(self._send_all())
-        # However it ends, whoever waits for a slot must go on.
+        # Whatever the result, a caller that waits for a slot must continue.
         self._done.add_done_callback(lambda _: self._slots.release(PIPELINE_EVENTS))
 
     async def _send_all(self) -> None:

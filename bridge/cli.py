@@ -66,7 +66,7 @@ def _load(kind: type[Kind]) -> Kind:
     try:
         return load(kind)
     except InvalidSettings as error:
-        _fail(BAD_INPUT, f"{len(error.faults)} setting(s) to mend:", *(f"  {fault}" for fault in error.faults))
+        _fail(BAD_INPUT, f"{len(error.faults)} setting(s) to fix:", *(f"  {fault}" for fault in error.faults))
 
 
 def _catalogue(package: str) -> Catalogue:
@@ -396,7 +396,7 @@ def _read_export(file: IO[str]) -> dict[str, Any]:
 @main.command()
 @_runs
 async def check() -> None:
-    """Check settings, catalogue, keys, broker and rights, and say how to mend what is wrong."""
+    """Check settings, catalogue, keys, broker and rights, and say how to fix what is wrong."""
     _need_server()
     from bridge.service.broker import topology
     from bridge.service.http.auth import Authenticator, InvalidKeySet

@@ -5,7 +5,7 @@ async with Publisher("amqp://...", source="/workers/reports") as publisher:
 
 PublishError
 ├─ EventRefused         a page would not get what was passed: fix the event. Nothing was sent
-├─ ExchangeMissing      nobody made the exchange: start the bridge once, or name the right one
+├─ ExchangeMissing      the exchange does not exist: start the bridge once, or name the right one
 ├─ PublishForbidden     RabbitMQ refuses the user, or this user this audience or type
 └─ PublishTimeout       not confirmed in time: publish again, with the same id
 """
@@ -77,7 +77,7 @@ class PublishError(Exception):
     """An event was not published, or not surely; one of the four below.
 
     Attributes:
-        id: of the event that failed; empty when no event was at hand, as in `open`, or it has no valid id.
+        id: of the event that failed; empty when there is no event, as in `open`, or when the event has no valid id.
         index: in `publish_many`, its place in the iterable, counted from 0; otherwise None.
         confirmed: in `publish_many`, how many events are certainly confirmed: all before `index`.
         unconfirmed: in `publish_many`, index to id of those that were sent and not confirmed. They may arrive: publish
@@ -117,13 +117,13 @@ class PublishTimeout(PublishError):
     """No confirm within the deadline: the broker is away, blocked by an alarm, or keeps answering nack. Or the
     publisher was closed meanwhile.
 
-    The event may have arrived all the same. Publish it again with `id=error.id`: the same id is the same event, and a
+    The event may have arrived nevertheless. Publish it again with `id=error.id`: the same id is the same event, and a
     stream that has just shown it does not show it again.
     """
 
 
 def new_id() -> str:
-    """A UUIDv7 (RFC 9562, section 5.7): 48 bits of ms since 1970, then 74 of chance. Sorts by the time it was made."""
+    """A UUIDv7 (RFC 9562, section 5.7): 48 bits of ms since 1970, then 74 random bits. Sorts by creation time."""
     value = (time.time_ns() // 1_000_000 & (1 << 48) - 1) << 80 | secrets.randbits(80)
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
@@ -325,7 +325,7 @@ class Publisher:
             )
 
     def _warn_unroutable(self, message: Message, _: amqp.Unroutable) -> None:
-        # The broker has confirmed it, and no queue has it: nobody is connected, and there is no log.
+        # RabbitMQ has confirmed the event, and no queue has it: no client is connected, and there is no log.
         if not self._warned:
             self._warned = True
             _log.warning("%s reached no queue: is there no event log? (Publisher(log=False))", message.routing_key)
@@ -353,12 +353,12 @@ class EventWriter:
             EventRefused: says what is wrong, and how to fix it.
         """
         if not isinstance(data, EventData) or not hasattr(data, "event_type"):
-            raise EventRefused(f"{type(data).__name__} is no event: publish an instance of a class of your catalogue")
+            raise EventRefused(
+                f"{type(data).__name__} is not an event: publish an instance of a class of your catalogue"
+            )
         event_type = data.event_type
         if not isinstance(audience, Audience):
-            raise EventRefused(
-                f"{event_type} for {audience!r:.80}: not an Audience: use Audience.user(...) or the like"
-            )
+            raise EventRefused(f"{event_type} for {audience!r:.80}: use Audience.user(...), .group(...) or .everyone()")
         try:
             envelope = {"id": new_id(), "source": self._source, "time": _rfc3339(datetime.now(UTC))}
             if "opentelemetry.trace" in sys.modules and attributes.get("traceparent") is None:
@@ -389,7 +389,7 @@ class EventWriter:
             delivery_mode=2,
             app_id=self._app_id,
         )
-        # The broker has confirmed an event for nobody, where there is no log; with one it must have a queue.
+        # Without a log, RabbitMQ confirms an event that no client waits for. With a log, every event has a queue.
         return Message(event.id, body, self._exchange, key, properties, self._log, RECOVERY_SECONDS)
 
     def item(self, item: Item, index: int) -> Message:

@@ -235,7 +235,7 @@ def check_model(model: type[EventData]) -> list[str]:
 
 def zoneless_times(model: type[EventData]) -> list[str]:
     """Members that take a time without a zone, which each browser reads in its own zone. Not a fault: a publisher may
-    give the zone all the same."""
+    give the zone nevertheless."""
     return sorted(set(_zoneless(model.__pydantic_core_schema__, "", "")))
 
 

@@ -291,7 +291,7 @@ class Sender:
         return failure
 
     def _give_up(self, channel: AbstractChannel) -> None:
-        """Closes a channel in the background: whoever waits for a message must not wait for this too."""
+        """Closes a channel in the background: a caller that waits for its message must not wait for this."""
 
         async def close() -> None:
             with contextlib.suppress(*ERRORS, TimeoutError):
@@ -303,7 +303,7 @@ class Sender:
         task.add_done_callback(self._leftovers.discard)
 
     async def close(self) -> None:
-        """Ends the connection, within five seconds. Whoever waits for a confirm gets BrokerUnavailable at once."""
+        """Ends the connection, within five seconds. Callers that wait for a confirm get BrokerUnavailable at once."""
         self._closed = True
         now = asyncio.get_running_loop().time()
         for limit in self._limits:
@@ -318,7 +318,7 @@ class Sender:
 
 
 def _look_at_failure(task: asyncio.Task[AbstractChannel]) -> None:
-    # All who waited may have given up by now; asyncio would then report an exception that nobody retrieved.
+    # All callers may have given up by now; asyncio would then report an exception that was never retrieved.
     if not task.cancelled():
         task.exception()
 
@@ -403,7 +403,7 @@ class Progress:
 
     Attributes:
         confirmed: messages that are confirmed without a gap, counted from the first.
-        unconfirmed: those that were put in and not confirmed, in order. The broker may have them all the same.
+        unconfirmed: those that were put in and not confirmed, in order. The broker may have them nevertheless.
     """
 
     confirmed: int

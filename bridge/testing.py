@@ -129,7 +129,7 @@ class _Recording:
             kind: PublishTimeout, PublishForbidden or ExchangeMissing.
             after: how many events are confirmed before the one that fails.
             times: how many publishes in a row fail.
-            arrived: whether the event is recorded all the same, as happens when only the confirm is lost. So are those
+            arrived: whether the event is recorded nevertheless, as happens when only the confirm is lost. So are those
                 after it in `error.unconfirmed`.
 
         Raises:

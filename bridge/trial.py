@@ -1,4 +1,4 @@
-"""Sample values for a JSON Schema, to try a model before anybody publishes with it.
+"""Sample values for a JSON Schema, to try a model before its first use.
 
 Pure. A sample is a guess: it need not fit a pattern or a validator of the model's own. The caller tries each one and
 leaves out those that the model refuses.

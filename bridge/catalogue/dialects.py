@@ -17,7 +17,7 @@ Schema = dict[str, Any]
 
 DEFINITIONS = "#/$defs/"
 
-# Where a schema holds other schemas. Whatever else is in one is a value: a `const` of {"$ref": ...} is not
+# Where a schema holds other schemas. Everything else in a schema is a value: a `const` of {"$ref": ...} is not
 # a reference, and neither is a member that is called `$ref`.
 _ONE = {"items", "additionalItems", "additionalProperties", "unevaluatedItems", "unevaluatedProperties", "contains",
         "contentSchema", "if", "then", "else", "not", "propertyNames"}  # fmt: skip
@@ -76,7 +76,7 @@ class Generator(GenerateJsonSchema):
         return found
 
     def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> Schema:
-        # For example PlainValidator(f): nobody but `f` knows. A schema for anything is true, an exception helps nobody.
+        # For example PlainValidator(f): only `f` knows. A schema for anything is true; an exception would not help.
         return {}
 
 
@@ -119,7 +119,7 @@ def openapi(schema: Schema, definitions: str) -> Schema:
     """A Schema Object of OpenAPI 3.1 and 3.2, which is JSON Schema 2020-12 with a discriminator.
 
     Args:
-        definitions: JSON pointer of where the definitions stand, with a slash at its end.
+        definitions: JSON pointer to the definitions, with a slash at its end.
     """
 
     def change(part: Schema) -> Schema:
@@ -144,7 +144,7 @@ def draft_07(schema: Schema, definitions: str) -> Schema:
     the schema takes.
 
     Args:
-        definitions: JSON pointer of where the definitions stand, with a slash at its end.
+        definitions: JSON pointer to the definitions, with a slash at its end.
     """
     return _rewritten(schema, lambda part: _to_draft_07(_move_reference(_tidy(part), definitions)))
 

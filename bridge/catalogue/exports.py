@@ -40,7 +40,7 @@ _PREAMBLE = """\
 // The event catalogue's types, as browsers receive them.
 // Made by `bridge schemas export --format typescript`; edit the models instead.
 
-/** A CloudEvent 1.0 in JSON, as it stands in an SSE `data:` line. */
+/** A CloudEvent 1.0 in JSON, as in an SSE `data:` line. */
 export interface CloudEvent<Type extends string = string, Data = unknown> {
   specversion: "1.0";
   id: string;

@@ -47,7 +47,7 @@ _WRAPPERS = frozenset(
      "computed-field"}
 )  # fmt: skip
 
-# What a plain JSON Schema node without facts stands for.
+# The meaning of a plain JSON Schema node without facts.
 _PLAIN = frozenset(
     {"int", "float", "str", "bool", "none", "any", "list", "dict", "literal", "enum", "datetime", "date", "time",
      "timedelta", "uuid", "url", "bytes", "tuple"}
@@ -149,7 +149,7 @@ class _WithFacts(dialects.Generator):
         try:
             result = super().generate_inner(schema)
             facts = self._facts(schema, self._configs[-1])
-        except PydanticOmit as error:  # SkipJsonSchema: accepted all the same. The node around it holds the fact.
+        except PydanticOmit as error:  # SkipJsonSchema: accepted nevertheless. The node around it holds the fact.
             if not getattr(error, "noted", False):
                 error.noted = True  # type: ignore[attr-defined]
                 self._omitted.append(_short(_canonical(schema)))

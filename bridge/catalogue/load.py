@@ -27,7 +27,7 @@ EVENTSOURCE_NAMES = ("open", "error")
 
 
 class InvalidCatalogue(Exception):
-    """The catalogue cannot be used. `faults` names everything found, each with its class and how to mend it."""
+    """The catalogue cannot be used. `faults` names everything found, each with its class and how to fix it."""
 
     def __init__(self, package: str, faults: list[str]) -> None:
         self.package = package
@@ -129,7 +129,7 @@ def load_catalogue(package: str) -> Catalogue:
             continue
         if _allows_extra(found.__pydantic_core_schema__):
             faults.append(
-                f"{where} has extra='allow', which would show browsers members that nobody declared; declare them, "
+                f"{where} has extra='allow', which would show browsers undeclared members; declare them, "
                 "or one dict field for them"
             )
         else:

@@ -9,12 +9,12 @@ from bridge.samples.jobs import JobId
 
 
 class ApprovalRequested(EventData, type="approval.requested"):
-    """A job stands still until somebody decides."""
+    """A job waits until a person decides."""
 
     approval_id: Annotated[str, Field(min_length=1, max_length=200)]
     job_id: JobId
     question: Annotated[str, Field(min_length=1, max_length=1_000, description="What is to be decided, for people")]
-    expires_at: Annotated[AwareDatetime | None, Field(description="After this moment nobody is asked any more")] = None
+    expires_at: Annotated[AwareDatetime | None, Field(description="After this moment the question is closed")] = None
 
 
 class ApprovalDecided(EventData, type="approval.decided"):

@@ -1,7 +1,7 @@
 // The event catalogue's types, as browsers receive them.
 // Made by `bridge schemas export --format typescript`; edit the models instead.
 
-/** A CloudEvent 1.0 in JSON, as it stands in an SSE `data:` line. */
+/** A CloudEvent 1.0 in JSON, as in an SSE `data:` line. */
 export interface CloudEvent<Type extends string = string, Data = unknown> {
   specversion: "1.0";
   id: string;
@@ -34,14 +34,14 @@ export interface ApprovalDecided {
   decided_by: string | null;
 }
 
-/** A job stands still until somebody decides. */
+/** A job waits until a person decides. */
 export interface ApprovalRequested {
   approval_id: string;
   /** The job, the same in all of its events */
   job_id: string;
   /** What is to be decided, for people */
   question: string;
-  /** After this moment nobody is asked any more */
+  /** After this moment the question is closed */
   expires_at: string | null;
 }
 

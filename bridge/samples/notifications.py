@@ -1,4 +1,4 @@
-"""Something to tell somebody, when no other type fits."""
+"""A notification, when no other type fits."""
 
 from typing import Annotated, Literal
 

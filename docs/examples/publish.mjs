@@ -9,7 +9,7 @@ import amqp from "amqplib";
 const EXCHANGE = "events";
 const MAX_BYTES = 65_536;
 const PATIENCE_MS = 30_000;
-/** This user may not publish it, or the exchange does not exist: waiting does not mend it. */
+/** This user may not publish it, or the exchange does not exist: waiting does not help. */
 const HOPELESS = [403, 404];
 
 /** The id of a user or a group as one word of a routing key. */
@@ -84,8 +84,8 @@ export class Events {
     this.#connection = await amqp.connect(this.#url, { heartbeat: 10, timeout: 10_000 });
     this.#connection.on("error", () => {}); // Without a listener Node would end. The channel is closed, too, and says so.
     const channel = await this.#connection.createConfirmChannel();
-    channel.on("error", (error) => (channel.failure = error)); // Before whoever waits for a confirm is told.
-    channel.on("return", () => (this.#returned = true)); // Before its confirm, which comes all the same.
+    channel.on("error", (error) => (channel.failure = error)); // Before the confirm fails.
+    channel.on("return", () => (this.#returned = true)); // Before its confirm, which comes nevertheless.
     return channel;
   }
 

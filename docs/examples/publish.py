@@ -21,7 +21,7 @@ EXCHANGE = "events"
 MAX_BYTES = 65_536
 PATIENCE_SECONDS = 30.0
 HOPELESS = (403, 404)
-"""This user may not publish it, or the exchange does not exist: waiting does not mend it."""
+"""This user may not publish it, or the exchange does not exist: waiting does not help."""
 
 
 def word(text: str) -> str:

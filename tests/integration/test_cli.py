@@ -142,7 +142,7 @@ async def test_schemas_diff_names_what_breaks(tmp_path: Path) -> None:
 async def test_serve_names_every_bad_setting_and_exits_2() -> None:
     done = await run("serve", HEARTBEAT_SECONDS="soon", BIND="x", JWT_SECRET="too-short-s3cret")
     assert done.code == 2
-    assert "3 setting(s) to mend" in done.err
+    assert "3 setting(s) to fix" in done.err
     for name in ["BRIDGE_HEARTBEAT_SECONDS", "BRIDGE_BIND", "BRIDGE_JWT_SECRET"]:
         assert name in done.err
     assert "s3cret" not in done.err
@@ -224,7 +224,7 @@ async def test_check_says_what_is_right_and_what_is_not(vhost: Vhost) -> None:
 
 async def test_quarantine_is_listed_and_replayed(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service)
-    good = cloudevent("mended")
+    good = cloudevent("fixed")
     await vhost.publish("user.42.job.completed", b"hopeless \xff")
     await vhost.publish("user.42.job.completed", cloudevent("bad", duration_seconds=-1))
     # As it would be after the catalogue has learnt a type: a message that is good now.
@@ -252,7 +252,7 @@ async def test_quarantine_is_listed_and_replayed(service: Service, vhost: Vhost,
     replayed = await run("quarantine", "replay", amqp_url=vhost.url)
     assert replayed.code == 1
     assert "1 published again, 2 still refused" in replayed.err
-    assert await stream.ids(1) == ["mended"]
+    assert await stream.ids(1) == ["fixed"]
     rows = [json.loads(line) for line in (await run("quarantine", "list", amqp_url=vhost.url)).out.splitlines()]
     assert [row["reason"] for row in rows] == ["malformed", "schema"]
 

@@ -241,7 +241,7 @@ def test_failures_in_the_blocking_form(vhost: Vhost) -> None:
         raise LookupError("the database went away")
 
     with Publisher.blocking(vhost.url, source="/t") as publisher:
-        with pytest.raises(EventRefused, match="event 100: str is no event") as refused:
+        with pytest.raises(EventRefused, match="event 100: str is not an event") as refused:
             publisher.publish_many(bad())
         assert (refused.value.confirmed, refused.value.index) == (100, 100)
         with pytest.raises(LookupError) as caught:

@@ -294,8 +294,8 @@ async def test_a_django_batch_that_fails_marks_what_is_confirmed(
         program = await manage(run, tmp_path, "publish_jobs")
         assert await program.ended() != 0
         assert f"[{count} before it are confirmed]" in program.text
-    mended = "from shop.models import Job; print(Job.objects.filter(user='').update(user='42'))"
-    program = await manage(run, tmp_path, "shell", "--no-startup", "-c", mended)
+    fixed = "from shop.models import Job; print(Job.objects.filter(user='').update(user='42'))"
+    program = await manage(run, tmp_path, "shell", "--no-startup", "-c", fixed)
     assert await program.ended() == 0, program.text
     program = await manage(run, tmp_path, "publish_jobs")
     assert await program.ended() == 0, program.text

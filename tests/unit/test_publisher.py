@@ -101,9 +101,9 @@ def test_ids_of_users_and_groups() -> None:
 
 
 def test_an_audience_and_an_event_of_the_wrong_kind() -> None:
-    assert "not an Audience" in str(refused(audience="42"))
+    assert "use Audience.user" in str(refused(audience="42"))
     assert "Audience.user" in str(refused(audience=None))
-    assert "str is no event" in str(refused(data="x"))
+    assert "str is not an event" in str(refused(data="x"))
     assert "an id must not be empty" in str(refused(audience=Audience.user("")))
     naive = refused(data=Done(job_id="r", at=datetime(2026, 1, 31)), id="e-1")
     assert "without a zone" in str(naive)

@@ -217,7 +217,7 @@ class Broker:
         """Keeps a consuming connection, for ever. A broker that cannot be reached is waited for; it may be starting.
 
         Raises:
-            AccessRefused, TopologyMismatch, NotFound: with the first connection only, what waiting does not mend.
+            AccessRefused, TopologyMismatch, NotFound: with the first connection only, what waiting does not fix.
 
         Cancelling it ends the connection and the queues on it.
         """
@@ -379,7 +379,7 @@ class _Link:
         owners = [asyncio.create_task(run, name="amqp-owner") for run in runs]
         watch = asyncio.create_task(closed.wait(), name="amqp-closed")
         try:
-            # An owner never ends by itself, so one that is done has failed at something it cannot mend.
+            # An owner never ends by itself, so one that is done has failed at something it cannot fix.
             done, _ = await asyncio.wait({watch, *owners}, return_when=asyncio.FIRST_COMPLETED)
             failed = next((task for task in done if task is not watch), None)
             if failed is not None and not closed.is_set():
@@ -672,7 +672,7 @@ class _Shared:
                         ) from error
                     raise _ExchangeGone(error) from error
                 if isinstance(error, AccessRefused) and not self.has_consumed:
-                    raise  # A right is missing; waiting does not mend it.
+                    raise  # A right is missing; waiting does not fix it.
             finally:
                 self.consuming = False
                 self._bound.clear()

@@ -90,7 +90,7 @@ def fits_quarantine(difference: Difference) -> bool:
         return difference.current in ("classic", "quorum")
     if difference.name in ("x-max-length", "x-max-length-bytes", "x-message-ttl"):
         return difference.current != "0"  # It would keep nothing.
-    # With `x-expires` RabbitMQ deletes a queue that nobody reads, and this one is read by a person, now and then.
+    # With `x-expires` RabbitMQ deletes a queue without a reader, and a person reads this one now and then.
     return difference.name not in ("durable", "auto_delete", "x-expires")
 
 
@@ -328,7 +328,7 @@ async def rehearse(
         declared = await declare_quarantine(connection, quarantine)
         yield _fitting(f"queue {quarantine!r} for refused messages", declared)
         if log is None:
-            yield "no log (BRIDGE_LOG is empty): clients that come back are told a gap"
+            yield "no log (BRIDGE_LOG is empty): clients that come back get bridge.gap"
         else:
             declared = await declare_log(connection, log, exchange)
             channel = await amqp.open_channel(connection)
@@ -358,6 +358,6 @@ async def rehearse(
             await channel.basic_publish(b"{}", exchange="", routing_key=queue)
             async with asyncio.timeout(amqp.CLOSE_SECONDS):
                 await got.wait()
-        yield "refused messages can be put aside"
+        yield "refused messages can be quarantined"
     finally:
         await amqp.close(connection)

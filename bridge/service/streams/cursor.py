@@ -4,8 +4,8 @@ Pure. A cursor is an anchor, an entry of the event log with a few bits of its co
 behind it: the last sixteen events by name, and those before these as a count and a sum for each of its two queues.
 Nothing in it depends on a clock or on the order in which the queues delivered. It holds no authority: any site can make
 a browser send any Last-Event-ID, so what comes in is read by a strict grammar and used for nothing but where to begin
-reading; what may be seen comes from the token alone. Whoever invents an anchor makes us read one entry, which does not
-fit.
+reading; what may be seen comes from the token alone. An invented anchor costs one read
+entry, which does not fit.
 
     3.1f4a.q83vEj...RWeJq8EjRWeJ            version . offset . check . own . shared . names, oldest first
     3.1f4a.q83vEj.2a:1b..RWeJq8EjRWeJ       42 more were sent by the client's own queue; their sum is 1b (hexadecimal)
@@ -28,15 +28,15 @@ from typing import Self
 MAX_CHARS = 160
 
 MAX_DIGESTS = 16
-"""Events of different publishers may stand in the log in another order than they came live; the last sixteen that were
-sent can be told by name. 96 characters."""
+"""The log may hold events of different publishers in another order than they arrived live. A cursor names the last
+sixteen that were sent: 96 characters."""
 
 DIGEST_CHARS = 6
-"""36 bits: the chance that an unsent event is taken for one of sixteen sent ones is one in four thousand million."""
+"""36 bits: an unsent event is mistaken for one of sixteen sent ones with a probability of 2^-32."""
 
 VALUE_BITS = 48
-"""Of the number that stands for an event in a sum. That another set of events has the same sum by chance is one in 2^48
-for each that is tried; one set is tried for each cursor."""
+"""Size of an event's number in a sum. Another set of events has the same sum with a probability of 2^-48; one set is
+tried for each cursor."""
 
 VALUE_MASK = (1 << VALUE_BITS) - 1
 
@@ -76,8 +76,8 @@ def echo(last_event_id: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """An entry of the log: its offset, and the digest of its body. A log that was deleted and made anew uses the same
-    offsets again, for other bodies."""
+    """An entry of the log: its offset, and the digest of its body. A log that was deleted and made again uses the same
+    offsets for other bodies."""
 
     offset: int
     check: str
@@ -98,7 +98,7 @@ BySource = tuple[Unnamed | None, Unnamed | None]
 
 
 def value(content: bytes) -> int:
-    """The number that stands for an event in a sum: 48 bits of a hash."""
+    """The number of an event in a sum: 48 bits of a hash."""
     return int.from_bytes(blake2b(content, digest_size=VALUE_BITS // 8).digest(), "big")
 
 
@@ -128,7 +128,7 @@ class Cursor:
         anchor: what is at or before it in the log needs not to be sent; None for a position in no log.
         digests: names of events sent from behind the anchor, oldest first.
         unnamed: what else was sent from behind the anchor, by the queue that brought it.
-        passed: names of the last events up to the anchor: a publisher's retry may stand behind it once more. Together
+        passed: names of the last events up to the anchor: a publisher's retry may be after it again. Together
             with `digests` at most MAX_DIGESTS.
         time_ms: for a position in no log, so that no two ids are the same.
     """
@@ -166,5 +166,5 @@ class Cursor:
 
 
 def split(digests: str) -> tuple[str, ...]:
-    """The digests that stand in one text, side by side."""
+    """The digests that are joined in one text."""
     return tuple(digests[at : at + DIGEST_CHARS] for at in range(0, len(digests), DIGEST_CHARS))

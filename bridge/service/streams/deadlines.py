@@ -1,6 +1,6 @@
 """When a stream does what, and how far apart the streams of a process are kept.
 
-Pure: `now` comes in as an argument, and so does chance, as a `draw` from [0, 1). Times are seconds of one monotonic
+Pure: `now` is an argument, and so is randomness, as a `draw` from [0, 1). Times are seconds of one monotonic
 clock, a token's expiry too, which the caller has put on that clock; what a client reads as `retry:` is milliseconds.
 """
 
@@ -34,7 +34,7 @@ def lifetime(max_age_seconds: float, draw: float) -> float:
 
 
 def drain_at(index: int, count: int, drain_seconds: float, draw: float) -> float:
-    """How long after the signal stream number `index` of `count` is told goodbye: one in each equal part."""
+    """How long after the signal stream `index` of `count` gets its goodbye: one in each equal part."""
     return drain_seconds * (index + draw) / count
 
 
@@ -55,7 +55,7 @@ class Pace:
         self._last_byte = now
 
     def moved(self, now: float) -> None:
-        """The client's cursor went forward, or there was nothing to move it to; in a minute it is looked at again."""
+        """The client's cursor moved, or could not move; it is checked again in a minute."""
         self._last_event = now
 
     def is_expired(self, now: float) -> bool:

@@ -21,22 +21,22 @@ CACHE_BYTES = 4_194_304
 """Limits of the cache of read events. It only has to last while one event comes in by several queues."""
 
 REFUSALS = 10_000
-"""Refused messages that are remembered, so that each is put aside once, whichever way it comes and however often the
-log is read."""
+"""Refused messages that are remembered, so that each goes to quarantine once, by whatever queue it arrives and however
+often the log is read."""
 
 _log = structlog.get_logger("bridge.reader")
 
 
 @dataclass(slots=True)
 class _Refusal:
-    """A message that was refused: how often it came by each queue, and how often it must have been published."""
+    """A message that was refused: how often each queue delivered it, and how often it must have been published."""
 
     came_by: Counter[int] = field(default_factory=Counter)
     published: int = 0
 
     def is_new(self, via: int) -> bool:
-        """Whether this delivery shows another publication. A queue brings each one once, so the queue that has brought
-        most of them says how many there were."""
+        """Whether this delivery shows another publication. A queue delivers each publication once, so the queue with
+        the most deliveries says how many publications there were."""
         self.came_by[via] += 1
         if self.came_by[via] <= self.published:
             return False
@@ -44,7 +44,7 @@ class _Refusal:
         return True
 
     def is_new_in_log(self) -> bool:
-        """Whether this entry of the log is the first that is seen of it."""
+        """Whether this entry of the log is the first sight of the message."""
         if self.published:
             return False
         self.published = 1
@@ -68,12 +68,12 @@ class EventReader:
         self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
 
     def read(self, routing_key: str, body: bytes, *, via: int, only: bool = False) -> StreamEvent | InvalidEvent:
-        """The event of a message, or why it is refused, found once however many queues of this process it comes by.
+        """The event of a message, or why it is refused. Read once, however many queues of this process deliver it.
 
         Args:
-            via: number of the queue. A refused message goes to quarantine once for all queues that bring it; by the
-                same queue a second time, it has been published a second time.
-            only: no other queue brings it, so it need not be kept for another.
+            via: number of the queue. A refused message goes to quarantine once for all queues that deliver it. If the
+                same queue delivers it again, it was published again.
+            only: no other queue delivers it, so it is not cached.
         """
         self._metrics.events_received.value += 1
         key = (routing_key, body)
@@ -87,7 +87,7 @@ class EventReader:
         return event
 
     def read_logged(self, routing_key: str, body: bytes) -> StreamEvent | InvalidEvent:
-        """The same for an entry of the log. What is refused is put aside if this process has not met it live."""
+        """The same for an entry of the log. A refused entry goes to quarantine if this process has not seen it live."""
         key = (routing_key, body)
         event = self._cache.get(key)
         if event is None:
