@@ -230,7 +230,7 @@ class _Stream(asyncio.Protocol):
             return
         session = connection.session
         self._streams.hub.detach(connection)
-        reason = self._why(connection)
+        reason = self._why(connection, error)
         self._streams.metrics.streams_ended.labels(reason).inc()
         self._streams.metrics.events_duplicate.inc(session.duplicates)
         _log.info(
@@ -243,12 +243,18 @@ class _Stream(asyncio.Protocol):
             duplicates=session.duplicates,
         )
 
-    def _why(self, connection: Connection) -> str:
-        """Why it ended: what was said, or what became of the client."""
+    def _why(self, connection: Connection, error: Exception | None) -> str:
+        """Why the stream ended: the reason of its goodbye, or what the client did.
+
+        The kernel measures the stall by itself (TCP_USER_TIMEOUT) and ends the connection with ETIMEDOUT. On a busy
+        machine it may do so before the bridge has known for as long that its writes wait.
+        """
         if self._failed:
             return "error"
         blocked_since = self._blocked_since
-        if blocked_since is not None and time.monotonic() - blocked_since >= self._streams.stall_seconds:
+        if blocked_since is not None and (
+            isinstance(error, TimeoutError) or time.monotonic() - blocked_since >= self._streams.stall_seconds
+        ):
             return "stalled"
         return connection.session.end_reason or "client"
 

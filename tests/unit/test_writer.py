@@ -1,0 +1,43 @@
+"""Why a stream ended, as it is logged and counted."""
+
+from __future__ import annotations
+
+import errno
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bridge.service.metrics import Metrics
+from bridge.service.streams.writer import Streams, Turn, _Stream
+
+STALL_SECONDS = 30.0
+TIMED_OUT = OSError(errno.ETIMEDOUT, "the kernel's TCP_USER_TIMEOUT")
+RESET = OSError(errno.ECONNRESET, "the client's kernel")
+
+
+def why(*, blocked_for: float | None, error: Exception | None, said: str | None = None, failed: bool = False) -> str:
+    anything: Any = None
+    stream = _Stream(Streams(anything, Metrics(), Turn(), stall_seconds=STALL_SECONDS), anything, chunked=True)
+    stream._blocked_since = None if blocked_for is None else time.monotonic() - blocked_for
+    stream._failed = failed
+    connection: Any = SimpleNamespace(session=SimpleNamespace(end_reason=said))
+    return stream._why(connection, error)
+
+
+@pytest.mark.parametrize(
+    ("reason", "case"),
+    [
+        ("client", {"blocked_for": None, "error": None}),
+        ("client", {"blocked_for": None, "error": RESET}),
+        ("client", {"blocked_for": 1, "error": RESET}),
+        ("client", {"blocked_for": None, "error": TIMED_OUT}),  # Keepalive: an idle client vanished.
+        ("stalled", {"blocked_for": STALL_SECONDS, "error": None}),
+        ("stalled", {"blocked_for": 0, "error": TIMED_OUT}),
+        ("drain", {"blocked_for": None, "error": None, "said": "drain"}),
+        ("error", {"blocked_for": STALL_SECONDS, "error": TIMED_OUT, "failed": True}),
+    ],
+)
+def test_the_reason_of_an_end(reason: str, case: dict[str, Any]) -> None:
+    assert why(**case) == reason
