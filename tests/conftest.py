@@ -115,6 +115,7 @@ class StartService(Protocol):
         amqp_url: str | None = None,
         ready: bool = True,
         deadlines: dict[str, float] | None = None,
+        descriptors: tuple[int, int] | None = None,
         **settings: str,
     ) -> Service: ...
 
@@ -129,9 +130,10 @@ async def start(vhost: Vhost) -> AsyncIterator[StartService]:
         amqp_url: str | None = None,
         ready: bool = True,
         deadlines: dict[str, float] | None = None,
+        descriptors: tuple[int, int] | None = None,
         **settings: str,
     ) -> Service:
-        service = Service(amqp_url or vhost.url, deadlines=deadlines, **settings)
+        service = Service(amqp_url or vhost.url, deadlines=deadlines, descriptors=descriptors, **settings)
         services.append(service)
         await service.start(ready=ready)
         return service

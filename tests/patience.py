@@ -20,6 +20,10 @@ DEADLINES = {
     # Without its queues for so long, a new stream is told `busy`.
     "service.streams.hub.ATTACH_SECONDS": 0.9 * PATIENCE,
     "amqp.CONNECT_SECONDS": PATIENCE / 2,
+    # A client that is slow for so long is sent away.
+    "service.http.entrance.HEADER_SECONDS": PATIENCE,
+    "service.http.entrance.ANSWER_SECONDS": PATIENCE,
+    "service.http.entrance.KEEP_ALIVE_SECONDS": 2 * PATIENCE,
 }
 """Of the bridge under test, unless a test sets them itself: constants of modules of `bridge`."""
 

@@ -42,10 +42,19 @@ class Service:
     Args:
         amqp_url: where its RabbitMQ is.
         deadlines: constants of modules of `bridge`, in seconds, as in {"service.streams.hub.ATTACH_SECONDS": 5}.
+        descriptors: its soft and hard limit of open files, as `ulimit -Sn` and `-Hn` set them; ours by default.
         settings: environment variables, without their prefix.
     """
 
-    def __init__(self, amqp_url: str, *, deadlines: dict[str, float] | None = None, **settings: str) -> None:
+    def __init__(
+        self,
+        amqp_url: str,
+        *,
+        deadlines: dict[str, float] | None = None,
+        descriptors: tuple[int, int] | None = None,
+        **settings: str,
+    ) -> None:
+        self._descriptors = descriptors
         self._environment = {
             **bare_environment(),
             "BRIDGE_AMQP_URL": amqp_url,
@@ -70,7 +79,12 @@ class Service:
     async def start(self, *, ready: bool = True) -> None:
         """Until it serves, and with `ready` until /readyz says so. What it logged in a life before is forgotten."""
         self.lines, self.text = [], ""
+        # The shell's own command: a function that runs between fork and exec is not safe beside threads.
+        limits = self._descriptors
+        shell = [] if limits is None else ["/bin/sh", "-c", 'ulimit -Sn "$0" && ulimit -Hn "$1" && shift && exec "$@"']
         self._process = await asyncio.create_subprocess_exec(
+            *shell,
+            *map(str, limits or ()),
             sys.executable,
             "-m",
             BRIDGE,

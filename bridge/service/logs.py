@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
+
+REPEATED_LINE_SECONDS = 10.0
+"""Any client can cause some log lines at any rate; each is written at most once in this time."""
 
 _QUIET = {
     # They report each broken connection at several levels, with tracebacks; bridge.broker says it once, with its cause.
@@ -54,3 +59,26 @@ def configure() -> None:
     root.setLevel(logging.INFO)
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(level)
+
+
+class RareLine:
+    """One log line, at most once in `REPEATED_LINE_SECONDS`, with the number of those left out before it.
+
+    Args:
+        write: a method of a logger, as in `_log.error`.
+    """
+
+    def __init__(self, event: str, write: Callable[..., object], clock: Callable[[], float] = time.monotonic) -> None:
+        self._event = event
+        self._write = write
+        self._clock = clock
+        self._due = float("-inf")
+        self._left_out = 0
+
+    def log(self, **facts: object) -> None:
+        now = self._clock()
+        if now < self._due:
+            self._left_out += 1
+            return
+        self._write(self._event, **facts, left_out=self._left_out)
+        self._due, self._left_out = now + REPEATED_LINE_SECONDS, 0

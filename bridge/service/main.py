@@ -1,38 +1,35 @@
-"""The service: wiring, listening sockets, signals, the order of the end. The only file that imports hypercorn."""
+"""The service: wiring, signals, the order of the end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
-import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Set
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import structlog
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.asyncio.worker_context import WorkerContext
-from hypercorn.config import Config
-from hypercorn.protocol.h11 import H11Protocol
-from quart import Quart
 
 from bridge import __version__
 from bridge.amqp import BrokerError
 from bridge.catalogue.load import Catalogue
 from bridge.publisher import Publisher
+from bridge.service import descriptors
 from bridge.service.broker.eventlog import EventLog
 from bridge.service.broker.live import Broker, Delivery
 from bridge.service.broker.quarantine import Quarantine
+from bridge.service.descriptors import INTERNAL_CONNECTIONS, Plan, TooFewDescriptors
 from bridge.service.health import Status, why_not_ready
 from bridge.service.http.auth import Authenticator, InvalidKeySet
-from bridge.service.http.web import TAKE_OVER, create_app, create_internal_app
+from bridge.service.http.entrance import listen
+from bridge.service.http.http1 import host
+from bridge.service.http.web import create_app, create_internal_app
 from bridge.service.metrics import Metrics
-from bridge.service.settings import Settings, parse_bind, unknown_names
+from bridge.service.settings import Settings, unknown_names
 from bridge.service.streams.hub import Hub
 from bridge.service.streams.reader import EventReader
 from bridge.service.streams.writer import Turn
@@ -40,20 +37,8 @@ from bridge.service.streams.writer import Turn
 if TYPE_CHECKING:
     from bridge.service.tracing import Tracing
 
-BACKLOG = 4096
-"""Hypercorn's default of 100 turned 2,600 new connections a second into 200."""
-
-SEND_BUFFER_BYTES = 65_536
-"""Left to itself the kernel takes 2.7 MB for a client that reads nothing, before anybody can see that it is slow."""
-
-KEEP_ALIVE_SECONDS = 75.0
-"""Longer than the 60 s for which a load balancer keeps an idle connection, or it would use one that we just closed."""
-
 STOP_SECONDS = 5.0
 """For each step of the end that waits on somebody else."""
-
-ANSWER_SECONDS = 1.0
-"""For answers that are being made when the service ends. No stream is among them: those have been drained."""
 
 LAG_SECONDS = 0.5
 
@@ -87,7 +72,22 @@ async def _serve(settings: Settings, catalogue: Catalogue) -> int:
     except OSError as error:
         _log.error("cannot listen", error=str(error))
         return 1
-    service = _Service(settings, catalogue)
+    try:
+        plan = descriptors.divide(descriptors.raise_limit(), descriptors.count_open(), streams=settings.max_connections)
+    except TooFewDescriptors as error:
+        _log.error("cannot start", error=str(error))
+        return 1
+    if plan.streams < settings.max_connections:
+        _log.warning(
+            "file descriptors limit streams",
+            limit=plan.limit,
+            streams=plan.streams,
+            wanted=settings.max_connections,
+            detail=f"the limit is {settings.max_connections - plan.streams} below what BRIDGE_MAX_CONNECTIONS needs. "
+            f"Raise the hard limit of open files (ulimit -Hn, LimitNOFILE= in systemd, --ulimit nofile in Docker), or "
+            f"lower the setting; beyond {plan.streams} streams clients are told `busy`",
+        )
+    service = _Service(settings, catalogue, plan)
     try:
         await service.authenticator.start()
     except InvalidKeySet as error:
@@ -96,43 +96,14 @@ async def _serve(settings: Settings, catalogue: Catalogue) -> int:
     return await service.run(public_socket, internal_socket, stop)
 
 
-def listen(bind: str, *, stall_seconds: float) -> socket.socket:
-    """A listening socket whose options every accepted connection inherits.
-
-    TCP_USER_TIMEOUT ends a connection whose peer takes no bytes for `stall_seconds`: Hypercorn has no write timeout,
-    and a write that never ends would hold its shutdown for ever. Keepalive finds peers that vanished without a word.
-
-    Raises:
-        OSError: the address is in use or not ours; its text names the address.
-    """
-    host, port = parse_bind(bind)
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if sys.platform == "linux":
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(stall_seconds * 1000))
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise OSError(error.errno, f"{bind}: {error.strerror or error}") from None
-    return listener
-
-
 class _Service:
     """The parts of one process and the order in which they start and end."""
 
-    def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, catalogue: Catalogue, plan: Plan) -> None:
         self.metrics = metrics = Metrics()
+        metrics.connections_wanted.set(settings.max_connections)
+        self.plan = plan
+        self.settings = settings = settings.model_copy(update={"max_connections": plan.streams})
         self.turn = Turn()
         secret = settings.jwt_secret
         self.authenticator = Authenticator(
@@ -179,6 +150,7 @@ class _Service:
         )
         broker = self.hub.broker
         metrics.connections_limit.set(settings.max_connections)
+        metrics.guests_limit.set(plan.guests)
         metrics.ready.set_function(lambda: self._why_not_ready() is None)
         metrics.broker_connected.set_function(lambda: broker.connected)
         metrics.broker_connects.set_function(lambda: broker.connects)
@@ -231,8 +203,31 @@ class _Service:
             pid=os.getpid(),
         )
         end_public, end_internal = asyncio.Event(), asyncio.Event()
-        internal = asyncio.create_task(_host(self.internal, internal_socket, end_internal), name="internal")
-        public = asyncio.create_task(_host(self.public, public_socket, end_public), name="public")
+        internal = asyncio.create_task(
+            host(
+                self.internal,
+                internal_socket,
+                end_internal,
+                name="internal",
+                guests=INTERNAL_CONNECTIONS,
+                on_ended=lambda _: None,
+                on_shortage=self.metrics.accept_failures.inc,
+            ),
+            name="internal",
+        )
+        public = asyncio.create_task(
+            host(
+                self.public,
+                public_socket,
+                end_public,
+                name="public",
+                guests=self.plan.guests,
+                on_ended=lambda why: self.metrics.guests_ended.labels(why).inc(),
+                on_shortage=self.metrics.accept_failures.inc,
+                on_entrance=lambda entrance: self.metrics.guests.set_function(lambda: len(entrance)),
+            ),
+            name="public",
+        )
         lag = asyncio.create_task(self._measure_lag(), name="loop-lag")
         quarantine = asyncio.create_task(self.quarantine.run(), name="quarantine")
         # What holds connections to RabbitMQ, each a task of its own: of several in one `gather` the first to be
@@ -306,119 +301,6 @@ def _on_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     return stop
-
-
-class _Connection(TCPServer):
-    """One of Hypercorn's connections, which the application may take over once it has written a response's head.
-
-    A stream through all of Hypercorn costs four tasks and 18 KB for as long as it is open, and 7 microseconds more a
-    write (docs/decisions/05). So Hypercorn reads requests and writes heads and everything that is short. A stream
-    writes to the bare transport.
-    """
-
-    def __init__(self, app: Quart, config: Config, context: WorkerContext, reader: asyncio.StreamReader,
-                 writer: asyncio.StreamWriter) -> None:  # fmt: skip
-        super().__init__(self._call, asyncio.get_running_loop(), config, context, {}, reader, writer)
-        self._quart = app
-
-    async def _read_data(self) -> None:
-        made = self.protocol
-        made.protocol = _Http1(made.app, made.config, made.context, made.task_group, made.state, made.ssl, made.client,
-                               made.server, made.send)  # fmt: skip
-        await super()._read_data()
-
-    async def _call(self, scope: Any, receive: Any, send: Any, sync_spawn: object, call_soon: object) -> None:
-        scope["extensions"][TAKE_OVER] = self._take_over
-        await self._quart(scope, receive, send)
-
-    def _take_over(self) -> asyncio.Transport | None:
-        transport = cast("asyncio.Transport", self.writer.transport)
-        if transport.is_closing() or self.reader.at_eof():
-            return None
-        # What Hypercorn still writes (the end of a body that it takes for empty) goes nowhere, and to its reader the
-        # client is gone: its tasks end, and everything that it kept for this connection goes with them.
-        self.writer = _Nowhere()  # type: ignore[assignment]
-        self.reader.feed_eof()
-        return transport
-
-
-class _Http1(H11Protocol):
-    """Hypercorn's HTTP/1.1 without `Upgrade: h2c`, which Java's HttpClient and curl send without being asked.
-
-    A server may ignore an upgrade (RFC 9110, section 7.8), and HTTP/2 in the clear has none any more (RFC 9113, section
-    3.1). Hypercorn has no setting for it. A client that begins with HTTP/2's preface still gets it, and a 505.
-    """
-
-    async def _check_protocol(self, event: Any) -> None:
-        if event.http_version == b"2.0":
-            await super()._check_protocol(event)
-
-
-class _Nowhere:
-    """Of a StreamWriter, what Hypercorn uses of it at the end of a connection."""
-
-    def write(self, data: bytes) -> None: ...
-
-    def write_eof(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    async def drain(self) -> None: ...
-
-    async def wait_closed(self) -> None: ...
-
-
-class _Writer(asyncio.StreamWriter):
-    """One that may be thrown away: asyncio's own takes its connection along, even to another protocol."""
-
-    def __del__(self) -> None: ...
-
-
-class _Door(asyncio.StreamReaderProtocol):
-    """What `asyncio.start_server` makes of each accepted connection, with our writer."""
-
-    def __init__(self, welcome: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]) -> None:
-        self._reader: asyncio.StreamReader | None = asyncio.StreamReader()
-        self._welcome = welcome
-        super().__init__(self._reader)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        reader, self._reader = self._reader, None
-        assert reader is not None, "a connection is made once"
-        # uvloop's is none by class, only by its methods.
-        self._welcome(reader, _Writer(cast("asyncio.Transport", transport), self, reader, asyncio.get_running_loop()))
-
-
-async def _host(app: Quart, listener: socket.socket, end: asyncio.Event) -> None:
-    """Serves until `end`, and then a second longer for what is being answered.
-
-    Hypercorn's own `serve` would do, but for two things: it gives the application no way to a connection, and on Python
-    3.12 and later it waits without end for the connections that are open.
-    """
-    config = Config()
-    config.errorlog = logging.getLogger("hypercorn")
-    config.accesslog = None
-    config.include_server_header = False
-    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
-    context = WorkerContext(None)
-    connections: set[asyncio.Task[None]] = set()
-
-    def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(_Connection(app, config, context, reader, writer).run(), name="http")
-        connections.add(task)
-        task.add_done_callback(connections.discard)
-
-    server = await asyncio.get_running_loop().create_server(lambda: _Door(welcome), sock=listener, backlog=BACKLOG)
-    try:
-        await end.wait()
-    finally:
-        server.close()
-        await context.terminated.set()  # Connections that wait for another request are closed.
-        if connections:
-            await asyncio.wait(connections, timeout=ANSWER_SECONDS)
-        for task in connections:
-            task.cancel()
 
 
 async def _finish(task: asyncio.Task[None]) -> None:

@@ -30,6 +30,9 @@ CLOSE_REASONS = (*END_REASONS, "client", "stalled", "error")
 
 REPLAY_OUTCOMES = ("complete", "gap")
 
+GUEST_ENDS = ("header-timeout", "idle", "answer-timeout", "room")
+"""Why the bridge ended a connection that is no stream: three deadlines and room for others (`http.entrance`)."""
+
 GAP_REASONS: tuple[GapReason, ...] = ("expired", "unknown", "no-log", "not-readable")
 
 _DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -83,6 +86,24 @@ class Metrics:
         self.ready = Gauge("bridge_ready", "1 while new streams are welcome, as /readyz says", registry=self.registry)
         self.connections = Gauge("bridge_connections", "Open streams", registry=self.registry)
         self.connections_limit = Gauge("bridge_connections_limit", "Most open streams allowed", registry=self.registry)
+        self.connections_wanted = Gauge(
+            "bridge_connections_wanted",
+            "BRIDGE_MAX_CONNECTIONS; above the limit where file descriptors allow less",
+            registry=self.registry,
+        )
+        self.guests = Gauge("bridge_guests", "Public HTTP connections that are not streams", registry=self.registry)
+        self.guests_limit = Gauge("bridge_guests_limit", "Most of them allowed", registry=self.registry)
+        self.guests_ended = Counter(
+            "bridge_guests_ended_total",
+            "Public HTTP connections that the bridge ended before they were streams, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.accept_failures = Counter(
+            "bridge_accept_failures_total",
+            "Times that the system had no file descriptor or memory for a connection",
+            registry=self.registry,
+        )
         self.draining = Gauge(
             "bridge_draining", "1 while the process says goodbye to its streams", registry=self.registry
         )
@@ -167,6 +188,8 @@ class Metrics:
         # All label values from the start: a rate over a series that appears with its first event misses that event.
         for reason in CLOSE_REASONS:
             self.streams_ended.labels(reason)
+        for why in GUEST_ENDS:
+            self.guests_ended.labels(why)
         for reason in REASONS:
             self.events_invalid.labels(reason)
             self.log_unreadable.labels(reason)

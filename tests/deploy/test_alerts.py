@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from bridge.event import REASONS
-from bridge.service.metrics import CLOSE_REASONS, GAP_REASONS, REPLAY_OUTCOMES, Metrics
+from bridge.service.metrics import CLOSE_REASONS, GAP_REASONS, GUEST_ENDS, REPLAY_OUTCOMES, Metrics
 from deploy.kubernetes.components.alerts import dashboard
 from tests.deploy.manifests import named, render, settings
 from tests.patience import PATIENCE
@@ -53,6 +53,7 @@ NOT_WANTED = {
 
 LABELS: dict[tuple[str, str], set[str]] = {
     ("bridge_streams_ended_total", "reason"): set(CLOSE_REASONS),
+    ("bridge_guests_ended_total", "reason"): set(GUEST_ENDS),
     ("bridge_events_invalid_total", "reason"): set(REASONS),
     ("bridge_gaps_total", "reason"): set(GAP_REASONS),
     ("bridge_replays_total", "outcome"): set(REPLAY_OUTCOMES),

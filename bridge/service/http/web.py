@@ -27,6 +27,7 @@ from bridge.service.health import CHECKS
 from bridge.service.http.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
 from bridge.service.http.headers import admits_stream, bearer_token, is_own_origin, normal_origin
 from bridge.service.http.openapi import openapi
+from bridge.service.logs import RareLine
 from bridge.service.metrics import Metrics
 from bridge.service.settings import Settings
 from bridge.service.streams import deadlines, sse
@@ -51,9 +52,6 @@ STREAM_HEADERS = {
     # A stream ends with its connection, so that no proxy sends another request into it (RFC 9112, section 9.6).
     "Connection": "close",
 }
-
-REPEATED_LINE_SECONDS = 10.0
-"""Any client can cause some log lines at any rate; each is written at most once in this time."""
 
 TAKE_OVER = "bridge.take_over"
 """Name of the ASGI extension by which a connection is had from the server: a function without arguments. It returns the
@@ -129,8 +127,8 @@ def create_app(
         tracing: makes spans of deliveries; None where nobody wants them.
     """
     app = _bare_app("bridge")
-    not_judged = RareLine("token not judged")
-    no_groups = RareLine("groups not in the token")
+    not_judged = RareLine("token not judged", _log.error)
+    no_groups = RareLine("groups not in the token", _log.error)
     streams = Streams(hub, metrics, turn, stall_seconds=settings.stall_seconds, tracing=tracing)
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
@@ -175,10 +173,10 @@ def create_app(
         try:
             subscriber = await _authenticate(authenticator, settings)
         except GroupsElsewhere as error:
-            no_groups.log(str(error))
+            no_groups.log(error=str(error))
             raise Problem(403, error.code, str(error)) from None
         except TryAgain as error:
-            not_judged.log(str(error))
+            not_judged.log(error=str(error))
             metrics.streams_ended.labels("busy").inc()
             bye = sse.encode_bye("busy", deadlines.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
             return _stream_response(bye)
@@ -362,24 +360,6 @@ async def _hand_over(scope: Any, streams: Streams, wish: StreamRequest) -> Async
     transport = scope["extensions"][TAKE_OVER]()
     if transport is not None:
         streams.open(transport, wish, chunked=scope["http_version"] == "1.1")
-
-
-class RareLine:
-    """One log line, at most once in `REPEATED_LINE_SECONDS`, with the number of those left out before it."""
-
-    def __init__(self, event: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._event = event
-        self._clock = clock
-        self._due = float("-inf")
-        self._left_out = 0
-
-    def log(self, error: str) -> None:
-        now = self._clock()
-        if now < self._due:
-            self._left_out += 1
-            return
-        _log.error(self._event, error=error, left_out=self._left_out)
-        self._due, self._left_out = now + REPEATED_LINE_SECONDS, 0
 
 
 def _check_origin(settings: Settings) -> None:

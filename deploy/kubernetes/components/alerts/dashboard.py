@@ -320,12 +320,36 @@ ROWS = (
         (
             Panel(
                 "Streams of the cap",
-                "Open streams of BRIDGE_MAX_CONNECTIONS, each pod. The autoscaler should hold it near two thirds; a "
-                "pod at 1 sends new streams away.",
+                "Open streams of BRIDGE_MAX_CONNECTIONS, or of what the limit of open files allows, each pod. The "
+                "autoscaler should hold it near two thirds; a pod at 1 sends new streams away.",
                 ((f"{gauge('bridge_connections')} / {gauge('bridge_connections_limit')}", "{{pod}}"),),
                 unit="percentunit",
                 most=1,
                 line=0.8,
+            ),
+            Panel(
+                "Streams that open files do not allow",
+                "BRIDGE_MAX_CONNECTIONS less the streams that the process takes. Above 0 its limit of open files is "
+                "too low for the setting.",
+                ((f"{gauge('bridge_connections_wanted')} - {gauge('bridge_connections_limit')}", "{{pod}}"),),
+            ),
+            Panel(
+                "Connections that are no streams",
+                "Public HTTP connections that ask, are answered, or wait for another request, of the most allowed. A "
+                "proxy keeps some. At 1 the quietest are ended when others come.",
+                ((f"{gauge('bridge_guests')} / {gauge('bridge_guests_limit')}", "{{pod}}"),),
+                unit="percentunit",
+                most=1,
+                line=0.8,
+            ),
+            Panel(
+                "Connections ended before a stream",
+                "By reason: no whole request in 10 s, no further one in 75 s, an answer not taken in 60 s, or room "
+                "for others; and the times that the system had no descriptor for a new one. Idle ones are normal.",
+                (
+                    (rate("bridge_guests_ended_total", "reason"), "{{reason}}"),
+                    (rate("bridge_accept_failures_total"), "no descriptor"),
+                ),
             ),
             Panel(
                 "Memory of the limit",
@@ -352,8 +376,8 @@ ROWS = (
             ),
             Panel(
                 "Files of those allowed",
-                "Open file descriptors of the process's limit: one for each stream and a few dozen. At 1 no "
-                "connection is accepted, not even a probe's.",
+                "Open file descriptors of the process's limit: one for each stream and a few dozen. The bridge "
+                "keeps 64 for probes and RabbitMQ, so a limit of 1,024 is full at 0.94.",
                 ((f"{gauge('process_open_fds')} / {gauge('process_max_fds')}", "{{pod}}"),),
                 unit="percentunit",
                 most=1,

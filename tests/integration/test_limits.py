@@ -1,0 +1,181 @@
+"""Limits of the machine: file descriptors, and clients that hold connections without asking for anything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.client import Stream
+from tests.conftest import Eventually, OpenStream, StartService
+from tests.patience import PATIENCE
+from tests.rabbit import Vhost, cloudevent
+from tests.service import Service, mint
+
+pytestmark = pytest.mark.any_rabbitmq
+
+MANY_A_USER = "100000"
+
+
+class Mute:
+    """A client that opens a connection, and does no more than it is told to."""
+
+    def __init__(self, service: Service) -> None:
+        self._address = urlsplit(service.public)
+
+    async def __aenter__(self) -> Mute:
+        self._reader, self._writer = await asyncio.open_connection(self._address.hostname, self._address.port)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    def send(self, data: bytes) -> None:
+        self._writer.write(data)
+
+    async def answer(self) -> bytes:
+        """All that comes, until the bridge closes."""
+        async with asyncio.timeout(PATIENCE):
+            try:
+                return await self._reader.read()
+            except ConnectionError:
+                return b""
+
+    async def head(self) -> bytes:
+        async with asyncio.timeout(PATIENCE):
+            return await self._reader.readuntil(b"\r\n\r\n")
+
+
+@contextlib.asynccontextmanager
+async def crowd(service: Service, count: int, first_words: bytes = b"") -> AsyncIterator[list[Mute]]:
+    async with contextlib.AsyncExitStack() as stack:
+        found = []
+        for _ in range(count):
+            found.append(await stack.enter_async_context(Mute(service)))
+            found[-1].send(first_words)
+        yield found
+
+
+async def probes_answer(service: Service) -> None:
+    for path in ("/livez", "/readyz?exclude=connections", "/metrics"):
+        assert (await service.get(path, internal=True)).status_code == 200, path
+
+
+async def test_the_soft_limit_is_raised(start: StartService) -> None:
+    service = await start(descriptors=(128, 4096), MAX_CONNECTIONS="2000")
+    assert await service.metric("process_max_fds") == 4096
+    assert await service.metric("bridge_connections_limit") == 2000
+    assert "file descriptors limit streams" not in service.text
+
+
+async def test_too_few_descriptors_stop_the_start(start: StartService) -> None:
+    with pytest.raises(AssertionError, match="ended without logging"):
+        await start(descriptors=(64, 64))
+
+
+async def test_at_the_limit_of_descriptors_everybody_is_answered(
+    start: StartService, connect: OpenStream, vhost: Vhost
+) -> None:
+    """Streams up to the last that the descriptors allow, and as many silent connections as there may be, and more."""
+    service = await start(descriptors=(200, 256), MAX_CONNECTIONS_PER_USER=MANY_A_USER)
+    told = await service.logged("file descriptors limit streams", limit=256, wanted=10_000)
+    assert await service.metric("bridge_connections_limit") == told["streams"] > 100
+    guests = int(await service.metric("bridge_guests_limit"))
+    async with asyncio.TaskGroup() as group:
+        opened = [group.create_task(connect(service, "42")) for _ in range(told["streams"])]
+    streams = [task.result() for task in opened]
+    async with crowd(service, 2 * guests):
+        await probes_answer(service)
+        for _ in range(2 * guests):  # As often as it takes to show that the refused leave nothing behind.
+            async with Stream(service.public, mint("42")) as refused:
+                bye = await refused.next()
+                assert (bye.event, bye.json["reason"]) == ("bridge.bye", "busy")
+        # RabbitMQ can be connected again.
+        assert vhost.close_connections() > 0
+        await service.logged("broker connected", count=2)
+        await probes_answer(service)
+        await vhost.publish("user.42.job.completed", cloudevent("e-1"))
+        for stream in streams:
+            assert (await stream.next_event())["id"] == "e-1"
+    assert await service.metric('bridge_guests_ended_total{reason="room"}') > 0
+    assert await service.metric("bridge_accept_failures_total") == 0
+    assert "connections closed to make room" in service.text
+    assert "Traceback" not in service.text
+
+
+@pytest.mark.parametrize("first_words", [b"", b"G", b"GET /events HTTP/1.1\r\nHost: x\r\nX: "])
+async def test_silent_clients_shut_nobody_out(start: StartService, connect: OpenStream, first_words: bytes) -> None:
+    service = await start(descriptors=(256, 256))
+    guests = int(await service.metric("bridge_guests_limit"))
+    innocent = await connect(service)
+    async with crowd(service, 3 * guests, first_words):
+        for user in "abc":
+            await connect(service, user)
+        await probes_answer(service)
+        assert await service.metric("bridge_guests") <= guests
+    assert not innocent.ended
+
+
+async def test_idle_connections_shut_nobody_out(start: StartService, connect: OpenStream) -> None:
+    service = await start(descriptors=(256, 256))
+    guests = int(await service.metric("bridge_guests_limit"))
+    async with crowd(service, guests, b"GET /schemas HTTP/1.1\r\nHost: x\r\n\r\n") as idle:
+        for each in idle:
+            assert b" 200 " in await each.head()
+        await connect(service)
+
+
+async def test_a_head_has_a_deadline(start: StartService, connect: OpenStream) -> None:
+    service = await start(deadlines={"service.http.entrance.HEADER_SECONDS": 1.0})
+    innocent = await connect(service)
+    async with Mute(service) as silent, Mute(service) as slow, Mute(service) as second:
+        second.send(b"GET /schemas HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in await second.head()
+        dripping = asyncio.create_task(drip(slow, b"GET /events HTTP/1.1\r\nHost: x\r\nX-Padding: " + 10_000 * b"a"))
+        # Nothing is said to a client that has said nothing: a browser may have connected in advance.
+        assert await silent.answer() == b""
+        said = await slow.answer()
+        assert said.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in said.lower()
+        dripping.cancel()
+        # The second request of a connection has the same deadline, from its first byte.
+        second.send(b"GET /sch")
+        assert b"HTTP/1.1 408 " in await second.answer()
+    await service.logged("connections closed without a request")
+    assert await service.metric('bridge_guests_ended_total{reason="header-timeout"}') == 3
+    assert not innocent.ended
+    assert "Traceback" not in service.text
+
+
+async def drip(client: Mute, data: bytes) -> None:
+    for at in range(len(data)):
+        client.send(data[at : at + 1])
+        await asyncio.sleep(0.05)  # The slow client that is tried here.
+
+
+async def test_without_descriptors_clients_wait_and_a_line_says_so(
+    start: StartService, connect: OpenStream, eventually: Eventually
+) -> None:
+    """What no plan foresees: an operator lowers the limit of a running process."""
+    service = await start(descriptors=(1024, 1024))
+    await connect(service)
+    opened = int(await service.metric("process_open_fds"))
+    # The descriptors of the two requests for metrics are free by now, or soon.
+    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (opened - 2, 1024))
+    try:
+        async with crowd(service, 10, b"GET /schemas HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") as clients:
+            line = await service.logged("cannot accept connections")
+            assert line["address"] == "public"
+            assert line["limit"] == opened - 2
+            resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (1024, 1024))
+            for client in clients:
+                assert (await client.answer()).startswith(b"HTTP/1.1 200 ")
+    finally:
+        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (1024, 1024))
+    assert await service.metric("bridge_accept_failures_total") > 0

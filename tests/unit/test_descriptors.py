@@ -1,0 +1,36 @@
+"""How file descriptors are divided."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.service.descriptors import LEAST_GUESTS, MOST_GUESTS, RESERVED, TooFewDescriptors, divide
+
+
+def test_a_usual_limit_is_no_limit() -> None:
+    plan = divide(1_048_576, 20, streams=10_000)
+    assert (plan.streams, plan.guests) == (10_000, MOST_GUESTS)
+
+
+def test_containerds_soft_limit_allows_some_eight_hundred_streams() -> None:
+    plan = divide(1024, 20, streams=10_000)
+    assert plan.streams + plan.guests + 20 + RESERVED == 1024
+    assert plan.streams > 800
+
+
+@given(st.integers(0, 100_000), st.integers(0, 500), st.integers(1, 100_000))
+def test_what_is_reserved_is_never_given_away(limit: int, used: int, streams: int) -> None:
+    try:
+        plan = divide(limit, used, streams=streams)
+    except TooFewDescriptors:
+        assert limit - used - RESERVED <= LEAST_GUESTS
+        return
+    assert 1 <= plan.streams <= streams
+    assert LEAST_GUESTS <= plan.guests <= MOST_GUESTS
+    assert used + RESERVED + plan.guests + plan.streams <= limit
+
+
+def test_too_few_say_how_many_are_needed() -> None:
+    with pytest.raises(TooFewDescriptors, match="at least 117 are needed"):
+        divide(64, 20, streams=10)
+    assert divide(117, 20, streams=10).streams == 1
