@@ -8,17 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`broker_away_seconds` is None while the bridge consumes; `started` once it has consumed for the first time."""
+    """`broker_away_seconds` is None while the bridge consumes; `started` once it has consumed for the first time.
+
+    `missing_keys` says why no key set has been read since the start; None where one has, or none is needed.
+    """
 
     started: bool
     draining: bool
     connections: int
     max_connections: int
     broker_away_seconds: float | None
+    missing_keys: str | None = None
 
 
 CHECKS = frozenset({"broker", "connections"})
-"""What may be left out. Starting and draining always count: there new streams are in the wrong place."""
+"""What may be left out. Starting, missing keys and draining always count: there new streams are in the wrong place."""
 
 
 def why_not_ready(status: Status, *, grace_seconds: float, exclude: Set[str] = frozenset()) -> str | None:
@@ -36,6 +40,10 @@ def why_not_ready(status: Status, *, grace_seconds: float, exclude: Set[str] = f
         return "draining"
     if not status.started:
         return "starting: not connected to RabbitMQ yet"
+    if status.missing_keys is not None:
+        # Every stream would be told `busy`, so a wrong BRIDGE_JWKS must not pass a rollout. This counts only before the
+        # first set: one that was read stays in use while its endpoint fails.
+        return f"starting: no token can be verified yet: {status.missing_keys}; see BRIDGE_JWKS"
     away = status.broker_away_seconds
     if "broker" not in exclude and away is not None and away > grace_seconds:
         return f"RabbitMQ has been away for {away:.0f} s"

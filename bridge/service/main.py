@@ -191,6 +191,7 @@ class _Service:
             connections=len(self.hub),
             max_connections=self.settings.max_connections,
             broker_away_seconds=None if down_since is None else time.monotonic() - down_since,
+            missing_keys=self.authenticator.missing_keys,
         )
         return why_not_ready(status, grace_seconds=self.settings.broker_grace_seconds, exclude=exclude)
 
@@ -229,6 +230,7 @@ class _Service:
             name="public",
         )
         lag = asyncio.create_task(self._measure_lag(), name="loop-lag")
+        keys = asyncio.create_task(self.authenticator.read_first_keys(), name="first-keys")
         quarantine = asyncio.create_task(self.quarantine.run(), name="quarantine")
         # What holds connections to RabbitMQ, each a task of its own: of several in one `gather` the first to be
         # cancelled would end it, and the others' goodbyes would be cut short at the end of the loop.
@@ -266,7 +268,7 @@ class _Service:
         quarantine.cancel()
         end_internal.set()
         await _finish(internal)
-        for task in (lag, stopping):
+        for task in (lag, keys, stopping):
             task.cancel()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close, STOP_SECONDS)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bridge import __version__
+from deploy.local.node import free_ports
 from tests.client import Stream
 from tests.conftest import OpenStream, StartService
 from tests.patience import PATIENCE
@@ -380,3 +381,48 @@ async def test_a_rotated_key_is_busy_until_it_is_known_and_a_strangers_is_refuse
         assert (await stream.ready()).json["user"] == "ed"
     async with Stream(service.public, token(old, "old")) as stream:
         await stream.ready()
+
+
+@pytest.mark.parametrize(
+    "first", [b"404 Not Found\r\n\r\n", b"200 OK\r\n\r\n<html>", b'200 OK\r\n\r\n{"keys": []}', None]
+)
+async def test_not_ready_before_a_key_set_was_read_once(start: StartService, first: bytes | None) -> None:
+    """A wrong address (None: nobody listens there) must not pass a rollout."""
+    import jwt
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    key = ed25519.Ed25519PrivateKey.generate()
+    jwk = jwt.get_algorithm_by_name("EdDSA").to_jwk(key.public_key(), as_dict=True)
+    good = b"200 OK\r\n\r\n" + json.dumps({"keys": [jwk]}).encode()
+    said = first
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 " + (said or b""))
+        writer.close()
+
+    (port,) = free_ports(1)
+    server = await asyncio.start_server(answer, "127.0.0.1", port) if first else None
+    url = f"http://127.0.0.1:{port}/keys"
+    service = await start(
+        JWKS=f"http://me:hidden@127.0.0.1:{port}/keys", deadlines={"keys.FIRST_READ_EVERY_SECONDS": 0.1}
+    )
+    for path in ("/readyz", "/readyz?exclude=broker&exclude=connections"):
+        told = await service.get(path, internal=True)
+        assert told.status_code == 503
+        assert url.replace("//", "//***@") in told.json()["reason"]
+    assert await service.metric("bridge_ready") == 0
+    assert (await service.get("/livez", internal=True)).status_code == 200
+    said = good
+    server = server or await asyncio.start_server(answer, "127.0.0.1", port)
+    await service.logged("key set read")
+    assert (await service.get("/readyz", internal=True)).status_code == 200
+    # A set that was read once stays in use, whatever becomes of its endpoint.
+    said = b"503 Service Unavailable\r\n\r\n"
+    failures = sum(line["event"] == "key set not read" for line in service.lines)
+    stranger = jwt.encode({"sub": "ed", "exp": 4_000_000_000}, ed25519.Ed25519PrivateKey.generate(), algorithm="EdDSA")
+    await service.get("/events", headers={"Authorization": f"Bearer {stranger}"})
+    await service.logged("key set not read", count=failures + 1)
+    assert (await service.get("/readyz", internal=True)).status_code == 200
+    assert "hidden" not in service.text
+    server.close()

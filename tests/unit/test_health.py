@@ -19,6 +19,7 @@ def test_ready() -> None:
     [
         (replace(GOOD, started=False, broker_away_seconds=1), "starting"),
         (replace(GOOD, draining=True), "draining"),
+        (replace(GOOD, missing_keys="the key set https://issuer/keys cannot be used: 404"), "https://issuer/keys"),
         (replace(GOOD, connections=10), "cap"),
         (replace(GOOD, broker_away_seconds=31), "away"),
     ],
@@ -34,5 +35,5 @@ def test_what_is_left_out_does_not_count() -> None:
     assert why_not_ready(full, grace_seconds=30, exclude={"broker", "connections"}) is None
     assert "cap" in (why_not_ready(full, grace_seconds=30, exclude={"broker"}) or "")
     assert "away" in (why_not_ready(full, grace_seconds=30, exclude={"connections"}) or "")
-    for status in [replace(full, started=False), replace(full, draining=True)]:
+    for status in [replace(full, started=False), replace(full, draining=True), replace(full, missing_keys="no answer")]:
         assert why_not_ready(status, grace_seconds=30, exclude={"broker", "connections"}) is not None

@@ -77,6 +77,16 @@ class Authenticator:
         if self._keys is not None:
             await self._keys.start(strict=strict)
 
+    @property
+    def missing_keys(self) -> str | None:
+        """Why no key set has been read yet; None once one has been, and where none is configured."""
+        return None if self._keys is None else self._keys.missing
+
+    async def read_first_keys(self) -> None:
+        """Until a key set has been read. Ends at once where none is configured."""
+        if self._keys is not None:
+            await self._keys.read_first()
+
     async def authenticate(self, token: str | None, now: float) -> Subscriber:
         """As `authenticate_any`, with one token or none."""
         return await self.authenticate_any([] if token is None else [token], now)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,6 +40,10 @@ VERDICT_SECONDS = 30.0
 
 REFRESH_SECONDS = 3600.0
 """A set older than this is read again in the background: a withdrawn key must not be valid for ever."""
+
+FIRST_READ_EVERY_SECONDS = 5.0
+"""Until a set has been read for the first time, it is asked for about this often. Without one the replica is not ready,
+so no token comes that would have the set read."""
 
 MAX_DOCUMENT_BYTES = 1_000_000
 """The largest real sets have some 20 kB."""
@@ -96,6 +102,8 @@ class KeySet:
 
     def __init__(self, source: str) -> None:
         self._source = source
+        # A URL may hold a password, which no log line may show.
+        self._shown = re.sub(r"(?<=//)[^/@]*(?=@)", "***", source)
         self._is_url = source.lower().startswith(("http://", "https://"))
         self._keys: tuple[Key, ...] = ()
         self._failure: str | None = None
@@ -113,6 +121,20 @@ class KeySet:
         await self._begin(time.time())
         if self._failure is not None and (strict or not self._is_url):
             raise InvalidKeySet(self._failure)
+
+    @property
+    def missing(self) -> str | None:
+        """Why there is no set yet; None once one has been read."""
+        if self._read:
+            return None
+        return self._failure or f"the key set {self._shown} has not answered yet"
+
+    async def read_first(self) -> None:
+        """Reads the set again and again, until it has been read once."""
+        while self.missing is not None:
+            await asyncio.sleep(FIRST_READ_EVERY_SECONDS * random.uniform(0.5, 1.5))
+            if self.missing is not None:
+                await self._begin(time.time())
 
     def verifies(self, token: Token, now: float) -> bool:
         """Whether a key of the set at hand signed this token. Never waits.
@@ -157,7 +179,7 @@ class KeySet:
         before = self._read
         await asyncio.wait({self._begin(now)}, timeout=WAIT_SECONDS)
         if self._read == before:
-            raise KeysUnavailable(self._failure or f"the key set {self._source} has not answered yet")
+            raise KeysUnavailable(self._failure or f"the key set {self._shown} has not answered yet")
 
     def _age(self, now: float) -> float:
         # Absolute, so that a clock that was set back does not make a set young for ever.
@@ -179,12 +201,12 @@ class KeySet:
                 self._keys = read_key_set(await self._fetch())
         except Exception as error:  # noqa: BLE001 - whatever an endpoint answers, the set at hand stays in use.
             why = _describe(error)
-            self._failure = f"the key set {self._source} cannot be used: {why}"
-            _log.error("key set not read", source=self._source, error=why, keys_kept=len(self._keys))
+            self._failure = f"the key set {self._shown} cannot be used: {why}"
+            _log.error("key set not read", source=self._shown, error=why, keys_kept=len(self._keys))
         else:
             self._failure = None
             self._read, self._read_at = number, now
-            _log.info("key set read", source=self._source, keys=[key.kid for key in self._keys])
+            _log.info("key set read", source=self._shown, keys=[key.kid for key in self._keys])
         finally:
             self._reading = None
 
@@ -211,6 +233,9 @@ class KeySet:
 def _describe(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"no whole answer within {FETCH_SECONDS:g} s"
+    if isinstance(error, httpx.HTTPStatusError):
+        # The library's own words name the whole address, with its password.
+        return f"it answers {error.response.status_code} {error.response.reason_phrase}".rstrip()
     return str(error) or type(error).__name__
 
 
