@@ -5,6 +5,7 @@ service consumes through `consumer.py`. Needs aio-pika and nothing of the servic
 
     BrokerError
     ├─ BrokerUnavailable    cannot be reached, went away, or did not answer in time: trying again may help
+    │  └─ LimitReached      a limit of connections, channels or queues
     ├─ AccessRefused        credentials, virtual host or a permission: an operator has to change something
     ├─ TopologyMismatch     an exchange or queue exists with other properties
     ├─ NotFound             an exchange or queue does not exist
@@ -55,7 +56,7 @@ _ACCESS_REFUSED = 403
 """AMQP 0-9-1, section 1.2, "access-refused": at the start of a connection these are its credentials."""
 
 _LIMIT = re.compile(r"limit .*reached|reached the maximum")
-"""In RabbitMQ's words for a limit of connections or channels. It may pass, unlike other refusals of code 530."""
+"""In RabbitMQ's words for a limit of connections, channels or queues, which may pass."""
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
@@ -101,6 +102,10 @@ class BrokerError(Exception):
 
 class BrokerUnavailable(BrokerError):
     """The broker cannot be reached, the connection broke, or no answer came in time."""
+
+
+class LimitReached(BrokerUnavailable):
+    """RabbitMQ has a limit of connections, channels or queues, and it is reached. It may pass."""
 
 
 class AccessRefused(BrokerError):
@@ -159,8 +164,8 @@ def translate(error: BaseException, doing: str) -> BrokerError:
     if isinstance(error, BrokerError):
         return error
     text = f"{doing}: {_text(error)}"
-    if isinstance(error, ConnectionNotAllowed) and _LIMIT.search(text):
-        return BrokerUnavailable(text)
+    if isinstance(error, ConnectionNotAllowed | ChannelPreconditionFailed) and _LIMIT.search(_text(error)):
+        return LimitReached(text)
     if isinstance(
         error, AuthenticationError | ProbableAuthenticationError | ChannelAccessRefused | ConnectionNotAllowed
     ):
@@ -235,6 +240,13 @@ async def open_channel(connection: aio_pika.abc.AbstractConnection, *, confirms:
             return await transport.connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
         except RuntimeError as error:  # What aiormq says of a connection that has just gone.
             raise BrokerUnavailable(f"opening a channel: {error}") from error
+
+
+def most_channels(connection: aio_pika.abc.AbstractConnection) -> int:
+    """As many channels RabbitMQ lets this connection have (`channel_max`). Beyond it RabbitMQ closes the connection."""
+    transport = connection.transport
+    negotiated = 0 if transport is None else transport.connection.connection_tune.channel_max
+    return negotiated or 65_535  # 0 is no limit; the number of a channel has 16 bits.
 
 
 async def close(connection: aio_pika.abc.AbstractConnection) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 class Status:
     """`broker_away_seconds` is None while the bridge consumes; `started` once it has consumed for the first time.
 
+    `broker_error` is what RabbitMQ, or the way to it, last failed with; None while the bridge consumes.
     `missing_keys` says why no key set has been read since the start; None where one has, or none is needed.
     """
 
@@ -19,6 +20,7 @@ class Status:
     max_connections: int
     broker_away_seconds: float | None
     missing_keys: str | None = None
+    broker_error: str | None = None
 
 
 CHECKS = frozenset({"broker", "connections"})
@@ -38,15 +40,16 @@ def why_not_ready(status: Status, *, grace_seconds: float, exclude: Set[str] = f
     """
     if status.draining:
         return "draining"
+    why = f" ({status.broker_error})" if status.broker_error else ""
     if not status.started:
-        return "starting: not connected to RabbitMQ yet"
+        return f"starting: not connected to RabbitMQ yet{why}"
     if status.missing_keys is not None:
         # Every stream would be told `busy`, so a wrong BRIDGE_JWKS must not pass a rollout. This counts only before the
         # first set: one that was read stays in use while its endpoint fails.
         return f"starting: no token can be verified yet: {status.missing_keys}; see BRIDGE_JWKS"
     away = status.broker_away_seconds
     if "broker" not in exclude and away is not None and away > grace_seconds:
-        return f"RabbitMQ has been away for {away:.0f} s"
+        return f"RabbitMQ has been away for {away:.0f} s{why}"
     if "connections" not in exclude and status.connections >= status.max_connections:
         return f"at the cap of {status.max_connections} connections"
     return None

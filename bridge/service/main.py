@@ -155,6 +155,7 @@ class _Service:
         metrics.broker_connected.set_function(lambda: broker.connected)
         metrics.broker_connects.set_function(lambda: broker.connects)
         metrics.broker_dropped.set_function(lambda: broker.dropped)
+        metrics.queues_refused.set_function(lambda: broker.refused)
         if self.log is not None:
             log = self.log
             metrics.log_passes.set_function(lambda: log.passes)
@@ -192,6 +193,7 @@ class _Service:
             max_connections=self.settings.max_connections,
             broker_away_seconds=None if down_since is None else time.monotonic() - down_since,
             missing_keys=self.authenticator.missing_keys,
+            broker_error=None if self.hub.broker.last_error is None else str(self.hub.broker.last_error),
         )
         return why_not_ready(status, grace_seconds=self.settings.broker_grace_seconds, exclude=exclude)
 

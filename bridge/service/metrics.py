@@ -120,6 +120,11 @@ class Metrics:
             "Messages that RabbitMQ dropped from the bridge's queues since the start; streams got them from the log",
             registry=self.registry,
         )
+        self.queues_refused = Gauge(
+            "bridge_broker_queues_refused",
+            "Live queues that RabbitMQ refused for a limit since the start",
+            registry=self.registry,
+        )
         self.loop_lag_seconds = Gauge(
             "bridge_loop_lag_seconds", "How late the event loop last came to a timer", registry=self.registry
         )

@@ -405,7 +405,7 @@ async def test_not_ready_before_a_key_set_was_read_once(start: StartService, fir
     server = await asyncio.start_server(answer, "127.0.0.1", port) if first else None
     url = f"http://127.0.0.1:{port}/keys"
     service = await start(
-        JWKS=f"http://me:hidden@127.0.0.1:{port}/keys", deadlines={"keys.FIRST_READ_EVERY_SECONDS": 0.1}
+        JWKS=f"http://me:hidden@127.0.0.1:{port}/keys", deadlines={"service.http.keys.FIRST_READ_EVERY_SECONDS": 0.1}
     )
     for path in ("/readyz", "/readyz?exclude=broker&exclude=connections"):
         told = await service.get(path, internal=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import secrets
 import time
 from collections import Counter, defaultdict
@@ -27,10 +28,11 @@ import structlog
 from pamqp.commands import Basic
 
 from bridge import amqp
-from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
+from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, LimitReached, NotFound, TopologyMismatch
 from bridge.routing import Audience
 from bridge.service.broker import topology
 from bridge.service.broker.consumer import Consumer, ConsumingConnection, Packet
+from bridge.service.logs import RareLine
 from bridge.service.settings import LogSettings
 
 if TYPE_CHECKING:
@@ -41,6 +43,22 @@ if TYPE_CHECKING:
 LANES = 8
 """Attaching is bounded by this: so many queues are being made at any time, each after the one before it. A broker
 that is slow is asked more slowly; after its restart ten thousand queues come back at the pace it can keep."""
+
+CHANNELS_OF_A_LANE = 2
+
+CHANNELS_BESIDE_LANES = 4
+"""Two of the shared queue, one of the queue for dropped messages, and one for declaring what has to be there. With all
+lanes a connection has 20. They are opened before the connection is used: RabbitMQ closes the connection for one too
+many, and no new stream may do that to the others."""
+
+CLOSED_SECONDS = 0.5
+"""A connection that RabbitMQ closes says why within a turn of the loop."""
+
+LIMIT_SECONDS = 1.0
+"""After RabbitMQ refused a queue for a limit, it is not asked for another one for so long."""
+
+LIMIT_RETRY_SECONDS = 5.0
+"""A stream that had a queue before asks for another one about this often, while a limit is reached."""
 
 PREFETCH = 200
 """Unacked deliveries for each consumer. They are acked as soon as they are in a session's backlog, so this is only what
@@ -80,6 +98,7 @@ class Subscription:
         on_delivery(routing_key, body)  a message of the live queue
         on_bound()                      all of it is bound and consumed
         on_lost()                       no longer; on_bound follows when it is again
+        on_refused()                    RabbitMQ takes no further queue; it is tried again later
     """
 
     __slots__ = (
@@ -93,6 +112,7 @@ class Subscription:
         "on_bound",
         "on_delivery",
         "on_lost",
+        "on_refused",
         "queue",
         "wanted",
     )
@@ -106,6 +126,7 @@ class Subscription:
         on_delivery: Delivery,
         on_bound: Callable[[], None],
         on_lost: Callable[[], None],
+        on_refused: Callable[[], None],
     ) -> None:
         self._broker = broker
         self.number = number
@@ -114,6 +135,7 @@ class Subscription:
         self.on_delivery = on_delivery
         self.on_bound = on_bound
         self.on_lost = on_lost
+        self.on_refused = on_refused
         self.wanted = True
         self.consumed = False
         self.bound = False
@@ -168,6 +190,10 @@ class Broker:
         """Connections made since the start, the first included."""
         self.dropped = 0
         """Messages that RabbitMQ dropped from the bridge's queues, since the start."""
+        self.refused = 0
+        """Live queues that RabbitMQ refused for a limit, since the start."""
+        self._most_lanes = LANES
+        """Fewer after RabbitMQ refused so many channels: other connections of the user or the node have them."""
         self.log_may_be_unbound = False
         """Whether the exchange was deleted, and with it the log's binding, and we have not bound it again."""
 
@@ -193,9 +219,10 @@ class Broker:
         on_delivery: Delivery,
         on_bound: Callable[[], None],
         on_lost: Callable[[], None],
+        on_refused: Callable[[], None] = lambda: None,
     ) -> Subscription:
         """Wishes for a live queue with these binding keys, and for these groups. Returns at once."""
-        subscription = Subscription(self, next(self._numbers), keys, groups, on_delivery, on_bound, on_lost)
+        subscription = Subscription(self, next(self._numbers), keys, groups, on_delivery, on_bound, on_lost, on_refused)
         self.subscriptions[subscription.number] = subscription
         self.groups.update(groups)
         if self._link is not None:
@@ -223,9 +250,10 @@ class Broker:
         """
         next_pause = amqp.pauses()
         while True:
+            link: _Link | None = None
             try:
                 async with self._connection() as connection:
-                    link = _Link(self, connection)
+                    link = _Link(self, connection, lanes=self._lanes(connection))
                     await link.declare_topology()
                     self._link = link
                     for subscription in self.subscriptions.values():
@@ -237,12 +265,30 @@ class Broker:
                             next_pause = amqp.pauses()
                         self._went_down()
             except BrokerError as error:
-                self.last_error = error
-                self.log_may_be_unbound |= isinstance(error, _ExchangeGone)
-                if self.connects == 0 and not isinstance(error, BrokerUnavailable):
+                cause = error if link is None else await link.cause_of(error)
+                self.last_error = cause
+                self.log_may_be_unbound |= isinstance(cause, _ExchangeGone)
+                if self.connects == 0 and not isinstance(cause, BrokerUnavailable):
                     raise
-                _log.warning("broker unavailable", error=str(error), kind=type(error).__name__)
+                if isinstance(cause, LimitReached) and "channel" in str(cause):
+                    self._most_lanes = max(1, self._most_lanes // 2)
+                _log.warning("broker unavailable", error=str(cause), kind=type(cause).__name__)
             await asyncio.sleep(next_pause())
+
+    def _lanes(self, connection: aio_pika.abc.AbstractConnection) -> int:
+        """As many as the connection has channels for.
+
+        Raises:
+            LimitReached: none.
+        """
+        channels = amqp.most_channels(connection)
+        lanes = min(self._most_lanes, (channels - CHANNELS_BESIDE_LANES) // CHANNELS_OF_A_LANE)
+        if lanes < 1:
+            raise LimitReached(
+                f"RabbitMQ allows {channels} channels in a connection, and the bridge needs at least "
+                f"{CHANNELS_BESIDE_LANES + CHANNELS_OF_A_LANE}: raise channel_max in rabbitmq.conf"
+            )
+        return lanes
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[aio_pika.abc.AbstractConnection]:
@@ -258,18 +304,28 @@ class Broker:
         """The link consumes: its shared queue is there, which every stream needs."""
         if link is not self._link or self.connected:
             return
-        self.connects += 1
+        is_new = not link.has_been_up
+        link.has_been_up = True
+        self.connects += is_new
         away = None if self.connects == 1 or self.down_since is None else round(time.monotonic() - self.down_since, 3)
         self.down_since = None
         self._up_since = time.monotonic()
         self.last_error = None
+        if is_new:
+            self._most_lanes = min(LANES, 2 * self._most_lanes)  # The next connection may have more again.
         _log.info(
-            "broker connected",
+            "broker connected" if is_new else "shared queue made again",
             address=amqp.address(link.connection),
             exchange=self.exchange,
             streams=len(self.subscriptions),
             away_seconds=away,
         )
+
+    def note_down(self, link: _Link, error: BrokerError) -> None:
+        """The link has lost its shared queue, without which no stream gets everything."""
+        if link is self._link and self.connected:
+            self.down_since = time.monotonic()
+        self.last_error = error
 
     def _went_down(self) -> None:
         self._link = None
@@ -303,10 +359,16 @@ def _lose(subscription: Subscription) -> None:
 class _Link:
     """One life of the consuming connection."""
 
-    def __init__(self, broker: Broker, connection: aio_pika.abc.AbstractConnection) -> None:
+    def __init__(self, broker: Broker, connection: aio_pika.abc.AbstractConnection, *, lanes: int) -> None:
         self.broker = broker
         self.connection = connection
-        self._lanes = [_Lane(self) for _ in range(LANES)]
+        self.has_been_up = False
+        self.full_until = 0.0
+        """Until this moment (monotonic) RabbitMQ is asked for no queue: it has just refused one for a limit."""
+        self._closed = asyncio.Event()
+        self._cause: BaseException | None = None
+        connection.close_callbacks.add(self._note_closed)
+        self._lanes = [_Lane(self) for _ in range(lanes)]
         self.shared = _Shared(self)
         self.dropped = _Dropped(self)
         self._waiting: defaultdict[str | None, dict[int, Subscription]] = defaultdict(dict)
@@ -366,30 +428,42 @@ class _Link:
         Raises:
             BrokerUnavailable: always; it says why the connection ended.
         """
-        closed = asyncio.Event()
-        cause: list[BaseException | None] = [None]
-
-        def on_close(_: object, error: BaseException | None) -> None:
-            cause[0] = error
-            closed.set()
-
-        self.connection.close_callbacks.add(on_close)
+        for lane in self._lanes:
+            await lane.open()
         await self.dropped.open()
         runs = [self.dropped.run(), self.shared.run(), *(lane.run() for lane in self._lanes)]
         owners = [asyncio.create_task(run, name="amqp-owner") for run in runs]
-        watch = asyncio.create_task(closed.wait(), name="amqp-closed")
+        watch = asyncio.create_task(self._closed.wait(), name="amqp-closed")
         try:
             # An owner never ends by itself, so one that is done has failed at something it cannot fix.
             done, _ = await asyncio.wait({watch, *owners}, return_when=asyncio.FIRST_COMPLETED)
             failed = next((task for task in done if task is not watch), None)
-            if failed is not None and not closed.is_set():
+            if failed is not None and not self._closed.is_set():
                 await failed
-            error = cause[0] or BrokerUnavailable("the connection was closed")
-            raise BrokerUnavailable(f"connection lost: {amqp.translate(error, 'consuming')}")
+            raise self._lost()
         finally:
             for task in (watch, *owners):
                 task.cancel()
             await asyncio.gather(watch, *owners, return_exceptions=True)
+
+    def _note_closed(self, _: object, error: BaseException | None) -> None:
+        self._cause = error
+        self._closed.set()
+
+    def _lost(self) -> BrokerUnavailable:
+        found = amqp.translate(self._cause or BrokerUnavailable("the connection was closed"), "consuming")
+        kind = LimitReached if isinstance(found, LimitReached) else BrokerUnavailable
+        return kind(f"connection lost: {found}")
+
+    async def cause_of(self, error: BrokerError) -> BrokerError:
+        """What RabbitMQ said when it closed the connection, if that is why a command failed. The library tells whoever
+        waits for an answer only that there is none."""
+        if type(error) is not BrokerUnavailable or self.has_been_up:
+            return error
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSED_SECONDS):
+                await self._closed.wait()
+        return error if self._cause is None else self._lost()
 
     def attach(self, subscription: Subscription) -> None:
         self.shared.note_groups(subscription.groups)
@@ -444,6 +518,8 @@ class _Lane:
         self._subscriptions: dict[bytes, Subscription] = {}
         self._commands: asyncio.Queue[Subscription | BrokerError] = asyncio.Queue()
         self._setup: AbstractChannel | None = None
+        self._consumer: Consumer | None = None
+        self._limit = RareLine("live queues refused", _log.error)
         self.load = 0
 
     def give(self, subscription: Subscription) -> None:
@@ -455,9 +531,24 @@ class _Lane:
         self.load -= 1
         self._commands.put_nowait(subscription)
 
+    async def open(self) -> None:
+        """Both channels.
+
+        Raises:
+            BrokerError
+        """
+        self._consumer = await Consumer.open(self._link.connection, self._deliver, prefetch=PREFETCH)
+        if self._setup is None or self._setup.is_closed:
+            self._setup = await amqp.open_channel(self._link.connection)
+
     async def run(self) -> None:
+        # Every stream needs the shared queue, so that under a limit of queues no live queue may take its place.
+        await self._link.shared.made.wait()
         while True:
-            consumer = await Consumer.open(self._link.connection, self._deliver, prefetch=PREFETCH)
+            if self._consumer is None:
+                await self.open()
+            consumer, self._consumer = self._consumer, None
+            assert consumer is not None, "it has just been opened"
             channel = consumer.channel
             channel.closing.add_done_callback(self._note_closed)
             channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
@@ -518,6 +609,9 @@ class _Lane:
                     await self._detach(command, consumer)
 
     async def _attach(self, subscription: Subscription, consumer: Consumer) -> None:
+        if time.monotonic() < self._link.full_until:
+            self._refuse(subscription, None)
+            return
         # A name of its own for each try: the queue of a try that failed may still be there.
         queue = f"bridge.live.{self._broker.instance}.{subscription.number}.{secrets.token_hex(2)}"
         try:
@@ -531,6 +625,11 @@ class _Lane:
         except BrokerError as error:
             if not self._link.connection.connected.is_set():
                 raise
+            if isinstance(error, LimitReached):
+                self._link.full_until = time.monotonic() + LIMIT_SECONDS
+                await self._clear_away(queue)
+                self._refuse(subscription, error)
+                return
             _log.error("live queue refused", stream=subscription.number, error=str(error))
             if isinstance(error, NotFound):
                 raise _ExchangeGone(error) from error
@@ -552,6 +651,16 @@ class _Lane:
             self._link.check(subscription)
             if not subscription.wanted:
                 await self._detach(subscription, consumer)
+
+    def _refuse(self, subscription: Subscription, error: LimitReached | None) -> None:
+        """A limit is reached: new streams are sent away, those that had a queue wait for another one."""
+        self._broker.refused += 1
+        if error is not None:
+            self._limit.log(error=str(error), streams=len(self._broker.subscriptions))
+        if subscription.wanted:
+            subscription.on_refused()
+        pause = LIMIT_RETRY_SECONDS * random.uniform(0.5, 1.5)
+        asyncio.get_running_loop().call_later(pause, self._commands.put_nowait, subscription)
 
     async def _clear_away(self, queue: str) -> None:
         """A queue that never had a consumer is not deleted by itself before the connection ends."""
@@ -605,6 +714,7 @@ class _Dropped:
         async with amqp.translating("making the queue for dropped messages"):
             setup = await amqp.open_channel(self._link.connection)
             await setup.queue_declare(self._queue, exclusive=True, auto_delete=True)
+            await setup.close()
             await consumer.consume(self._queue, "dropped")
 
     async def run(self) -> None:
@@ -645,6 +755,8 @@ class _Shared:
         self._bound: set[str] = set()
         self.consuming = False
         self.has_consumed = False
+        self.made = asyncio.Event()
+        """Set once it has been consumed for the first time on this connection."""
         self.queue = ""
         self._failure: BrokerError | None = None
 
@@ -664,6 +776,7 @@ class _Shared:
             except BrokerError as error:
                 if not self._link.connection.connected.is_set():
                     raise
+                self._broker.note_down(self._link, error)
                 _log.warning("shared queue lost", error=str(error))
                 if isinstance(error, NotFound):
                     if self._broker.connects == 0:
@@ -701,6 +814,7 @@ class _Shared:
                 self.queue = queue
                 self.consuming = self.has_consumed = True
                 self._broker.note_up(self._link)
+                self.made.set()
                 self._link.check_waiting(None)
                 # Groups only now: who has few or none need not wait until thousands of others are bound.
                 while True:

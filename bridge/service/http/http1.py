@@ -87,8 +87,8 @@ class _Connection(TCPServer):
     """One of Hypercorn's connections, which the application may take over once it has written a response's head.
 
     A stream through all of Hypercorn costs four tasks and 18 KB for as long as it is open, and 7 microseconds more a
-    write (docs/decisions/05). So Hypercorn reads requests and writes heads and everything that is short, and a stream has
-    the bare transport.
+    write (docs/decisions/05). So Hypercorn reads requests and writes heads and everything that is short. A stream
+    writes to the bare transport.
     """
 
     def __init__(self, app: Quart, config: Config, context: WorkerContext, guest: Guest,

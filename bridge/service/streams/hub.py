@@ -230,6 +230,12 @@ class Connection:
         self.session.lost()
         self.expect(self.session.greeted or bool(self.request.last_event_id))
 
+    def on_refused(self) -> None:
+        """RabbitMQ takes no further queue. A stream that has begun waits for one; a new one is to come back later."""
+        if not self.session.greeted:
+            self.session.end("busy", deadlines.busy_retry_ms(random.random()))
+            self.ring()
+
     def expect(self, replay: bool) -> None:
         """Whether it will ask for a replay, once its queues are bound. The log waits for those who will."""
         log = self._hub.log
@@ -461,6 +467,7 @@ class Hub:
             on_delivery=connection.on_delivery,
             on_bound=connection.on_bound,
             on_lost=connection.on_lost,
+            on_refused=connection.on_refused,
         )
         return connection
 

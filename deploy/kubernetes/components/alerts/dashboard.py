@@ -384,6 +384,12 @@ ROWS = (
                 line=0.8,
             ),
             Panel(
+                "Queues that RabbitMQ refused",
+                "Refused for a limit of the virtual host or the cluster, in five minutes. Normal is 0; otherwise new "
+                "streams are sent away, and streams whose connection was lost wait.",
+                ((f"delta(bridge_broker_queues_refused{{{OURS}}}[5m])", "{{pod}}"),),
+            ),
+            Panel(
                 "Autoscaler",
                 "How many pods it wants, and what it may have (kube-state-metrics). Wanted at the maximum for long: "
                 "more clients make each pod fuller.",
