@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, cast
 
+import h11
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
@@ -21,9 +22,14 @@ from hypercorn.protocol.h11 import H11Protocol
 from quart import Quart
 
 from bridge.service.http.entrance import Entrance, Guest, Why
-from bridge.service.http.web import TAKE_OVER
+from bridge.service.http.requesthead import HeadFault, fault_of_head, fault_of_lines, origin_form
+from bridge.service.http.web import PROBLEM_TYPE, TAKE_OVER, problem_document
 
 READ_BYTES = 65_536
+
+LINGER_SECONDS = 1.0
+"""A connection that is closed while its client still sends is read for so long: a close before that would be a reset,
+which may reach the client before the answer does (RFC 9112, section 9.6)."""
 
 LAST_ANSWERS_SECONDS = 1.0
 """For answers that are being made when the service ends. No stream is among them: those have been drained."""
@@ -96,6 +102,7 @@ class _Connection(TCPServer):
         super().__init__(self._call, asyncio.get_running_loop(), config, context, {}, reader, writer)
         self._quart = app
         self._guest = guest
+        self._lingers = False
         self._last_words: asyncio.Task[None] | None = None
         guest.on_late = self._say_late
         self.idle_task = _NoTask()  # type: ignore[assignment]
@@ -106,8 +113,22 @@ class _Connection(TCPServer):
                 self._guest.idle()
             else:
                 self._guest.answering()
+        elif isinstance(event, Closed) and self._client_may_send():
+            self._linger()
         else:
             await super().protocol_send(event)
+
+    def _client_may_send(self) -> bool:
+        protocol = self.protocol.protocol
+        return isinstance(protocol, _Http1) and (protocol.is_amid_request or not self._guest.is_silent)
+
+    def _linger(self) -> None:
+        """Says that this was all, and lets the client end the connection. What it still sends is thrown away."""
+        if not self._lingers:
+            self._lingers = True
+            with contextlib.suppress(NotImplementedError, OSError, RuntimeError):
+                self.writer.write_eof()
+            asyncio.get_running_loop().call_later(LINGER_SECONDS, self._guest.close)
 
     async def _read_data(self) -> None:
         made = self.protocol
@@ -119,7 +140,8 @@ class _Connection(TCPServer):
             except OSError:
                 break
             self._guest.has_unread = False
-            await self.protocol.handle(RawData(data))
+            if not self._lingers:
+                await self.protocol.handle(RawData(data))
         await self.protocol.handle(Closed())
 
     def _say_late(self) -> None:
@@ -152,15 +174,104 @@ class _Connection(TCPServer):
 
 
 class _Http1(H11Protocol):
-    """Hypercorn's HTTP/1.1 without `Upgrade: h2c`, which Java's HttpClient and curl send without being asked.
+    """Hypercorn's HTTP/1.1, as strict as RFC 9112 allows, with a body for each error and without upgrades.
 
-    A server may ignore an upgrade (RFC 9110, section 7.8), and HTTP/2 in the clear has none any more (RFC 9113, section
-    3.1). Hypercorn has no setting for it. A client that begins with HTTP/2's preface still gets it, and a 505.
+    A server may ignore an upgrade (RFC 9110, section 7.8). `Upgrade: h2c`, which Java's HttpClient and curl send
+    unasked, is gone (RFC 9113, section 3.1); there are no WebSockets here. A client that begins with HTTP/2's preface
+    gets it, and a 505.
     """
+
+    connection: _Requests
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.connection = _Requests(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
+
+    @property
+    def is_amid_request(self) -> bool:
+        """Whether the client has not sent all of its request yet, or more than one."""
+        state = self.connection.their_state
+        return state in (h11.SEND_BODY, h11.ERROR) or bool(self.connection.trailing_data[0])
 
     async def _check_protocol(self, event: Any) -> None:
         if event.http_version == b"2.0":
             await super()._check_protocol(event)
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        target, host = origin_form(request.target)
+        # RFC 9110, section 2.5: of HTTP/1.x what is later than 1.1 is read as 1.1.
+        version = (
+            b"1.1" if request.http_version[:2] == b"1." and request.http_version > b"1.1" else request.http_version
+        )
+        headers = [
+            (name, host if host is not None and name == b"host" else value)
+            for name, value in request.headers
+            if name != b"upgrade"
+        ]
+        if (target, version) != (request.target, request.http_version) or len(headers) != len(request.headers):
+            request = h11.Request(method=request.method, target=target, headers=headers, http_version=version)
+        await super()._create_stream(request)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        fault = self.connection.fault
+        if fault is None or fault.status != status_code:
+            fault = HeadFault(status_code, *_FAULTS.get(status_code, _FAULTS[400]))
+        body = problem_document(fault.status, fault.code, fault.detail).encode()
+        headers = [
+            ("Content-Type", PROBLEM_TYPE),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+            ("Connection", "close"),
+        ]
+        headers += [(name.decode(), value.decode()) for name, value in self.config.response_headers("h11")]
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
+        if not self.connection.asks_for_head:
+            await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+
+
+_FAULTS = {
+    400: ("bad-request", "this is no request of HTTP/1.1 (RFC 9112)"),
+    408: ("request-timeout", "the head of the request did not come to its end in time"),
+    431: ("headers-too-large", "the head of the request is larger than 16 KB"),
+    501: ("not-implemented", "of transfer codings only chunked is known here"),
+}
+"""What is said of requests that h11 refuses. Its own words repeat what came, which may be a token."""
+
+
+class _Requests(h11.Connection):
+    """h11, which is lenient where old clients are, with what is refused here beside."""
+
+    fault: HeadFault | None = None
+    asks_for_head = False
+
+    def receive_data(self, data: bytes) -> None:
+        if self.their_state is h11.IDLE and data[:2] == b"\r\n" and not self.trailing_data[0]:
+            data = data[2:]  # An empty line before a request is ignored (RFC 9112, section 2.2).
+            if not data:
+                return  # To h11 no bytes are the end of the connection.
+        super().receive_data(data)
+
+    def next_event(self) -> Any:
+        before = self.trailing_data[0]
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.asks_for_head = event.method == b"HEAD"
+            self.fault = fault_of_head(
+                before[: len(before) - len(self.trailing_data[0])],
+                method=event.method,
+                version=event.http_version,
+                headers=event.headers,
+            )
+        elif isinstance(event, h11.EndOfMessage):
+            # What h11 takes with it is the last chunk's line and the trailers, and no byte of a body.
+            self.fault = fault_of_lines(before[: len(before) - len(self.trailing_data[0])])
+        else:
+            return event
+        if self.fault is not None:
+            self._process_error(self.their_role)  # As for what h11 refuses itself: no answer follows but the error's.
+            raise h11.RemoteProtocolError(self.fault.detail, error_status_hint=self.fault.status)
+        return event
 
 
 class _Nowhere:

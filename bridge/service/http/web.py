@@ -80,6 +80,8 @@ class Problem(Exception):
         return _problem(self.status, self.code, self.detail, self.headers)
 
 
+PROBLEM_TYPE = "application/problem+json"
+
 _TITLES = {
     400: "Bad request",
     401: "Not authenticated",
@@ -87,23 +89,29 @@ _TITLES = {
     404: "Not found",
     405: "Method not allowed",
     406: "Not acceptable",
+    408: "Too slow",
     413: "Too large",
+    431: "Headers too large",
     500: "Internal error",
+    501: "Not implemented",
     503: "Not available",
     505: "HTTP version not supported",
 }
 
 
-def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
+def problem_document(status: int, code: str, detail: str) -> str:
+    """The body of an error (RFC 9457), as one line."""
     document = {
         "type": f"urn:bridge:problem:{code}",
         "title": _TITLES.get(status, "Error"),
         "status": status,
         "detail": detail,
     }
-    response = Response(
-        json.dumps(document, ensure_ascii=False) + "\n", status=status, content_type="application/problem+json"
-    )
+    return json.dumps(document, ensure_ascii=False) + "\n"
+
+
+def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
+    response = Response(problem_document(status, code, detail), status=status, content_type=PROBLEM_TYPE)
     response.headers["Cache-Control"] = "no-store"
     response.headers.update(headers or {})
     return response

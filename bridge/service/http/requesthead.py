@@ -1,0 +1,75 @@
+"""What is refused of a request's head, beside what the parser refuses: where RFC 9112 leaves a choice, the strict one.
+
+A proxy in front may have read the same bytes in another way, and what it takes for the body of one person's request
+must not be another request here (request smuggling). Pure: bytes in, a fault or none out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH"})
+"""RFC 9110, section 9.3, and RFC 5789. Methods are case-sensitive (RFC 9110, section 9.1): `get` is not one of them."""
+
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_BARE_CR = re.compile(rb"\r(?!\n)")
+_FOLD = re.compile(rb"\r\n[ \t]")
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*(?::[0-9]*)?|\[[0-9A-Za-z:.%_~-]+\](?::[0-9]*)?")
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)([^#]*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFault:
+    """`code` is stable, for programs; `detail` is for people."""
+
+    status: int
+    code: str
+    detail: str
+
+
+def fault_of_head(
+    head: bytes, *, method: bytes, version: bytes, headers: Iterable[tuple[bytes, bytes]]
+) -> HeadFault | None:
+    """
+    Args:
+        head: as it came, with the empty line at its end.
+        method, version, headers: what the parser read of it; names in lower case.
+    """
+    if (fault := fault_of_lines(head)) is not None:
+        return fault
+    if _FOLD.search(head):
+        # RFC 9112, section 5.2.
+        return HeadFault(400, "bad-request", "a header is continued on a second line: write it on one line")
+    if version != b"2.0" and method not in METHODS:
+        return HeadFault(501, "unknown-method", "this method is not known here; methods are written in capitals")
+    values = dict(headers)
+    if b"transfer-encoding" in values:
+        # RFC 9112, sections 6.1 and 6.3. Both are ways to smuggle a request.
+        if b"content-length" in values:
+            return HeadFault(400, "bad-request", "Content-Length and Transfer-Encoding exclude each other: send one")
+        if version < b"1.1":
+            return HeadFault(400, "bad-request", "Transfer-Encoding needs HTTP/1.1")
+    if not _HOST.fullmatch(values.get(b"host", b"")):
+        return HeadFault(400, "bad-request", "Host must be a host and, where needed, a port")  # RFC 9112, section 3.2.
+    return None
+
+
+def fault_of_lines(lines: bytes) -> HeadFault | None:
+    """Of a head, or of what frames a body in chunks (RFC 9112, section 2.2)."""
+    if _BARE_LF.search(lines) or _BARE_CR.search(lines):
+        return HeadFault(400, "bad-request", "lines must end with CR LF, and neither may occur alone")
+    return None
+
+
+def origin_form(target: bytes) -> tuple[bytes, bytes | None]:
+    """A request's target as path and query, and the host that it names instead of the Host header, if it names one.
+
+    A server must take `GET http://host/path`, and ignore Host then (RFC 9112, section 3.2.2).
+    """
+    found = _ABSOLUTE.fullmatch(target)
+    if found is None:
+        return target, None
+    rest = found[2] if found[2].startswith(b"/") else b"/" + found[2]
+    return rest, found[1].rpartition(b"@")[2]
