@@ -237,6 +237,24 @@ async def test_a_preflight_admits_the_headers_of_fetching_clients(start: StartSe
     await problem(service, 403, "origin-not-allowed", method="OPTIONS", headers={**ask, "Origin": "https://evil"})
 
 
+@pytest.mark.parametrize("path", ["/events", "/schemas", "/client.js"])
+async def test_a_preflight_admits_what_the_browser_asks_for(start: StartService, path: str) -> None:
+    """Sentry and OpenTelemetry add headers of their own to each request of a page."""
+    service = await start(ALLOWED_ORIGINS=APP)
+    asked = "authorization,baggage,last-event-id,sentry-trace,traceparent,x-requested-with"
+    ask = {"Origin": APP, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": asked}
+    response = await service.get(path, method="OPTIONS", headers=ask)
+    assert response.is_success
+    assert response.headers["access-control-allow-origin"] == APP
+    assert response.headers["access-control-allow-credentials"] == "true"
+    assert set(asked.split(",")) <= set(response.headers["access-control-allow-headers"].lower().split(", "))
+    varies = {name.strip().lower() for name in response.headers["vary"].split(",")}
+    assert varies == {"origin", "access-control-request-headers"}
+    # Nothing for another origin.
+    stranger = await service.get(path, method="OPTIONS", headers={**ask, "Origin": "https://evil"})
+    assert not [name for name in stranger.headers if name.startswith("access-control-")]
+
+
 async def test_the_catalogue_can_be_read(service: Service) -> None:
     schemas = (await service.get("/schemas")).json()
     assert {"job.started", "job.progress", "job.completed"} <= set(schemas)

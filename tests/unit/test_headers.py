@@ -2,7 +2,16 @@
 
 import pytest
 
-from bridge.service.http.headers import admits_stream, bearer_token, is_own_origin, normal_origin
+from bridge.service.http.headers import (
+    MOST_ASKED,
+    MOST_ASKED_BYTES,
+    STREAM_REQUEST_HEADERS,
+    admits_stream,
+    allowed_headers,
+    bearer_token,
+    is_own_origin,
+    normal_origin,
+)
 
 JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
 """What java.net.HttpURLConnection sends unless it is told otherwise."""
@@ -71,3 +80,26 @@ def test_origins(origin: str, normal: str) -> None:
 )  # fmt: skip
 def test_own_origin(origin: str, host: str, own: bool) -> None:
     assert is_own_origin(origin, host) is own
+
+
+OURS = ", ".join(STREAM_REQUEST_HEADERS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "more"),
+    [
+        ([], ""),
+        ([""], ""),
+        (["traceparent,baggage"], ", traceparent, baggage"),
+        (["traceparent , baggage", "Sentry-Trace"], ", traceparent, baggage, Sentry-Trace"),
+        (["authorization,ACCEPT,last-event-id"], ""),
+        (["x,x,X"], ", x"),
+        # Only names of headers are repeated: nothing that ends a line or begins another value.
+        (['a b,c:d,e\r\nf,\xe9,g;h,*"i,j'], ", j"),
+        (["*"], ", *"),
+        (["a" * (MOST_ASKED_BYTES + 1)], ""),
+        ([",".join(f"x{number}" for number in range(2 * MOST_ASKED))], "".join(f", x{n}" for n in range(MOST_ASKED))),
+    ],
+)
+def test_a_preflight_is_allowed_the_names_that_it_asks_for(asked: list[str], more: str) -> None:
+    assert allowed_headers(asked) == OURS + more

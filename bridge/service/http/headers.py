@@ -8,6 +8,14 @@ from urllib.parse import urlsplit
 
 from bridge.service.streams.sse import MEDIA_TYPE
 
+STREAM_REQUEST_HEADERS = ("Authorization", "Last-Event-ID", "Cache-Control", "Accept")
+"""What clients of the stream send, allowed whether a browser asks for it or not."""
+
+MOST_ASKED = 100
+MOST_ASKED_BYTES = 4096
+"""Of a preflight: real ones ask for ten names at most. What is longer is not repeated to it."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _RANGE = re.compile(r"([a-z0-9!#$&^_.+*-]+)/([a-z0-9!#$&^_.+*-]+)")
 _WEIGHT = re.compile(r";\s*q\s*=\s*([0-9.]+)\s*(?:;|$)")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
@@ -55,6 +63,23 @@ def bearer_token(authorization: Iterable[str]) -> str | None:
         if scheme.lower() == "bearer" and credentials.strip():
             return credentials.strip()
     return None
+
+
+def allowed_headers(asked: Iterable[str]) -> str:
+    """The `Access-Control-Allow-Headers` that answers the lines of an `Access-Control-Request-Headers`.
+
+    Libraries add headers to each request of a page (`traceparent`, `baggage`, `sentry-trace`). An allowed origin may
+    read the stream anyway, and the bridge ignores headers that it does not know, so there is nothing to forbid. `*`
+    would not do, since the stream is read with credentials (Fetch standard, "CORS-preflight fetch"). Anything but a
+    header's name is left out.
+    """
+    line = ",".join(asked)
+    names = line.split(",") if len(line) <= MOST_ASKED_BYTES else []
+    found = {name.lower(): name for name in STREAM_REQUEST_HEADERS}
+    for name in (name.strip() for name in names[:MOST_ASKED]):
+        if _TOKEN.fullmatch(name):
+            found.setdefault(name.lower(), name)
+    return ", ".join(found.values())
 
 
 def normal_origin(origin: str) -> str:

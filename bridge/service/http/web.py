@@ -25,7 +25,7 @@ from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
 from bridge.service.health import CHECKS
 from bridge.service.http.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
-from bridge.service.http.headers import admits_stream, bearer_token, is_own_origin, normal_origin
+from bridge.service.http.headers import admits_stream, allowed_headers, bearer_token, is_own_origin, normal_origin
 from bridge.service.http.openapi import openapi
 from bridge.service.logs import RareLine
 from bridge.service.metrics import Metrics
@@ -157,10 +157,16 @@ def create_app(
     @app.after_request
     async def add_cors(response: Response) -> Response:
         # Also on errors: without it a page that fetches by hand cannot read why it was refused.
-        response.headers.add("Vary", "Origin")
+        is_preflight = request.method == "OPTIONS"
+        response.headers.add("Vary", "Origin, Access-Control-Request-Headers" if is_preflight else "Origin")
         if normal_origin(request.headers.get("Origin", "")) in settings.allowed_origins:
             response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
             response.headers["Access-Control-Allow-Credentials"] = "true"
+            if is_preflight:
+                asked = request.headers.getlist("Access-Control-Request-Headers")
+                response.headers["Access-Control-Allow-Methods"] = "GET, HEAD"
+                response.headers["Access-Control-Allow-Headers"] = allowed_headers(asked)
+                response.headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
         return response
 
     @app.route("/events", methods=["OPTIONS"])
@@ -168,9 +174,6 @@ def create_app(
         _check_origin(settings)
         response = Response(b"", status=204)
         response.headers["Allow"] = "GET, HEAD, OPTIONS"
-        response.headers["Access-Control-Allow-Methods"] = "GET, HEAD"
-        response.headers["Access-Control-Allow-Headers"] = "Authorization, Last-Event-ID, Cache-Control, Accept"
-        response.headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
         return response
 
     @app.route("/events", methods=["GET", "HEAD"], provide_automatic_options=False)
