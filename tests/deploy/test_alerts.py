@@ -61,7 +61,8 @@ LABELS: dict[tuple[str, str], set[str]] = {
         code
         for name in ("claims", "web")
         for code in re.findall(
-            r'\bcode = "([a-z-]+)"|Problem\(\s*\d+,\s*"([a-z-]+)"', (ROOT / f"bridge/{name}.py").read_text()
+            r'\bcode = "([a-z-]+)"|Problem\(\s*\d+,\s*"([a-z-]+)"',
+            (ROOT / f"bridge/service/http/{name}.py").read_text(),
         )
         for code in code
         if code
