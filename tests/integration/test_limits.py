@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.client import Stream
 from tests.conftest import Eventually, OpenStream, StartService
+from tests.decoder import Frame
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
@@ -62,6 +65,25 @@ async def crowd(service: Service, count: int, first_words: bytes = b"") -> Async
         yield found
 
 
+Wanted = TypeVar("Wanted")
+
+
+async def as_a_browser(come: Callable[[], Awaitable[Wanted]]) -> Wanted:
+    """Tries again where the connection is ended before an answer.
+
+    In a crowd a client makes room for others if it has sent nothing within a second, and on a busy machine a test may.
+    """
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            with contextlib.suppress(OSError, IndexError, asyncio.IncompleteReadError):
+                return await come()
+
+
+async def is_busy(service: Service) -> Frame:
+    async with Stream(service.public, mint("42")) as refused:
+        return await refused.next()
+
+
 async def probes_answer(service: Service) -> None:
     for path in ("/livez", "/readyz?exclude=connections", "/metrics"):
         assert (await service.get(path, internal=True)).status_code == 200, path
@@ -88,14 +110,13 @@ async def test_at_the_limit_of_descriptors_everybody_is_answered(
     assert await service.metric("bridge_connections_limit") == told["streams"] > 100
     guests = int(await service.metric("bridge_guests_limit"))
     async with asyncio.TaskGroup() as group:
-        opened = [group.create_task(connect(service, "42")) for _ in range(told["streams"])]
+        opened = [group.create_task(as_a_browser(partial(connect, service, "42"))) for _ in range(told["streams"])]
     streams = [task.result() for task in opened]
     async with crowd(service, 2 * guests):
         await probes_answer(service)
         for _ in range(2 * guests):  # As often as it takes to show that the refused leave nothing behind.
-            async with Stream(service.public, mint("42")) as refused:
-                bye = await refused.next()
-                assert (bye.event, bye.json["reason"]) == ("bridge.bye", "busy")
+            bye = await as_a_browser(lambda: is_busy(service))
+            assert (bye.event, bye.json["reason"]) == ("bridge.bye", "busy")
         # RabbitMQ can be connected again.
         assert vhost.close_connections() > 0
         await service.logged("broker connected", count=2)
@@ -116,7 +137,7 @@ async def test_silent_clients_shut_nobody_out(start: StartService, connect: Open
     innocent = await connect(service)
     async with crowd(service, 3 * guests, first_words):
         for user in "abc":
-            await connect(service, user)
+            await as_a_browser(partial(connect, service, user))
         await probes_answer(service)
         assert await service.metric("bridge_guests") <= guests
     assert not innocent.ended
@@ -128,7 +149,7 @@ async def test_idle_connections_shut_nobody_out(start: StartService, connect: Op
     async with crowd(service, guests, b"GET /schemas HTTP/1.1\r\nHost: x\r\n\r\n") as idle:
         for each in idle:
             assert b" 200 " in await each.head()
-        await connect(service)
+        await as_a_browser(lambda: connect(service))
 
 
 async def test_a_head_has_a_deadline(start: StartService, connect: OpenStream) -> None:
