@@ -305,6 +305,12 @@ def assert_by_the_rules(pieces: list[bytes], said: bytes) -> None:
         assert answer.headers.get("connection", "").lower() != "close", found
 
 
+async def becomes(service: Service, name: str, value: float) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while await service.metric(name) != value:  # noqa: ASYNC110 - a metric gives no signal.
+            await asyncio.sleep(0.05)  # Between two questions.
+
+
 async def test_whatever_is_sent_is_answered_by_the_rules(service: Service, connect: OpenStream, vhost: Vhost) -> None:
     innocent = await connect(service, "42")
     address = address_of(service)
@@ -315,8 +321,9 @@ async def test_whatever_is_sent_is_answered_by_the_rules(service: Service, conne
         assert_by_the_rules(pieces, talk(address, *pieces))
 
     await asyncio.to_thread(fuzz)
-    assert await service.metric("bridge_connections") == 1
-    assert await service.metric("bridge_guests") == 0
+    # The last connections may still be on their way out.
+    await becomes(service, "bridge_connections", 1)
+    await becomes(service, "bridge_guests", 0)
     await vhost.publish("user.42.job.completed", cloudevent("still-there"))
     assert (await innocent.next_event())["id"] == "still-there"
     assert "Traceback" not in service.text
