@@ -7,10 +7,10 @@ publisher chose can act as a topic operator. Knows nothing of queues, tokens or 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 MAX_KEY_BYTES = 255
 """AMQP 0-9-1, section 4.2.5.3: a routing key is a short string, whose length is one octet."""
@@ -19,6 +19,13 @@ MAX_TYPE_CHARS = 128
 
 MAX_PATTERNS = 16
 """Patterns in one `types` member; each is a binding of its own on the broker."""
+
+FILTERS_KEPT: Final = 1_024
+"""Filters that are remembered by their text, because pages ask for the same few. About 6 MB, when all of them have 16
+patterns of 128 characters."""
+
+TYPES_KEPT: Final = 32
+"""Event types for which a filter, and places of types for which the process, remembers the answer."""
 
 MAX_HASHES = 2
 """RabbitMQ 4.3.5 refuses a binding key with more than two `#`."""
@@ -205,41 +212,43 @@ class TypeFilter:
     """The types that a browser asked for. Without patterns it is every type.
 
     Patterns are those of a topic exchange (AMQP 0-9-1, section 3.1.3.3): `*` is exactly one word, `#` none or more.
-    The broker filters a user's own queue by binding key; what comes by the shared queue or from the log is filtered
-    here, by the same words.
+    RabbitMQ filters a user's own queue by binding key. Events of the shared queue and of the log are filtered here, by
+    the same rules.
+
+    Streams that ask for the same share one filter.
     """
 
-    __slots__ = ("_matches", "patterns")
+    __slots__ = ("_known", "_takes_all", "patterns")
 
     def __init__(self, patterns: Iterable[str] = ()) -> None:
         # The order does not matter to anybody, a repeated pattern would be a binding made twice.
         self.patterns = tuple(dict.fromkeys(patterns))
-        self._matches = _compile(self.patterns)
+        self._takes_all = not self.patterns or "#" in self.patterns
+        self._known: dict[str, bool] = {}
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> TypeFilter:
         """Reads the value of the query member `types`: patterns joined by commas.
 
         Raises:
             InvalidPattern: an empty pattern, one outside the grammar, or more than 16.
         """
-        patterns = text.split(",")
-        if len(patterns) > MAX_PATTERNS:
-            raise InvalidPattern(f"at most {MAX_PATTERNS} patterns in `types`, these are {len(patterns)}")
-        for pattern in patterns:
-            if not pattern:
-                raise InvalidPattern("`types` has an empty pattern; leave `types` out to get every type")
-            if len(pattern) > MAX_TYPE_CHARS or not _PATTERN.fullmatch(pattern):
-                raise InvalidPattern(
-                    f"{pattern[:140]!r} is no type pattern: write words of a-z, 0-9, _ and -, or *, or #, joined by "
-                    f"dots (job.progress, job.*, job.#), at most {MAX_TYPE_CHARS} characters"
-                )
-            if pattern.split(".").count("#") > MAX_HASHES:
-                raise InvalidPattern(f"{pattern!r} has more than {MAX_HASHES} '#'")
-        return cls(patterns)
+        # Counted before anything is cut: a query of 16 KB can hold as many commas.
+        if text.count(",") >= MAX_PATTERNS:
+            raise InvalidPattern(f"at most {MAX_PATTERNS} patterns in `types`, these are {text.count(',') + 1}")
+        return _parse(text)
 
     def matches(self, event_type: str) -> bool:
-        return self._matches is None or self._matches.fullmatch(event_type) is not None
+        if self._takes_all:
+            return True
+        known = self._known.get(event_type)
+        if known is None:
+            places, end = _places(event_type)
+            known = any(takes(pattern, places, end) for pattern in self.patterns)
+            if len(self._known) >= TYPES_KEPT:
+                self._known.clear()
+            self._known[event_type] = known
+        return known
 
     def binding_keys(self, audience: Audience) -> tuple[str, ...]:
         """The binding keys of the live queue for this audience: one a pattern, or one for everything.
@@ -255,25 +264,55 @@ class TypeFilter:
         return f"TypeFilter({', '.join(self.patterns) or 'every type'})"
 
 
-@lru_cache(maxsize=1024)  # Pages ask for the same few filters over and over.
-def _compile(patterns: tuple[str, ...]) -> re.Pattern[str] | None:
-    if not patterns or "#" in patterns:
-        return None
-    return re.compile("|".join(f"(?:{_as_regex(pattern)})" for pattern in patterns))
+@lru_cache(maxsize=FILTERS_KEPT)
+def _parse(text: str) -> TypeFilter:
+    patterns = text.split(",")
+    for pattern in patterns:
+        if not pattern:
+            raise InvalidPattern("`types` has an empty pattern; leave `types` out to get every type")
+        if len(pattern) > MAX_TYPE_CHARS or not _PATTERN.fullmatch(pattern):
+            raise InvalidPattern(
+                f"{pattern[:140]!r} is not a type pattern: write words of a-z, 0-9, _ and -, or *, or #, joined by "
+                f"dots (job.progress, job.*, job.#), at most {MAX_TYPE_CHARS} characters"
+            )
+        if pattern.split(".").count("#") > MAX_HASHES:
+            raise InvalidPattern(f"{pattern!r} has more than {MAX_HASHES} '#'")
+    return TypeFilter(patterns)
 
 
-def _as_regex(pattern: str) -> str:
-    # `#` may be no word at all, so it takes its dot along: `a.#` is `a(?:\.word)*`, `#.a` is `(?:word\.)*a`.
-    # Words and dots are disjoint sets, so nothing here backtracks further than the number of words allows.
-    regex = ""
-    at_start = True  # Nothing that must be there has been written yet, so no dot goes before the next word.
-    previous = ""
+def takes(pattern: str, places: Mapping[str, int], end: int) -> bool:
+    """Whether a pattern takes an event type, in one step for each word of the pattern.
+
+    `reached` is a set of places in the type, as the bits of a number: the pattern's words so far take exactly the
+    type's words before that place. So nothing is tried twice. For the type `a.b.a` and the pattern `#.a`:
+
+        places = {"a": 0b101, "b": 0b010}, end = 0b1000
+        before       0b0001  no word yet
+        after `#`    0b1111  none or more: this place and all behind it
+        after `a`    0b1010  behind the first word and behind the third, which is the end
+
+    Args:
+        places: for each word of the type, the bits of the places at which it begins.
+        end: the bit behind the last word.
+    """
+    reached = 1
     for word in pattern.split("."):
-        if word != "#":
-            regex += ("" if at_start else r"\.") + (_WORD if word == "*" else re.escape(word))
-            at_start = False
-        elif previous != "#":  # `#.#` is `#`.
-            regex += rf"(?:{_WORD}\.)*" if at_start else rf"(?:\.{_WORD})*"
-        previous = word
-    # A pattern of nothing but `#` takes every type.
-    return rf"{_WORD}(?:\.{_WORD})*" if at_start else regex
+        if word == "#":
+            reached = 2 * end - (reached & -reached)
+        elif word == "*":
+            reached = (reached << 1) & (2 * end - 1)
+        else:
+            reached = (reached & places.get(word, 0)) << 1
+        if not reached:
+            return False
+    return reached & end != 0
+
+
+@lru_cache(maxsize=TYPES_KEPT)
+def _places(event_type: str) -> tuple[Mapping[str, int], int]:
+    places: dict[str, int] = {}
+    bit = 1
+    for word in event_type.split("."):
+        places[word] = places.get(word, 0) | bit
+        bit <<= 1
+    return places, bit

@@ -5,7 +5,19 @@ import re
 import hypothesis.strategies as st
 from hypothesis import given
 
-from bridge.routing import MAX_HASHES, Audience, TypeFilter, decode_id, encode_id, split_key
+from bridge.routing import (
+    MAX_HASHES,
+    MAX_PATTERNS,
+    MAX_TYPE_CHARS,
+    TYPES_KEPT,
+    Audience,
+    InvalidPattern,
+    TypeFilter,
+    decode_id,
+    encode_id,
+    split_key,
+    takes,
+)
 
 ids = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 words = st.text("abz09_-", min_size=1, max_size=3)
@@ -43,6 +55,80 @@ def test_one_users_binding_never_takes_anothers_event(one: str, other: str, even
 def test_a_filter_takes_what_the_brokers_bindings_take(chosen: list[str], event_type: str) -> None:
     expected = any(broker_matches(pattern.split("."), event_type.split(".")) for pattern in chosen)
     assert TypeFilter.parse(",".join(chosen)).matches(event_type) == expected
+
+
+few = st.sampled_from("aab")
+"""Words that match each other often, where a matcher that goes back and tries again has the most to try."""
+
+long_types = st.lists(few, min_size=1, max_size=64).map(".".join)
+long_patterns = st.lists(few | st.just("*"), min_size=1, max_size=60).flatmap(
+    lambda words: st.lists(st.integers(0, len(words)), max_size=MAX_HASHES).map(lambda at: with_hashes(words, at))
+)
+
+
+def with_hashes(words: list[str], places: list[int]) -> str:
+    found = list(words)
+    for place in sorted(places, reverse=True):
+        found.insert(place, "#")
+    return ".".join(found)
+
+
+@given(st.lists(long_patterns, min_size=1, max_size=16), st.lists(long_types, min_size=1, max_size=40))
+def test_a_filter_of_long_patterns_takes_what_a_table_of_all_places_takes(
+    chosen: list[str], event_types: list[str]
+) -> None:
+    types = TypeFilter.parse(",".join(chosen))
+    for event_type in event_types * 2:  # The second time from memory.
+        expected = any(table_matches(pattern.split("."), event_type.split(".")) for pattern in chosen)
+        assert types.matches(event_type) == expected
+    assert len(types._known) <= TYPES_KEPT
+
+
+class Counted(dict[str, int]):
+    """The places of a type's words, with how often they were asked for."""
+
+    asked = 0
+
+    def get(self, word: str, default: int = 0) -> int:  # type: ignore[override]
+        self.asked += 1
+        return super().get(word, default)
+
+
+@given(long_patterns, long_types)
+def test_a_pattern_is_tried_in_one_step_for_each_of_its_words(pattern: str, event_type: str) -> None:
+    places = Counted()
+    for at, word in enumerate(event_type.split(".")):
+        places[word] = places.get(word) | 1 << at
+    places.asked = 0
+    assert takes(pattern, places, 1 << len(event_type.split("."))) == table_matches(
+        pattern.split("."), event_type.split(".")
+    )
+    literals = [word for word in pattern.split(".") if word not in "#*"]
+    assert places.asked <= len(literals) <= MAX_TYPE_CHARS // 2
+
+
+@given(st.text("a.*#, ", max_size=60))
+def test_a_text_is_refused_or_holds_few_patterns_that_are_short(text: str) -> None:
+    try:
+        types = TypeFilter.parse(text)
+    except InvalidPattern:
+        return
+    assert 0 < len(types.patterns) <= MAX_PATTERNS
+    assert all(len(pattern) <= MAX_TYPE_CHARS for pattern in types.patterns)
+    assert TypeFilter.parse(text) is types, "streams that ask for the same share a filter"
+
+
+def table_matches(pattern: list[str], key: list[str]) -> bool:
+    """The same as below, by a table: whether the first words of the one take the first of the other."""
+    row = [True] + [False] * len(key)
+    for word in pattern:
+        above, row = row, [False] * (len(key) + 1)
+        for at in range(len(key) + 1):
+            if word == "#":
+                row[at] = above[at] or (at > 0 and row[at - 1])
+            else:
+                row[at] = at > 0 and above[at - 1] and word in ("*", key[at - 1])
+    return row[-1]
 
 
 def broker_matches(pattern: list[str], key: list[str]) -> bool:

@@ -118,6 +118,11 @@ def test_a_pattern_outside_the_grammar_is_refused(text: str) -> None:
         TypeFilter.parse(text)
 
 
+def test_commas_are_counted_before_anything_is_cut() -> None:
+    with pytest.raises(InvalidPattern, match="at most 16 patterns in `types`, these are 16001"):
+        TypeFilter.parse("," * 16_000)
+
+
 def test_each_pattern_is_a_binding() -> None:
     types = TypeFilter.parse("job.*,billing.#,job.*")
     assert types.binding_keys(Audience.user("a.b")) == ("user.a%2Eb.job.*", "user.a%2Eb.billing.#")

@@ -22,7 +22,7 @@ from bridge import __version__
 from bridge.catalogue import exports
 from bridge.catalogue.load import Catalogue
 from bridge.publisher import EventRefused, Publisher, PublishError
-from bridge.routing import Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
+from bridge.routing import MAX_PATTERNS, Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
 from bridge.service.health import CHECKS
 from bridge.service.http.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
 from bridge.service.http.headers import admits_stream, allowed_headers, bearer_token, is_own_origin, normal_origin
@@ -433,8 +433,10 @@ def _read_wish(subscriber: Subscriber) -> StreamRequest:
     """
     try:
         # Repeated members add up, and spaces around a comma (`+` or `%20`) mean nothing.
-        patterns = [pattern.strip() for given in request.args.getlist("types") for pattern in given.split(",")]
-        types = TypeFilter.parse(",".join(patterns)) if patterns else TypeFilter()
+        given = request.args.getlist("types")
+        # Not more than are allowed are cut out; of the rest, `parse` counts the commas.
+        patterns = [pattern.strip() for pattern in ",".join(given).split(",", MAX_PATTERNS)]
+        types = TypeFilter.parse(",".join(patterns)) if given else TypeFilter()
     except InvalidPattern as error:
         raise Problem(400, "invalid-types", str(error)) from None
     named = request.args.get("named", "true")
