@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from json.encoder import encode_basestring as _quote
-from typing import Any, ClassVar, Generic, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -106,6 +106,17 @@ Models = Mapping[str, type[EventData]]
 _Data = TypeVar("_Data", bound=EventData)
 
 
+class Cut(bytes):
+    """The beginning of a body that was too large to be gathered. `size` is that of the whole body."""
+
+    size: int
+
+    def __new__(cls, beginning: bytes, size: int) -> Self:
+        made = super().__new__(cls, beginning)
+        made.size = size
+        return made
+
+
 class InvalidEvent(ValueError):
     """A message that reaches no browser. `reason` is the word in the quarantine, `detail` says where and why."""
 
@@ -172,7 +183,7 @@ def read_event(body: bytes, routing_key: str, models: Models, *, max_bytes: int 
     """Reads one message.
 
     Args:
-        body: the message's body, a CloudEvent in JSON structured mode.
+        body: the message's body, a CloudEvent in JSON structured mode. A `Cut` is too large, whatever the limit is.
         routing_key: the key it was published with; its type must be the event's.
         models: the catalogue, event type to model.
         max_bytes: the largest body that is read at all.
@@ -180,6 +191,10 @@ def read_event(body: bytes, routing_key: str, models: Models, *, max_bytes: int 
     Raises:
         InvalidEvent: one of its six subclasses. Any other exception is a bug here.
     """
+    if isinstance(body, Cut):
+        raise TooLarge(
+            f"the body has {body.size} bytes, the limit is {max_bytes}; only its first {len(body)} were kept"
+        )
     if len(body) > max_bytes:
         raise TooLarge(f"the body has {len(body)} bytes, the limit is {max_bytes}")
     try:

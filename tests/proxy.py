@@ -20,6 +20,7 @@ class Proxy:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._clients: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
@@ -54,6 +55,10 @@ class Proxy:
         for writer in self._writers:
             writer.transport.abort()
 
+    def inject(self, data: bytes, connection: int) -> None:
+        """Sends bytes to a client that the target never sent; its connections are counted from 0."""
+        self._clients[connection].write(data)
+
     def stall(self) -> None:
         self._flowing.clear()
 
@@ -68,6 +73,7 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, target_writer}
+        self._clients.append(writer)
         for source, target in [(reader, target_writer), (target_reader, writer)]:
             task = asyncio.create_task(self._pump(source, target))
             self._tasks.add(task)

@@ -15,17 +15,20 @@ from pamqp.common import FieldTable
 
 from bridge import amqp
 from bridge.cli import main
+from bridge.event import Cut
 from bridge.service.broker import eventlog, live
-from bridge.service.broker.deliveries import Sink
+from bridge.service.broker.consumer import ConsumingConnection
+from bridge.service.broker.deliveries import KEPT_BYTES, Sink
 from tests import patience
 
 
 class LibraryConsumer:
     """What `Consumer` is, by way of the library."""
 
-    def __init__(self, channel: AbstractChannel, on_message: Sink) -> None:
+    def __init__(self, channel: AbstractChannel, on_message: Sink, max_body: int) -> None:
         self.channel = channel
         self._on_message = on_message
+        self._max_body = max_body
         self._stopped = False
 
     @classmethod
@@ -33,7 +36,8 @@ class LibraryConsumer:
         channel = await amqp.open_channel(connection)
         async with amqp.translating("setting the prefetch"):
             await channel.basic_qos(prefetch_count=prefetch)
-        return cls(channel, on_message)
+        assert isinstance(connection, ConsumingConnection)
+        return cls(channel, on_message, connection.deliveries.max_body)
 
     async def consume(self, queue: str, tag: str, *, arguments: FieldTable | None = None) -> None:
         async with amqp.translating(f"consuming {queue!r}"):
@@ -44,8 +48,10 @@ class LibraryConsumer:
             return
         offset = (message.header.properties.headers or {}).get("x-stream-offset")
         assert offset is None or isinstance(offset, int)
+        size = len(message.body)
+        body = message.body if size <= self._max_body else Cut(message.body[:KEPT_BYTES], size)
         # aiormq runs this as a task a message, started in the order of arrival: up to the first await the order stays.
-        self._on_message((message.consumer_tag or "").encode(), message.routing_key or "", message.body, offset)
+        self._on_message((message.consumer_tag or "").encode(), message.routing_key or "", body, offset)
         if not self._stopped and not self.channel.is_closed:
             await self.channel.basic_ack(message.delivery_tag or 0, wait=False)
 

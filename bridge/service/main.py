@@ -134,7 +134,13 @@ class _Service:
         self.log = (
             None
             if stream is None
-            else EventLog(settings.addresses, log=stream, exchange=settings.exchange, packet=self.turn)
+            else EventLog(
+                settings.addresses,
+                log=stream,
+                exchange=settings.exchange,
+                packet=self.turn,
+                max_body=settings.max_kept_bytes,
+            )
         )
         self.hub = Hub(
             reader=EventReader(
@@ -182,6 +188,7 @@ class _Service:
             log=settings.log_stream,
             on_shared=on_shared,
             packet=self.turn,
+            max_body=settings.max_kept_bytes,
         )
 
     def _why_not_ready(self, exclude: Set[str] = frozenset()) -> str | None:

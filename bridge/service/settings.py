@@ -110,6 +110,11 @@ class BrokerSettings(BaseSettings):
     )
 
     @property
+    def max_kept_bytes(self) -> int:
+        """A refused body up to this size is kept whole, so that it can be published again with a larger limit."""
+        return 2 * self.max_event_bytes
+
+    @property
     def log_stream(self) -> LogSettings | None:
         return LogSettings(self.log, self.log_max_age, self.log_max_bytes) if self.log else None
 

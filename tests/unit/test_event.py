@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from bridge.event import (
     MAX_DETAIL_CHARS,
+    Cut,
     EventData,
     InvalidEvent,
     Models,
@@ -290,6 +291,14 @@ def test_size_is_looked_at_first() -> None:
     exact = json.dumps(envelope(data={"job_id": ""})).encode()
     assert read(exact, max_bytes=len(exact)).id == "e-1"
     assert refusal(exact, max_bytes=len(exact) - 1).reason == "too-large"
+
+
+def test_of_a_body_that_was_cut_the_detail_has_the_whole_size() -> None:
+    whole = json.dumps(envelope()).encode()
+    error = refusal(Cut(whole, 10_000_000), max_bytes=20_000_000)
+    assert error.reason == "too-large"
+    assert "10000000 bytes" in error.detail
+    assert f"first {len(whole)}" in error.detail
 
 
 def test_the_detail_is_bounded() -> None:

@@ -175,9 +175,9 @@ class _Reader(asyncio.StreamReader):
 
 
 class _Transport(TransportFactory):
-    def __init__(self, packet: Packet) -> None:
+    def __init__(self, packet: Packet, max_body: int) -> None:
         self._packet = packet
-        self.deliveries = Deliveries()
+        self.deliveries = Deliveries(max_body=max_body)
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         context = await kwargs.pop("ssl_context_provider").get_context() if url.scheme == "amqps" else None
@@ -195,24 +195,25 @@ class ConsumingConnection(amqp.Connection):
     """One whose deliveries are cut out before the library reads them, so that none can break it."""
 
     @classmethod
-    async def open(cls, addresses: Sequence[str], *, name: str, packet: Packet) -> Self:
+    async def open(cls, addresses: Sequence[str], *, name: str, packet: Packet, max_body: int) -> Self:
         """As `amqp.connect`, which says what the arguments are and what is raised.
 
         Properties of messages are not read, so that none that anybody published can break the connection.
 
         Args:
             packet: entered and left around the callbacks of all deliveries that come in one packet.
+            max_body: larger bodies are not gathered; callbacks get a `Cut`.
 
         Raises:
             amqp.BrokerError
         """
-        connection = await amqp.connect(addresses, name=name, make=lambda url: cls(url, packet))
+        connection = await amqp.connect(addresses, name=name, make=lambda url: cls(url, packet, max_body))
         assert isinstance(connection, cls), "made just above"
         return connection
 
-    def __init__(self, url: URL, packet: Packet) -> None:
+    def __init__(self, url: URL, packet: Packet, max_body: int) -> None:
         super().__init__(url)
-        transport = _Transport(packet)
+        transport = _Transport(packet, max_body)
         self.deliveries = transport.deliveries
         # aio_pika passes on what it knows from a URL, and this is of aiormq only.
         self.kwargs["transport_factory"] = transport

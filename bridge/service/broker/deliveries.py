@@ -10,8 +10,12 @@ takes from anybody. The bridge relies on no property, so none gets that far: a c
 alone (and a stream's offset, which the broker itself put there), and a routing key that is no text goes on with `?` for
 what is none.
 
-Bytes that are not AMQP, and frames out of their order, end the parsing here. They go on to the library in a form that
-it refuses, so the library ends the connection. No callback gets anything of them, and `feed` raises nothing.
+A body that is larger than `max_body` is not gathered. Its size is known from the content header, before its first byte
+comes. The callback gets a `Cut`, which has the beginning and the size.
+
+Bytes that are not AMQP, frames out of their order, and frames that are larger than the broker and we agreed on, end the
+parsing here. They go on to the library behind a frame that it refuses, so the library ends the connection. No callback
+gets anything of them, and `feed` raises nothing.
 """
 
 from __future__ import annotations
@@ -19,15 +23,30 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from bridge.event import Cut
+
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _KINDS = (_METHOD, _BODY, _HEADER, 8)  # And the heartbeat (4.2.7).
 _BASIC = 60  # The class of all content.
 _LEAST_HEADER_BYTES = 14  # Class, weight, size of the body, flags (2.3.5.2).
-_MAX_FRAME_BYTES = 1 << 29
-"""RabbitMQ takes no larger message (512 MiB), so no frame is larger. The agreed frame size is no limit: RabbitMQ adds
-headers such as `x-death` to a content header, and does not split it."""
+MAX_BODY_BYTES = 131_072
+"""Bodies up to this size are gathered, unless `Deliveries` is given another limit."""
+
+KEPT_BYTES = 4_096
+"""Of a larger body, this much of its beginning is kept."""
+
+FIRST_FRAME_BYTES = 131_072
+"""Largest frame until the broker has named its own limit (`connection.tune`, 1.4.2.5). RabbitMQ's default for it."""
+
+HEADER_FRAMES = 8
+"""A content header may be this many times larger than the agreed frame: RabbitMQ adds headers such as `x-death` to it,
+and does not split it. With the default this is 1 MiB."""
+
+UNLIMITED_BYTES = 1 << 29
+"""Largest frame where the broker has named no limit. RabbitMQ has no larger message (512 MiB)."""
 
 _FRAME_END = 0xCE
+_TUNE = b"\x00\x0a\x00\x1e"
 _BASIC_DELIVER = b"\x00\x3c\x00\x3c"
 _BASIC_GET_OK = b"\x00\x3c\x00\x47"
 _CHANNEL_CLOSE = b"\x00\x14\x00\x28"
@@ -46,6 +65,9 @@ _ACK = struct.Struct(">BHIHHQBB")
 # Sizes of the values of a field table that have one (RabbitMQ's reading of 4.2.5.5); S, x, A and F say theirs.
 _SIZES = {b"t": 1, b"b": 1, b"B": 1, b"s": 2, b"u": 2, b"I": 4, b"i": 4, b"f": 4, b"D": 5, b"l": 8, b"d": 8, b"T": 8,
           b"L": 8, b"V": 0}  # fmt: skip
+
+_NO_FRAME = b"\x00\x00\x00\x00\x00\x00\x00\xce"
+"""A frame of a kind that does not exist. The library refuses it as soon as it reads it."""
 
 HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 """A heartbeat's frame (4.2.7)."""
@@ -66,24 +88,55 @@ Sink = Callable[[bytes, str, bytes, int | None], None]
 class _Open:
     """A delivery whose frames have not all come."""
 
-    __slots__ = ("delivery_tag", "key", "missing", "offset", "parts", "tag")
+    __slots__ = ("delivery_tag", "is_cut", "key", "missing", "offset", "parts", "room", "size", "tag")
 
     def __init__(self, tag: bytes, delivery_tag: int, key: bytes) -> None:
         self.tag = tag
         self.delivery_tag = delivery_tag
         self.key = key
-        self.missing = -1  # Until the content header says it.
+        self.size = self.missing = -1  # Until the content header says it.
         self.offset: int | None = None
+        self.is_cut = False
+        self.room = 0
+        """Of a body that is cut, so many more bytes are kept."""
         self.parts: list[bytes] = []
+
+    def add(self, part: bytes) -> None:
+        self.missing -= len(part)
+        if not self.is_cut:
+            self.parts.append(part)
+        elif self.room:
+            self.parts.append(part[: self.room])
+            self.room -= len(self.parts[-1])
+
+    @property
+    def body(self) -> bytes:
+        body = b"".join(self.parts)
+        return Cut(body, self.size) if self.is_cut else body
 
 
 class Deliveries:
-    """One connection's bytes, from the broker's greeting on."""
+    """One connection's bytes, from the broker's greeting on.
 
-    __slots__ = ("_buffer", "_newest", "_open", "_raw", "_sinks", "faults", "unacked")
+    Args:
+        max_body: larger bodies are not gathered; of them a `Cut` is handed on.
+    """
 
-    def __init__(self) -> None:
-        self._buffer = b""
+    __slots__ = ("_at_once", "_has_begun", "_max_frame", "_max_header", "_newest", "_open", "_pieces",
+                 "_raw", "_sinks", "_skipped", "_to_skip", "_wanted", "faults", "max_body", "unacked")  # fmt: skip
+
+    def __init__(self, *, max_body: int = MAX_BODY_BYTES) -> None:
+        self._pieces: list[bytes] = []
+        """A frame of which not all has come."""
+        self._wanted = 0
+        """So many bytes more have to come before it can be read on."""
+        self._skipped = 0
+        """The channel of a body's frame that is not gathered."""
+        self._to_skip = 0
+        """So many bytes of it have to come, its end mark included; 0 if there is no such frame."""
+        self.max_body = max_body
+        self._limit_frames(FIRST_FRAME_BYTES)
+        self._has_begun = False
         self._raw = False
         self._sinks: dict[int, Sink] = {}
         self._open: dict[int, _Open] = {}
@@ -122,31 +175,54 @@ class Deliveries:
         self.unacked = 0
         return acks
 
+    @property
+    def buffered(self) -> int:
+        """Bytes that are held until the rest of their frame or of their body has come."""
+        parts = [*self._pieces, *(part for delivery in self._open.values() for part in delivery.parts)]
+        return sum(map(len, parts))
+
     def feed(self, data: bytes) -> bytes:
         """Returns what the library shall read. Raises nothing, whatever the bytes are."""
-        if self._buffer:
-            data = self._buffer + data
-        if not self._raw and data and data[0] not in _KINDS:
-            self._raw = True  # As `AMQP` and a version: the broker speaks another one, and the library says so.
+        if self._pieces:
+            self._pieces.append(data)
+            self._wanted -= len(data)
+            if self._wanted > 0:
+                return b""  # Joined once, and not for each piece.
+            data = b"".join(self._pieces)
+            self._pieces = []
+        if not self._has_begun and data:
+            self._has_begun = True
+            # As `AMQP` and a version: the broker speaks another one, and the library says so.
+            self._raw = data[0] not in _KINDS
         if self._raw:
-            self._buffer = b""
             return data
         passed: list[bytes] = []
         sinks, size, at = self._sinks, len(data), 0
+        max_frame = self._max_frame
         try:
+            if self._to_skip:
+                at = self._skip(data)
             while size - at >= 8:
                 kind, channel, length = _FRAME.unpack_from(data, at)
                 end = at + 8 + length
-                if end > size:
-                    if kind not in _KINDS or length > _MAX_FRAME_BYTES:
-                        raise _Unreadable
-                    break  # The rest of it has not come yet.
+                if length > max_frame and (kind != _HEADER or length > self._max_header):
+                    raise _Unreadable(f"a frame of {length} bytes, where the limit is {max_frame}")
+                if end > size:  # The rest of it has not come yet.
+                    if kind == _BODY and self._may_skip(channel, length):
+                        self._open[channel].add(data[at + 7 :])
+                        self._skipped, self._to_skip = channel, end - size
+                        at = size
+                    break
                 if data[end - 1] != _FRAME_END:
                     raise _Unreadable
                 if channel not in sinks:
                     if kind not in _KINDS:
                         raise _Unreadable
-                    passed.append(_bare(kind, channel, data[at + 7 : end - 1]))
+                    payload = data[at + 7 : end - 1]
+                    if not channel and payload[:4] == _TUNE:
+                        self._tune(payload)
+                        max_frame = self._max_frame
+                    passed.append(_bare(kind, channel, payload))
                 elif kind == _METHOD:
                     method = data[at + 7 : at + 11]
                     if method == _BASIC_DELIVER:
@@ -161,13 +237,53 @@ class Deliveries:
                 else:
                     self._go_on(kind, channel, data[at + 7 : end - 1])
                 at = end
-        except _Unreadable:
+            if at < size and data[at] not in _KINDS:
+                raise _Unreadable
+        except _Unreadable as error:
             self._raw = True  # What follows cannot be understood either.
-            self.faults.append(NotAmqp(f"the broker sent what is not AMQP: {data[at : at + 40]!r}"))
-            passed.append(_refusable(data, at))
-            at = size
-        self._buffer = data[at:]
+            self.faults.append(NotAmqp(f"the broker sent what is not AMQP: {str(error) or data[at : at + 40]!r}"))
+            # The library reads much that is not AMQP: it takes a string that ends behind its frame for a shorter one,
+            # forgets a frame that comes out of order, and waits for all of a frame, however large it is.
+            passed.append(_NO_FRAME + data[at:])
+            self._to_skip, at = 0, size
+        if at < size:
+            self._pieces = [data[at:]]
+            left = size - at
+            self._wanted = 8 - left if left < 8 else _FRAME.unpack_from(data, at)[2] + 8 - left
         return b"".join(passed)
+
+    def _limit_frames(self, limit: int) -> None:
+        self._max_frame = limit
+        self._max_header = min(HEADER_FRAMES * limit, UNLIMITED_BYTES)
+        self._at_once = min(limit, self.max_body)
+
+    def _tune(self, payload: bytes) -> None:
+        """The library agrees to the broker's limit, whatever it is; 0 means that there is none."""
+        if len(payload) >= 10:
+            self._limit_frames(min(int.from_bytes(payload[6:10], "big") or UNLIMITED_BYTES, UNLIMITED_BYTES))
+
+    def _may_skip(self, channel: int, length: int) -> bool:
+        """Whether this frame is of a body that is not gathered, and as large as it may be."""
+        delivery = self._open.get(channel)
+        return delivery is not None and delivery.is_cut and length <= delivery.missing
+
+    def _skip(self, data: bytes) -> int:
+        """Passes over the rest of a body's frame. Returns where the next frame begins.
+
+        Raises:
+            _Unreadable: the frame does not end where it should.
+        """
+        channel, delivery = self._skipped, self._open[self._skipped]
+        here = min(self._to_skip, len(data))
+        if here < self._to_skip:
+            delivery.add(data)
+        elif data[here - 1] != _FRAME_END:
+            raise _Unreadable
+        else:
+            delivery.add(data[: here - 1])
+            self._hand_on_if_complete(channel, delivery)
+        self._to_skip -= here
+        return here
 
     def _deliver(self, data: bytes, at: int, end: int, size: int, channel: int) -> int:
         """Reads a `deliver`, and the frames behind it if they are there. Returns where what it has read ends.
@@ -195,8 +311,9 @@ class Deliveries:
                 kind == _HEADER
                 and of == channel
                 and class_id == _BASIC
-                and length >= _LEAST_HEADER_BYTES
+                and _LEAST_HEADER_BYTES <= length <= self._max_header
                 and body_end <= size
+                and body_size <= self._at_once
                 and data[header_end - 1] == _FRAME_END == data[body_end - 1]
                 and (not body_size or _FRAME.unpack_from(data, header_end) == (_BODY, channel, body_size))
             ):
@@ -219,19 +336,23 @@ class Deliveries:
             raise _Unreadable
         size = len(payload)
         if kind == _HEADER and delivery.missing < 0 and size >= _LEAST_HEADER_BYTES:
-            class_id, _, delivery.missing = _HEAD.unpack_from(payload)
+            class_id, _, delivery.size = _HEAD.unpack_from(payload)
             if class_id != _BASIC:
                 raise _Unreadable
+            delivery.missing = delivery.size
+            delivery.is_cut = delivery.size > self.max_body
+            delivery.room = min(KEPT_BYTES, self.max_body)
             delivery.offset = _offset(payload)
         elif kind == _BODY and size <= delivery.missing:
-            delivery.parts.append(payload)
-            delivery.missing -= size
+            delivery.add(payload)
         else:
             raise _Unreadable
+        self._hand_on_if_complete(channel, delivery)
+
+    def _hand_on_if_complete(self, channel: int, delivery: _Open) -> None:
         if delivery.missing == 0:
             del self._open[channel]
-            body = b"".join(delivery.parts)
-            self._hand_on(channel, delivery.tag, delivery.delivery_tag, delivery.key, body, delivery.offset)
+            self._hand_on(channel, delivery.tag, delivery.delivery_tag, delivery.key, delivery.body, delivery.offset)
 
     def _hand_on(
         self, channel: int, tag: bytes, delivery_tag: int, key: bytes, body: bytes, offset: int | None
@@ -252,16 +373,6 @@ class Deliveries:
 
 
 def _nowhere(tag: bytes, routing_key: str, body: bytes, offset: int | None) -> None: ...
-
-
-def _refusable(data: bytes, at: int) -> bytes:
-    """What is left from a frame on that is not AMQP, in a form that the library refuses.
-
-    The library reads much that is not AMQP: it takes a string that ends behind its frame for a shorter one, and forgets
-    a frame that comes out of order. Then the connection would stay, without deliveries. It refuses each kind of frame
-    that it does not know.
-    """
-    return b"\x00" + data[at + 1 :] if data[at] in _KINDS else data[at:]
 
 
 def _bare(kind: int, channel: int, payload: bytes) -> bytes:

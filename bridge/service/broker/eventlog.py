@@ -24,6 +24,7 @@ from bridge.publisher import new_id
 from bridge.sender import Sender
 from bridge.service.broker import topology
 from bridge.service.broker.consumer import Consumer, ConsumingConnection, Packet
+from bridge.service.broker.deliveries import MAX_BODY_BYTES
 from bridge.service.settings import LogSettings
 from bridge.service.streams.cursor import Anchor, digest
 from bridge.service.streams.session import Replay
@@ -143,11 +144,21 @@ class EventLog:
         log: the stream.
         exchange: what it is bound to.
         packet: entered and left around the calls of readers for all entries that come in one packet.
+        max_body: of larger entries, readers get a `Cut`.
     """
 
-    def __init__(self, addresses: Sequence[str], *, log: LogSettings, exchange: str, packet: Packet) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        log: LogSettings,
+        exchange: str,
+        packet: Packet,
+        max_body: int = MAX_BODY_BYTES,
+    ) -> None:
         self._addresses = addresses
         self._packet = packet
+        self._max_body = max_body
         self._log_stream = log
         self._exchange = exchange
         self._name = log.name
@@ -228,7 +239,7 @@ class EventLog:
                     await amqp.close(self._connection)
                     self._connection = None
                 self._connection = await ConsumingConnection.open(
-                    self._addresses, name="bridge log reader", packet=self._packet
+                    self._addresses, name="bridge log reader", packet=self._packet, max_body=self._max_body
                 )
             return self._connection
 

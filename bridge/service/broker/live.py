@@ -32,6 +32,7 @@ from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, LimitReac
 from bridge.routing import Audience
 from bridge.service.broker import topology
 from bridge.service.broker.consumer import Consumer, ConsumingConnection, Packet
+from bridge.service.broker.deliveries import MAX_BODY_BYTES
 from bridge.service.logs import RareLine
 from bridge.service.settings import LogSettings
 
@@ -158,6 +159,7 @@ class Broker:
         exchange, quarantine, log: the topology, declared with every new connection.
         on_shared: called with each message of the shared queue.
         packet: entered and left around the callbacks of all messages that come in one packet.
+        max_body: of larger bodies, callbacks get a `Cut`.
     """
 
     def __init__(
@@ -169,9 +171,11 @@ class Broker:
         log: LogSettings | None,
         on_shared: Delivery,
         packet: Packet,
+        max_body: int = MAX_BODY_BYTES,
     ) -> None:
         self._addresses = addresses
         self._packet = packet
+        self._max_body = max_body
         self.log = log
         self.exchange = exchange
         self.quarantine = quarantine
@@ -293,7 +297,10 @@ class Broker:
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[aio_pika.abc.AbstractConnection]:
         connection = await ConsumingConnection.open(
-            self._addresses, name=f"bridge {self.instance} consumer", packet=self._packet
+            self._addresses,
+            name=f"bridge {self.instance} consumer",
+            packet=self._packet,
+            max_body=self._max_body,
         )
         try:
             yield connection

@@ -13,10 +13,11 @@ from functools import partial
 
 import structlog
 from pamqp.commands import Basic
+from pamqp.common import FieldTable
 
 from bridge import amqp
 from bridge.amqp import BrokerError, BrokerUnavailable, Unroutable
-from bridge.event import InvalidEvent, Models, read_event
+from bridge.event import Cut, InvalidEvent, Models, TooLarge, read_event
 from bridge.sender import Sender
 from bridge.service.broker import topology
 
@@ -48,7 +49,7 @@ class Quarantine:
         self._pending_bytes = 0
 
     def put(self, body: bytes, *, routing_key: str, reason: str, detail: str) -> None:
-        """Takes a refused message and returns at once. The body is kept as it came."""
+        """Takes a refused message and returns at once. The body is kept as it came, or as much of it as is there."""
         if self._pending.full() or self._pending_bytes + len(body) > MAX_PENDING_BYTES:
             self._on_dropped()
         else:
@@ -59,10 +60,10 @@ class Quarantine:
         """Publishes what is put in, for ever. Cancelling it leaves the rest unpublished."""
         while True:
             body, routing_key, reason, detail = await self._pending.get()
-            properties = Basic.Properties(
-                delivery_mode=2,
-                headers={"x-reason": reason, "x-detail": detail, "x-routing-key": routing_key},
-            )
+            headers: FieldTable = {"x-reason": reason, "x-detail": detail, "x-routing-key": routing_key}
+            if isinstance(body, Cut):
+                headers["x-size"] = body.size
+            properties = Basic.Properties(delivery_mode=2, headers=headers)
             next_pause = amqp.pauses()
             while True:
                 try:
@@ -109,7 +110,10 @@ class Quarantine:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A message in quarantine. `reason` and `detail` are empty when something else put it there."""
+    """A message in quarantine. `reason` and `detail` are empty when something else put it there.
+
+    `body` is a `Cut` when only its beginning was kept.
+    """
 
     body: bytes
     routing_key: str
@@ -141,6 +145,7 @@ async def replay(
     try:
         async for message, take in _get(addresses, queue, limit):
             try:
+                _check_is_whole(message.body)
                 event = read_event(message.body, message.routing_key, models, max_bytes=max_bytes)
             except InvalidEvent as error:
                 yield message, error
@@ -164,6 +169,18 @@ async def replay(
         await sender.close()
 
 
+def _check_is_whole(body: bytes) -> None:
+    """
+    Raises:
+        TooLarge: the rest of it was not kept.
+    """
+    if isinstance(body, Cut):
+        raise TooLarge(
+            f"only the first {len(body)} of {body.size} bytes were kept, so it cannot be published from here; its "
+            "publisher has to send it again"
+        )
+
+
 async def _get(
     addresses: Sequence[str], queue: str, limit: int
 ) -> AsyncIterator[tuple[Refused, Callable[[], Awaitable[None]]]]:
@@ -181,8 +198,9 @@ async def _get(
                 return
             headers = message.header.properties.headers or {}
             tag = message.delivery_tag or 0
+            size = headers.get("x-size")
             refused = Refused(
-                message.body,
+                Cut(message.body, size) if isinstance(size, int) else message.body,
                 str(headers.get("x-routing-key", message.routing_key or "")),
                 str(headers.get("x-reason", "")),
                 str(headers.get("x-detail", "")),

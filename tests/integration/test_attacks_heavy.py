@@ -1,0 +1,126 @@
+"""Heavy input costs its sender, not everybody: what is bounded, and that an innocent stream gets everything.
+
+How late the innocent stream's events are is measured by `make attacks`, not here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import struct
+from pathlib import Path
+
+import aio_pika
+import pytest
+
+from deploy.local.node import Node
+from tests.conftest import OpenStream, StartService
+from tests.patience import PATIENCE
+from tests.proxy import Proxy
+from tests.rabbit import Vhost, cloudevent
+from tests.service import Service
+
+LARGE_BYTES = 10_000_000
+
+STREAMS = 20
+"""Of one user: as many as may be open."""
+
+
+def peak_bytes(service: Service) -> int:
+    """The most memory that the process has had resident, since its start."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{service.pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+async def quarantined(vhost: Vhost, count: int) -> list[aio_pika.abc.AbstractIncomingMessage]:
+    """The messages of the quarantine, once there are so many."""
+    found: list[aio_pika.abc.AbstractIncomingMessage] = []
+    async with asyncio.timeout(PATIENCE):
+        while len(found) < count:
+            found += await vhost.take("events.invalid")
+    return found
+
+
+async def test_large_bodies_to_many_streams_are_not_gathered(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start()
+    attacked = [await connect(service, "attacker") for _ in range(STREAMS)]
+    innocent = await connect(service, "innocent")
+    # Everything that memory is needed for once has been done once.
+    await vhost.publish("user.innocent.job.completed", cloudevent("first"))
+    assert await innocent.ids(1) == ["first"]
+    before = peak_bytes(service)
+    for number in range(3):
+        await vhost.publish("user.attacker.job.completed", b"%d" % number + b"x" * LARGE_BYTES)
+        await vhost.publish("user.innocent.job.completed", cloudevent(f"e{number}"))
+    assert await innocent.ids(3) == ["e0", "e1", "e2"]
+    # Behind the bodies, the attacked streams get what is for them, and the gap for what could not be read.
+    await vhost.publish("user.attacker.job.completed", cloudevent("last"))
+    for stream in attacked:
+        assert await stream.ids(1) == ["last"]
+        # One in five seconds at most, so that a slow machine may see several.
+        assert {frame.data for frame in stream.frames if frame.event == "bridge.gap"} == {'{"reason":"not-readable"}'}
+    messages = await quarantined(vhost, 3)
+    for number, message in enumerate(messages):
+        assert message.body == (b"%d" % number + b"x" * LARGE_BYTES)[:4096]
+        assert message.headers["x-size"] == LARGE_BYTES + 1
+        assert message.headers["x-reason"] == "too-large"
+        assert f"{LARGE_BYTES + 1} bytes" in str(message.headers["x-detail"])
+    assert await service.metric('bridge_events_invalid_total{reason="too-large"}') == 3
+    # Sixty bodies came. Not one of them was held as a whole.
+    assert peak_bytes(service) - before < LARGE_BYTES
+
+
+async def test_a_large_body_in_the_log_is_not_gathered_either(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start()
+    stream = await connect(service, "42")
+    await vhost.publish("user.42.job.completed", cloudevent("first"))
+    assert await stream.ids(1) == ["first"]
+    cursor = stream.decoder.last_event_id
+    await stream.close()
+    before = peak_bytes(service)
+    await vhost.publish("user.42.job.completed", b"x" * LARGE_BYTES)
+    await vhost.publish("user.42.job.completed", cloudevent("second"))
+    back = await connect(service, "42", headers={"Last-Event-ID": cursor})
+    assert await back.ids(1) == ["second"]
+    (message,) = await quarantined(vhost, 1)
+    assert (len(message.body), message.headers["x-size"]) == (4096, LARGE_BYTES)
+    assert peak_bytes(service) - before < LARGE_BYTES
+
+
+async def test_a_frame_larger_than_agreed_ends_the_connection_and_nothing_is_lost(
+    start: StartService, vhost: Vhost, connect: OpenStream, proxy: Proxy
+) -> None:
+    service = await start(amqp_url=vhost.url_at(proxy.port))
+    stream = await connect(service, "42")
+    await vhost.publish("user.42.job.completed", cloudevent("first"))
+    assert await stream.ids(1) == ["first"]
+    before = peak_bytes(service)
+    # The first connection is the one that consumes. RabbitMQ is quiet, so this comes between two of its frames.
+    proxy.inject(struct.pack(">BHI", 3, 1, 1 << 28) + b"x" * 100_000, 0)
+    line = await service.logged("a delivery was not taken")
+    assert "a frame of 268435456 bytes, where the limit is 131072" in line["exception"]
+    await service.logged("broker connected", count=2)
+    await vhost.publish("user.42.job.completed", cloudevent("second"))
+    assert await stream.ids(1) == ["second"]
+    assert peak_bytes(service) - before < 1 << 25
+
+
+async def test_rabbitmq_itself_refuses_large_bodies_with_our_configuration(node: Node, tmp_path: Path) -> None:
+    limited = Node(tmp_path / "limited", rabbitmq=node.rabbitmq)
+    configuration = tmp_path / "limited" / "rabbitmq.conf"
+    ours = Path(__file__).parents[2] / "deploy" / "rabbitmq" / "rabbitmq.conf"
+    configuration.write_text(configuration.read_text() + ours.read_text())
+    try:
+        limited.start()
+        async with await aio_pika.connect(limited.url) as connection:
+            channel = await connection.channel()
+            await channel.default_exchange.publish(aio_pika.Message(b"x" * 131_072), "nobody", mandatory=False)
+            with pytest.raises(aio_pika.exceptions.ChannelPreconditionFailed, match="131072"):
+                await channel.default_exchange.publish(aio_pika.Message(b"x" * 131_073), "nobody", mandatory=False)
+    finally:
+        limited.remove()
