@@ -233,9 +233,9 @@ ZOO = [
     ),
     Mutant(
         "strangers-have-no-budget",
-        "bridge/service/http/keys.py",
-        "        if self._left < 1:\n",
-        "        if self._left < -1e9:\n",
+        "bridge/service/budgets.py",
+        "        if self.left(now) < 1:\n",
+        "        if self.left(now) < -1e9:\n",
         "anybody has the bridge flood the identity provider",
         "tests/unit/test_auth.py",
     ),

@@ -465,13 +465,6 @@ async def test_a_clock_that_is_set_back_neither_ages_nor_keeps_a_set(key_server:
     assert (await authenticator.authenticate(by(ED, "new"), NOW - 10_000)).user == "42"
 
 
-def test_a_budget() -> None:
-    budget = keys.Budget(2, 10)
-    assert [budget.take(now) for now in (0, 0, 0, 9, 10, 10, 5, 15, 24, 1000, 1000, 1000)] == [
-        True, True, False, False, True, False, False, True, False, True, True, False,
-    ]  # fmt: skip
-
-
 async def test_of_several_tokens_the_first_good_one_counts(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "e")]}
     authenticator = Authenticator(secret=SECRET, jwks=url(key_server))

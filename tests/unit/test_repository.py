@@ -30,8 +30,8 @@ LAYERS = [
     ["catalogue.facts"],
     ["catalogue.load"],
     ["catalogue.exports"],
-    ["service.health", "service.logs", "service.descriptors", "service.http.claims", "service.broker.deliveries"],
-    ["service.http.requesthead"],
+    ["service.health", "service.budgets", "service.descriptors", "service.http.claims", "service.broker.deliveries"],
+    ["service.logs", "service.http.requesthead"],
     ["service.streams.sse", "service.streams.cursor", "service.streams.deadlines"],
     ["service.streams.streamevent", "service.http.headers", "service.http.keys", "service.broker.consumer"],
     ["service.streams.session", "service.settings", "service.metrics", "service.http.auth", "service.http.openapi"],
@@ -49,7 +49,7 @@ LAYERS = [
 ]
 PURE = [
     *("routing", "event", "trial", "catalogue.dialects", "catalogue.evolution", "catalogue.exports"),
-    *("service.health", "service.broker.deliveries"),
+    *("service.health", "service.broker.deliveries", "service.budgets"),
     *("service.http.claims", "service.http.headers", "service.http.openapi", "service.http.requesthead"),
     *("service.streams.sse", "service.streams.cursor", "service.streams.deadlines"),
     *("service.streams.streamevent", "service.streams.session"),

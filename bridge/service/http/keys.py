@@ -21,6 +21,7 @@ import httpx
 import jwt
 import structlog
 
+from bridge.service.budgets import Budget
 from bridge.service.http.claims import Token, TryAgain, key_id
 
 FETCH_BURST = 5
@@ -75,26 +76,6 @@ class Key:
     kid: str | None
     algorithm: str
     key: Any
-
-
-class Budget:
-    """So many at once, and then one in `every` seconds."""
-
-    def __init__(self, burst: int, every: float) -> None:
-        self._burst = burst
-        self._every = every
-        self._left = float(burst)
-        self._at: float | None = None
-
-    def take(self, now: float) -> bool:
-        if self._at is not None:
-            # A clock that was set back must neither give nor take.
-            self._left = min(self._burst, self._left + max(0.0, now - self._at) / self._every)
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
 
 
 class KeySet:
