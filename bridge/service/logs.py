@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import structlog
 
+from bridge.service.budgets import Budget
+
 REPEATED_LINE_SECONDS = 10.0
-"""Any client can cause some log lines at any rate; each is written at most once in this time."""
+"""Anybody can cause some log lines at any rate; each is written at most once in this time."""
 
 _QUIET = {
     # They report each broken connection at several levels, with tracebacks; bridge.broker says it once, with its cause.
@@ -62,23 +68,64 @@ def configure() -> None:
 
 
 class RareLine:
-    """One log line, at most once in `REPEATED_LINE_SECONDS`, with the number of those left out before it.
+    """A log line that anybody can cause at any rate: the first ones, then one in `REPEATED_LINE_SECONDS`.
+
+    Those left out are counted. The next line has their number. In a running event loop it is written at the latest
+    `REPEATED_LINE_SECONDS` after the first of them, without facts of its own if no new one is due.
 
     Args:
         write: a method of a logger, as in `_log.error`.
+        by: the fact by which those left out are counted, too. It must have few different values.
+        burst: so many lines may follow each other at once.
     """
 
-    def __init__(self, event: str, write: Callable[..., object], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        event: str,
+        write: Callable[..., object],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        by: str = "",
+        burst: int = 1,
+    ) -> None:
         self._event = event
         self._write = write
         self._clock = clock
-        self._due = float("-inf")
-        self._left_out = 0
+        self._by = by
+        self._budget = Budget(burst, REPEATED_LINE_SECONDS)
+        self._left_out: Counter[str] = Counter()
+        self._timer: asyncio.TimerHandle | None = None
+        _rare_lines.add(self)
 
     def log(self, **facts: object) -> None:
-        now = self._clock()
-        if now < self._due:
-            self._left_out += 1
+        if self._budget.take(self._clock()):
+            self._tell(facts)
             return
-        self._write(self._event, **facts, left_out=self._left_out)
-        self._due, self._left_out = now + REPEATED_LINE_SECONDS, 0
+        self._left_out[str(facts.get(self._by, ""))] += 1
+        if self._timer is None:
+            with contextlib.suppress(RuntimeError):  # Without an event loop, the next line tells of them.
+                self._timer = asyncio.get_running_loop().call_later(REPEATED_LINE_SECONDS, self.summarise)
+
+    def summarise(self) -> None:
+        """Tells of those left out, if there are any."""
+        if self._left_out:
+            self._budget.take(self._clock())
+            self._tell({})
+
+    def _tell(self, facts: dict[str, object]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        counts, self._left_out = self._left_out, Counter()
+        if self._by and counts:
+            facts |= {"left_out_by_" + self._by: dict(counts)}
+        self._write(self._event, **facts, left_out=counts.total())
+
+
+_rare_lines: WeakSet[RareLine] = WeakSet()
+
+
+def summarise_rare_lines() -> None:
+    """Tells of all lines that were left out so far: at the end of the process nothing else would."""
+    for line in list(_rare_lines):
+        line.summarise()

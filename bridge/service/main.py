@@ -28,6 +28,7 @@ from bridge.service.http.auth import Authenticator, InvalidKeySet
 from bridge.service.http.entrance import listen
 from bridge.service.http.http1 import host
 from bridge.service.http.web import create_app, create_internal_app
+from bridge.service.logs import summarise_rare_lines
 from bridge.service.metrics import Metrics
 from bridge.service.settings import Settings, unknown_names
 from bridge.service.streams.hub import Hub
@@ -281,6 +282,7 @@ class _Service:
             task.cancel()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close, STOP_SECONDS)
+        summarise_rare_lines()
         _log.info("stopped", code=code)
         return code
 

@@ -153,7 +153,7 @@ class Metrics:
             "bridge_events_invalid_total", "Messages refused, by reason", ["reason"], registry=self.registry
         )
         self.quarantine_dropped = Counter(
-            "bridge_quarantine_dropped_total", "Refused messages that could not be quarantined", registry=self.registry
+            "bridge_quarantine_dropped_total", "Refused messages that were not quarantined", registry=self.registry
         )
         self.log_unreadable = Counter(
             "bridge_log_unreadable_total",

@@ -6,8 +6,11 @@ How late the innocent stream's events are is measured by `make attacks`, not her
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import signal
 import struct
+from collections import Counter
 from pathlib import Path
 
 import aio_pika
@@ -108,6 +111,45 @@ async def test_a_frame_larger_than_agreed_ends_the_connection_and_nothing_is_los
     await vhost.publish("user.42.job.completed", cloudevent("second"))
     assert await stream.ids(1) == ["second"]
     assert peak_bytes(service) - before < 1 << 25
+
+
+FLOOD = 5_000
+"""Fewer than the quarantine holds, so that it drops none by itself, however slow the machine is."""
+
+
+async def test_of_a_flood_of_refused_messages_a_part_is_kept_and_the_rest_is_counted_and_told(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start()
+    innocent = await connect(service, "innocent")
+    async with await aio_pika.connect(vhost.url) as connection, innocent.read_on():
+        channel = await connection.channel(publisher_confirms=False)
+        events = await channel.get_exchange("events", ensure=False)
+        for number in range(FLOOD):
+            await events.publish(aio_pika.Message(b"{no JSON %d" % number), "all.job.completed", mandatory=False)
+            if number % 100 == 0:
+                event = json.dumps(cloudevent(f"e{number}")).encode()
+                await events.publish(aio_pika.Message(event), "user.innocent.job.completed", mandatory=False)
+        # Another reason, in the middle of it: one that a person will look for.
+        await vhost.publish("all.job.completed", b'{"hello": "world"}')
+        async with asyncio.timeout(PATIENCE):
+            while await service.metric('bridge_events_invalid_total{reason="not-a-cloudevent"}') < 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)  # A metric has nothing to wait on.
+    assert await innocent.ids(FLOOD // 100) == [f"e{number}" for number in range(0, FLOOD, 100)]
+    refused = await service.metric('bridge_events_invalid_total{reason="malformed"}')
+    assert refused == FLOOD
+    dropped = await service.metric("bridge_quarantine_dropped_total")
+    kept = await quarantined(vhost, FLOOD + 1 - int(dropped))
+    reasons = Counter(str(message.headers["x-reason"]) for message in kept)
+    assert reasons == {"malformed": FLOOD - dropped, "not-a-cloudevent": 1}
+    # All of them are in the log: one by one, or as a number.
+    service.signal(signal.SIGTERM)
+    assert await service.ended() == 0
+    for name, expected in (("message refused", FLOOD + 1), ("message not quarantined", dropped)):
+        lines = [line for line in service.lines if line["event"] == name]
+        # Summaries have no message of their own.
+        assert sum(line["left_out"] + ("routing_key" in line) for line in lines) == expected
+        assert len(lines) < FLOOD / 10
 
 
 async def test_rabbitmq_itself_refuses_large_bodies_with_our_configuration(node: Node, tmp_path: Path) -> None:

@@ -1,9 +1,15 @@
 """The log's own rules."""
 
+import asyncio
+from typing import Any
+
+import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from bridge.service.logs import REPEATED_LINE_SECONDS, RareLine
+from bridge.service import logs
+from bridge.service.logs import REPEATED_LINE_SECONDS, RareLine, summarise_rare_lines
+from tests.patience import PATIENCE
 
 
 def test_a_line_that_anybody_can_cause_is_rare_and_counts_the_others() -> None:
@@ -18,3 +24,41 @@ def test_a_line_that_anybody_can_cause_is_rare_and_counts_the_others() -> None:
         ("token not judged", "a", 0),
         ("token not judged", "d", 2),
     ]
+
+
+def test_those_left_out_are_counted_by_a_fact() -> None:
+    line = RareLine("refused", structlog.get_logger().warning, lambda: 0.0, by="reason", burst=2)
+    with capture_logs() as lines:
+        for number in range(10):
+            line.log(reason="odd" if number % 2 else "even", number=number)
+        line.summarise()
+        line.summarise()
+    assert [(found.get("number"), found["left_out"]) for found in lines] == [(0, 0), (1, 0), (None, 8)]
+    assert lines[2]["left_out_by_reason"] == {"even": 4, "odd": 4}
+
+
+async def test_those_left_out_are_told_without_another_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "REPEATED_LINE_SECONDS", 0.001)
+    told = asyncio.Event()
+    found: list[int] = []
+
+    def write(_: str, **facts: Any) -> None:
+        found.append(facts["left_out"])
+        if len(found) == 2:
+            told.set()
+
+    line = RareLine("refused", write, lambda: 0.0)
+    line.log()
+    line.log()
+    async with asyncio.timeout(PATIENCE):
+        await told.wait()
+    assert found == [0, 1]
+
+
+def test_at_the_end_all_are_told() -> None:
+    line = RareLine("told at the end", structlog.get_logger().warning, lambda: 0.0)
+    with capture_logs() as lines:
+        line.log()
+        line.log()
+        summarise_rare_lines()  # Also those of other tests.
+    assert [found["left_out"] for found in lines if found["event"] == "told at the end"] == [0, 1]

@@ -6,7 +6,8 @@ On connections of its own, because a memory or disk alarm blocks every connectio
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +21,19 @@ from bridge.amqp import BrokerError, BrokerUnavailable, Unroutable
 from bridge.event import Cut, InvalidEvent, Models, TooLarge, read_event
 from bridge.sender import Sender
 from bridge.service.broker import topology
+from bridge.service.budgets import Budget
+from bridge.service.logs import RareLine
 
 MAX_PENDING = 1_000
 MAX_PENDING_BYTES = 33_554_432
-"""Refused messages held while the publishing connection is away; more than that are counted and dropped here. They
-still stand wherever else the exchange led them."""
+"""Refused messages that wait to be published. More are counted and not kept. They are still wherever else the exchange
+led them, such as the log."""
+
+BURST = 500
+PER_SECOND = 100
+"""Messages of one reason that are put aside at once, and then each second. The queue holds 10,000 messages: more of a
+flood would only push out what a person may still want to see. Each reason has a budget of its own, half of those that
+may wait, so that a flood of one reason hides no other."""
 
 SEND_SECONDS = 60.0
 
@@ -40,26 +49,45 @@ class Quarantine:
         on_dropped: called when a message could not be kept.
     """
 
-    def __init__(self, addresses: Sequence[str], *, queue: str, on_dropped: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        queue: str,
+        on_dropped: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._addresses = addresses
         self._sender = Sender(addresses, name="bridge quarantine")
         self._queue = queue
         self._pending: asyncio.Queue[tuple[bytes, str, str, str]] = asyncio.Queue(maxsize=MAX_PENDING)
         self._on_dropped = on_dropped
         self._pending_bytes = 0
+        self._sending: tuple[str, str] | None = None
+        """Routing key and reason of the message that is being published."""
+        self._clock = clock
+        self._budgets: defaultdict[str, Budget] = defaultdict(lambda: Budget(BURST, 1 / PER_SECOND))
+        self._not_kept = RareLine("message not quarantined", _log.error, clock, by="reason")
 
     def put(self, body: bytes, *, routing_key: str, reason: str, detail: str) -> None:
         """Takes a refused message and returns at once. The body is kept as it came, or as much of it as is there."""
         if self._pending.full() or self._pending_bytes + len(body) > MAX_PENDING_BYTES:
-            self._on_dropped()
+            self._drop(routing_key, reason, f"{self._pending.qsize()} messages wait, {self._pending_bytes} bytes")
+        elif not self._budgets[reason].take(self._clock()):
+            self._drop(routing_key, reason, f"more than {BURST} at once, or {PER_SECOND} a second, were refused")
         else:
             self._pending_bytes += len(body)
             self._pending.put_nowait((body, routing_key, reason, detail))
+
+    def _drop(self, routing_key: str, reason: str, error: str) -> None:
+        self._on_dropped()
+        self._not_kept.log(reason=reason, routing_key=routing_key, error=error)
 
     async def run(self) -> None:
         """Publishes what is put in, for ever. Cancelling it leaves the rest unpublished."""
         while True:
             body, routing_key, reason, detail = await self._pending.get()
+            self._sending = (routing_key, reason)
             headers: FieldTable = {"x-reason": reason, "x-detail": detail, "x-routing-key": routing_key}
             if isinstance(body, Cut):
                 headers["x-size"] = body.size
@@ -83,9 +111,9 @@ class Quarantine:
                 except BrokerUnavailable as error:
                     _log.warning("quarantine waits for the broker", pending=self._pending.qsize() + 1, error=str(error))
                 except BrokerError as error:
-                    _log.error("message not quarantined", reason=reason, routing_key=routing_key, error=str(error))
-                    self._on_dropped()
+                    self._drop(routing_key, reason, str(error))
                     break
+            self._sending = None
             self._pending_bytes -= len(body)
             self._pending.task_done()
 
@@ -102,9 +130,16 @@ class Quarantine:
 
     async def close(self) -> None:
         """Gives what is pending, which `run` must still be publishing, five seconds to leave."""
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(amqp.CLOSE_SECONDS):
                 await self._pending.join()
+        except TimeoutError:
+            left = [] if self._sending is None else [self._sending]
+            while not self._pending.empty():
+                _, *keys = self._pending.get_nowait()
+                left.append((keys[0], keys[1]))
+            for routing_key, reason in left:
+                self._drop(routing_key, reason, "the bridge ended before RabbitMQ had confirmed it")
         await self._sender.close()
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from bridge.event import InvalidEvent, Models, read_event
+from bridge.event import Cut, InvalidEvent, Models, read_event
 from bridge.service.broker.quarantine import Quarantine
+from bridge.service.logs import RareLine
 from bridge.service.metrics import Metrics
 from bridge.service.streams.streamevent import StreamEvent
 
@@ -23,6 +24,9 @@ CACHE_BYTES = 4_194_304
 REFUSALS = 10_000
 """Refused messages that are remembered, so that each goes to quarantine once, by whatever queue it arrives and however
 often the log is read."""
+
+REFUSED_LINES = 50
+"""Refused messages that have a log line each. Of more, one in ten seconds has a line, which counts the others."""
 
 _log = structlog.get_logger("bridge.reader")
 
@@ -66,6 +70,7 @@ class EventReader:
         self._cache: OrderedDict[tuple[str, bytes], StreamEvent | InvalidEvent] = OrderedDict()
         self._cache_bytes = 0
         self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
+        self._refused = RareLine("message refused", _log.warning, by="reason", burst=REFUSED_LINES)
 
     def read(self, routing_key: str, body: bytes, *, via: int, only: bool = False) -> StreamEvent | InvalidEvent:
         """The event of a message, or why it is refused. Read once, however many queues of this process deliver it.
@@ -123,7 +128,6 @@ class EventReader:
 
     def _refuse(self, routing_key: str, body: bytes, error: InvalidEvent) -> None:
         self._metrics.events_invalid.labels(error.reason).inc()
-        _log.warning(
-            "message refused", reason=error.reason, detail=error.detail, routing_key=routing_key, bytes=len(body)
-        )
+        size = body.size if isinstance(body, Cut) else len(body)
+        self._refused.log(reason=error.reason, detail=error.detail, routing_key=routing_key, bytes=size)
         self._quarantine.put(body, routing_key=routing_key, reason=error.reason, detail=error.detail)
