@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test unit chaos proxies rollout mutants bench image test-slow check format exports lock clean
+.PHONY: help demo test unit chaos proxies rollout mutants attacks bench image test-slow check format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,10 @@ rollout: $(READY) ## a rolling update of CLIENTS streams with the manifests' own
 	@deploy/local/ensure kubectl
 	@deploy/local/ensure proxies
 	@$(VENV)/bin/python -m tests.deploy.rollout --clients $(or $(CLIENTS),600)
+
+attacks: $(READY) ## how late an innocent stream's events are during attacks, LENGTH seconds each; ONLY=flood for one
+	@deploy/local/ensure rabbitmq
+	@$(VENV)/bin/python -m tests.bench.attacks --seconds $(or $(LENGTH),8) $(if $(ONLY),--only $(ONLY))
 
 bench: $(READY) ## the bridge and its peers side by side, ROUNDS times; half an hour, results in docs/benchmark.md
 	@deploy/local/ensure rabbitmq

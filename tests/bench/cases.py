@@ -63,7 +63,7 @@ def open_in_waves(load: Load, server: Server, users: list[str], *, wave: int = 1
         open_streams(load, server, users[at : at + wave])
 
 
-def _settled(load: Load, expected: int, *, seconds: float = 20) -> dict[str, Any]:
+def settled(load: Load, expected: int, *, seconds: float = 20) -> dict[str, Any]:
     """The report once everything has come, or when it no longer comes."""
     deadline = time.monotonic() + seconds
     while True:
@@ -78,14 +78,14 @@ def _flow(
 ) -> Figures:
     """Publishes for a while, a warm-up first, and says what each delivery cost."""
     warm_up = bench.publish(vhost, rate=rate, seconds=WARM_UP_SECONDS, keys=keys).done()
-    _settled(load, warm_up["sent"] * fan)  # A peer that is behind would else be charged for these, too.
+    settled(load, warm_up["sent"] * fan)  # A peer that is behind would else be charged for these, too.
     time.sleep(1)
     load.ask("reset")
     server_before, broker_before = bench.cpu(server)
     began = time.monotonic()
     published = bench.publish(vhost, rate=rate, seconds=seconds or bench.seconds, keys=keys).done()
     expected = published["sent"] * fan
-    report = _settled(load, expected)
+    report = settled(load, expected)
     elapsed = time.monotonic() - began
     server_after, broker_after = bench.cpu(server)
     live = report["groups"].get("live", {"p50_ms": 0, "p99_ms": 0, "max_ms": 0})
@@ -179,7 +179,7 @@ def back(bench: Bench, peer: Peer, *, count: int = 2_000, away: float = 30, rate
         time.sleep(20)
         first = load.ask("first", since_ns=came)["first"]
         published = publisher.done()
-        report = _settled(load, published["sent"])
+        report = settled(load, published["sent"])
         server_after, _ = bench.cpu(server)
         return {
             "ready_s": answer["seconds"],

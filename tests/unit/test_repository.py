@@ -176,6 +176,22 @@ def test_the_docs_name_only_metrics_that_exist_and_all_of_them() -> None:
     assert set(re.findall(r"`(bridge_[a-z_]+)", text)) - {"bridge_token"} == real
 
 
+def test_the_page_of_attacks_names_tests_constants_and_settings_that_exist() -> None:
+    page = (ROOT / "docs/attacks.md").read_text()
+    tests = re.findall(r"`(tests/[^`]+)`", page)
+    assert len(tests) > 25
+    for test in tests:
+        path, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text(), test
+    constants = re.findall(r"`([a-z]+)\.([A-Z_]+)`", page)
+    assert len(constants) > 20
+    for module, constant in constants:
+        (path,) = [path for name, path in FILES.items() if name.rpartition(".")[2] == module]
+        assert re.search(rf"^{constant}\b.* = ", path.read_text(), re.MULTILINE), f"{module}.{constant}"
+    settings = {PREFIX + name.upper() for name in Settings.model_fields}
+    assert set(re.findall(r"`(BRIDGE_[A-Z_]+)`", page)) <= settings
+
+
 # The suite passes on any machine, at any speed (CONTRIBUTING.md).
 
 TESTS = ROOT / "tests"

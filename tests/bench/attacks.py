@@ -1,0 +1,224 @@
+"""Attacks, and how late the events of an innocent user are meanwhile: `make attacks`.
+
+    python -m tests.bench.attacks [--seconds 8] [--only bodies,flood] [--limited]
+
+Each attack has a bridge of its own, with its default settings. Five innocent streams get 100 events a second together
+before, during and after it. The goal is a p99 below 250 ms. The row `none` shows how busy the machine is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import re
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.local.node import MACHINES, Installation, Node
+from tests.bench import cases, peers
+from tests.bench.process import ROOT, cpu_seconds
+from tests.bench.publish import close, connect
+from tests.raw_amqp import frame, short_string
+
+GOAL_MS = 250.0
+
+INNOCENTS = [f"innocent-{number}" for number in range(5)]
+RATE = 100
+
+MARGIN_SECONDS = 2.0
+"""Events come for this long after the attack, too: what was held up by it is late, and counts."""
+
+FRAME_BYTES = 131_072 - 8
+
+
+@dataclass
+class Scene:
+    """Where an attack takes place, and until when (monotonic seconds) it goes on."""
+
+    server: peers.Server
+    port: int
+    vhost: str
+    until: float
+
+    def asks(self, user: str, *, method: str = "GET", query: str = "") -> bytes:
+        text = self.server.request(user).replace("GET /events", f"{method} /events{query}", 1)
+        return text.encode()
+
+
+def nothing(scene: Scene) -> str:
+    time.sleep(max(0.0, scene.until - time.monotonic()))
+    return ""
+
+
+def patterns(scene: Scene) -> str:
+    """One client asks again and again, each time for 16 long patterns that nobody has asked for before."""
+    for number in itertools.count():
+        if time.monotonic() >= scene.until:
+            return f"{number:,} requests"
+        words = [f"p{number}x{index}." + "*.a." * 28 + "%23" for index in range(16)]
+        with socket.create_connection(("127.0.0.1", scene.server.port)) as client:
+            client.sendall(scene.asks("attacker", method="HEAD", query="?types=" + ",".join(words)))
+            answer = client.recv(65_536)
+            if not answer.startswith(b"HTTP/1.1 200 "):
+                raise RuntimeError(answer.decode())
+    raise AssertionError
+
+
+def publish(broker: socket.socket, key: str, body: bytes) -> None:
+    method = struct.pack(">HHH", 60, 40, 0) + short_string(b"events") + short_string(key.encode()) + b"\0"
+    broker.sendall(frame(1, 1, method) + frame(2, 1, struct.pack(">HHQH", 60, 0, len(body), 0)))
+    broker.sendall(b"".join(frame(3, 1, body[at : at + FRAME_BYTES]) for at in range(0, len(body), FRAME_BYTES)))
+
+
+def bodies(scene: Scene) -> str:
+    """Bodies of 10 MB, one a second, to a user with 20 streams."""
+    streams = [socket.create_connection(("127.0.0.1", scene.server.port)) for _ in range(20)]
+    for stream in streams:
+        stream.sendall(scene.asks("attacker"))
+    for stream in streams:
+        text = b""
+        while b"bridge.ready" not in text:
+            text += stream.recv(65_536)
+    sent = 0
+    while time.monotonic() < scene.until:
+        broker = connect(scene.port, scene.vhost)
+        with contextlib.suppress(OSError):  # RabbitMQ may refuse it (--limited).
+            publish(broker, "user.attacker.job.progress", b"x" * 10_000_000)
+        sent += 1
+        time.sleep(1)
+        broker.close()
+    for stream in streams:
+        stream.close()
+    return f"{sent} bodies"
+
+
+def flood(scene: Scene) -> str:
+    """Up to 100,000 messages that are not JSON, to everybody, as fast as RabbitMQ takes them."""
+    broker = connect(scene.port, scene.vhost)
+    sent = 0
+    while sent < 100_000 and time.monotonic() < scene.until:
+        raw = b"".join(_refused(sent + index) for index in range(100))
+        broker.sendall(raw)
+        sent += 100
+    close(broker)
+    return f"{sent:,} messages"
+
+
+def _refused(number: int) -> bytes:
+    body = b"{no JSON %d" % number
+    method = struct.pack(">HHH", 60, 40, 0) + short_string(b"events") + short_string(b"all.job.progress") + b"\0"
+    return frame(1, 1, method) + frame(2, 1, struct.pack(">HHQH", 60, 0, len(body), 0)) + frame(3, 1, body)
+
+
+def reconnects(scene: Scene) -> str:
+    """One user opens a stream and leaves it, again and again, on four connections."""
+    counts = [0] * 4
+
+    def run(index: int) -> None:
+        while time.monotonic() < scene.until:
+            with socket.create_connection(("127.0.0.1", scene.server.port)) as client:
+                client.sendall(scene.asks("attacker"))
+                client.recv(65_536)
+            counts[index] += 1
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(counts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return f"{sum(counts):,} streams"
+
+
+ATTACKS: dict[str, Callable[[Scene], str]] = {
+    "none": nothing,
+    "patterns": patterns,
+    "bodies": bodies,
+    "flood": flood,
+    "reconnects": reconnects,
+}
+
+
+def measure(bench: cases.Bench, attack: Callable[[Scene], str]) -> dict[str, float | str]:
+    with bench.running(peers.PEERS[0]) as (server, load, vhost):
+        cases.open_streams(load, server, INNOCENTS, "innocent")
+        seconds = bench.seconds + 2 * MARGIN_SECONDS
+        load.ask("reset")
+        keys = [f"user.{user}.job.progress" for user in INNOCENTS]
+        publisher = bench.publish(vhost, rate=RATE, seconds=seconds, keys=keys)
+        time.sleep(MARGIN_SECONDS)
+        before = cpu_seconds(server.pids)
+        done = attack(Scene(server, bench.node.port, vhost, time.monotonic() + bench.seconds))
+        sent = publisher.done()
+        report = cases.settled(load, sent["sent"], seconds=60)
+        used = _until_idle(server) - before
+    innocent = report["groups"]["innocent"]
+    return {
+        "done": done,
+        "p50_ms": innocent["p50_ms"],
+        "p99_ms": innocent["p99_ms"],
+        "max_ms": innocent["max_ms"],
+        "missing": sent["sent"] - report["distinct"],
+        "bridge_cpu_s": used,
+    }
+
+
+def _until_idle(server: peers.Server) -> float:
+    """CPU seconds so far, once the attack is worked off: no message came for two seconds."""
+    received = -1.0
+    while received != (received := _received(server)):
+        time.sleep(2)
+    return cpu_seconds(server.pids)
+
+
+def _received(server: peers.Server) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.internal_port}/metrics", timeout=120) as answer:
+        text = answer.read().decode()
+    return float(re.findall(r"^bridge_events_received_total (\S+)$", text, re.MULTILINE)[0])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make attacks", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=8, help="how long each attack goes on")
+    parser.add_argument("--only", default=",".join(ATTACKS), help="some of them, joined by commas")
+    parser.add_argument("--rabbitmq", type=Path, help="a folder with another RabbitMQ, as `deploy/local/ensure` makes")
+    parser.add_argument("--limited", action="store_true", help="with the limits of deploy/rabbitmq/rabbitmq.conf")
+    options = parser.parse_args()
+    peers.folder()
+    rows = {}
+    with tempfile.TemporaryDirectory(prefix="bridge-attacks-") as folder:
+        rabbitmq = MACHINES if options.rabbitmq is None else Installation(root=options.rabbitmq)
+        node = Node(Path(folder), rabbitmq=rabbitmq)
+        if options.limited:
+            with (Path(folder) / "rabbitmq.conf").open("a") as configuration:
+                configuration.write((ROOT / "deploy" / "rabbitmq" / "rabbitmq.conf").read_text())
+        node.start()
+        try:
+            bench = cases.Bench(node, options.seconds)
+            for name in options.only.split(","):
+                rows[name] = measure(bench, ATTACKS[name])
+                print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
+        finally:
+            node.remove()
+    print(f"\nRabbitMQ {rabbitmq.version}, {options.seconds:g} s each; the goal is a p99 below {GOAL_MS:g} ms\n")
+    print("| attack | what was done | innocent p50 | p99 | max | missing | CPU of the bridge |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, row in rows.items():
+        print(
+            f"| {name} | {row['done']} | {row['p50_ms']:.0f} ms | {row['p99_ms']:.0f} ms | {row['max_ms']:.0f} ms "
+            f"| {row['missing']} | {row['bridge_cpu_s']:.1f} s |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
