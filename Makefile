@@ -34,10 +34,12 @@ $(NODE)/.ready: tests/node/package.json tests/node/package-lock.json
 	npm ci --prefix $(NODE) --no-audit --no-fund --loglevel=error >/dev/null
 	@touch $@
 
-chaos: $(READY) ## faults of all kinds under load, LENGTH seconds of them, ROUNDS times, from SEED on, with NODES
+chaos: $(READY) ## faults of all kinds under load, for LENGTH seconds, on ROUNDS seeds from SEED, NODES, RABBITMQ=4.3 alone
 	@deploy/local/ensure rabbitmq
-	@$(VENV)/bin/python -m tests.chaos.run --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),5) $(if $(SEED),--seed $(SEED)) \
-		$(if $(NODES),--nodes $(NODES))
+	@deploy/local/ensure rabbitmq4 > /dev/null
+	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
+		$(VENV)/bin/python -m tests.chaos.run --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),4) \
+		$(if $(SEED),--seed $(SEED)) $(if $(NODES),--nodes $(NODES)) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
 
 proxies: $(READY) ## five real proxies in front of the bridge, at length, with figures; ONLY=nginx for one
 	@deploy/local/ensure rabbitmq

@@ -22,6 +22,7 @@ class Stream:
         headers: more of them.
         receive_buffer: bytes that the kernel may take in while nobody reads.
         tls: whom to trust, where `base` is an https one.
+        segment_bytes: send the request in TCP segments of this many bytes.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Stream:
         headers: dict[str, str] | None = None,
         receive_buffer: int | None = None,
         tls: ssl.SSLContext | None = None,
+        segment_bytes: int | None = None,
     ) -> None:
         self._address = urlsplit(base)
         self._path = "/events" + (f"?{query}" if query else "")
@@ -41,6 +43,7 @@ class Stream:
             self._headers["Authorization"] = f"Bearer {token}"
         self._receive_buffer = receive_buffer
         self._tls = tls
+        self._segment_bytes = segment_bytes
         self.decoder = Decoder()
         self.frames: list[Frame] = []
         """All frames so far; `next` hands out one after another."""
@@ -78,7 +81,12 @@ class Stream:
             sock=raw, limit=limit, ssl=self._tls, server_hostname=name
         )
         head = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
-        self._writer.write(f"GET {self._path} HTTP/1.1\r\n{head}\r\n".encode("latin-1"))
+        request = f"GET {self._path} HTTP/1.1\r\n{head}\r\n".encode("latin-1")
+        size = self._segment_bytes or len(request)
+        for at in range(0, len(request), size):
+            self._writer.write(request[at : at + size])  # One segment: asyncio sets TCP_NODELAY.
+            if size < len(request):
+                await asyncio.sleep(0)  # The bridge gets a chance to read this segment alone.
         async with asyncio.timeout(PATIENCE):
             status = await self._reader.readline()
             self.status = int(status.split()[1])
@@ -177,6 +185,11 @@ class Stream:
         self._writer.close()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
+
+    def half_close(self) -> None:
+        """Sends FIN and goes on reading."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write_eof()
 
     def abort(self) -> None:
         """Gone without a word more: a reset."""

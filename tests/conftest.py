@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 import hypothesis
@@ -17,7 +15,7 @@ from deploy.local.node import MACHINES, Installation, Node
 from tests.client import Stream
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
-from tests.rabbit import Vhost
+from tests.rabbit import FURTHER, INSTALLATIONS, Vhost
 from tests.service import Service, mint
 
 # Every property test inherits this profile: how fast the machine is, and how lucky a draw was, fails
@@ -32,13 +30,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 # For the zoo of bugs: that one is found is all that matters, not its smallest form.
 hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], print_blob=False)
-
-
-FURTHER = os.environ.get("SUITE_RABBITMQ_ROOT")
-"""A folder with a second RabbitMQ (see `Installation.root`), which the tests run on as well. `make test` sets it; empty
-where it could not be made."""
-
-INSTALLATIONS = [MACHINES, *([Installation(root=Path(FURTHER))] if FURTHER else [])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,6 +9,8 @@ import importlib
 import json
 import os
 
+from tests.chaos import inside
+
 PATIENCE = 120.0
 """Seconds. Every wait for a signal has this limit, and nothing in a test depends on how much of it
 is used: in a quiet hour a wait takes milliseconds, on a busy machine it may take a thousand times
@@ -37,6 +39,8 @@ def apply() -> None:
         target = importlib.import_module(f"bridge.{module}")
         assert hasattr(target, constant), f"bridge.{name} does not exist any more"
         setattr(target, constant, seconds)
+    if inside.wanted():
+        inside.apply()
 
 
 if __name__ == "__main__":

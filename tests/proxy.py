@@ -19,6 +19,8 @@ class Proxy:
         self._tls = tls
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self.segment_bytes: int | None = None
+        """Forward at most this many bytes in one TCP segment; None for as many as there are."""
         self._writers: set[asyncio.StreamWriter] = set()
         self._clients: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -59,6 +61,12 @@ class Proxy:
         """Sends bytes to a client that the target never sent; its connections are counted from 0."""
         self._clients[connection].write(data)
 
+    def half_close(self) -> None:
+        """Sends FIN to the connecting side of every connection, and still reads from it."""
+        for writer in self._clients:
+            if writer.can_write_eof() and not writer.is_closing():
+                writer.write_eof()
+
     def stall(self) -> None:
         self._flowing.clear()
 
@@ -83,8 +91,20 @@ class Proxy:
         try:
             while data := await source.read(65_536):
                 await self._flowing.wait()
-                target.write(data)
-                await target.drain()
+                await self._forward(data, target)
             target.close()
         except ConnectionError:
             target.transport.abort()
+
+    async def _forward(self, data: bytes, target: asyncio.StreamWriter) -> None:
+        at = 0
+        while at < len(data):
+            size = self.segment_bytes or len(data)
+            try:
+                target.write(data[at : at + size])
+            except RuntimeError:  # After `half_close` there is nowhere to write to.
+                return
+            await target.drain()
+            at += size
+            if self.segment_bytes is not None:
+                await asyncio.sleep(0)  # Other connections go on meanwhile.

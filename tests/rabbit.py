@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +19,7 @@ import aio_pika
 import aiormq
 import httpx
 
-from deploy.local.node import Node
+from deploy.local.node import MACHINES, Installation, Node
 from tests.patience import PATIENCE
 
 
@@ -137,9 +139,17 @@ class Vhost:
     def delete_exchange(self, name: str) -> None:
         self._call("DELETE", f"exchanges/{self.name}/{name}")
 
-    def close_connections(self) -> int:
-        """As an operator's "force close"; returns how many."""
-        names = [found["name"] for found in self._call("GET", f"vhosts/{self.name}/connections") or []]
+    def close_connections(self, *, named: str = "") -> int:
+        """As an operator's "force close"; returns how many.
+
+        Args:
+            named: only those whose client gave a name that holds this.
+        """
+        names = [
+            found["name"]
+            for found in self._call("GET", f"vhosts/{self.name}/connections") or []
+            if named in found.get("user_provided_name", "")
+        ]
         for name in names:
             self._call("DELETE", f"connections/{quote(name, safe='')}")
         return len(names)
@@ -194,6 +204,13 @@ class Vhost:
                 await message.ack()
                 found.append(message)
         return found
+
+
+FURTHER = os.environ.get("SUITE_RABBITMQ_ROOT")
+"""A folder with a second RabbitMQ (see `Installation.root`), which the tests run on as well. `make test` sets it; empty
+where it could not be made."""
+
+INSTALLATIONS = [MACHINES, *([Installation(root=Path(FURTHER))] if FURTHER else [])]
 
 
 def cloudevent(event_id: str, event_type: str = "job.completed", **data: Any) -> dict[str, Any]:

@@ -76,6 +76,10 @@ class Service:
         """For its next start."""
         self._environment[f"BRIDGE_{name}"] = value
 
+    def set_variable(self, name: str, value: str) -> None:
+        """Any environment variable, by its whole name, for its next start."""
+        self._environment[name] = value
+
     async def start(self, *, ready: bool = True) -> None:
         """Until it serves, and with `ready` until /readyz says so. What it logged in a life before is forgotten."""
         self.lines, self.text = [], ""

@@ -7,21 +7,38 @@ that they saw, to any replica, after the pause that they were told.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import random
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import aio_pika
 
 from bridge import Audience, Publisher, PublishError
 from bridge.event import EventData
 from bridge.samples.jobs import JobProgress
 from tests.client import Stream
+from tests.rabbit import cloudevent
 from tests.service import mint
 
 Key = tuple[int, str]
 """Publisher and audience: events of one key come in order."""
+
+FIRST_BURST = 1_000
+"""Bursts are publishers with numbers from here on: each is a publisher of its own, on one channel."""
+
+BURST_WINDOW = 500
+"""Events of a burst that are published without waiting for a confirm."""
+
+TOKEN_SECONDS = 86_400
+"""Life of the clients' tokens: longer than any jump of a replica's clock."""
+
+DROPPED_WITHIN = 512
+"""Within one stream, the contract lets no event come again that is among the last so many."""
 
 
 @dataclass
@@ -31,6 +48,10 @@ class Ledger:
     began: dict[Key, list[float]] = field(default_factory=lambda: defaultdict(list))
     confirmed: int = 0
     retries: int = 0
+    bursts: int = 0
+    reordered: set[int] = field(default_factory=set)
+    """Bursts of which some events were published again after later ones: RabbitMQ nacked them, or the connection broke.
+    Their order is not promised; that they arrive is."""
 
 
 async def publish(
@@ -68,6 +89,60 @@ async def publish(
         await publisher.close()
 
 
+@contextlib.contextmanager
+def _unless_cut_off() -> Iterator[None]:
+    """Leaves the block when the broker is away or ends the connection, whichever exception the library makes of it."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001, S110
+        pass
+    except asyncio.CancelledError:
+        # The library's word for a connection that is gone, too, in a task that nobody has cancelled.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+
+
+async def burst(url: str, audiences: Sequence[Audience], count: int, ledger: Ledger) -> None:
+    """Publishes `count` events to the audiences in turn on one channel, as fast as RabbitMQ confirms them.
+
+    No code of the bridge's: any program may publish so. What is not confirmed is published again, under the same id.
+    """
+    number = FIRST_BURST + ledger.bursts
+    ledger.bursts += 1
+    began = time.monotonic()
+    messages: list[tuple[str, aio_pika.Message]] = []
+    for index in range(count):
+        audience = audiences[index % len(audiences)]
+        sequence = index // len(audiences)
+        event = cloudevent(f"b{number}-{index}", "job.progress", job_id=f"{number}|{audience}|{sequence}", percent=1)
+        messages.append((f"{audience.prefix}job.progress", aio_pika.Message(json.dumps(event).encode())))
+    while messages:
+        with _unless_cut_off():
+            connection = await aio_pika.connect(url)
+            async with connection:
+                channel = await connection.channel()
+                exchange = await channel.get_exchange("events", ensure=False)
+                while messages and not channel.is_closed:
+                    # Tasks run in the order in which they are made, each up to its first frame.
+                    some = messages[:BURST_WINDOW]
+                    sending = [exchange.publish(message, key, mandatory=True) for key, message in some]
+                    results = await asyncio.gather(*sending, return_exceptions=True)
+                    failed = [
+                        each for each, result in zip(some, results, strict=True) if isinstance(result, BaseException)
+                    ]
+                    if failed:
+                        ledger.reordered.add(number)
+                        ledger.retries += len(failed)
+                        await asyncio.sleep(0.2)  # The pause before the next try.
+                    messages[: len(some)] = failed
+        if messages:
+            await asyncio.sleep(0.2)  # The pause before the next connection.
+    for place, audience in enumerate(audiences):
+        ledger.began[number, str(audience)] = [began] * len(range(place, count, len(audiences)))
+    ledger.confirmed += count
+
+
 class Door(Protocol):
     """Where clients come in: a replica, or a proxy before several."""
 
@@ -97,6 +172,12 @@ class Client:
         self._stream: Stream | None = None
         self._stalled = asyncio.Event()
         self._stalled.set()
+        self._segment_bytes: int | None = None
+        self._positions: dict[tuple[Key, int], int] = {}
+        """Of the present stream: each event, and the place at which it last came."""
+        self._place = 0
+        self.repeats: list[str] = []
+        """Events that came again within one stream, where the contract says that the bridge drops them."""
         self.last_id = ""
         self.owed_since: float | None = None
         """Events whose publishing began after this are owed: its first ready, or the last gap it was told."""
@@ -125,6 +206,18 @@ class Client:
         if self._stream is not None:
             self._stream.abort()
 
+    def half_close(self) -> None:
+        """Says that it has nothing more to send, and reads on."""
+        if self._stream is not None:
+            self._stream.half_close()
+
+    async def segment(self, seconds: float) -> None:
+        """Comes back again and again, and sends each request in segments of one byte."""
+        self._segment_bytes = 1
+        self.cut()
+        await asyncio.sleep(seconds)  # The fault lasts for so long.
+        self._segment_bytes = None
+
     async def stall(self, seconds: float) -> None:
         """Reads nothing for a while, and leaves the connection open."""
         self._stalled.clear()
@@ -137,8 +230,13 @@ class Client:
             headers = {"Last-Event-ID": self.last_id} if self.last_id else {}
             replica = self._chance.choice(self._replicas)
             self._stream = stream = Stream(
-                replica.public, mint(self.user, *self.groups), headers=headers, receive_buffer=16_384
+                replica.public,
+                mint(self.user, *self.groups, ttl=TOKEN_SECONDS),
+                headers=headers,
+                receive_buffer=16_384,
+                segment_bytes=self._segment_bytes,
             )
+            self._positions.clear()
             try:
                 await stream.open()
                 self.connects += 1
@@ -175,7 +273,13 @@ class Client:
             inner = data["data"]
             assert isinstance(inner, dict)
             publisher, audience, sequence = str(inner["job_id"]).split("|")
-            self.seen[int(publisher), audience].append(int(sequence))
+            key = (int(publisher), audience)
+            self.seen[key].append(int(sequence))
+            last = self._positions.get((key, int(sequence)))
+            if last is not None and self._place - last <= DROPPED_WITHIN:
+                self.repeats.append(f"{key} {sequence}, {self._place - last} events later")
+            self._positions[key, int(sequence)] = self._place
+            self._place += 1
 
 
 @dataclass
@@ -183,26 +287,37 @@ class Verdict:
     owed: int = 0
     missing: list[str] = field(default_factory=list)
     duplicates: int = 0
+    """Over reconnects: the contract lets an event come again there, but says when. `doubled` is to find out why."""
+    doubled: Counter[str] = field(default_factory=Counter)
+    """Of the duplicates, how many each client has from bursts and from single events."""
     disorder: list[str] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
+    repeats: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
-        return not (self.missing or self.disorder or self.strangers)
+        return not self.faults
+
+    @property
+    def faults(self) -> list[str]:
+        return [*self.missing, *self.disorder, *self.strangers, *self.repeats]
 
 
 def judge(ledger: Ledger, clients: list[Client]) -> Verdict:
     verdict = Verdict()
     for name, client in enumerate(clients):
         since = client.owed_since
+        verdict.repeats += [f"client {name} saw twice in one stream: {each}" for each in client.repeats]
         for key, began in ledger.began.items():
             seen = client.seen.get(key, [])
             if key[1] not in client.audiences:
                 verdict.strangers += [f"client {name} saw {key} {number}" for number in seen]
                 continue
-            verdict.duplicates += len(seen) - len(set(seen))
+            again = len(seen) - len(set(seen))
+            verdict.duplicates += again
+            verdict.doubled[f"client {name}, {'bursts' if key[0] >= FIRST_BURST else 'single events'}"] += again
             first = list(dict.fromkeys(seen))
-            if first != sorted(first):
+            if first != sorted(first) and key[0] not in ledger.reordered:
                 verdict.disorder.append(f"client {name} {key}: {first}")
             owed = {number for number, at in enumerate(began) if since is not None and at > since}
             verdict.owed += len(owed)
