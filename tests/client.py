@@ -65,6 +65,16 @@ class Stream:
         await self.close()
 
     async def open(self) -> None:
+        await self.request()
+        async with asyncio.timeout(PATIENCE):
+            status = await self._reader.readline()
+            self.status = int(status.split()[1])
+            while (line := (await self._reader.readline()).decode("latin-1").strip()) != "":
+                name, _, value = line.partition(":")
+                self.headers[name.lower()] = value.strip()
+
+    async def request(self) -> None:
+        """Sends the request and waits for nothing."""
         assert self._address.hostname is not None
         raw = socket.socket()
         if self._receive_buffer is not None:
@@ -87,12 +97,10 @@ class Stream:
             self._writer.write(request[at : at + size])  # One segment: asyncio sets TCP_NODELAY.
             if size < len(request):
                 await asyncio.sleep(0)  # The bridge gets a chance to read this segment alone.
-        async with asyncio.timeout(PATIENCE):
-            status = await self._reader.readline()
-            self.status = int(status.split()[1])
-            while (line := (await self._reader.readline()).decode("latin-1").strip()) != "":
-                name, _, value = line.partition(":")
-                self.headers[name.lower()] = value.strip()
+
+    async def body(self) -> bytes:
+        """Of an answer that is no stream."""
+        return await self._reader.readexactly(int(self.headers["content-length"]))
 
     async def _read_chunk(self) -> None:
         """Cancelled at any point, it loses no byte."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from bridge import __version__
 from deploy.local.node import free_ports
 from tests.client import Stream
-from tests.conftest import OpenStream, StartService
+from tests.conftest import Eventually, OpenStream, StartService
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
 from tests.service import SECRET, Service, mint
@@ -365,6 +366,22 @@ async def test_http_2_in_the_clear_is_refused(service: Service) -> None:
     assert b"HTTP/1.1 101" not in answer
     writer.close()
     assert await service.metric("bridge_connections") == 0
+
+
+async def test_a_client_that_hangs_up_after_an_answer_leaves_no_connection(
+    start: StartService, eventually: Eventually
+) -> None:
+    service = await start(deadlines={"service.http.entrance.KEEP_ALIVE_SECONDS": 10 * PATIENCE})
+    before = len(os.listdir(f"/proc/{service.pid}/fd"))
+    for read in (True, False):
+        for _ in range(20):
+            stream = Stream(service.public, mint("42", ttl=-1))
+            await stream.open()
+            assert stream.status == 401
+            if read:
+                await stream.body()
+            await stream.close()
+    await eventually(lambda: len(os.listdir(f"/proc/{service.pid}/fd")) <= before)
 
 
 async def test_a_rotated_key_is_busy_until_it_is_known_and_a_strangers_is_refused(
