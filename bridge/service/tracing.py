@@ -27,6 +27,7 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from bridge import __version__
+from bridge.service import clock
 from bridge.service.streams.streamevent import StreamEvent
 
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -63,7 +64,7 @@ class Tracing:
     def delivered(self, events: Sequence[tuple[StreamEvent, int | None]], stream: int) -> None:
         """
         Args:
-            events: what has just been written, each with when it was received live, in ms since 1970; None for what was
+            events: what has just been written, each with when it was received live, in ms by `clock`; None for what was
                 read from the log.
             stream: the stream's number, as the log has it.
         """
@@ -76,7 +77,7 @@ class Tracing:
                 f"deliver {event.type}",
                 context=context,
                 kind=SpanKind.CONSUMER,
-                start_time=now if received_ms is None else min(now, received_ms * 1_000_000),
+                start_time=now if received_ms is None else now - (clock.now_ms() - received_ms) * 1_000_000,
                 attributes={
                     "messaging.system": "rabbitmq",
                     "messaging.operation.name": "deliver",

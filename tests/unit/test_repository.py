@@ -30,7 +30,7 @@ LAYERS = [
     ["catalogue.facts"],
     ["catalogue.load"],
     ["catalogue.exports"],
-    ["service.health", "service.budgets", "service.descriptors", "service.http.claims", "service.broker.deliveries"],
+    ["service.health", "service.clock", "service.budgets", "service.descriptors", "service.http.claims", "service.broker.deliveries"],
     ["service.logs", "service.http.requesthead"],
     ["service.streams.sse", "service.streams.cursor", "service.streams.deadlines"],
     ["service.streams.streamevent", "service.http.headers", "service.http.keys", "service.broker.consumer"],

@@ -20,6 +20,7 @@ from typing import Protocol
 import structlog
 
 from bridge.routing import Audience, RoutingError, TypeFilter, split_key
+from bridge.service import clock
 from bridge.service.broker.eventlog import EventLog, Request
 from bridge.service.broker.live import Broker, Delivery, Subscription
 from bridge.service.http.auth import Subscriber
@@ -153,7 +154,7 @@ class Connection:
             return
         event = self._hub.reader.read(routing_key, body, via=self.subscription.number, only=self._hub.is_only(self))
         if isinstance(event, StreamEvent):
-            self.offer(event, _now_ms())
+            self.offer(event, clock.now_ms())
         elif event.depends_on_catalogue:
             self.unreadable()
 
@@ -166,7 +167,7 @@ class Connection:
     def unreadable(self, *, logged: bool = False) -> None:
         """An event for this stream, of a type that it asked for, cannot be read here."""
         self._take_watermarks()
-        self.session.unreadable(_now_ms(), logged=logged)
+        self.session.unreadable(clock.now_ms(), logged=logged)
         self.ring()
 
     def _wants(self, routing_key: str) -> bool:
@@ -218,7 +219,7 @@ class Connection:
     def on_bound(self) -> None:
         log = self._hub.log
         if log is None:
-            self._hub.note(self, self.session.bound(_now_ms(), None))
+            self._hub.note(self, self.session.bound(clock.now_ms(), None))
             self.ring()
         else:
             self._epoch += 1
@@ -255,7 +256,7 @@ class Connection:
 
     def _on_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
         if epoch == self._epoch:
-            self._hub.note(self, self.session.bound(_now_ms(), anchor))
+            self._hub.note(self, self.session.bound(clock.now_ms(), anchor))
             self._skip_watermarks()
             self._read_log()
             self.expect(False)
@@ -312,7 +313,7 @@ class Connection:
 
     def caught_up(self) -> None:
         log = self._hub.log
-        is_live = self.session.caught_up(_now_ms())
+        is_live = self.session.caught_up(clock.now_ms())
         self._skip_watermarks()
         if not is_live and log is not None:
             # What came live meanwhile was too much to hold. It stands in the log, behind the tick.
@@ -329,7 +330,7 @@ class Connection:
                 self.unreadable()
         elif self.session.types.matches(event.type):
             self._take_watermarks()
-            self.session.settle(event, _now_ms(), shared=_is_shared(routing_key))
+            self.session.settle(event, clock.now_ms(), shared=_is_shared(routing_key))
             self.ring()
 
     def settled(self) -> None:
@@ -353,7 +354,7 @@ class Connection:
             if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
                 session.end("busy", deadlines.busy_retry_ms(random.random()))
         elif pace.position_due(now):
-            session.place(_now_ms())
+            session.place(clock.now_ms())
             pace.moved(now)
             self._take_watermarks()
             self.ask_for_proof()
@@ -520,7 +521,7 @@ class Hub:
         self._metrics.log_answers.set(anchor is not None)
         if anchor is None or self.log is None:
             return
-        self._watermarks.append((anchor, _now_ms()))
+        self._watermarks.append((anchor, clock.now_ms()))
         self.watermarks += 1
         # An event stands in the log and in the queues a moment apart. So a fence proves the watermark before the one
         # that it follows: RabbitMQ has answered since then, and has had ten seconds for what was on its way.
@@ -560,7 +561,7 @@ class Hub:
             if event.depends_on_catalogue:
                 self._tell_unreadable(routing_key)
             return
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         audience, _ = split_key(routing_key)
         if audience.kind == "user":
             self.note_copy(routing_key)
@@ -633,7 +634,3 @@ class Hub:
 def _is_shared(routing_key: str) -> bool:
     """Whether the shared queue brings it, and not one of a user's own."""
     return not routing_key.startswith("user.")
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

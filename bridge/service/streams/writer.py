@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from bridge.service import clock
 from bridge.service.metrics import Metrics
 from bridge.service.streams import sse
 from bridge.service.streams.cursor import echo
@@ -163,7 +164,7 @@ class _Stream(asyncio.Protocol):
                 session.unreadable_told = 0
             if session.oldest_ms is not None:
                 connection.pace.moved(now)
-                metrics.delivery_seconds.observe(max(0.0, time.time() - session.oldest_ms / 1000))
+                metrics.delivery_seconds.observe((clock.now_ms() - session.oldest_ms) / 1000)
             self._write(chunk)
             connection.pace.wrote(now)
             connection.read_on()
