@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test unit chaos proxies rollout mutants attacks bench image test-slow check format exports lock clean
+.PHONY: help demo test unit chaos leaks soak proxies rollout mutants attacks bench image test-slow check format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,19 @@ chaos: $(READY) ## faults of all kinds under load, for LENGTH seconds, on ROUNDS
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m tests.chaos.run --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),4) \
 		$(if $(SEED),--seed $(SEED)) $(if $(NODES),--nodes $(NODES)) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
+
+leaks: $(READY) ## what STREAMS streams, LOSSES lost connections and TOKENS expired tokens leave behind; RABBITMQ=4.3 alone
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure rabbitmq4 > /dev/null
+	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
+		$(VENV)/bin/python -m tests.endurance.leaks $(if $(STREAMS),--streams $(STREAMS)) $(if $(LOSSES),--losses $(LOSSES)) \
+		$(if $(TOKENS),--tokens $(TOKENS)) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
+
+soak: $(READY) ## steady load for LENGTH seconds, an hour by default, and a table of what the bridge holds meanwhile
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure rabbitmq4 > /dev/null
+	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
+		$(VENV)/bin/python -m tests.endurance.soak --seconds $(or $(LENGTH),3600) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
 
 proxies: $(READY) ## five real proxies in front of the bridge, at length, with figures; ONLY=nginx for one
 	@deploy/local/ensure rabbitmq

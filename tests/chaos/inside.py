@@ -1,15 +1,20 @@
-"""Faults inside the bridge's own process: its clock jumps, and it has few file descriptors.
+"""Inside the bridge's own process: its clock jumps, it has few file descriptors, and it counts what it holds.
 
-`tests.patience` applies them before the bridge starts. The product has no hook for them.
+`tests.patience` applies this before the bridge starts. The product has no hook for it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import json
 import mmap
 import os
 import resource
+import signal
 import struct
 import time
+from collections import Counter
 from pathlib import Path
 
 CLOCK = "SUITE_CLOCK"
@@ -17,6 +22,9 @@ CLOCK = "SUITE_CLOCK"
 
 DESCRIPTORS = "SUITE_DESCRIPTORS"
 """The soft and the hard limit of file descriptors."""
+
+COUNTS = "SUITE_COUNTS"
+"""Names a file. At each SIGUSR2 the process writes to it how many tasks and objects it holds, as JSON."""
 
 
 class Clock:
@@ -33,7 +41,7 @@ class Clock:
 
 
 def wanted() -> bool:
-    return bool(os.environ.get(CLOCK) or os.environ.get(DESCRIPTORS))
+    return any(os.environ.get(name) for name in (CLOCK, DESCRIPTORS, COUNTS))
 
 
 def apply() -> None:
@@ -42,6 +50,8 @@ def apply() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
     if os.environ.get(CLOCK):
         _shift_clock(Path(os.environ[CLOCK]))
+    if os.environ.get(COUNTS):
+        _count_on_signal(Path(os.environ[COUNTS]))
 
 
 def _shift_clock(path: Path) -> None:
@@ -57,3 +67,32 @@ def _shift_clock(path: Path) -> None:
 
     time.time = lambda: real() + offset()
     time.time_ns = lambda: real_ns() + round(offset() * 1e9)
+
+
+def _name(task: asyncio.Task[object]) -> str:
+    """What it runs, where nobody has given it a name."""
+    name = task.get_name()
+    return name if not name.startswith("Task-") else getattr(task.get_coro(), "__qualname__", name)
+
+
+def _count_on_signal(path: Path) -> None:
+    answers = 0
+
+    def count(*_: object) -> None:
+        nonlocal answers
+        answers += 1
+        gc.collect()
+        # Without those that the bridge froze at its start.
+        objects = gc.get_objects()
+        kinds = Counter(f"{type(each).__module__}.{type(each).__qualname__}" for each in objects)
+        held = {
+            "answer": answers,
+            "tasks": sorted(_name(task) for task in asyncio.all_tasks()),
+            "objects": len(objects),
+            "kinds": dict(kinds.most_common(200)),
+        }
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(held))
+        draft.replace(path)
+
+    signal.signal(signal.SIGUSR2, count)

@@ -1,0 +1,122 @@
+"""What a bridge holds: queues and bindings at RabbitMQ, file descriptors, tasks, objects and memory of its process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos import inside
+from tests.patience import PATIENCE
+from tests.rabbit import Vhost
+from tests.service import Service
+
+
+@dataclass(frozen=True)
+class Counts:
+    queues: int
+    bindings: int
+    descriptors: int
+    tasks: int
+    objects: int
+    rss_mb: float
+    task_names: Counter[str]
+    kinds: Counter[str]
+    """Objects by class, those that the collector knows."""
+
+    @property
+    def held(self) -> tuple[int, int, int, int]:
+        """What must be as before: the rest depends on caches, on the allocator and on the interpreter."""
+        return (self.queues, self.bindings, self.descriptors, self.tasks)
+
+    def differs(self, before: Counts) -> str:
+        """For an error message: what there is more or less of."""
+        return (
+            f"before {before.held}, after {self.held} (queues, bindings, descriptors, tasks)\n"
+            f"tasks: more {self.task_names - before.task_names}, fewer {before.task_names - self.task_names}\n"
+            f"objects: more {(self.kinds - before.kinds).most_common(20)}"
+        )
+
+
+class CountedService(Service):
+    """A bridge that says what it holds, and whose log is counted and not kept: it may be a million lines long."""
+
+    def __init__(self, amqp_url: str, folder: Path, *, deadlines: dict[str, float] | None = None, **settings: str):
+        super().__init__(amqp_url, deadlines=deadlines)
+        for name, value in settings.items():
+            self.set(name, value)
+        self._path = folder / "counts.json"
+        self.set_variable(inside.COUNTS, str(self._path))
+        self._answers = 0
+        self.events: Counter[str] = Counter()
+        """How often each event was logged."""
+        self.complaints: deque[str] = deque(maxlen=200)
+        """The last lines that are not `info`."""
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for raw in self._process.stdout:
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                line = {"event": raw.decode(), "level": "unknown"}
+            self.events[line["event"]] += 1
+            if line.get("level") != "info":
+                self.complaints.append(raw.decode())
+            async with self._heard:
+                if line["event"] in ("serving", "broker connected") and len(self.lines) < 10:
+                    self.lines.append(line)
+                self._heard.notify_all()
+        async with self._heard:
+            self.lines.append({"event": "(end of output)"})
+            self._heard.notify_all()
+
+    async def happened(self, event: str, count: int) -> None:
+        """Waits until the bridge has logged this event so many times."""
+        async with asyncio.timeout(PATIENCE), self._heard:
+            await self._heard.wait_for(lambda: self.events[event] >= count)
+
+    async def count(self, vhost: Vhost) -> Counts:
+        self._answers += 1
+        self.signal(signal.SIGUSR2)
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                await asyncio.sleep(0.02)  # A file has nothing to wait on.
+                if self._path.exists() and (held := json.loads(self._path.read_text()))["answer"] >= self._answers:
+                    break
+        queues = await asyncio.to_thread(vhost.queues)
+        bindings = await asyncio.to_thread(vhost.bindings)
+        return Counts(
+            queues=len(queues),
+            bindings=len(bindings),
+            descriptors=len(os.listdir(f"/proc/{self.pid}/fd")),
+            tasks=len(held["tasks"]),
+            objects=held["objects"],
+            rss_mb=_rss_mb(self.pid),
+            task_names=Counter(held["tasks"]),
+            kinds=Counter(held["kinds"]),
+        )
+
+    async def at_rest(self, vhost: Vhost, before: Counts | None = None) -> Counts:
+        """What it holds once that is as before, or is the same twice; after PATIENCE, whatever it is.
+
+        Queues go a moment after their streams, and each watermark is a task for a moment.
+        """
+        deadline = time.monotonic() + PATIENCE
+        last = await self.count(vhost)
+        while True:
+            await asyncio.sleep(0.5)  # Between two looks.
+            now = await self.count(vhost)
+            if now.held == (before or last).held or time.monotonic() > deadline:
+                return now
+            last = now
+
+
+def _rss_mb(pid: int) -> float:
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return round(int(status["VmRSS"].split()[0]) / 1024, 1)
