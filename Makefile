@@ -11,10 +11,12 @@ demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends
 	@[ -n "$$BRIDGE_AMQP_URL" ] || deploy/local/ensure rabbitmq
 	@exec $(VENV)/bin/python -m deploy.local.demo
 
-test: $(READY) check ## every test, on private RabbitMQs (this machine's and 4.3) and in Chromium
+test: $(READY) check ## every test, on private RabbitMQs (this machine's and 4.3) and in three browsers
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure rabbitmq4 > /dev/null
 	@deploy/local/ensure chromium
+	@deploy/local/ensure firefox
+	@deploy/local/ensure webkit
 	@deploy/local/ensure kubectl
 	@deploy/local/ensure promtool
 	@deploy/local/ensure proxies

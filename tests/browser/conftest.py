@@ -1,38 +1,41 @@
-"""A real Chromium, Debian's, driven by Playwright, and pages from an origin of their own."""
+"""Real browsers, Debian's, and pages from an origin of their own.
+
+`page` and `open_page` are Chromium's, with all that Playwright offers. A test with `engine` runs in three engines.
+"""
 
 from __future__ import annotations
 
 import http.server
-import shutil
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 from playwright.async_api import Browser, Page, async_playwright, expect
 
+from tests.browser.engines import (
+    CHROMIUM_FLAGS,
+    NAMES,
+    Engine,
+    find_program,
+    run_display,
+    run_firefox,
+    start_chromium,
+    start_webkit,
+    use_firefox,
+)
 from tests.patience import PATIENCE
 
 # Playwright's own limit is five seconds.
 expect.set_options(timeout=1000 * PATIENCE)
 
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
-    chromium = shutil.which("chromium")
-    assert chromium is not None, "chromium is missing: apt-get install chromium"
     async with async_playwright() as playwright:
         made = await playwright.chromium.launch(
-            executable_path=chromium, args=CHROMIUM_FLAGS, ignore_default_args=["--disable-back-forward-cache"]
+            executable_path=find_program("chromium", "chromium"),
+            args=CHROMIUM_FLAGS,
+            ignore_default_args=["--disable-back-forward-cache"],
         )
         yield made
         await made.close()
@@ -65,11 +68,13 @@ async def page(open_page: OpenPage) -> Page:
 
 @pytest.fixture
 def origin() -> Iterator[str]:
-    """An origin with an empty page, for scripts to run on."""
+    """An origin with an empty page, for scripts to run on. `/cookie` is the request's cookie."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = b"<!doctype html><link rel=icon href='data:,'><title>test</title>"
+            if self.path == "/cookie":
+                body = self.headers.get("Cookie", "").encode()
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.send_header("Content-Length", str(len(body)))
@@ -86,3 +91,29 @@ def origin() -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(scope="session")
+def firefox() -> Iterator[str]:
+    with run_firefox() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def display() -> Iterator[str]:
+    with run_display() as name:
+        yield name
+
+
+@pytest.fixture(params=NAMES)
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    """A browser of each engine, one after the other, in which an error of a script fails the test."""
+    if request.param == "chromium":
+        started = start_chromium()
+    elif request.param == "firefox":
+        started = use_firefox(request.getfixturevalue("firefox"))
+    else:
+        started = start_webkit(request.getfixturevalue("display"))
+    async with started as made:
+        yield made
+    assert made.errors == []

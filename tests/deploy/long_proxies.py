@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import BrowserContext, async_playwright
 
-from tests.browser.conftest import CHROMIUM_FLAGS
+from tests.browser.engines import CHROMIUM_FLAGS
 from tests.conftest import StartService
 from tests.deploy import checks
 from tests.deploy.checks import Place, Reader, flow, reading
