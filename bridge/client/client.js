@@ -57,7 +57,7 @@ const sleepThrough = (/** @type {number} */ ms, /** @type {AbortSignal} */ signa
   });
 
 /**
- * Reads a stream of bytes as SSE blocks until it ends.
+ * Reads a stream of bytes as SSE blocks until it ends, by the standard's grammar (tests/browser/test_parser.py).
  * @param {ReadableStream<Uint8Array>} body
  * @param {(block: {name: string, data: string, id: string | null}) => void} onBlock a block with data
  * @param {(retryMs: number) => void} onRetry
@@ -65,13 +65,14 @@ const sleepThrough = (/** @type {number} */ ms, /** @type {AbortSignal} */ signa
  */
 export async function parse(body, onBlock, onRetry, onBytes) {
   const reader = body.getReader();
-  const decoder = new TextDecoder(); // Takes a byte order mark at the start away, as it should.
-  let rest = "";
+  const decoder = new TextDecoder(); // Removes one byte order mark at the start, as the standard asks.
+  let rest = ""; // The start of a line whose end has not come.
+  let afterCr = false; // The last line ended with CR: a LF that comes next is the second half of that line end.
   let name = "";
   /** @type {string[]} */
   let data = [];
   /** @type {string | null} */
-  let id = null;
+  let id = null; // Stays for the blocks that follow.
   const take = (/** @type {string} */ line) => {
     if (line === "") {
       if (data.length) onBlock({ name: name || "message", data: data.join("\n"), id });
@@ -87,24 +88,24 @@ export async function parse(body, onBlock, onRetry, onBytes) {
     if (field === "data") data.push(value);
     else if (field === "event") name = value;
     else if (field === "id" && !value.includes("\0")) id = value;
-    else if (field === "retry" && /^\d+$/.test(value)) onRetry(Number(value));
+    else if (field === "retry" && /^[0-9]+$/.test(value)) onRetry(Number(value));
   };
   try {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return; // A block without its empty line is not complete, and is dropped.
       onBytes();
-      rest += decoder.decode(value, { stream: true });
-      let start = 0;
-      for (let at = 0; at < rest.length; at++) {
-        const char = rest.charCodeAt(at);
-        if (char !== 10 && char !== 13) continue;
-        if (char === 13 && at + 1 === rest.length) break; // Perhaps half of CR LF.
-        take(rest.slice(start, at));
-        if (char === 13 && rest.charCodeAt(at + 1) === 10) at++;
-        start = at + 1;
+      const text = decoder.decode(value, { stream: true });
+      if (text === "") continue; // Part of a character.
+      // CR ends a line at once. Waiting for a LF would hold a block back until the next one comes.
+      const end = /\r\n?|\n/g;
+      let start = (end.lastIndex = afterCr && text[0] === "\n" ? 1 : 0);
+      afterCr = text.endsWith("\r");
+      for (let found; (found = end.exec(text)); start = end.lastIndex) {
+        take(rest + text.slice(start, found.index));
+        rest = "";
       }
-      rest = rest.slice(start);
+      rest += text.slice(start);
     }
   } finally {
     reader.cancel().catch(() => {});
