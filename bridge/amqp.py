@@ -144,6 +144,12 @@ def parse_urls(text: str) -> tuple[str, ...]:
     return addresses
 
 
+def credentials(address: str) -> str:
+    """The user and the password of an address."""
+    url = URL(address)
+    return f"{url.user or 'guest'}:{url.password or 'guest'}"
+
+
 def redact(address: str) -> str:
     """The address without its password, for logs and messages."""
     head, at, tail = address.rpartition("@")

@@ -7,6 +7,7 @@ Faults are all found before anything starts, and named together.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -170,6 +171,18 @@ class Settings(PublicSettings):
     broker_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         30, description="how long the broker may be away before /readyz says 503"
     )
+
+    @property
+    def identity_key(self) -> bytes:
+        """The key of identities (`Subscriber.identity`): a secret that all replicas of a bridge have alike.
+
+        Without BRIDGE_JWT_SECRET these are RabbitMQ's users and passwords; the order of its nodes may differ.
+        """
+        if self.jwt_secret is not None:
+            secrets = [self.jwt_secret.get_secret_value()]
+        else:
+            secrets = sorted({amqp.credentials(address) for address in self.addresses})
+        return hashlib.sha256("\0".join(["identity", *secrets]).encode()).digest()
 
     @field_validator("jwt_secret", "jwks", "jwt_audience", "jwt_issuer", mode="before")
     @classmethod

@@ -7,9 +7,11 @@ import json
 import math
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 
 from bridge import __version__
@@ -461,3 +463,32 @@ async def test_not_ready_before_a_key_set_was_read_once(start: StartService, fir
     assert (await service.get("/readyz", internal=True)).status_code == 200
     assert "hidden" not in service.text
     server.close()
+
+
+async def test_the_identity_names_what_the_stream_may_show(start: StartService, connect: OpenStream) -> None:
+    service = await start(ALLOWED_ORIGINS=APP)
+
+    async def identity(user: str, *groups: str) -> str:
+        headers = {"Authorization": f"Bearer {mint(user, *groups)}", "Origin": APP}
+        response = await service.get("/events", method="HEAD", headers=headers)
+        exposed = response.headers["access-control-expose-headers"]
+        assert {"bridge-identity", "retry-after"} <= {name.strip().lower() for name in exposed.split(",")}
+        return response.headers["bridge-identity"]
+
+    mine = await identity("42", "ops", "dev")
+    assert mine == await identity("42", "dev", "ops")
+    assert len({mine, await identity("42"), await identity("42", "ops"), await identity("43", "ops", "dev")}) == 4
+    stream = await connect(service, "42", "ops", "dev")
+    assert stream.headers["bridge-identity"] == mine
+    assert stream.frames[0].json["identity"] == mine
+    refused = await service.get("/events", headers={"Origin": APP})
+    assert "bridge-identity" not in refused.headers
+
+
+async def test_a_token_that_cannot_be_judged_has_no_identity_yet(service: Service) -> None:
+    now = int(time.time())
+    # Good in a while: `busy` until then.
+    token = jwt.encode({"sub": "42", "exp": now + 9000, "nbf": now + 250}, SECRET, algorithm="HS256")
+    answer = await service.get("/events", method="HEAD", headers={"Authorization": f"Bearer {token}"})
+    assert answer.status_code == 200
+    assert answer.headers["bridge-identity"] == "unknown"

@@ -29,7 +29,7 @@ async def test_ready_then_events_of_the_users_audiences_and_no_others(
     assert "origin" in stream.headers["vary"].lower()
     assert re.match(
         rb"retry: \d+\nid: [A-Za-z0-9._:~-]{1,160}\nevent: bridge\.ready\n"
-        rb'data: {"user":"42","resumed":false,"heartbeat_seconds":15}\n\n$',
+        rb'data: {"user":"42","identity":"[A-Za-z0-9_-]{22}","resumed":false,"heartbeat_seconds":15}\n\n$',
         stream.raw,
     )
     await vhost.publish_all(

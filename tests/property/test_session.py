@@ -138,6 +138,7 @@ class World(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.session = Session(
+            identity="",
             user="42",
             types=TypeFilter(),
             named=True,

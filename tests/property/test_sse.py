@@ -24,7 +24,7 @@ def decode(raw: bytes, cuts: list[int]) -> tuple[list[Frame], Decoder]:
 @given(user=texts, cursor=cursors, retry_ms=st.integers(0, 10**6), cuts=st.lists(st.integers(0, 10**4)))
 def test_ready(user: str, cursor: str, retry_ms: int, cuts: list[int]) -> None:
     raw = sse.HEARTBEAT + sse.encode_ready(
-        user=user, resumed=True, heartbeat_seconds=15, cursor=cursor, retry_ms=retry_ms
+        user=user, identity="i", resumed=True, heartbeat_seconds=15, cursor=cursor, retry_ms=retry_ms
     )
     (frame,), decoder = decode(raw + sse.HEARTBEAT, cuts)
     assert (frame.event, frame.id, frame.retry, frame.json["user"]) == ("bridge.ready", cursor, retry_ms, user)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from typing import Any
 
 import pytest
@@ -178,3 +179,27 @@ def test_the_compact_form() -> None:
 def test_what_is_no_signed_token(text: str, why: str) -> None:
     with pytest.raises(InvalidToken, match=why):
         parse(text)
+
+
+def test_an_identity_is_of_the_user_and_the_set_of_groups() -> None:
+    key = b"k"
+
+    def identity(user: str, *groups: str, key: bytes = key) -> str:
+        return Subscriber(user, groups, 0.0).identity(key)
+
+    one = identity("42", "a", "b")
+    assert one == identity("42", "b", "a", "a")
+    others = [
+        identity("42"),
+        identity("42", "a"),
+        identity("42", "a", "b", "c"),
+        identity("42", "a,b"),
+        identity("42", 'a","b'),
+        identity('42","a', "b"),
+        identity("a", "42", "b"),
+        identity("42", "a", "b", key=b"l"),
+        identity("\ud800", "a", "b"),
+        identity("é", "a", "b"),
+    ]
+    assert len({one, *others}) == len(others) + 1
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{22}", each) for each in (one, *others))

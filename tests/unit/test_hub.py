@@ -52,6 +52,7 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
     reader = EventReader({}, max_event_bytes=65_536, metrics=metrics, quarantine=quarantine)
     hub = Hub(reader=reader, limits=NOTHING, metrics=metrics, make_broker=lambda _: broker, log=log)
     session = Session(
+        identity="",
         user="42",
         types=TypeFilter(),
         named=True,
@@ -66,7 +67,7 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
     session.settled()
     assert session.state is State.LIVE
     subscriber = Subscriber("42", (), 1e12)
-    request = StreamRequest(subscriber, TypeFilter(), named=True, last_event_id=None, keys=())
+    request = StreamRequest(subscriber, "", TypeFilter(), named=True, last_event_id=None, keys=())
     connection = Connection(hub, request, session, NOTHING, lambda: None, 0.0)
     subscription: Any = Subscription()
     connection.subscription = subscription

@@ -23,6 +23,7 @@ from tests.events import make_event
 def session(**changes: Any) -> Session:
     values: dict[str, Any] = {
         "user": "42",
+        "identity": "i",
         "types": TypeFilter(),
         "named": True,
         "last_event_id": None,
@@ -58,7 +59,7 @@ def test_ready_comes_first_and_what_was_held_after_it() -> None:
     made.bound(1000, None)
     ready, event = frames(made)
     assert (ready.event, ready.retry, ready.id) == ("bridge.ready", 3000, "0.3e8")
-    assert ready.json == {"user": "42", "resumed": False, "heartbeat_seconds": 15}
+    assert ready.json == {"user": "42", "identity": "i", "resumed": False, "heartbeat_seconds": 15}
     assert event.json["id"] == "e1"
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bridge.service.settings import BrokerSettings, InvalidSettings, Settings, load, parse_bind, unknown_names
+from bridge.service.settings import PREFIX, BrokerSettings, InvalidSettings, Settings, load, parse_bind, unknown_names
 
 SECRET = "0123456789abcdef0123456789abcdef"
 
@@ -120,3 +120,25 @@ def test_a_bind_address(text: str, parsed: tuple[str, int]) -> None:
 def test_no_bind_address(text: str) -> None:
     with pytest.raises(ValueError, match="host:port"):
         parse_bind(text)
+
+
+def test_replicas_have_one_key_for_identities(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(**given: str) -> bytes:
+        for name in ("JWT_SECRET", "JWKS", "AMQP_URL", "BIND"):
+            monkeypatch.delenv(PREFIX + name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(PREFIX + name, value)
+        return load(Settings).identity_key
+
+    secret = "s" * 32
+    one, two = "amqp://u:p@a/", "amqp://u:p@b/x"
+    assert key(JWT_SECRET=secret, AMQP_URL=one) == key(JWT_SECRET=secret, AMQP_URL=two, BIND="0.0.0.0:80")
+    assert key(JWKS="keys.json", AMQP_URL=f"{one},{two}") == key(JWKS="keys.json", AMQP_URL=f"{two},{one}")
+    several = {
+        key(JWT_SECRET=secret),
+        key(JWT_SECRET="t" * 32),
+        key(JWKS="keys.json"),
+        key(JWKS="keys.json", AMQP_URL=one),
+        key(JWKS="keys.json", AMQP_URL="amqp://u:q@a/"),
+    }
+    assert len(several) == 5

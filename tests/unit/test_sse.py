@@ -7,9 +7,9 @@ from bridge.service.streams import sse
 
 def test_the_bridges_own_frames() -> None:
     assert (
-        sse.encode_ready(user="a.b", resumed=False, heartbeat_seconds=15.0, cursor="1.0.", retry_ms=3000)
+        sse.encode_ready(user="a.b", identity="i", resumed=False, heartbeat_seconds=15.0, cursor="1.0.", retry_ms=3000)
         == b"retry: 3000\nid: 1.0.\nevent: bridge.ready\n"
-        b'data: {"user":"a.b","resumed":false,"heartbeat_seconds":15}\n\n'
+        b'data: {"user":"a.b","identity":"i","resumed":false,"heartbeat_seconds":15}\n\n'
     )
     assert sse.encode_gap("no-log") == b'event: bridge.gap\ndata: {"reason":"no-log"}\n\n'
     assert sse.encode_position("1.0.") == b"id: 1.0.\nevent: bridge.position\ndata: {}\n\n"
@@ -18,7 +18,9 @@ def test_the_bridges_own_frames() -> None:
 
 
 def test_a_user_id_cannot_break_ready() -> None:
-    frame = sse.encode_ready(user='\r\n\n"\0😀', resumed=True, heartbeat_seconds=0.5, cursor="c", retry_ms=1)
+    frame = sse.encode_ready(
+        user='\r\n\n"\0😀', identity="i", resumed=True, heartbeat_seconds=0.5, cursor="c", retry_ms=1
+    )
     assert frame.count(b"\n") == 5
     assert b"\r" not in frame
     assert b"\0" not in frame

@@ -150,7 +150,10 @@ def _frame(catalogue: Catalogue, names: dict[str, str]) -> Schema:
         return _object(reason={"enum": list(reasons)})
 
     ready = _object(
-        user=_TEXT, resumed={"type": "boolean"}, heartbeat_seconds={"type": "number", "exclusiveMinimum": 0}
+        user=_TEXT,
+        identity=_TEXT,
+        resumed={"type": "boolean"},
+        heartbeat_seconds={"type": "number", "exclusiveMinimum": 0},
     )
     always = ["event"]
     return {
@@ -294,7 +297,14 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
         "responses": {
             "200": {
                 "description": "The stream. It ends with `bridge.bye`, or with the connection.",
-                "headers": {"Cache-Control": header, "X-Accel-Buffering": header},
+                "headers": {
+                    "Cache-Control": header,
+                    "X-Accel-Buffering": header,
+                    "Bridge-Identity": {
+                        "description": "An opaque name of what the stream may show, or `unknown`.",
+                        "schema": {"type": "string", "pattern": "^(unknown|[A-Za-z0-9_-]{22})$"},
+                    },
+                },
                 "content": {sse.MEDIA_TYPE: {"itemSchema": {"$ref": COMPONENTS + _FRAME}}},
             },
             "400": _problem("A query that cannot be read: `invalid-types`, `invalid-named`."),

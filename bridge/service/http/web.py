@@ -44,6 +44,12 @@ MAX_REQUEST_BYTES = 16_384
 PREFLIGHT_SECONDS = 7200
 """Chromium keeps a preflight no longer than two hours."""
 
+IDENTITY = "Bridge-Identity"
+"""Header with the name of what a stream may show (docs/contract.md, "Identity")."""
+
+UNKNOWN_IDENTITY = "unknown"
+"""Its value where the token cannot be judged now. No digest is as short."""
+
 STREAM_HEADERS = {
     "Content-Type": sse.MEDIA_TYPE,
     # no-transform keeps compressing proxies away, which would hold events back until a block is full.
@@ -138,6 +144,7 @@ def create_app(
     not_judged = RareLine("token not judged", _log.error)
     no_groups = RareLine("groups not in the token", _log.error)
     streams = Streams(hub, metrics, turn, stall_seconds=settings.stall_seconds, tracing=tracing)
+    identity_key = settings.identity_key
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)
     document = openapi(
@@ -162,6 +169,7 @@ def create_app(
         if normal_origin(request.headers.get("Origin", "")) in settings.allowed_origins:
             response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
             response.headers["Access-Control-Allow-Credentials"] = "true"
+            response.headers["Access-Control-Expose-Headers"] = f"{IDENTITY}, Retry-After"
             if is_preflight:
                 asked = request.headers.getlist("Access-Control-Request-Headers")
                 response.headers["Access-Control-Allow-Methods"] = "GET, HEAD"
@@ -190,11 +198,11 @@ def create_app(
             not_judged.log(error=str(error))
             metrics.streams_ended.labels("busy").inc()
             bye = sse.encode_bye("busy", deadlines.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
-            return _stream_response(bye)
-        wish = _read_wish(subscriber)
+            return _stream_response(bye, UNKNOWN_IDENTITY)
+        wish = _read_wish(subscriber, subscriber.identity(identity_key))
         if request.method == "HEAD":
-            return _stream_response([])
-        return _stream_response(_hand_over(request.scope, streams, wish))
+            return _stream_response([], wish.identity)
+        return _stream_response(_hand_over(request.scope, streams, wish), wish.identity)
 
     @app.get("/schemas")
     async def list_schemas() -> Response:
@@ -354,9 +362,10 @@ async def _file(content: bytes, content_type: str) -> Response:
     return await response.make_conditional(request)
 
 
-def _stream_response(body: Any) -> Response:
+def _stream_response(body: Any, identity: str) -> Response:
     response = Response(body)
     response.headers.update(STREAM_HEADERS)
+    response.headers[IDENTITY] = identity
     response.headers.pop("Content-Length", None)  # Quart counts a body that it can; this one is a stream in any case.
     response.timeout = None  # Quart's own ends every response after 60 s, without a word.
     return response
@@ -426,7 +435,7 @@ def _find_tokens(settings: Settings) -> list[str]:
     return [token for token in request.args.getlist("access_token") if token][:1] if settings.query_token else []
 
 
-def _read_wish(subscriber: Subscriber) -> StreamRequest:
+def _read_wish(subscriber: Subscriber, identity: str) -> StreamRequest:
     """
     Raises:
         Problem: 400 or 403.
@@ -455,7 +464,7 @@ def _read_wish(subscriber: Subscriber) -> StreamRequest:
         keys = types.binding_keys(audience)
     except KeyTooLong as error:
         raise Problem(400, "invalid-types", f"a pattern is too long together with this user's id: {error}") from None
-    return StreamRequest(subscriber, types, named == "true", _last_event_id(), keys)
+    return StreamRequest(subscriber, identity, types, named == "true", _last_event_id(), keys)
 
 
 def _last_event_id() -> str | None:

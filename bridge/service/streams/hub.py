@@ -93,6 +93,7 @@ class StreamRequest:
     """What a browser asked for, read and found good."""
 
     subscriber: Subscriber
+    identity: str
     types: TypeFilter
     named: bool
     last_event_id: str | None
@@ -439,6 +440,7 @@ class Hub:
         now = time.monotonic()
         session = Session(
             user=user,
+            identity=request.identity,
             types=request.types,
             named=request.named,
             last_event_id=request.last_event_id,

@@ -445,6 +445,7 @@ class Session:
     """
     Args:
         user: the user id, told to the page in `bridge.ready`.
+        identity: a name of what the user may see, told there too.
         types: the types asked for; the shell offers only what matches.
         named: whether events carry their `event:` line.
         last_event_id: what the client sent as Last-Event-ID; None or empty when it did not come back from anywhere.
@@ -467,6 +468,7 @@ class Session:
         "_held",
         "_held_bytes",
         "_held_lost",
+        "_identity",
         "_late",
         "_max_bytes",
         "_max_events",
@@ -497,6 +499,7 @@ class Session:
         self,
         *,
         user: str,
+        identity: str,
         types: TypeFilter,
         named: bool,
         last_event_id: str | None,
@@ -507,6 +510,7 @@ class Session:
         max_bytes: int,
     ) -> None:
         self.user = user
+        self._identity = identity
         self.types = types
         self.state = State.OPENING
         self.replay: Replay | None = None
@@ -657,6 +661,7 @@ class Session:
         self.greeted = True
         self._frames = sse.encode_ready(
             user=self.user,
+            identity=self._identity,
             resumed=resumed,
             heartbeat_seconds=self._heartbeat_seconds,
             cursor=str(cursor),

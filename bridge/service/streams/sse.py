@@ -67,9 +67,16 @@ def _encode(name: str, data: dict[str, object], *, cursor: str | None = None, re
     return head + encode_type(name) + encode_data(text)
 
 
-def encode_ready(*, user: str, resumed: bool, heartbeat_seconds: float, cursor: str, retry_ms: int) -> bytes:
+def encode_ready(
+    *, user: str, identity: str, resumed: bool, heartbeat_seconds: float, cursor: str, retry_ms: int
+) -> bytes:
     seconds = int(heartbeat_seconds) if heartbeat_seconds == int(heartbeat_seconds) else heartbeat_seconds
-    data: dict[str, object] = {"user": user, "resumed": resumed, "heartbeat_seconds": seconds}
+    data: dict[str, object] = {
+        "user": user,
+        "identity": identity,
+        "resumed": resumed,
+        "heartbeat_seconds": seconds,
+    }
     return _encode("bridge.ready", data, cursor=cursor, retry_ms=retry_ms)
 
 
