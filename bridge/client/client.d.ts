@@ -18,8 +18,12 @@ export type GapReason =
   | "no-log"
   /** This replica cannot read an event for this page, and another might: a deploy of event types is under way. */
   | "not-readable"
+  /** An event came that this replica of the bridge cannot read. */
+  | "not-readable"
   /** The stream is now another person's. */
-  | "other-user";
+  | "other-user"
+  /** The stream is the same person's, with other groups. */
+  | "other-groups";
 
 export interface Problem {
   /** HTTP status; 0 when there was no answer. */
@@ -48,11 +52,14 @@ export interface State {
   loading: boolean;
 }
 
+/** `*` is one word, `#` any number of them. */
+export type TypePattern = `${string}*${string}` | `${string}#${string}`;
+
 export interface Options<Event extends AnyEvent = AnyEvent> {
   /** The bridge's `/events`, absolute or relative to the page. */
   url: string | URL;
-  /** Patterns, as in `job.*` or `billing.#`; all types without. */
-  types?: string[];
+  /** Types of the catalogue, or patterns, as in `job.*` or `billing.#`; all types without. */
+  types?: (Event["type"] | TypePattern)[];
   /** One function for every event, or one for each type. What it throws goes to `reportError`. */
   onEvent?:
     | ((event: Event) => void)
@@ -68,10 +75,11 @@ export interface Options<Event extends AnyEvent = AnyEvent> {
   load?: (why: { reason: GapReason | null }) => Promise<unknown> | unknown;
   /**
    * Gives a token, for every connection; without it the cookie is used. `reason` is null, or why the last one was not
-   * taken (`expired`, `invalid-token`, ...): fetch a new one then. null ends it: nobody is logged in.
+   * taken (`expired`, `invalid-token`, ...): fetch a new one then. null ends it: nobody is logged in. It is also called
+   * when somebody may have logged in or out in another tab.
    */
   token?: (why: { reason: string | null }) => string | null | Promise<string | null>;
-  /** One connection for all tabs of this origin (default true). A text parts them further, as by user. */
+  /** One connection for all tabs of a person (default true). A text parts them further. */
   share?: boolean | string;
   /** Keep the place in sessionStorage, and go on from there after a reload. Only for pages that keep their state too. */
   keep?: boolean;
@@ -94,6 +102,9 @@ export interface Subscription {
 }
 
 export function subscribe<Event extends AnyEvent = AnyEvent>(options: Options<Event>): Subscription;
+
+/** Whether a type matches one of the patterns, as the bridge decides it. Without patterns every type does. */
+export function matcher(patterns: string[]): (type: string) => boolean;
 
 /** Reads SSE blocks from bytes (WHATWG HTML, section 9.2.6). */
 export function parse(

@@ -1,19 +1,29 @@
 // @ts-check
 // The browser's end of the bridge: an ES module without dependencies. Types and docs: client.d.ts, docs/pages.md.
 //
-//   parse        bytes to SSE blocks (WHATWG HTML, section 9.2.6)
-//   Connection   one stream, made again for ever: backoff, watchdog, tokens. Knows nothing of tabs or handlers
-//   Subscription one page's view: which tab leads, what has been seen, what the handlers are told
+//   parse         bytes to SSE blocks (WHATWG HTML, section 9.2.6)
+//   Connection    one stream, reconnected until it is stopped: backoff, watchdog, tokens. Knows no tabs and no handlers
+//   Subscription  one page's view: whose stream it is, which tab leads, what has been seen, what the handlers get
 //
 // Why not EventSource: it sends no Authorization header, gives up for good after one bad status, does not show why it
 // was refused, and cannot tell a dead connection from a quiet one, because it hides heartbeats.
+//
+// Tabs share one connection. docs/contract.md, section 7, is the law of it; docs/decisions/25 has an example with numbers.
 
-const CONNECT_MS = 30_000; // The bridge is ready, or says that it is not, within twenty seconds; a proxy may take longer.
+const CONNECT_MS = 30_000; // The bridge is ready, or says that it is not, within 20 s; a proxy may take longer.
 const TOKEN_MS = 120_000; // Somebody may have to log in.
+const LEADER_TOKEN_MS = 5_000; // A tab that waits longer for its token gives the lead to another tab.
+const FRESH_TOKEN_MS = 30_000; // A token that has just been tried is good for the connection that follows.
 const MAX_BACKOFF_MS = 30_000;
+const MAX_SLEEP_MS = 3_600_000; // A browser's timer fires at once above 2^31 ms.
 const DEFAULT_RETRY_MS = 3_000;
-const RECENT_IDS = 1_000; // Ids remembered to drop an event that comes again.
-const RING_CHARS = 500_000; // Frames that a leading tab keeps for one that was away for a moment.
+const PING_MS = 5_000; // A leading tab that is silent for this long is asked, and replaced after two questions.
+const GATHER_MS = 1_000; // A new leader waits at most this long for the positions of the other tabs.
+const WIDEN_MS = 50; // Subscriptions that begin together cause one reconnect.
+const RECENT_IDS = 10_000; // Ids remembered to drop an event that comes again.
+const RING_CHARS = 500_000; // Blocks that each tab keeps for a tab that is behind it.
+const UNKNOWN = "unknown"; // The identity of an answer to a token that cannot be judged now.
+const MAX_PATTERNS = 16; // The bridge takes no more in `types`.
 
 const sleep = (/** @type {number} */ ms, /** @type {AbortSignal} */ signal) =>
   new Promise((resolve) => {
@@ -23,7 +33,7 @@ const sleep = (/** @type {number} */ ms, /** @type {AbortSignal} */ signal) =>
       signal.removeEventListener("abort", done);
       resolve(undefined);
     };
-    const timer = setTimeout(done, ms);
+    const timer = setTimeout(done, Math.min(ms, MAX_SLEEP_MS));
     addEventListener("online", done); // The network is back: no reason to wait any longer.
     signal.addEventListener("abort", done);
     if (signal.aborted) done();
@@ -32,29 +42,22 @@ const sleep = (/** @type {number} */ ms, /** @type {AbortSignal} */ signal) =>
 /**
  * @template Value
  * @param {number} ms
- * @param {Value | Promise<Value>} value
- * @param {AbortSignal} signal
+ * @param {Promise<Value>} value
+ * @param {string} what
  * @returns {Promise<Value>}
  */
-async function within(ms, value, signal) {
-  const done = new AbortController();
-  signal.addEventListener("abort", () => done.abort(), { signal: done.signal });
-  const late = sleepThrough(ms, done.signal).then(() => {
-    throw new Error(`no token within ${ms / 1000} s`);
+async function within(ms, value, what) {
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  let timer;
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`no ${what} within ${ms / 1000} s`)), ms);
   });
-  late.catch(() => {});
   try {
-    return await Promise.race([value, late]);
+    return await Promise.race([value, /** @type {Promise<never>} */ (late)]);
   } finally {
-    done.abort();
+    clearTimeout(timer);
   }
 }
-
-const sleepThrough = (/** @type {number} */ ms, /** @type {AbortSignal} */ signal) =>
-  new Promise((resolve) => {
-    const timer = setTimeout(resolve, ms);
-    signal.addEventListener("abort", () => (clearTimeout(timer), resolve(undefined)));
-  });
 
 /**
  * Reads a stream of bytes as SSE blocks until it ends, by the standard's grammar (tests/browser/test_parser.py).
@@ -112,24 +115,26 @@ export async function parse(body, onBlock, onRetry, onBytes) {
   }
 }
 
-/** A stream that is made again until it is stopped, or refused for good. */
+/** A stream that is reconnected until it is stopped, or refused for good. With HEAD: until an answer says whose it is. */
 class Connection {
   #abort = new AbortController();
 
   /**
    * @param {{
+   *   method: "GET" | "HEAD",
    *   url: URL,
    *   credentials: RequestCredentials,
-   *   token: null | ((why: {reason: string | null}) => string | null | Promise<string | null>),
+   *   token: null | ((reason: string | null) => Promise<string | null>),
    *   cursor: () => string | null,
-   *   onBlock: (block: {name: string, data: string, id: string | null}) => void,
-   *   onState: (state: object) => void,
-   *   onBeat: () => void,
-   * }} shell
+   *   attempt: number,
+   *   onOpen: (identity: string | null) => boolean,
+   *   onBlock: (block: Block) => void,
+   *   onState: (state: any) => void,
+   * }} shell `onOpen` returns whether to read the stream.
    */
   constructor(shell) {
     this.shell = shell;
-    queueMicrotask(() => this.#run()); // Not before who made it has it, and can stop it.
+    queueMicrotask(() => this.#run()); // Not before its maker has it, and can stop it.
   }
 
   stop() {
@@ -138,13 +143,13 @@ class Connection {
 
   async #run() {
     const { signal } = this.#abort;
-    let attempt = 0;
+    let { attempt } = this.shell;
     /** @type {string | null} */
     let refusal = null; // The code of the last 401, for the token's callback.
     while (!signal.aborted) {
       this.shell.onState({ status: "connecting", attempt });
       const end = await this.#connect(refusal);
-      if (signal.aborted) return;
+      if (signal.aborted || end.done) return;
       if (end.fatal) {
         this.shell.onState({ status: "refused", problem: end.problem });
         return;
@@ -169,6 +174,8 @@ class Connection {
    */
   async #connect(refusal) {
     const end = {
+      /** Whether nothing is left to do. */
+      done: false,
       /** Whether it got as far as `bridge.ready`. */
       wasLive: false,
       /** Whether the server named `retryMs` in a goodbye. */
@@ -198,11 +205,12 @@ class Connection {
       if (this.shell.token) {
         let token;
         try {
-          token = await within(TOKEN_MS, this.shell.token({ reason: refusal }), this.#abort.signal);
+          token = await this.shell.token(refusal);
         } catch (error) {
           end.problem = { status: 0, code: "token-failed", detail: String(error) };
           return end;
         }
+        if (this.#abort.signal.aborted) return end;
         if (!token) {
           end.fatal = true;
           end.problem = { status: 401, code: "no-token", detail: "the token's callback returned none" };
@@ -213,13 +221,13 @@ class Connection {
       const cursor = this.shell.cursor();
       if (cursor) headers["Last-Event-ID"] = cursor;
       alive();
-      const response = await fetch(this.shell.url, {
-        headers,
-        credentials: this.shell.credentials,
-        cache: "no-store",
-        signal: abort.signal,
-      });
-      if (response.status !== 200 || !response.body) {
+      const { url, method, credentials } = this.shell;
+      const ask = (/** @type {string} */ how) =>
+        fetch(url, { method: how, headers, credentials, cache: "no-store", signal: abort.signal });
+      let response = await ask(method);
+      // An answer to HEAD has no body that says why, and not every proxy lets HEAD through.
+      if (method === "HEAD" && response.status !== 200) response = await ask("GET");
+      if (response.status !== 200) {
         end.problem = await readProblem(response);
         const seconds = Number(response.headers.get("Retry-After"));
         if (seconds > 0) end.afterMs = seconds * 1000;
@@ -228,9 +236,19 @@ class Connection {
         end.fatal = response.status < 500 && ![408, 429].includes(response.status) && !end.unauthorized;
         return end;
       }
+      const identity = response.headers.get("Bridge-Identity");
+      if (method === "HEAD" && identity === UNKNOWN) {
+        end.problem = { status: 200, code: "busy", detail: "the bridge cannot judge the token now" };
+        return end;
+      }
+      if (!this.shell.onOpen(identity) || !response.body) {
+        end.done = true;
+        return end;
+      }
       await parse(
         response.body,
         (block) => {
+          if (this.#abort.signal.aborted) return;
           if (block.name === "bridge.ready") {
             end.wasLive = true;
             // Two heartbeats and a half: one may be late, two are not lost by chance.
@@ -243,10 +261,7 @@ class Connection {
           this.shell.onBlock(block);
         },
         (ms) => (end.retryMs = ms),
-        () => {
-          alive();
-          this.shell.onBeat();
-        },
+        alive,
       );
     } catch (error) {
       // The network or the watchdog. Why a fetch fails a browser does not tell.
@@ -276,30 +291,75 @@ async function readProblem(response) {
 
 /** @typedef {{name: string, data: string, id: string | null}} Block */
 
+/**
+ * A place in what the tabs of one identity share. `term` rises with each leader, `n` with each block that it posts.
+ * @typedef {{term: number, n: number}} Position
+ */
+
+/** @typedef {Position & {block: Block, eventId: string | null}} Entry */
+
 class Subscription {
   /** @type {Connection | null} */
   #connection = null;
+  /** @type {Connection | null} */
+  #probe = null; // A HEAD request that asks whose stream this tab would get.
+  #probeAgain = false;
   /** @type {BroadcastChannel | null} */
-  #channel = null;
+  #channel = null; // For the tabs of this identity.
+  /** @type {BroadcastChannel | null} */
+  #hints = null; // For all tabs of this URL: somebody has logged in or out. It carries no event.
   /** @type {AbortController | null} */
   #joined = null; // Aborting it leaves: no lock, no channel, no connection.
+  /** @type {AbortController | null} */
+  #standing = null; // The request for the lead, or the lead.
+  #giveUp = () => {}; // Releases the lead.
+  /** @type {string | null} */
+  #identity = null;
+  /** @type {string | null} */
+  #before = null; // The user before the identity changed, until the page is told.
+  #parted = 0; // Streams in a row that were opened as somebody else than was asked for.
   /** @type {string | null} */
   #cursor = null;
-  /** @type {Block[]} */
+  #attempt = 0;
+  /** @type {{token: string, at: number} | null} */
+  #fresh = null;
+  /** @type {Promise<string | null> | null} */
+  #asked = null;
+
+  // What the tabs share.
+  #leads = false;
+  #synced = false; // Everything up to `#at` has been taken, and the next block of the leader follows.
+  /** @type {Position} */
+  #at = { term: 0, n: 0 };
+  #term = 0; // The newest leader's. What a leader of a lower term says is ignored.
+  /** @type {(Position & {cursor: string | null}) | null} */
+  #start = null; // Where this leader's connection began, told with its next `bridge.ready`.
+  /** @type {Entry[]} */
   #ring = [];
   #ringChars = 0;
+  /** @type {Set<string> | null} */
+  #union; // The types of all tabs; null is every type. It only grows: a cursor counts the events of its own filter.
+  /** @type {string[] | null | undefined} */
+  #open; // The types of this tab's connection.
+  /** @type {Set<string> | null} */
+  #behind = null; // Catching up by a connection of its own: events of the leader that have not come by it yet.
+  /** @type {Set<string>} */
+  #own = new Set(); // Events that have come by it.
+  #feedCursor = /** @type {string | null} */ (null);
+  #missed = 0; // Questions that the leader has not answered.
+  /** @type {((answer: any) => void) | null} */
+  #gathering = null;
+
   /** @type {Set<string>} */
   #recent = new Set();
-  /** @type {Block[] | null} */
+  /** @type {any[] | null} */
   #held = null; // Events that wait for `load`; null when nothing does.
   #loads = 0;
   /** @type {Promise<void> | undefined} */
   #loading;
   #over = new AbortController(); // Aborted by `close`.
   #me = `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`;
-  #leads = false;
   #greeted = false; // It has been live once.
-  #welcomed = false; // It has been told, since it joined, where the leading tab is; all that comes is news.
   #closed = false;
   /** @type {any} */
   #state = { status: "connecting", attempt: 0 };
@@ -307,7 +367,8 @@ class Subscription {
   #watch;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #hiding;
-  #silenceMs = CONNECT_MS;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #widening;
   /** @type {(value: {user: string}) => void} */
   #resolveReady = () => {};
   /** @type {(reason: Error) => void} */
@@ -321,16 +382,20 @@ class Subscription {
     const url = new URL(options.url, location.href);
     // The type stands in each event; without `event:` lines they take fewer bytes.
     url.searchParams.set("named", "false");
-    if (options.types?.length) url.searchParams.set("types", [...options.types].sort().join(","));
+    /** @type {string[]} */
+    this.types = [...new Set(options.types?.length ? options.types : (url.searchParams.get("types")?.split(",") ?? []))];
+    url.searchParams.delete("types");
     this.url = url;
-    this.key = `bridge:${url.href}:${typeof options.share === "string" ? options.share : ""}`;
+    this.base = `bridge:${url.href}:${typeof options.share === "string" ? options.share : ""}`;
+    this.keptKey = `${this.base}:${[...this.types].sort()}`;
+    this.wants = matcher(this.types);
+    this.#union = this.types.length ? new Set(this.types) : null;
     this.shares = options.share !== false && "BroadcastChannel" in globalThis && !!navigator.locks;
     this.ready = new Promise((resolve, reject) => {
       this.#resolveReady = resolve;
       this.#rejectReady = reject;
     });
-    this.ready.catch(() => {}); // Who does not ask is not bothered.
-    if (options.keep) ({ cursor: this.#cursor, user: this.user } = readKept(this.key));
+    this.ready.catch(() => {}); // A page that does not ask is not bothered.
     addEventListener("pagehide", this.#onPageHide);
     addEventListener("pageshow", this.#onPageShow);
     document.addEventListener("visibilitychange", this.#onVisibility);
@@ -350,7 +415,7 @@ class Subscription {
     if (this.#closed) return;
     this.#closed = true;
     this.#over.abort();
-    this.#leave();
+    this.#leave(true);
     removeEventListener("pagehide", this.#onPageHide);
     removeEventListener("pageshow", this.#onPageShow);
     document.removeEventListener("visibilitychange", this.#onVisibility);
@@ -358,12 +423,9 @@ class Subscription {
     this.#rejectReady(new Error("the subscription was closed"));
   }
 
-  /** Tries again after `refused`, as when the person has logged in anew. Does nothing at any other time. */
+  /** Tries again after `refused`, as when the person has logged in again. Does nothing at any other time. */
   reconnect() {
-    if (this.#closed || this.#state.status !== "refused") return;
-    this.#leave();
-    this.#join();
-    if (this.#channel) this.#stand(true); // The tab that leads has given up.
+    if (this.#state.status === "refused") this.#join();
   }
 
   // The page comes and goes.
@@ -371,7 +433,7 @@ class Subscription {
   // A page in the back/forward cache must not hold a connection or a lock; browsers would not keep it otherwise.
   #onPageHide = () => {
     this.#keep();
-    this.#leave();
+    this.#leave(true);
   };
 
   #onPageShow = (/** @type {PageTransitionEvent} */ event) => {
@@ -382,12 +444,13 @@ class Subscription {
     clearTimeout(this.#hiding);
     if (document.visibilityState === "visible") {
       if (this.#state.status === "paused") this.#join();
+      else this.#recheck(); // Somebody may have logged in or out in another tab.
     } else {
       this.#keep();
       const seconds = this.options.pauseAfterHiddenSeconds;
       if (seconds != null)
         this.#hiding = setTimeout(() => {
-          this.#leave();
+          this.#leave(true);
           this.#setState({ status: "paused" });
         }, seconds * 1000);
     }
@@ -395,39 +458,559 @@ class Subscription {
 
   #keep() {
     if (!this.options.keep || this.#cursor === null) return;
+    const union = this.#union && [...this.#union];
     try {
       // While the page's state is being fetched there is nothing to go on from.
-      if (this.#held) sessionStorage.removeItem(this.key);
-      else sessionStorage.setItem(this.key, JSON.stringify({ cursor: this.#cursor, user: this.user }));
+      if (this.#held) sessionStorage.removeItem(this.keptKey);
+      else
+        sessionStorage.setItem(
+          this.keptKey,
+          JSON.stringify({ identity: this.#identity, user: this.user, cursor: this.#cursor, union }),
+        );
     } catch {
-      // Storage may be full or forbidden: the next page begins anew, and is told so.
+      // Storage may be full or forbidden: the next page begins without a position, and is told so.
+    }
+  }
+
+  /**
+   * The place that the page before this one kept, if it was of the same identity.
+   * @param {string | null} identity null: not known yet
+   */
+  #restore(identity) {
+    if (!this.options.keep || this.#cursor !== null || this.#greeted) return;
+    const kept = readKept(this.keptKey);
+    if (!kept) return;
+    if (identity !== null && kept.identity !== identity) this.#before ??= kept.user;
+    else {
+      this.#cursor = kept.cursor;
+      this.#identity = kept.identity;
+      this.user = kept.user;
+      this.#widen(kept.union);
     }
   }
 
   #join() {
     if (this.#closed || this.#joined) return;
     this.#joined = new AbortController();
+    this.#setState({ status: "connecting", attempt: this.#attempt });
+    if (!this.#joined) return; // A handler has closed it.
     if (!this.shares) {
-      this.#lead();
+      this.#restore(null);
+      this.#connect();
       return;
     }
-    this.#setState({ status: "connecting", attempt: 0 });
-    if (!this.#joined) return; // A handler has closed it.
+    try {
+      this.#hints ??= new BroadcastChannel(this.base);
+    } catch {
+      this.#alone();
+      return;
+    }
+    this.#hints.onmessage = ({ data }) => this.#onHint(data.identity);
+    this.#probe = this.#request("HEAD", {
+      onOpen: (identity) => {
+        this.#probe = null;
+        if (identity === null) this.#alone(); // A bridge of the version before, or a proxy that hides the header.
+        else this.#enter(identity);
+        return false;
+      },
+      onState: (state) => (state.status === "refused" ? this.#refuse(state.problem) : this.#setState(state)),
+    });
+  }
+
+  /** @param {boolean} [all] also the hints of other tabs */
+  #leave(all) {
+    clearTimeout(this.#watch);
+    clearTimeout(this.#widening);
+    this.#standing?.abort();
+    this.#joined?.abort();
+    this.#joined = null;
+    this.#channel?.close();
+    this.#channel = null;
+    if (all) {
+      clearTimeout(this.#hiding);
+      this.#hints?.close();
+      this.#hints = null;
+    }
+    this.#probe?.stop();
+    this.#probe = null;
+    this.#connection?.stop();
+    this.#connection = null;
+    this.#leads = this.#synced = false;
+    this.#behind = null;
+  }
+
+  /** For a page without locks or channels (a sandboxed frame, storage forbidden), or a bridge that names no identity. */
+  #alone() {
+    this.#leave(true);
+    this.shares = false;
+    this.#join();
+  }
+
+  // Whose stream it is.
+
+  /**
+   * @param {"GET" | "HEAD"} method
+   * @param {{onOpen: (identity: string | null) => boolean, onBlock?: (block: Block) => void, onState: (state: any) => void}} shell
+   */
+  #request(method, shell) {
+    const url = new URL(this.url);
+    const types = method === "HEAD" ? this.types : (this.#open ?? []);
+    if (types.length) url.searchParams.set("types", types.join(","));
+    const { token, credentials } = this.options;
+    return new Connection({
+      method,
+      url,
+      credentials: credentials ?? (token ? "same-origin" : "include"),
+      token: token ? (reason) => this.#getToken(reason, method) : null,
+      cursor: () => (method === "GET" ? this.#cursor : null),
+      attempt: this.#attempt,
+      onBlock: () => {},
+      ...shell,
+    });
+  }
+
+  /**
+   * @param {string | null} reason
+   * @param {"GET" | "HEAD"} method
+   */
+  async #getToken(reason, method) {
+    let token = null;
+    const fresh = this.#fresh;
+    if (method === "GET" && reason === null && fresh && Date.now() < fresh.at + FRESH_TOKEN_MS) ({ token } = fresh);
+    else {
+      // A callback that waits for a login is not called a second time meanwhile. Its token is kept until it is used.
+      this.#asked ??= within(TOKEN_MS, this.#callToken(reason), "token").finally(() => (this.#asked = null));
+      token = await within(this.#leads ? LEADER_TOKEN_MS : TOKEN_MS, this.#asked, "token");
+    }
+    if (method === "GET") this.#fresh = null;
+    return token;
+  }
+
+  async #callToken(/** @type {string | null} */ reason) {
+    const token = await this.options.token({ reason });
+    this.#fresh = token ? { token, at: Date.now() } : null;
+    return token;
+  }
+
+  /** Asks once more whose stream this tab would get, and follows. A failure on the way changes nothing. */
+  #recheck() {
+    if (this.#probe) this.#probeAgain = true;
+    if (!this.#channel || this.#probe) return;
+    const end = () => {
+      this.#probe?.stop();
+      this.#probe = null;
+      const again = this.#probeAgain;
+      this.#probeAgain = false;
+      if (again) this.#recheck();
+    };
+    this.#probe = this.#request("HEAD", {
+      onOpen: (identity) => {
+        end();
+        if (identity !== null && identity !== this.#identity) this.#part(identity);
+        return false;
+      },
+      onState: ({ status, retryAt, problem }) => {
+        if (status === "refused") this.#refuse(problem);
+        else if (status === "waiting" && retryAt > Date.now()) end();
+      },
+    });
+  }
+
+  /** @param {string | null} identity somebody's, or null after a refusal */
+  #onHint(identity) {
+    if (this.#channel && identity !== this.#identity) this.#recheck();
+    else if (identity === null) return;
+    else if (this.#state.status === "refused") this.#join();
+    else if (this.#probe) this.#probeAgain = true;
+  }
+
+  /** This tab's stream is of another identity than its tabs share: it leaves them. */
+  #part(/** @type {string} */ identity) {
+    this.#leave();
+    const joined = (this.#joined = new AbortController());
+    this.#become(identity);
+    this.#setState({ status: "connecting", attempt: this.#attempt });
+    // The first time at once. Replicas without a common key would otherwise send a tab back and forth without end.
+    const ms = this.#parted++ ? Math.random() * Math.min(MAX_BACKOFF_MS, 1000 * 2 ** this.#parted) : 0;
+    sleep(ms, joined.signal).then(() => {
+      if (!joined.signal.aborted) this.#enter(identity);
+    });
+  }
+
+  /** Nothing of the identity before is shown, sent or kept any more. */
+  #become(/** @type {string} */ identity) {
+    if (this.#identity === identity) return;
+    if (this.#identity !== null && this.user !== null) this.#before ??= this.user;
+    this.#identity = identity;
+    this.user = null;
+    this.#cursor = null;
+    this.#recent.clear();
+    this.#forget();
+    this.#at = { term: 0, n: 0 };
+    this.#term = 0;
+    if (this.#held) this.#held = [];
+  }
+
+  #enter(/** @type {string} */ identity) {
+    this.#become(identity);
+    this.#restore(identity);
+    this.key = `${this.base}:${identity}`;
     try {
       this.#channel = new BroadcastChannel(this.key);
     } catch {
-      this.#leadAlone();
+      this.#alone();
       return;
     }
     this.#channel.onmessage = ({ data }) => this.#onMessage(data);
+    this.#hints?.postMessage({ identity });
     this.#stand(false);
-    this.#welcomed = false;
+    this.#hello();
+    this.#watchLeader();
+    if (this.#probeAgain) {
+      this.#probeAgain = false;
+      this.#recheck();
+    }
+  }
+
+  /** @param {any} problem */
+  #refuse(problem) {
+    this.#leave();
+    this.#setState({ status: "refused", problem });
+    this.#hints?.postMessage({ identity: null }); // A person who logged out here has logged out in all tabs.
+    if (!this.#probeAgain) return;
+    this.#probeAgain = false;
+    this.#join(); // Somebody has logged in since this tab asked.
+  }
+
+  // Which tab leads.
+
+  /** @param {boolean} steal from a tab that answers nothing */
+  async #stand(steal) {
+    this.#standing?.abort(); // A request that waits would be granted later, beside this one.
+    const { signal } = (this.#standing = new AbortController());
+    // The lock is held until this tab leaves, gives it up, is closed or crashes; the browser then grants it to the next.
+    const held = () =>
+      new Promise((resolve) => {
+        this.#giveUp = () => resolve(undefined);
+        signal.addEventListener("abort", () => resolve(undefined));
+        if (signal.aborted) resolve(undefined);
+        else this.#lead(signal);
+      });
+    try {
+      await navigator.locks.request(/** @type {string} */ (this.key), steal ? { steal } : { signal }, held);
+      if (signal.aborted) return;
+      // Given up. The others come first; when none can serve either, it is this tab's turn again.
+      const { retryAt } = this.#state;
+      await Promise.race([sleep((retryAt ?? 0) - Date.now(), signal), ...(this.#asked ? [this.#asked.catch(() => {})] : [])]);
+    } catch (error) {
+      if (signal.aborted) return;
+      if (/** @type {any} */ (error)?.name !== "AbortError") {
+        this.#alone(); // No locks for this page: a sandboxed frame, storage forbidden.
+        return;
+      }
+      this.#follow(); // Stolen by a tab that got no answer from this one.
+    }
+    if (!signal.aborted) this.#stand(false);
+  }
+
+  #follow() {
+    clearTimeout(this.#widening);
+    this.#connection?.stop();
+    this.#connection = null;
+    this.#leads = this.#synced = false;
     this.#hello();
     this.#watchLeader();
   }
 
+  /** @param {AbortSignal} signal aborted when the lead is over */
+  async #lead(signal) {
+    clearTimeout(this.#watch);
+    await this.#gather();
+    if (signal.aborted) return;
+    this.#leads = true;
+    this.#behind = null;
+    this.#start = { ...this.#at, cursor: this.#cursor };
+    this.#term = Math.floor(this.#term) + 1 + Math.random();
+    this.#at = { term: this.#term, n: 0 };
+    this.#synced = true;
+    if (this.#connection) this.#setState(this.#state);
+    else this.#connect();
+  }
+
+  /** Before it connects, a new leader takes over what other tabs have got from the old one, and it has not. */
+  async #gather() {
+    const { pending = [] } = await navigator.locks.query().catch(() => ({ pending: [] }));
+    let others = pending.filter(({ name }) => name === this.key).length;
+    if (!others || this.#behind) return;
+    await new Promise((resolve) => {
+      const timer = setTimeout(resolve, GATHER_MS); // A frozen tab does not answer.
+      this.#gathering = (answer) => {
+        if (this.#cursor === null && answer.cursor !== null) {
+          // A tab without a place begins at that of the others, so that they need not part from it.
+          this.#at = answer.at;
+          this.#cursor = answer.cursor;
+          this.#widen(answer.union);
+        } else if (answer.entries) for (const entry of answer.entries) if (this.#isNext(entry)) this.#takeEntry(entry);
+        if (--others > 0) return;
+        clearTimeout(timer);
+        resolve(undefined);
+      };
+      this.#post({ kind: "gather", from: this.#me, at: this.#at, cursor: this.#cursor });
+    });
+    this.#gathering = null;
+  }
+
+  #connect() {
+    this.#connection?.stop();
+    this.#open = this.#union && this.#union.size <= MAX_PATTERNS ? [...this.#union].sort() : null;
+    this.#connection = this.#request("GET", {
+      onOpen: (identity) => this.#verify(identity),
+      onBlock: (block) => this.#onOwn(block),
+      onState: (state) => this.#onOwnState(state),
+    });
+  }
+
+  /** Whether the stream that was opened may be shown here, and posted to the tabs of this identity. */
+  #verify(/** @type {string | null} */ identity) {
+    if (identity === UNKNOWN) return true; // Only a goodbye follows.
+    if (!this.shares) {
+      if (identity !== null) this.#become(identity);
+      return true;
+    }
+    if (identity === this.#identity) return true;
+    if (identity === null) this.#alone();
+    else this.#part(identity);
+    return false;
+  }
+
+  /** @param {Block} block of this tab's own connection */
+  #onOwn(block) {
+    if (block.name === "bridge.ready") this.#attempt = this.#parted = 0;
+    if (!this.shares) {
+      this.#take(block);
+      return;
+    }
+    if (!this.#leads) {
+      this.#takeEntry({ term: -1, n: 0, block, eventId: eventId(block) }, false);
+      this.#catchUp(eventId(block));
+      return;
+    }
+    const entry = { term: this.#term, n: this.#at.n + 1, block, eventId: eventId(block) };
+    const ready = block.name === "bridge.ready";
+    this.#post({ kind: "entry", entry, ...(ready ? { start: this.#start, types: this.#open } : {}) });
+    if (ready) this.#start = null;
+    this.#takeEntry(entry);
+  }
+
+  /** @param {any} state */
+  #onOwnState(state) {
+    if (state.status === "refused") {
+      this.#refuse(state.problem);
+      return;
+    }
+    if (state.attempt) this.#attempt = state.attempt;
+    if (this.#leads) this.#post({ kind: "state", term: this.#term, state });
+    this.#setState(state);
+    if (this.#leads && state.status === "waiting" && state.problem?.code === "token-failed") {
+      // Another tab's callback may work.
+      this.#connection?.stop();
+      this.#connection = null;
+      this.#leads = false;
+      this.#watchLeader();
+      this.#giveUp();
+    }
+  }
+
+  // What the tabs tell each other.
+
+  /** @param {object} message */
+  #post(message) {
+    this.#channel?.postMessage(message);
+  }
+
   #hello() {
-    this.#post({ kind: "hello", from: this.#me, cursor: this.#cursor });
+    this.#post({ kind: "hello", from: this.#me, at: this.#at, cursor: this.#cursor, types: this.types });
+  }
+
+  /** @param {any} message */
+  #onMessage(message) {
+    const { kind } = message;
+    if (message.to && message.to !== this.#me) return;
+    if (kind === "hello") {
+      const grows = this.#widen(message.types.length ? message.types : null);
+      if (this.#leads) this.#welcome(message, grows);
+    } else if (kind === "gather") {
+      const entries = this.#after(message);
+      const union = this.#union && [...this.#union];
+      this.#post({ kind: "gathered", to: message.from, at: this.#at, cursor: this.#cursor, entries, union });
+    } else if (kind === "gathered") this.#gathering?.(message);
+    else if (kind === "ping") {
+      if (this.#leads) this.#post({ kind: "pong", term: this.#term });
+    } else {
+      this.#hear(message);
+    }
+  }
+
+  /** @param {any} message of a leader */
+  #hear(message) {
+    const { kind, entry } = message;
+    const term = entry?.term ?? message.term;
+    if (term < this.#term) return; // Of a leader that was replaced, and does not know it yet.
+    if (term > this.#term) {
+      this.#term = term;
+      if (this.#leads) {
+        // It is this tab that was replaced: it was frozen, and its lock was stolen.
+        this.#follow();
+        return;
+      }
+      const starts = kind === "entry" && entry.n === 1 && message.start;
+      if (this.#synced && starts && this.#has(message.start)) this.#at = { term, n: 0 };
+      else if (this.#synced) {
+        this.#synced = false;
+        this.#hello();
+      }
+    }
+    if (this.#leads) return;
+    if (kind === "entry") this.#hearEntry(message);
+    else if (kind === "welcome") this.#onWelcome(message);
+    else if (kind === "pong" && !this.#synced && !this.#behind) this.#hello();
+    else if (kind === "state" && (this.#synced || (message.state.status !== "live" && !this.#behind)))
+      this.#setState(message.state);
+    if (!this.#leads) this.#watchLeader();
+  }
+
+  /** @param {any} message */
+  #hearEntry({ entry, start, types }) {
+    const { block } = entry;
+    if (types !== undefined) this.#widen(types);
+    if (this.#behind) {
+      this.#feedCursor = block.id ?? this.#feedCursor;
+      this.#at = { term: entry.term, n: entry.n };
+      if (this.#own.has(entry.eventId)) this.#joinFeed();
+      else if (entry.eventId !== null && !this.#recent.has(entry.eventId)) this.#behind.add(entry.eventId);
+    } else if (this.#synced) {
+      if (this.#isNext(entry)) this.#takeEntry(entry);
+      else if (entry.n > this.#at.n) {
+        this.#synced = false;
+        this.#hello();
+      }
+    } else if (block.name === "bridge.ready" && (types === null || covers(types, this.types))) {
+      // A tab without a place begins here. Another asks for what lies between, unless nothing does.
+      if (this.#cursor === null || (start && this.#has(start))) {
+        this.#synced = true;
+        this.#takeEntry(entry);
+      } else this.#hello();
+    }
+  }
+
+  #isNext(/** @type {Entry} */ { term, n }) {
+    return term === this.#at.term && n === this.#at.n + 1;
+  }
+
+  /** Whether everything up to a place has been taken here. @param {Position & {cursor: string | null}} place */
+  #has({ term, n, cursor }) {
+    if (term && term === this.#at.term) return n <= this.#at.n;
+    return cursor !== null && (cursor === this.#cursor || this.#ring.some((entry) => entry.block.id === cursor));
+  }
+
+  /**
+   * What was taken after a place; null if this tab cannot say.
+   * @param {{at: Position, cursor: string | null}} place
+   */
+  #after({ at, cursor }) {
+    if (at.term === this.#at.term && at.n === this.#at.n && cursor === this.#cursor) return [];
+    if (cursor !== null && cursor === this.#cursor) return [];
+    const found = this.#ring.findLastIndex(
+      ({ term, n, block }) => (at.term && term === at.term && n === at.n) || (cursor !== null && block.id === cursor),
+    );
+    return found < 0 ? null : this.#ring.slice(found + 1);
+  }
+
+  /**
+   * Answers a tab that joins, or that has missed something.
+   * @param {{from: string, at: Position, cursor: string | null, types: string[]}} tab
+   * @param {boolean} grows
+   */
+  #welcome(tab, grows) {
+    if (grows || (this.#open && !covers(this.#open, tab.types.length ? tab.types : null))) {
+      // The stream must carry its types first. The tab sees the `bridge.ready` of that connection.
+      clearTimeout(this.#widening);
+      this.#widening = setTimeout(() => this.#connect(), WIDEN_MS);
+      return;
+    }
+    if (!isOpen(this.#state)) {
+      this.#post({ kind: "state", to: tab.from, term: this.#term, state: this.#state }); // Ready comes later.
+      return;
+    }
+    const entries = tab.cursor === null ? [] : this.#after(tab);
+    const told = { user: this.user, resumed: tab.cursor !== null };
+    this.#post({
+      kind: "welcome",
+      to: tab.from,
+      term: this.#term,
+      at: this.#at,
+      ready: { name: "bridge.ready", id: tab.cursor ?? this.#cursor, data: JSON.stringify(told) },
+      cursor: this.#cursor,
+      entries,
+      // What a tab that is too far behind has to see on a connection of its own before it can follow.
+      ids: entries ? [] : this.#ring.flatMap((entry) => entry.eventId ?? []),
+      types: this.#open,
+      state: this.#state,
+    });
+  }
+
+  /** @param {any} message */
+  #onWelcome({ at, ready, cursor, entries, ids, types, state }) {
+    this.#widen(types);
+    if (this.#synced) return;
+    if (entries === null) {
+      this.#behind = new Set(ids.filter((/** @type {string} */ id) => !this.#recent.has(id)));
+      this.#own.clear();
+      this.#feedCursor = cursor;
+      this.#at = at;
+      if (!this.#connection) this.#connect();
+      return;
+    }
+    this.#synced = true;
+    this.#behind = null;
+    this.#take(ready);
+    for (const entry of entries) this.#takeEntry(entry);
+    this.#at = at;
+    this.#cursor = cursor;
+    this.#setState(state);
+  }
+
+  /**
+   * Once an event has come by both, and all that the leader has sent has come by this tab's own connection, that
+   * connection is not needed any more. Until then nothing of the leader's is shown, so that the order is right.
+   * @param {string | null} id
+   */
+  #catchUp(id) {
+    if (!this.#behind || id === null) return;
+    this.#own.add(id);
+    if (this.#behind.delete(id)) this.#joinFeed();
+  }
+
+  #joinFeed() {
+    if (this.#behind?.size) return;
+    this.#behind = null;
+    this.#own.clear();
+    this.#connection?.stop();
+    this.#connection = null;
+    this.#cursor = this.#feedCursor;
+    this.#synced = true;
+  }
+
+  /** Adds the types of another tab. Returns whether the union grew. @param {Iterable<string> | null} types */
+  #widen(types) {
+    if (!this.#union) return false;
+    if (types === null) {
+      this.#union = null;
+      return true;
+    }
+    const { size } = this.#union;
+    for (const type of types) this.#union.add(type);
+    return this.#union.size > size;
   }
 
   #forget() {
@@ -435,170 +1018,37 @@ class Subscription {
     this.#ringChars = 0;
   }
 
-  #leave() {
-    clearTimeout(this.#watch);
-    clearTimeout(this.#hiding);
-    this.#joined?.abort();
-    this.#joined = null;
-    this.#channel?.close();
-    this.#channel = null;
-    this.#connection?.stop();
-    this.#connection = null;
-    this.#leads = false;
-    this.#forget();
-  }
-
-  // Which tab leads.
-
-  /** @param {boolean} steal */
-  #stand(steal) {
-    const joined = this.#joined;
-    if (!joined) return;
-    // The lock is held until this tab leaves, is closed, or crashes; the browser then gives it to the next.
-    const held = () =>
-      new Promise((resolve) => {
-        if (joined.signal.aborted) return resolve(undefined);
-        joined.signal.addEventListener("abort", () => resolve(undefined));
-        this.#lead();
-      });
-    navigator.locks
-      .request(this.key, steal ? { steal: true } : { signal: joined.signal }, held)
-      .catch((error) => {
-        if (joined.signal.aborted || joined !== this.#joined) return; // Left.
-        if (error?.name !== "AbortError") {
-          this.#leadAlone(); // No locks for this page: a sandboxed frame, storage forbidden.
-          return;
-        }
-        // Stolen by a tab that took this one for dead: follow, and stand again.
-        this.#connection?.stop();
-        this.#connection = null;
-        this.#leads = false;
-        this.#stand(false);
-        // What the other has said meanwhile was not listened to.
-        this.#welcomed = false;
-        this.#hello();
-        this.#watchLeader();
-      });
-  }
-
-  #leadAlone() {
-    this.shares = false;
-    this.#channel?.close();
-    this.#channel = null;
-    this.#lead();
-  }
-
-  #lead() {
-    clearTimeout(this.#watch);
-    this.#connection?.stop();
-    this.#leads = true;
-    this.#forget();
-    this.#connection = new Connection({
-      url: this.url,
-      credentials: this.options.credentials ?? (this.options.token ? "same-origin" : "include"),
-      token: this.options.token ?? null,
-      cursor: () => this.#cursor,
-      onBlock: (block) => {
-        // A tab that leads without a place begins at "now", which is a hole for those that had one.
-        this.#post({ kind: "block", block, anew: block.name === "bridge.ready" && !this.#greeted });
-        const { user } = this;
-        this.#take(block);
-        // What lies before a hole, or was another person's, leads nobody on: who has a place there is told a gap.
-        if (block.name === "bridge.gap" || this.user !== user) this.#forget();
-        this.#ring.push(block);
-        this.#ringChars += block.data.length;
-        while (this.#ringChars > RING_CHARS) this.#ringChars -= this.#ring.shift()?.data.length ?? 0;
-      },
-      onState: (state) => {
-        this.#post({ kind: "state", state });
-        this.#setState(state);
-      },
-      onBeat: () => this.#post({ kind: "beat" }),
-    });
-  }
-
-  /** @param {object} message */
-  #post(message) {
-    this.#channel?.postMessage(message);
-  }
-
-  /** @param {any} message */
-  #onMessage(message) {
-    if (message.kind === "hello") {
-      if (this.#leads) this.#welcome(message);
-      return;
-    }
-    if (this.#leads || (message.to && message.to !== this.#me)) return;
-    if (message.kind === "state") {
-      // That the leader is live says nothing of a tab that has not been welcomed.
-      if (message.state.status !== "live" || this.#welcomed) this.#setState(message.state);
-    } else if (message.kind === "block") {
-      const { block, anew } = message;
-      const ready = block.name === "bridge.ready";
-      if (this.#welcomed && ready && !anew && block.id !== this.#cursor) {
-        // Another tab leads, from another place: what comes by it is not simply news. It is asked what lies between.
-        this.#welcomed = false;
-        this.#hello();
-      } else if (this.#welcomed) {
-        this.#take(block);
-        if (ready && anew) this.#onGap("unknown");
-      } else if (ready && this.#cursor === null) {
-        this.#welcomed = true;
-        this.#take(block);
-      } else if (ready) {
-        // This tab has a place of its own, and asks for what lies between the two.
-        this.#hello();
-      }
-    } else if (message.kind === "welcome") {
-      this.#welcomed = true;
-      for (const block of message.blocks) this.#take(block);
-      this.#setState(message.state);
-    }
-    this.#watchLeader();
-  }
-
-  /** @param {{from: string, cursor: string | null}} tab */
-  #welcome(tab) {
-    if (this.#state.status !== "live") {
-      this.#post({ kind: "state", to: tab.from, state: this.#state }); // It will see this tab's ready itself.
-      return;
-    }
-    const ready = { name: "bridge.ready", id: this.#cursor, data: "" };
-    const told = { user: this.user, resumed: tab.cursor !== null, heartbeat_seconds: this.#silenceMs / 2_500 };
-    /** @type {Block[]} */
-    let blocks = [];
-    if (tab.cursor !== null && tab.cursor !== this.#cursor) {
-      const at = this.#ring.findIndex((block) => block.id === tab.cursor);
-      if (at >= 0) blocks = this.#ring.slice(at + 1).filter((block) => !block.name.startsWith("bridge."));
-      else {
-        told.resumed = false;
-        blocks = [{ name: "bridge.gap", id: this.#cursor, data: '{"reason":"unknown"}' }];
-      }
-    }
-    ready.data = JSON.stringify(told);
-    this.#post({
-      kind: "welcome",
-      to: tab.from,
-      blocks: [ready, ...blocks],
-      state: this.#state,
-    });
-  }
-
-  /** A leader that is frozen holds its lock and says nothing. Who is looked at does not wait for it. */
+  /** A leader that is frozen holds its lock and answers nothing. */
   #watchLeader() {
     clearTimeout(this.#watch);
-    const joined = this.#joined;
-    const { status, retryAt } = this.#state;
-    const patience =
-      status === "waiting" ? Math.max(0, retryAt - Date.now()) : status === "connecting" ? CONNECT_MS : 0;
-    this.#watch = setTimeout(() => {
-      if (this.#leads || joined !== this.#joined || !joined) return;
-      if (document.visibilityState === "visible" && this.#state.status !== "refused") this.#stand(true);
-      else this.#watchLeader();
-    }, this.#silenceMs * 2 + patience);
+    this.#missed = 0;
+    const ask = () => {
+      if (this.#leads || !this.#channel) return;
+      const { status, retryAt } = this.#state;
+      // The timers of a hidden page may be a minute late. A page that is seen does not wait for them.
+      const late = status === "waiting" && this.#synced && Date.now() > retryAt + PING_MS;
+      if (this.#missed >= 2 || (late && document.visibilityState === "visible")) {
+        this.#stand(true);
+        return;
+      }
+      this.#missed++;
+      this.#post({ kind: "ping" });
+      this.#watch = setTimeout(ask, PING_MS);
+    };
+    this.#watch = setTimeout(ask, PING_MS);
   }
 
   // What comes.
+
+  /** @param {Entry} entry @param {boolean} [shared] whether its position is one of the tabs' */
+  #takeEntry(entry, shared = true) {
+    if (shared) this.#at = { term: entry.term, n: entry.n };
+    if (entry.block.name === "bridge.gap") this.#forget(); // What lies before a hole leads nobody on.
+    this.#ring.push(entry);
+    this.#ringChars += entry.block.data.length;
+    while (this.#ringChars > RING_CHARS) this.#ringChars -= this.#ring.shift()?.block.data.length ?? 0;
+    this.#take(entry.block);
+  }
 
   /** @param {Block} block */
   #take(block) {
@@ -611,26 +1061,28 @@ class Subscription {
     if (this.#recent.has(event.id)) return;
     this.#recent.add(event.id);
     if (this.#recent.size > RECENT_IDS) this.#recent.delete(/** @type {string} */ (this.#recent.values().next().value));
+    if (!this.wants(event.type)) return;
     if (this.#held) this.#held.push(event);
     else this.#hand(event);
   }
 
   /**
-   * @param {{user: string, resumed: boolean, heartbeat_seconds: number}} told
+   * @param {{user: string, resumed: boolean}} told
    * @param {string | null} id
    */
   #onReady(told, id) {
     const first = !this.#greeted;
     const placed = this.#cursor !== null;
-    const other = this.user !== null && this.user !== told.user;
+    // By a bridge that names no identity another user shows only here.
+    const before = this.#before ?? (this.user !== told.user ? this.user : null);
+    this.#before = null;
     this.#greeted = true;
     this.user = told.user;
-    this.#silenceMs = Math.max(5_000, told.heartbeat_seconds * 2_500);
     this.#cursor = id ?? this.#cursor;
     this.#setState({ status: "live" });
     if (first) this.#resolveReady({ user: told.user });
-    // What was shown is another person's, or a tab without a place took over: the page must fetch anew.
-    if (other) this.#onGap("other-user");
+    // What was shown is another person's, or of other groups: the page must fetch its state again.
+    if (before !== null) this.#onGap(before === told.user ? "other-groups" : "other-user");
     else if (first && this.options.load && !(this.options.keep && told.resumed && placed)) this.#load(null);
   }
 
@@ -705,10 +1157,43 @@ function call(handler) {
 /** @param {string} key */
 function readKept(key) {
   try {
-    return { cursor: null, user: null, ...JSON.parse(sessionStorage.getItem(key) ?? "{}") };
+    return JSON.parse(sessionStorage.getItem(key) ?? "null");
   } catch {
-    return { cursor: null, user: null };
+    return null;
   }
+}
+
+/** @param {Block} block */
+function eventId(block) {
+  return block.name.startsWith("bridge.") ? null : JSON.parse(block.data).id;
+}
+
+/** @param {any} state */
+function isOpen(state) {
+  return state.status === "live";
+}
+
+/**
+ * Whether a stream of these patterns carries all that others ask for; null asks for every type.
+ * @param {string[]} open
+ * @param {string[] | null} wanted
+ */
+function covers(open, wanted) {
+  return wanted !== null && wanted.length > 0 && wanted.every((pattern) => open.includes(pattern));
+}
+
+/**
+ * Patterns as in a topic exchange: `*` is one word, `#` is any number of them.
+ * @param {string[]} patterns none: every type
+ * @returns {(type: string) => boolean}
+ */
+export function matcher(patterns) {
+  // Each word takes the dot before it along, so that `#` may be no word at all.
+  const word = (/** @type {string} */ word) =>
+    word === "#" ? "(\\.[^.]+)*" : word === "*" ? "\\.[^.]+" : "\\." + word.replace(/[^\w-]/g, "\\$&");
+  const whole = patterns.map((pattern) => pattern.split(".").map(word).join(""));
+  const regex = new RegExp(`^(?:${whole.join("|")})$`);
+  return (type) => !patterns.length || regex.test("." + type);
 }
 
 /** @param {any} options */

@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.server
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 from playwright.async_api import Browser, Page, async_playwright, expect
@@ -23,7 +24,10 @@ from tests.browser.engines import (
     start_webkit,
     use_firefox,
 )
+from tests.conftest import StartService
 from tests.patience import PATIENCE
+from tests.rabbit import Vhost, cloudevent
+from tests.service import Service, mint
 
 # Playwright's own limit is five seconds.
 expect.set_options(timeout=1000 * PATIENCE)
@@ -117,3 +121,138 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     async with started as made:
         yield made
     assert made.errors == []
+
+
+class Freezer:
+    """Freezes pages: a page that waits for this server's answer with a synchronous request runs nothing meanwhile.
+
+    Chromium's own freezing needs a hidden page, and for Playwright none is hidden.
+    """
+
+    def __init__(self) -> None:
+        self._thaw = threading.Event()
+        thaw = self._thaw
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                thaw.wait(2 * PATIENCE)
+                self.send_response(204)
+                self.send_header("Access-Control-Allow-Origin", "*")
+                self.end_headers()
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    async def freeze(self, page: Page) -> None:
+        await page.evaluate(
+            """(url) => { setTimeout(() => {
+                 const request = new XMLHttpRequest(); request.open("GET", url, false); request.send();
+               }) }""",
+            f"http://127.0.0.1:{self._server.server_port}/",
+        )
+
+    def thaw(self) -> None:
+        self._thaw.set()
+
+    def stop(self) -> None:
+        self.thaw()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def freezer() -> Iterator[Freezer]:
+    made = Freezer()
+    yield made
+    made.stop()
+
+
+# Pages with the client.
+
+SUBSCRIBE = """
+async ([client, options]) => {
+  const { subscribe } = await import(client);
+  window.seen = []; window.gaps = []; window.states = []; window.loads = []; window.tokens = []; window.errors = [];
+  window.reportError = (error) => errors.push(String(error));
+  window.start = () => window.subscription = subscribe({
+    onEvent: (event) => seen.push(event.id),
+    onGap: ({ reason }) => gaps.push(reason),
+    onState: (state) => states.push(state),
+    ...options,
+    ...(window.extra ?? {}),
+  });
+  start();
+}
+"""
+
+
+class Tab:
+    """A page with a subscription."""
+
+    def __init__(self, page: Page, service_url: str) -> None:
+        self.page = page
+        self._url = service_url
+
+    async def subscribe(self, extra: str = "", **options: Any) -> Tab:
+        if extra:
+            await self.page.evaluate(f"window.extra = {extra}; 0")
+        await self.page.evaluate(SUBSCRIBE, [f"{self._url}/client.js", {"url": f"{self._url}/events", **options}])
+        return self
+
+    async def live(self) -> Tab:
+        await self.page.wait_for_function("window.subscription.state.status === 'live'")
+        return self
+
+    async def status(self, status: str) -> None:
+        await self.page.wait_for_function("(s) => window.subscription.state.status === s", arg=status)
+
+    async def seen(self, count: int) -> list[str]:
+        await self.page.wait_for_function("(count) => window.seen.length >= count", arg=count)
+        found: list[str] = await self.page.evaluate("window.seen")
+        return found
+
+    async def get(self, expression: str, given: Any = None) -> Any:
+        return await self.page.evaluate(expression, given)
+
+    async def leads(self) -> bool:
+        return bool(await self.get("window.subscription.state.leads"))
+
+
+class OpenTab:
+    def __init__(self, open_page: OpenPage, origin: str) -> None:
+        self._open_page = open_page
+        self.origin = origin
+
+    async def __call__(self, service: Service, user: str | None = "42") -> Tab:
+        page = await self._open_page()
+        if user is not None:
+            await page.context.add_cookies(
+                [{"name": "bridge_token", "value": mint(user), "url": self.origin, "httpOnly": True}]
+            )
+        await page.goto(self.origin)
+        return Tab(page, service.public.replace("127.0.0.1", "localhost"))
+
+
+@pytest.fixture
+def tab(open_page: OpenPage, origin: str) -> OpenTab:
+    return OpenTab(open_page, origin)
+
+
+@pytest.fixture
+async def bridge(start: StartService, origin: str) -> Service:
+    # With the default heartbeat no page takes a stream for dead when the machine stops for five seconds.
+    return await start(ALLOWED_ORIGINS=origin)
+
+
+async def publish(vhost: Vhost, first: int, last: int, *, user: str = "42", prefix: str = "e") -> None:
+    key = f"user.{user}.job.completed"
+    await vhost.publish_all([(key, cloudevent(f"{prefix}{number}")) for number in range(first, last)])
+
+
+def ids(first: int, last: int, *, prefix: str = "e") -> list[str]:
+    return [f"{prefix}{number}" for number in range(first, last)]

@@ -7,100 +7,15 @@ import signal
 from typing import Any
 
 import pytest
-from playwright.async_api import Page
 
 from deploy.local.node import free_ports
-from tests.browser.conftest import OpenPage
+from tests.browser.conftest import OpenTab, Tab, ids, publish
 from tests.conftest import StartService
 from tests.proxy import Proxy
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
 
 pytestmark = pytest.mark.any_rabbitmq
-
-USER = "user.42.job.completed"
-
-SUBSCRIBE = """
-async ([client, options]) => {
-  const { subscribe } = await import(client);
-  window.seen = []; window.gaps = []; window.states = []; window.loads = []; window.tokens = []; window.errors = [];
-  window.reportError = (error) => errors.push(String(error));
-  window.start = () => window.subscription = subscribe({
-    onEvent: (event) => seen.push(event.id),
-    onGap: ({ reason }) => gaps.push(reason),
-    onState: (state) => states.push(state),
-    ...options,
-    ...(window.extra ?? {}),
-  });
-  start();
-}
-"""
-
-
-class Tab:
-    """A page with a subscription."""
-
-    def __init__(self, page: Page, service_url: str) -> None:
-        self.page = page
-        self._url = service_url
-
-    async def subscribe(self, extra: str = "", **options: Any) -> Tab:
-        if extra:
-            await self.page.evaluate(f"window.extra = {extra}; 0")
-        await self.page.evaluate(SUBSCRIBE, [f"{self._url}/client.js", {"url": f"{self._url}/events", **options}])
-        return self
-
-    async def live(self) -> Tab:
-        await self.page.wait_for_function("window.subscription.state.status === 'live'")
-        return self
-
-    async def status(self, status: str) -> None:
-        await self.page.wait_for_function("(s) => window.subscription.state.status === s", arg=status)
-
-    async def seen(self, count: int) -> list[str]:
-        await self.page.wait_for_function("(count) => window.seen.length >= count", arg=count)
-        found: list[str] = await self.page.evaluate("window.seen")
-        return found
-
-    async def get(self, expression: str) -> Any:
-        return await self.page.evaluate(expression)
-
-    async def leads(self) -> bool:
-        return bool(await self.get("window.subscription.state.leads"))
-
-
-class OpenTab:
-    def __init__(self, open_page: OpenPage, origin: str) -> None:
-        self._open_page = open_page
-        self.origin = origin
-
-    async def __call__(self, service: Service, user: str | None = "42") -> Tab:
-        page = await self._open_page()
-        if user is not None:
-            await page.context.add_cookies(
-                [{"name": "bridge_token", "value": mint(user), "url": self.origin, "httpOnly": True}]
-            )
-        await page.goto(self.origin)
-        return Tab(page, service.public.replace("127.0.0.1", "localhost"))
-
-
-@pytest.fixture
-def tab(open_page: OpenPage, origin: str) -> OpenTab:
-    return OpenTab(open_page, origin)
-
-
-@pytest.fixture
-async def bridge(start: StartService, origin: str) -> Service:
-    # With the default heartbeat no page takes a stream for dead when the machine stops for five seconds.
-    return await start(ALLOWED_ORIGINS=origin)
-
-
-async def publish(vhost: Vhost, first: int, last: int) -> None:
-    await vhost.publish_all([(USER, cloudevent(f"e{number}")) for number in range(first, last)])
-
-
-def ids(first: int, last: int) -> list[str]:
-    return [f"e{number}" for number in range(first, last)]
 
 
 async def test_one_function_or_one_for_each_type(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:

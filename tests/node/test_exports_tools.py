@@ -121,6 +121,23 @@ def test_the_compiler_takes_the_types_of_the_sample(tmp_path: Path) -> None:
     assert ask("typescript.mjs", {"events.ts": exports.typescript(SAMPLE)}, tmp_path) == []
 
 
+def test_the_clients_types_are_those_of_the_catalogue(tmp_path: Path) -> None:
+    use = """
+import { subscribe } from "./client";
+import type { BridgeEvent } from "./events";
+subscribe<BridgeEvent>({ url: "/events", types: ["job.progress", "job.*", "#.ready", "notification"] });
+subscribe({ url: "/events", types: ["anything.at_all"], onEvent: (event) => event.type.length });
+subscribe<BridgeEvent>({ url: "/events", onEvent: { "job.progress": (event) => event.data.percent.toFixed() } });
+// @ts-expect-error a type that the catalogue has not
+subscribe<BridgeEvent>({ url: "/events", types: ["job.progres"] });
+// @ts-expect-error a handler of a type that the catalogue has not
+subscribe<BridgeEvent>({ url: "/events", onEvent: { "job.progres": () => {} } });
+"""
+    client = (Path(__file__).parents[2] / "bridge" / "client" / "client.d.ts").read_text()
+    files = {"client.d.ts": client, "events.ts": exports.typescript(SAMPLE), "use.ts": use}
+    assert ask("typescript.mjs", files, tmp_path) == []
+
+
 def test_the_types_are_no_wider_than_they_need_be(tmp_path: Path) -> None:
     """Each line is an error: none of the members below is `any`, `unknown` or missing."""
     lines = [
