@@ -23,7 +23,9 @@ export type GapReason =
   /** The stream is now another person's. */
   | "other-user"
   /** The stream is the same person's, with other groups. */
-  | "other-groups";
+  | "other-groups"
+  /** Too many events waited for `load` or for a slow handler. */
+  | "overflow";
 
 export interface Problem {
   /** HTTP status; 0 when there was no answer. */
@@ -35,15 +37,18 @@ export interface Problem {
 
 export interface State {
   /**
-   * connecting: asking for the stream. live: events come. waiting: it was cut, and is tried again at `retryAt`.
-   * refused: asking again would not help (`problem` says why) until `reconnect()`. paused: the page is hidden.
+   * connecting: asking for the stream. live: events come. interrupted: the stream is open, but the bridge has no RabbitMQ;
+   * what is published meanwhile comes later. waiting: it was cut (`reason`) or failed (`problem`), and is tried again at
+   * `retryAt`. refused: asking again would not help (`problem` says why) until `reconnect()`. paused: the page is hidden.
    */
-  status: "connecting" | "live" | "waiting" | "refused" | "paused" | "closed";
+  status: "connecting" | "live" | "interrupted" | "waiting" | "refused" | "paused" | "closed";
   /** Tries since it was last live. */
   attempt?: number;
   /** When it is tried again, ms since 1970. */
   retryAt?: number;
   problem?: Problem | null;
+  /** Why the bridge ended the stream; null if it did not say. */
+  reason?: "drain" | "rotate" | "expired" | "slow" | "busy" | "revoked" | null;
   /** Whose events these are, once known. */
   user: string | null;
   /** Whether this tab holds the connection for all tabs. */
@@ -64,15 +69,24 @@ export interface Options<Event extends AnyEvent = AnyEvent> {
   onEvent?:
     | ((event: Event) => void)
     | { [Type in Event["type"]]?: (event: Extract<Event, { type: Type }>) => void };
+  /**
+   * Instead of `onEvent`: all events that have arrived, at most 1,000 at once. For pages that draw once for many events.
+   */
+  onBatch?: (events: Event[]) => void;
   /** Events may have been missed. With `load` it is called as well; without, fetch your state here. */
   onGap?: (gap: { reason: GapReason }) => void;
   /** The connection changed; for a badge that says so. */
-  onState?: (state: State) => void;
+  onState?: (state: Readonly<State>) => void;
   /**
    * Fetches the page's state: once the stream is live (so nothing falls in between), and after every gap. Events that
-   * come meanwhile are held back, and handed over when its promise has resolved. Tried again when it rejects.
+   * come meanwhile are held back, and handed over when its promise has resolved. Tried again when it rejects or takes
+   * longer than `loadSeconds`; `signal` is aborted then, and when the stream becomes another person's.
    */
-  load?: (why: { reason: GapReason | null }) => Promise<unknown> | unknown;
+  load?: (why: { reason: GapReason | null; signal: AbortSignal }) => Promise<unknown> | unknown;
+  /** Default: 60. */
+  loadSeconds?: number;
+  /** Events that may wait for `load` or for a slow handler, before they are dropped and a gap is told. Default: 10,000. */
+  maxWaiting?: number;
   /**
    * Gives a token, for every connection; without it the cookie is used. `reason` is null, or why the last one was not
    * taken (`expired`, `invalid-token`, ...): fetch a new one then. null ends it: nobody is logged in. It is also called
@@ -92,8 +106,11 @@ export interface Options<Event extends AnyEvent = AnyEvent> {
 export interface Subscription {
   /** Resolves when the stream is live for the first time; rejects with a `Problem` when it is refused. */
   readonly ready: Promise<{ user: string }>;
-  readonly state: State;
-  /** The place of the last event handed over or held; what `Last-Event-ID` would be. */
+  /** The same object until something changes. With React: `useSyncExternalStore(events.onState, () => events.state)`. */
+  readonly state: Readonly<State>;
+  /** Adds a listener; call what it returns to remove it. */
+  readonly onState: (listener: (state: Readonly<State>) => void) => () => void;
+  /** The place of the last event handed over; what `Last-Event-ID` would be. */
   readonly cursor: string | null;
   /** Tries again after `refused`, as when somebody has logged in; does nothing at any other time. */
   reconnect(): void;

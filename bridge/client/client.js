@@ -23,6 +23,11 @@ const WIDEN_MS = 50; // Subscriptions that begin together cause one reconnect.
 const RECENT_IDS = 10_000; // Ids remembered to drop an event that comes again.
 const RING_CHARS = 500_000; // Blocks that each tab keeps for a tab that is behind it.
 const UNKNOWN = "unknown"; // The identity of an answer to a token that cannot be judged now.
+const SLICE_MS = 8; // Handlers run for this long before the page may paint and react.
+const BATCH_EVENTS = 1_000; // For `onBatch`, at once.
+const WAITING_EVENTS = 10_000; // Events that may wait for `load` or for a slow handler ...
+const WAITING_CHARS = 10_000_000; // ... and how large they may be together.
+const LOAD_SECONDS = 60;
 const MAX_PATTERNS = 16; // The bridge takes no more in `types`.
 
 const sleep = (/** @type {number} */ ms, /** @type {AbortSignal} */ signal) =>
@@ -148,6 +153,7 @@ class Connection {
     let refusal = null; // The code of the last 401, for the token's callback.
     while (!signal.aborted) {
       this.shell.onState({ status: "connecting", attempt });
+      if (signal.aborted) return; // By a listener.
       const end = await this.#connect(refusal);
       if (signal.aborted || end.done) return;
       if (end.fatal) {
@@ -161,9 +167,10 @@ class Connection {
       refusal = end.expired ? "expired" : end.unauthorized ? (end.problem?.code ?? "invalid-token") : null;
       if (refusal === "expired-token") refusal = "expired";
       const limit = Math.min(MAX_BACKOFF_MS, end.retryMs * 2 ** attempt);
-      const ms = again || end.expired ? 0 : end.told ? end.retryMs : Math.max(end.afterMs, Math.random() * limit);
+      const ms = again || end.expired ? 0 : end.reason ? end.retryMs : Math.max(end.afterMs, Math.random() * limit);
       attempt++;
-      this.shell.onState({ status: "waiting", attempt, retryAt: Date.now() + ms, problem: end.problem });
+      const { problem, reason } = end;
+      this.shell.onState({ status: "waiting", attempt, retryAt: Date.now() + ms, problem, reason });
       await sleep(ms, signal);
     }
   }
@@ -178,8 +185,8 @@ class Connection {
       done: false,
       /** Whether it got as far as `bridge.ready`. */
       wasLive: false,
-      /** Whether the server named `retryMs` in a goodbye. */
-      told: false,
+      /** @type {string | null} Of the server's goodbye, which named `retryMs`. */
+      reason: null,
       retryMs: DEFAULT_RETRY_MS,
       afterMs: 0,
       /** Whether the token's time was over, and there is a way to a new one. */
@@ -228,12 +235,21 @@ class Connection {
       // An answer to HEAD has no body that says why, and not every proxy lets HEAD through.
       if (method === "HEAD" && response.status !== 200) response = await ask("GET");
       if (response.status !== 200) {
-        end.problem = await readProblem(response);
+        const { ours, ...problem } = await readProblem(response);
+        end.problem = problem;
         const seconds = Number(response.headers.get("Retry-After"));
         if (seconds > 0) end.afterMs = seconds * 1000;
         end.unauthorized = response.status === 401 && this.shell.token !== null;
-        // What asking again does not mend. 408 and 429 are about the moment.
-        end.fatal = response.status < 500 && ![408, 429].includes(response.status) && !end.unauthorized;
+        // Asking again does not help after a refusal of the bridge's own, or without a login. Every other answer is a
+        // proxy's, which may have no bridge behind it for a moment.
+        const { status } = response;
+        end.fatal = status === 401 ? !end.unauthorized : ours && status < 500 && status !== 408 && status !== 429;
+        return end;
+      }
+      if (!/^text\/event-stream\b/i.test(response.headers.get("Content-Type") ?? "")) {
+        // A login page behind a redirect, or a proxy's own page.
+        const detail = `${response.url} answered ${response.headers.get("Content-Type")} and no event stream`;
+        end.problem = { status: 200, code: "not-an-event-stream", detail };
         return end;
       }
       const identity = response.headers.get("Bridge-Identity");
@@ -255,8 +271,8 @@ class Connection {
             silenceMs = Math.max(5_000, JSON.parse(block.data).heartbeat_seconds * 2_500);
             alive();
           } else if (block.name === "bridge.bye") {
-            end.told = true;
-            end.expired = JSON.parse(block.data).reason === "expired" && this.shell.token !== null;
+            end.reason = JSON.parse(block.data).reason;
+            end.expired = end.reason === "expired" && this.shell.token !== null;
           }
           this.shell.onBlock(block);
         },
@@ -265,8 +281,10 @@ class Connection {
       );
     } catch (error) {
       // The network or the watchdog. Why a fetch fails a browser does not tell.
-      if (!this.#abort.signal.aborted && !end.wasLive)
-        end.problem = { status: 0, code: "unreachable", detail: String(error) };
+      if (!this.#abort.signal.aborted && !end.wasLive) {
+        const late = `no answer within ${silenceMs / 1000} s; a browser opens six connections to a host over HTTP/1.1`;
+        end.problem = { status: 0, code: "unreachable", detail: abort.signal.aborted ? late : String(error) };
+      }
     } finally {
       clearTimeout(watchdog);
       abort.abort();
@@ -278,10 +296,16 @@ class Connection {
 
 /** @param {Response} response */
 async function readProblem(response) {
-  const problem = { status: response.status, code: `status-${response.status}`, detail: response.statusText };
+  const problem = {
+    status: response.status,
+    code: `status-${response.status}`,
+    detail: response.statusText,
+    ours: false,
+  };
   try {
     const document = await response.json();
-    if (typeof document.type === "string") problem.code = document.type.replace(/^urn:bridge:problem:/, "");
+    const code = /^urn:bridge:problem:(.+)/.exec(document.type)?.[1];
+    if (code) [problem.code, problem.ours] = [code, true];
     if (typeof document.detail === "string") problem.detail = document.detail;
   } catch {
     // Not the bridge's answer; a proxy's, perhaps.
@@ -297,6 +321,9 @@ async function readProblem(response) {
  */
 
 /** @typedef {Position & {block: Block, eventId: string | null}} Entry */
+
+/** @typedef {{kind: "event", event: any, cursor: string | null, size: number}} EventItem */
+/** @typedef {EventItem | {kind: "gap", reason: string} | {kind: "load", reason?: undefined}} Item */
 
 class Subscription {
   /** @type {Connection | null} */
@@ -352,17 +379,23 @@ class Subscription {
 
   /** @type {Set<string>} */
   #recent = new Set();
-  /** @type {any[] | null} */
-  #held = null; // Events that wait for `load`; null when nothing does.
-  #loads = 0;
-  /** @type {Promise<void> | undefined} */
-  #loading;
+  /** @type {Item[]} */
+  #waiting = []; // What the handlers get, in order.
+  #waitingChars = 0;
+  #handed = /** @type {string | null} */ (null); // The cursor of the last event that a handler got.
+  #handing = false;
+  #loading = 0; // Loads that wait or run.
+  #fetching = new AbortController(); // The `load` that runs.
+  #generation = 0; // Of the identity: what was fetched for the one before is not waited for.
+  #listeners = new Set();
   #over = new AbortController(); // Aborted by `close`.
   #me = `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`;
   #greeted = false; // It has been live once.
   #closed = false;
   /** @type {any} */
   #state = { status: "connecting", attempt: 0 };
+  /** @type {any} */
+  #shown; // The same with what the page may know besides. One object until something changes.
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #watch;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -396,6 +429,8 @@ class Subscription {
       this.#rejectReady = reject;
     });
     this.ready.catch(() => {}); // A page that does not ask is not bothered.
+    if (options.onState) this.#listeners.add(options.onState);
+    this.#shown = this.#describe();
     addEventListener("pagehide", this.#onPageHide);
     addEventListener("pageshow", this.#onPageShow);
     document.addEventListener("visibilitychange", this.#onVisibility);
@@ -404,17 +439,24 @@ class Subscription {
   }
 
   get state() {
-    return { ...this.#state, user: this.user, leads: this.#leads, loading: this.#held !== null };
+    return this.#shown;
   }
 
   get cursor() {
-    return this.#cursor;
+    return this.#handed;
   }
+
+  /** @param {(state: any) => void} listener */
+  onState = (listener) => {
+    this.#listeners.add(listener);
+    return () => void this.#listeners.delete(listener);
+  };
 
   close() {
     if (this.#closed) return;
     this.#closed = true;
     this.#over.abort();
+    this.#fetching.abort();
     this.#leave(true);
     removeEventListener("pagehide", this.#onPageHide);
     removeEventListener("pageshow", this.#onPageShow);
@@ -457,15 +499,15 @@ class Subscription {
   };
 
   #keep() {
-    if (!this.options.keep || this.#cursor === null) return;
+    if (!this.options.keep || this.#handed === null) return;
     const union = this.#union && [...this.#union];
     try {
       // While the page's state is being fetched there is nothing to go on from.
-      if (this.#held) sessionStorage.removeItem(this.keptKey);
+      if (this.#loading) sessionStorage.removeItem(this.keptKey);
       else
         sessionStorage.setItem(
           this.keptKey,
-          JSON.stringify({ identity: this.#identity, user: this.user, cursor: this.#cursor, union }),
+          JSON.stringify({ identity: this.#identity, user: this.user, cursor: this.#handed, union }),
         );
     } catch {
       // Storage may be full or forbidden: the next page begins without a position, and is told so.
@@ -482,7 +524,7 @@ class Subscription {
     if (!kept) return;
     if (identity !== null && kept.identity !== identity) this.#before ??= kept.user;
     else {
-      this.#cursor = kept.cursor;
+      this.#cursor = this.#handed = kept.cursor;
       this.#identity = kept.identity;
       this.user = kept.user;
       this.#widen(kept.union);
@@ -643,12 +685,14 @@ class Subscription {
     if (this.#identity !== null && this.user !== null) this.#before ??= this.user;
     this.#identity = identity;
     this.user = null;
-    this.#cursor = null;
+    this.#cursor = this.#handed = null;
+    this.#generation++;
+    this.#fetching.abort();
+    this.#empty();
     this.#recent.clear();
     this.#forget();
     this.#at = { term: 0, n: 0 };
     this.#term = 0;
-    if (this.#held) this.#held = [];
   }
 
   #enter(/** @type {string} */ identity) {
@@ -675,6 +719,7 @@ class Subscription {
   /** @param {any} problem */
   #refuse(problem) {
     this.#leave();
+    this.#attempt = 0;
     this.#setState({ status: "refused", problem });
     this.#hints?.postMessage({ identity: null }); // A person who logged out here has logged out in all tabs.
     if (!this.#probeAgain) return;
@@ -1053,17 +1098,27 @@ class Subscription {
   /** @param {Block} block */
   #take(block) {
     if (this.#closed) return;
-    if (block.name === "bridge.ready") this.#onReady(JSON.parse(block.data), block.id);
-    else if (block.name === "bridge.gap") this.#onGap(JSON.parse(block.data).reason);
-    if (block.id !== null) this.#cursor = block.id;
-    if (block.name.startsWith("bridge.")) return;
-    const event = JSON.parse(block.data);
-    if (this.#recent.has(event.id)) return;
-    this.#recent.add(event.id);
+    const { name, data, id } = block;
+    if (name === "bridge.ready") this.#onReady(JSON.parse(data), id);
+    else if (name === "bridge.status") this.#setState({ status: JSON.parse(data).receiving ? "live" : "interrupted" });
+    else if (name === "bridge.gap") this.#wait({ kind: "gap", reason: JSON.parse(data).reason });
+    if (id !== null) this.#cursor = id;
+    const event = name.startsWith("bridge.") ? null : JSON.parse(data);
+    if (!event || this.#recent.has(event.id) || (this.#remember(event.id), !this.wants(event.type))) {
+      if (!this.#waiting.length) this.#handed = this.#cursor;
+      return;
+    }
+    this.#waitingChars += data.length;
+    this.#wait({ kind: "event", event, cursor: this.#cursor, size: data.length });
+    if (this.#waiting.length <= (this.options.maxWaiting ?? WAITING_EVENTS) && this.#waitingChars <= WAITING_CHARS) return;
+    // Rather a gap that is told than a page without memory.
+    this.#empty();
+    this.#wait({ kind: "gap", reason: "overflow" });
+  }
+
+  #remember(/** @type {string} */ id) {
+    this.#recent.add(id);
     if (this.#recent.size > RECENT_IDS) this.#recent.delete(/** @type {string} */ (this.#recent.values().next().value));
-    if (!this.wants(event.type)) return;
-    if (this.#held) this.#held.push(event);
-    else this.#hand(event);
   }
 
   /**
@@ -1082,64 +1137,128 @@ class Subscription {
     this.#setState({ status: "live" });
     if (first) this.#resolveReady({ user: told.user });
     // What was shown is another person's, or of other groups: the page must fetch its state again.
-    if (before !== null) this.#onGap(before === told.user ? "other-groups" : "other-user");
-    else if (first && this.options.load && !(this.options.keep && told.resumed && placed)) this.#load(null);
+    if (before !== null) this.#wait({ kind: "gap", reason: before === told.user ? "other-groups" : "other-user" });
+    else if (first && this.options.load && !(this.options.keep && told.resumed && placed)) this.#wait({ kind: "load" });
   }
 
-  /** @param {string} reason */
-  #onGap(reason) {
-    call(() => this.options.onGap?.({ reason }));
-    if (!this.options.load) return;
-    if (this.#held) this.#held = []; // They are older than what is fetched now.
-    this.#load(reason);
+  // What the handlers get: one after the other, in the order in which it came.
+
+  /** @param {Item} item */
+  #wait(item) {
+    const last = this.#waiting.at(-1);
+    if (item.kind !== "event" && last && last.kind !== "event") {
+      this.#waiting.splice(-1, 1, item); // One load is enough for both.
+      return;
+    }
+    this.#waiting.push(item);
+    if (item.kind !== "event" && this.options.load) this.#setLoading(1);
+    if (!this.#handing) this.#handOut();
+  }
+
+  #empty() {
+    const loads = this.#waiting.filter(({ kind }) => kind !== "event").length;
+    this.#waiting = [];
+    this.#waitingChars = 0;
+    if (this.options.load) this.#setLoading(-loads);
+  }
+
+  /** @param {number} change */
+  #setLoading(change) {
+    this.#loading += change;
+    this.#setState(this.#state);
   }
 
   /**
-   * Fetches the page's state, and holds events back until it is there: each of them is newer than what was fetched, or
-   * in it already.
-   * @param {string | null} reason
+   * A page is fetched its state before it gets the events that follow: each of them is newer than the state, or in it
+   * already. Between events the page may paint and react.
    */
-  async #load(reason) {
-    const mine = ++this.#loads;
-    this.#held ??= [];
-    this.#setState(this.#state);
-    const before = this.#loading;
-    this.#loading = (async () => {
-      await before; // One after another: a slow one that was begun first must not show its old state last.
-      for (let attempt = 0; mine === this.#loads && !this.#closed; attempt++) {
-        try {
-          await this.options.load({ reason });
-          return;
-        } catch (error) {
-          call(() => {
-            throw error;
-          });
-          await sleep(Math.random() * Math.min(MAX_BACKOFF_MS, 1000 * 2 ** attempt), this.#over.signal);
-        }
+  async #handOut() {
+    this.#handing = true;
+    for (let ends = 0; ; ) {
+      if (performance.now() >= ends) {
+        await nextTask();
+        ends = performance.now() + SLICE_MS;
       }
-    })();
-    await this.#loading;
-    if (mine !== this.#loads || this.#closed) return; // A later gap loads again.
-    const held = this.#held ?? [];
-    this.#held = null;
-    this.#setState(this.#state);
-    for (const event of held) this.#hand(event);
+      const item = this.#waiting[0];
+      if (!item || this.#closed) break;
+      if (item.kind === "event") this.#handEvents(item);
+      else {
+        this.#waiting.shift();
+        const { reason } = item;
+        if (reason) call(() => this.options.onGap?.({ reason }));
+        if (this.options.load) {
+          await this.#load(reason ?? null);
+          this.#setLoading(-1);
+        }
+        ends = 0;
+      }
+    }
+    this.#handing = false;
   }
 
-  /** @param {any} event */
-  #hand(event) {
-    if (this.#closed) return;
-    const { onEvent } = this.options;
-    call(() => (typeof onEvent === "function" ? onEvent(event) : onEvent?.[event.type]?.(event)));
+  /** @param {EventItem} first */
+  #handEvents(first) {
+    const { onEvent, onBatch } = this.options;
+    let count = 1;
+    if (onBatch) while (count < BATCH_EVENTS && this.#waiting[count]?.kind === "event") count++;
+    const items = /** @type {EventItem[]} */ (this.#waiting.splice(0, count));
+    for (const { size } of items) this.#waitingChars -= size;
+    this.#handed = /** @type {EventItem} */ (items[count - 1]).cursor;
+    if (onBatch) call(() => onBatch(items.map(({ event }) => event)));
+    else call(() => (typeof onEvent === "function" ? onEvent(first.event) : onEvent?.[first.event.type]?.(first.event)));
+  }
+
+  /** @param {string | null} reason */
+  async #load(reason) {
+    const generation = this.#generation;
+    const isOver = () => this.#closed || generation !== this.#generation;
+    for (let attempt = 0; !isOver(); attempt++) {
+      const { signal } = (this.#fetching = new AbortController());
+      const fetched = Promise.resolve().then(() => this.options.load({ reason, signal }));
+      const aborted = new Promise((_, reject) => signal.addEventListener("abort", reject));
+      try {
+        await within(1000 * (this.options.loadSeconds ?? LOAD_SECONDS), Promise.race([fetched, aborted]), "end of `load`");
+        return;
+      } catch (error) {
+        this.#fetching.abort();
+        if (isOver()) return;
+        call(() => {
+          throw error;
+        });
+        await sleep(Math.random() * Math.min(MAX_BACKOFF_MS, 1000 * 2 ** attempt), this.#over.signal);
+      }
+    }
+  }
+
+  #describe() {
+    return Object.freeze({ ...this.#state, user: this.user, leads: this.#leads, loading: this.#loading > 0 });
   }
 
   /** @param {any} state */
   #setState(state) {
     if (this.#closed && state.status !== "closed") return;
     this.#state = state;
+    const shown = this.#describe();
+    if (JSON.stringify(shown) === JSON.stringify(this.#shown)) return;
+    this.#shown = shown;
     if (state.status === "refused") this.#rejectReady(Object.assign(new Error(state.problem.detail), state.problem));
-    call(() => this.options.onState?.(this.state));
+    for (const listener of [...this.#listeners]) call(() => listener(shown));
   }
+}
+
+/**
+ * The page's other tasks come first; `scheduler.yield` would go before them. A timer would be slow in a hidden page.
+ * @returns {Promise<void>}
+ */
+function nextTask() {
+  return new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      resolve(undefined);
+    };
+    port2.postMessage(null);
+  });
 }
 
 /**
@@ -1170,7 +1289,7 @@ function eventId(block) {
 
 /** @param {any} state */
 function isOpen(state) {
-  return state.status === "live";
+  return state.status === "live" || state.status === "interrupted";
 }
 
 /**

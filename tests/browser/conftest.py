@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -70,8 +71,8 @@ async def page(open_page: OpenPage) -> Page:
     return await open_page()
 
 
-@pytest.fixture
-def origin() -> Iterator[str]:
+@contextlib.contextmanager
+def empty_pages() -> Iterator[str]:
     """An origin with an empty page, for scripts to run on. `/cookie` is the request's cookie."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -95,6 +96,12 @@ def origin() -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def origin() -> Iterator[str]:
+    with empty_pages() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import re
 import subprocess
 from pathlib import Path
@@ -291,3 +292,11 @@ def test_the_index_names_every_page() -> None:
     decisions = (ROOT / "docs/decisions/README.md").read_text()
     pages = {path.name for path in (ROOT / "docs/decisions").glob("[0-9]*.md")}
     assert {name for name in pages if f"({name})" not in decisions} == set()
+
+
+def test_the_client_is_as_small_as_the_page_says() -> None:
+    page = (ROOT / "docs/pages.md").read_text()
+    said = re.search(r"compressed \((\d+) KB as the bridge serves it", page)
+    assert said is not None
+    served = gzip.compress((BRIDGE / "client" / "client.js").read_bytes())
+    assert len(served) <= int(said[1]) * 1024

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from bridge.routing import TypeFilter
+from bridge.service.streams import sse
 from bridge.service.streams.cursor import MAX_DIGESTS, NONE, VALUE_MASK, Anchor, Cursor, Unnamed
 from bridge.service.streams.session import (
     CHUNK_BYTES,
@@ -579,3 +580,25 @@ def test_a_retry_of_what_the_cursor_names_is_not_sent_again() -> None:
     made.offer(make_event(1), 5002)
     made.offer(make_event(2), 5003)
     assert [frame.json["id"] for frame in frames(made)[1:]] == ["e2"]
+
+
+def test_a_client_is_told_once_that_nothing_can_arrive_and_when_it_can_again() -> None:
+    made = live()
+    made.beat()
+    assert made.take() == sse.HEARTBEAT
+    made.lost()
+    made.beat()
+    assert made.take() == b'event: bridge.status\ndata: {"receiving":false}\n\n'
+    made.beat()
+    assert made.take() == sse.HEARTBEAT, "it is said once"
+    made.bound(2000, None)
+    back, gap = frames(made)
+    assert (back.event, back.json) == ("bridge.status", {"receiving": True})
+    assert gap.event == "bridge.gap"
+
+
+def test_queues_that_are_back_before_a_heartbeat_are_not_worth_a_word() -> None:
+    made = live()
+    made.lost()
+    made.bound(2000, None)
+    assert [frame.event for frame in frames(made)] == ["bridge.gap"]

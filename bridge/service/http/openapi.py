@@ -163,6 +163,7 @@ def _frame(catalogue: Catalogue, names: dict[str, str]) -> Schema:
             frame("bridge.ready", "First", ready, ["retry", "id", *always], retry=retry, id=_CURSOR),
             frame("bridge.gap", "Fetch your state again", reason(*get_args(sse.GapReason)), always),
             frame("bridge.position", "A new cursor", _object(), ["id", *always], id=_CURSOR),
+            frame("bridge.status", "Whether events can arrive", _object(receiving={"type": "boolean"}), always),
             frame("bridge.bye", "Last", reason(*sse.END_REASONS), ["retry", *always], retry=retry, id=_CURSOR),
             *(frame(kind, kind, envelope(kind, names[kind]), ["id"], id=_CURSOR) for kind in catalogue),
         ],

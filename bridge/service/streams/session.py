@@ -469,6 +469,7 @@ class Session:
         "_held_bytes",
         "_held_lost",
         "_identity",
+        "_interrupted",
         "_late",
         "_max_bytes",
         "_max_events",
@@ -541,6 +542,8 @@ class Session:
         self._held: OrderedDict[str, _Live] = OrderedDict()  # By event id.
         self._held_bytes = 0
         self._held_lost = False
+        self._interrupted = False
+        """Whether the client was told that nothing can arrive, since the queues are lost."""
         self._late: dict[str, _Live] | None = None  # By event id.
         self._place = _Place(None)
         self._recent: dict[str, None] = {}
@@ -590,6 +593,9 @@ class Session:
         if self.state is State.ENDED:
             return None
         assert self.state in (State.OPENING, State.DETACHED), self.state
+        if self._interrupted:
+            self._interrupted = False
+            self._frames += sse.encode_status(receiving=True)
         self._now_ms = max(self._now_ms, now_ms)
         self.tick = tick
         self._unreadable_told_ms = None
@@ -906,6 +912,10 @@ class Session:
             return
         if self._unreadable_waits:
             self._tell_unreadable()
+        elif self.state is State.DETACHED and not self._interrupted:
+            # Also a heartbeat: it is a byte. Said once, since a client that comes later gets `ready` or `busy`.
+            self._interrupted = True
+            self._frames = sse.encode_status(receiving=False)
         else:
             self._frames = sse.HEARTBEAT
 

@@ -84,6 +84,11 @@ def encode_gap(reason: GapReason) -> bytes:
     return _encode("bridge.gap", {"reason": reason})
 
 
+def encode_status(*, receiving: bool) -> bytes:
+    # With a name of its own: an EventSource without a listener for it ignores it, also under `named=false`.
+    return _encode("bridge.status", {"receiving": receiving})
+
+
 def encode_position(cursor: str) -> bytes:
     # With data, though it is empty: Safari and Firefox take an id only from a block that has data.
     return _encode("bridge.position", {}, cursor=cursor)
