@@ -2,7 +2,10 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test unit chaos leaks soak proxies rollout mutants attacks bench image test-slow check format exports lock clean
+.PHONY: help demo test unit chaos leaks soak browser-chaos proxies rollout mutants attacks bench image test-slow check \
+	format exports lock clean
+.PHONY: help demo test unit chaos leaks soak browser-chaos proxies rollout mutants attacks bench image test-slow check \
+	format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -55,6 +58,12 @@ soak: $(READY) ## steady load for LENGTH seconds, an hour by default, and a tabl
 	@deploy/local/ensure rabbitmq4 > /dev/null
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m tests.endurance.soak --seconds $(or $(LENGTH),3600) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
+
+browser-chaos: $(READY) ## two people and seven tabs in a real browser, LENGTH seconds, ROUNDS times, from SEED on, in ENGINE
+	@deploy/local/ensure rabbitmq
+	@deploy/local/ensure chromium
+	@$(VENV)/bin/python -m tests.browser.chaos --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),3) $(if $(SEED),--seed $(SEED)) \
+		$(if $(ENGINE),--engine $(ENGINE))
 
 proxies: $(READY) ## five real proxies in front of the bridge, at length, with figures; ONLY=nginx for one
 	@deploy/local/ensure rabbitmq

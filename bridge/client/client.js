@@ -372,7 +372,7 @@ class Subscription {
   #behind = null; // Catching up by a connection of its own: events of the leader that have not come by it yet.
   /** @type {Set<string>} */
   #own = new Set(); // Events that have come by it.
-  #feedCursor = /** @type {string | null} */ (null);
+  #feed = { at: { term: 0, n: 0 }, cursor: /** @type {string | null} */ (null) }; // The leader's place meanwhile.
   #missed = 0; // Questions that the leader has not answered.
   /** @type {((answer: any) => void) | null} */
   #gathering = null;
@@ -775,7 +775,8 @@ class Subscription {
     this.#leads = true;
     this.#behind = null;
     this.#start = { ...this.#at, cursor: this.#cursor };
-    this.#term = Math.floor(this.#term) + 1 + Math.random();
+    // By the clock that all tabs have: a tab that has just been opened knows no earlier term.
+    this.#term = Math.max(Date.now(), Math.floor(this.#term) + 1) + Math.random();
     this.#at = { term: this.#term, n: 0 };
     this.#synced = true;
     if (this.#connection) this.#setState(this.#state);
@@ -929,8 +930,8 @@ class Subscription {
     const { block } = entry;
     if (types !== undefined) this.#widen(types);
     if (this.#behind) {
-      this.#feedCursor = block.id ?? this.#feedCursor;
-      this.#at = { term: entry.term, n: entry.n };
+      // Not `#at`: nothing of it has been taken here.
+      this.#feed = { at: { term: entry.term, n: entry.n }, cursor: block.id ?? this.#feed.cursor };
       if (this.#own.has(entry.eventId)) this.#joinFeed();
       else if (entry.eventId !== null && !this.#recent.has(entry.eventId)) this.#behind.add(entry.eventId);
     } else if (this.#synced) {
@@ -1011,8 +1012,7 @@ class Subscription {
     if (entries === null) {
       this.#behind = new Set(ids.filter((/** @type {string} */ id) => !this.#recent.has(id)));
       this.#own.clear();
-      this.#feedCursor = cursor;
-      this.#at = at;
+      this.#feed = { at, cursor };
       if (!this.#connection) this.#connect();
       return;
     }
@@ -1042,7 +1042,7 @@ class Subscription {
     this.#own.clear();
     this.#connection?.stop();
     this.#connection = null;
-    this.#cursor = this.#feedCursor;
+    ({ at: this.#at, cursor: this.#cursor } = this.#feed);
     this.#synced = true;
   }
 

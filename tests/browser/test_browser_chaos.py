@@ -1,0 +1,40 @@
+"""The short version of `make browser-chaos`, and the oracle of it."""
+
+import json
+
+import pytest
+
+from deploy.local.node import Installation
+from tests.browser.chaos import ENGINES, Life, chaos, judge
+
+
+@pytest.mark.any_rabbitmq
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+async def test_two_people_and_seven_tabs(rabbitmq: Installation, engine: str) -> None:
+    report, wrong, _ = await chaos(engine, seed=7, seconds=20, rabbitmq=rabbitmq)
+    assert not wrong, "\n".join([json.dumps(report), *wrong])
+    assert report["seen"] > 0
+
+
+PUBLISHED = {"user.42": 3, "user.43": 1, "group.ops": 0, "all": 0}
+GOOD = [["user", "42"], ["event", "user.42:0"], ["event", "user.42:1"], ["event", "user.42:2"]]
+
+
+@pytest.mark.parametrize(
+    ("log", "word"),
+    [
+        (GOOD, None),
+        ([*GOOD, ["user", "43"], ["gap", "other-user"], ["event", "user.43:0"]], None),
+        ([*GOOD, ["event", "user.43:0"]], "while it is 42"),
+        ([*GOOD, ["user", "43"], ["event", "user.42:2"]], "while it is 43"),
+        ([*GOOD[:2], GOOD[3]], "missed"),
+        (GOOD[:3], "ends before"),
+        ([GOOD[0], *GOOD[2:]], "was owed"),
+        ([*GOOD, GOOD[3]], "again"),
+        ([*GOOD, ["gap", "unknown"]], "gap unknown"),
+    ],
+)
+def test_the_oracle_sees(log: list[list[str | None]], word: str | None) -> None:
+    life = Life("tab", token=False, log=log, owed={"user.42": 0}, at_end=True)
+    found = judge([life], PUBLISHED)
+    assert (not found) if word is None else word in "\n".join(found)
