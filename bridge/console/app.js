@@ -56,6 +56,7 @@ function showState(/** @type {any} */ state) {
     live: `live for user “${state.user}”${state.leads ? "" : ", by another tab"}`,
     waiting: `cut off, again in ${Math.max(0, Math.round((state.retryAt - Date.now()) / 100) / 10)} s`,
     refused: "refused",
+    interrupted: "waiting for RabbitMQ; events come later",
     paused: "paused",
     closed: "closed",
   };
