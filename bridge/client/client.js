@@ -538,6 +538,7 @@ class Subscription {
     if (!this.#joined) return; // A handler has closed it.
     if (!this.shares) {
       this.#restore(null);
+      this.#leads = true;
       this.#connect();
       return;
     }
@@ -622,7 +623,7 @@ class Subscription {
     else {
       // A callback that waits for a login is not called a second time meanwhile. Its token is kept until it is used.
       this.#asked ??= within(TOKEN_MS, this.#callToken(reason), "token").finally(() => (this.#asked = null));
-      token = await within(this.#leads ? LEADER_TOKEN_MS : TOKEN_MS, this.#asked, "token");
+      token = await within(this.#leads && this.shares ? LEADER_TOKEN_MS : TOKEN_MS, this.#asked, "token");
     }
     if (method === "GET") this.#fresh = null;
     return token;
@@ -857,7 +858,7 @@ class Subscription {
     if (state.attempt) this.#attempt = state.attempt;
     if (this.#leads) this.#post({ kind: "state", term: this.#term, state });
     this.#setState(state);
-    if (this.#leads && state.status === "waiting" && state.problem?.code === "token-failed") {
+    if (this.#leads && this.shares && state.status === "waiting" && state.problem?.code === "token-failed") {
       // Another tab's callback may work.
       this.#connection?.stop();
       this.#connection = null;
@@ -1194,6 +1195,7 @@ class Subscription {
       }
     }
     this.#handing = false;
+    if (!this.#waiting.length) this.#handed = this.#cursor;
   }
 
   /** @param {EventItem} first */

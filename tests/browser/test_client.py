@@ -268,10 +268,12 @@ async def test_another_person_on_the_same_page_is_a_gap(start: StartService, tab
     one = await (await (await tab(service)).subscribe(keep=True)).live()
     await one.page.context.add_cookies([{"name": "bridge_token", "value": mint("43"), "url": origin}])
     await one.page.wait_for_function("window.subscription.state.user === '43'")
+    await one.page.wait_for_function("gaps.length === 1")
     assert await one.get("gaps") == ["other-user"]
     await one.page.context.add_cookies([{"name": "bridge_token", "value": mint("44"), "url": origin}])
     await one.page.reload()
     await (await one.subscribe(keep=True)).live()
+    await one.page.wait_for_function("gaps.length === 1")
     assert await one.get("gaps") == ["other-user"], "also where the page was left in between"
 
 
@@ -299,7 +301,12 @@ async def test_a_gap_while_the_state_is_fetched(start: StartService, vhost: Vhos
         await publish(vhost, 0, 1)
         await asyncio.sleep(0.3)  # The event comes, most often; the page must be right either way.
         proxy.cut()
-        await one.page.wait_for_function("states.filter(({ status }) => status === 'live').length >= 2")
+        await one.page.wait_for_function(
+            """() => {
+                 const cut = states.findLastIndex(({ status }) => status === "waiting");
+                 return cut >= 0 && states.slice(cut).some(({ status }) => status === "live");
+               }"""
+        )
         await publish(vhost, 1, 2)
         await one.get("loaded1()")
         await one.page.wait_for_function("loads.length === 2")

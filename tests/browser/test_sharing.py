@@ -66,6 +66,7 @@ async def test_a_tab_that_is_looked_at_again_asks_who_it_is(
     await two.get("document.dispatchEvent(new Event('visibilitychange'))")
     for each in (one, two):
         await is_user(each, "43")
+        await each.page.wait_for_function("gaps.length === 1")
         assert await each.get("gaps") == ["other-user"]
 
 
