@@ -28,7 +28,8 @@ from playwright.async_api import BrowserContext, Error, Playwright, async_playwr
 from playwright.async_api import Page as PlaywrightPage
 
 from deploy.local.node import MACHINES, Installation, Node
-from tests.browser.conftest import CHROMIUM_FLAGS, Freezer, empty_pages
+from tests.browser.conftest import Freezer, empty_pages
+from tests.browser.engines import CHROMIUM_FLAGS
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost, cloudevent
