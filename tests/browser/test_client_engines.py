@@ -1,4 +1,4 @@
-"""The client in three engines: tabs that crash, are left and come back, and a network that breaks."""
+"""The client in three engines: tabs that crash, freeze, are left and come back, and a network that breaks."""
 
 from __future__ import annotations
 
@@ -83,6 +83,16 @@ async def test_tabs_share_a_stream_and_outlive_leaders_that_crash(pages: Pages) 
     await pages.publish()
     await pages.check(third)
     assert await third.get(leads)
+
+
+async def test_a_frozen_leader_is_replaced_and_catches_up(pages: Pages) -> None:
+    one, two = [await pages.open() for _ in range(2)]
+    await one.freeze()
+    await pages.publish()
+    await pages.check(two)
+    await one.thaw()
+    await pages.publish()
+    await pages.check(one, two)
 
 
 async def test_a_page_that_was_left_comes_back_where_it_was(pages: Pages) -> None:
