@@ -134,6 +134,12 @@ class Metrics:
         self.streams_ended = Counter(
             "bridge_streams_ended_total", "Streams ended, by reason", ["reason"], registry=self.registry
         )
+        self.streams_refused = Counter(
+            "bridge_streams_refused_total",
+            "Streams answered with `bridge.bye` at once, by cause",
+            ["cause"],
+            registry=self.registry,
+        )
         self.refused = Counter(
             "bridge_requests_refused_total",
             "Requests for a stream answered with an error, by code",

@@ -165,6 +165,10 @@ class Settings(PublicSettings):
     )
     max_connections: Count = Field(10_000, description="streams a process")
     max_connections_per_user: Count = Field(20, description="streams of one user a process")
+    openings_per_user: Count | None = Field(
+        None,
+        description="streams that one user may open at once, full again after 20 s; unset = from the line above",
+    )
     backlog_events: Count = Field(1000, description="events that may wait for one client")
     backlog_bytes: Annotated[int, Field(ge=1024)] = Field(1_048_576, description="bytes that may wait for one client")
     tracing: bool = Field(False, description="whether deliveries of traced events become spans (OpenTelemetry)")
@@ -184,7 +188,7 @@ class Settings(PublicSettings):
             secrets = sorted({amqp.credentials(address) for address in self.addresses})
         return hashlib.sha256("\0".join(["identity", *secrets]).encode()).digest()
 
-    @field_validator("jwt_secret", "jwks", "jwt_audience", "jwt_issuer", mode="before")
+    @field_validator("jwt_secret", "jwks", "jwt_audience", "jwt_issuer", "openings_per_user", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
+
+import pytest
 
 from bridge.routing import TypeFilter
 from bridge.service.broker.quarantine import Quarantine
 from bridge.service.http.auth import Subscriber
 from bridge.service.metrics import Metrics
 from bridge.service.streams.cursor import Anchor
-from bridge.service.streams.hub import Connection, Hub, StreamRequest
+from bridge.service.streams.hub import Connection, Hub, Refused, StreamRequest
 from bridge.service.streams.reader import EventReader
 from bridge.service.streams.session import Session, State
 from tests.events import make_event
@@ -34,6 +37,19 @@ class Broker:
     has_dropped = False
 
 
+class Limits:
+    max_event_bytes = 65_536
+    max_connections = 10_000
+    max_connections_per_user = 20
+    openings_per_user: int | None = None
+    drain_seconds = 10.0
+    heartbeat_seconds = 15.0
+    retry_seconds = 3.0
+    max_age_seconds = 3600.0
+    backlog_events = 1000
+    backlog_bytes = 1_048_576
+
+
 class Subscription:
     queue = "bridge.live.1"
     bound = True
@@ -50,7 +66,8 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
     broker: Any = Broker()
     metrics = Metrics()
     reader = EventReader({}, max_event_bytes=65_536, metrics=metrics, quarantine=quarantine)
-    hub = Hub(reader=reader, limits=NOTHING, metrics=metrics, make_broker=lambda _: broker, log=log)
+    limits: Any = Limits()
+    hub = Hub(reader=reader, limits=limits, metrics=metrics, make_broker=lambda _: broker, log=log)
     session = Session(
         identity="",
         user="42",
@@ -185,3 +202,69 @@ def test_a_live_event_that_cannot_be_read_is_a_gap_for_those_who_asked_for_its_t
     connection.session.types = TypeFilter.parse("test.*")
     hub.on_shared("all.test.done", BODY)
     assert b'"not-readable"' in connection.session.take()
+
+
+class Openings:
+    """A hub whose broker notes what it is asked for, and whose streams all end at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("bridge.service.streams.hub.time.monotonic", lambda: self.now)
+        self.asked = 0
+        broker: Any = Broker()
+        broker.subscribe = self.subscribe
+        made: Any = type("OfThisTest", (Limits,), limits)
+        self.hub = Hub(reader=NOTHING, limits=made, metrics=Metrics(), make_broker=lambda _: broker, log=None)
+
+    def subscribe(self, *_: Any, **__: Any) -> Any:
+        self.asked += 1
+        subscription: Any = Subscription()
+        subscription.close = lambda: None
+        return subscription
+
+    def open(self, user: str) -> str:
+        request = StreamRequest(Subscriber(user, (), 1e12), TypeFilter(), named=True, last_event_id=None, keys=())
+        try:
+            self.hub.detach(self.hub.attach(request, lambda: None))
+        except Refused as refused:
+            self.refused = refused
+            return refused.cause
+        return "opened"
+
+
+def test_a_user_who_opens_streams_without_a_pause_is_refused_before_the_broker_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    to = Openings(monkeypatch)
+    assert Counter(to.open("attacker") for _ in range(2_440)) == {"opened": 60, "openings-per-user": 2_380}
+    assert to.asked == 60
+    assert to.refused.reason == "busy"
+    assert 5_000 <= to.refused.retry_ms <= 15_000
+    assert to.open("innocent") == "opened"
+    to.now = 8.0
+    assert Counter(to.open("attacker") for _ in range(2_440))["opened"] == 24, "three a second"
+    refused = to.hub._metrics.streams_refused.labels("openings-per-user")
+    assert refused._value.get() == 2 * 2_440 - 60 - 24
+
+
+def test_streams_that_return_after_restarts_in_a_row_are_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    to = Openings(monkeypatch)
+    # Twenty streams of one user, which return each three seconds while a proxy restarts again and again.
+    for number in range(4):
+        to.now = 3.0 * number
+        assert {to.open("42") for _ in range(20)} == {"opened"}
+
+
+@pytest.mark.parametrize(
+    ("connections", "given", "at_once"), [(1, None, 60), (20, None, 60), (100, None, 300), (20, 5, 5)]
+)
+def test_openings_at_once(monkeypatch: pytest.MonkeyPatch, connections: int, given: int | None, at_once: int) -> None:
+    to = Openings(monkeypatch, max_connections_per_user=connections, openings_per_user=given)
+    assert [to.open("42") for _ in range(2 * at_once)].count("opened") == at_once
+
+
+def test_a_stream_that_is_refused_for_another_cause_uses_no_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    to = Openings(monkeypatch, openings_per_user=1, max_connections=0)
+    assert [to.open("42") for _ in range(9)] == ["connections"] * 9
+    to.hub._limits.max_connections = 1  # type: ignore[misc]
+    assert to.open("42") == "opened"

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import structlog
 
@@ -23,6 +23,7 @@ from bridge.routing import Audience, RoutingError, TypeFilter, split_key
 from bridge.service import clock
 from bridge.service.broker.eventlog import EventLog, Request
 from bridge.service.broker.live import Broker, Delivery, Subscription
+from bridge.service.budgets import Budgets
 from bridge.service.http.auth import Subscriber
 from bridge.service.metrics import Metrics
 from bridge.service.streams import deadlines
@@ -56,6 +57,25 @@ COPIES_SECONDS = 10.0
 """So often the log names a message that came to somebody whom its key does not name."""
 
 
+OPENINGS_SECONDS = 20.0
+"""A user's openings are full again after this long. With the default settings that is three streams a second, so that
+twenty streams that return each `busy` after 5 to 15 s are all let in."""
+
+OPENINGS_FACTOR = 3
+"""Openings at once, for each stream that a user may have open: a broker, a proxy and a replica may restart in a row."""
+
+LEAST_OPENINGS = 60
+"""The same where a user may have fewer than twenty streams open: a page may be loaded again and again."""
+
+USERS_KEPT = 20_000
+"""Users whose openings are remembered, about 6 MB. Users that have opened nothing for a while are not among them."""
+
+Cause = Literal["drain", "connections", "connections-per-user", "openings-per-user"]
+"""Why a stream is refused before RabbitMQ is asked for anything."""
+
+CAUSES: tuple[Cause, ...] = get_args(Cause)
+
+
 class Limits(Protocol):
     """Of bridge.settings.Settings, what the hub goes by."""
 
@@ -74,6 +94,8 @@ class Limits(Protocol):
     @property
     def max_connections_per_user(self) -> int: ...
     @property
+    def openings_per_user(self) -> int | None: ...
+    @property
     def backlog_events(self) -> int: ...
     @property
     def backlog_bytes(self) -> int: ...
@@ -82,9 +104,10 @@ class Limits(Protocol):
 class Refused(Exception):
     """No stream now; `reason` is that of the `bridge.bye` to send."""
 
-    def __init__(self, reason: EndReason, retry_ms: int) -> None:
+    def __init__(self, reason: EndReason, retry_ms: int, cause: Cause) -> None:
         self.reason = reason
         self.retry_ms = retry_ms
+        self.cause = cause
         super().__init__(reason)
 
 
@@ -399,12 +422,16 @@ class Hub:
         self.reader = reader
         self._limits = limits
         self._metrics = metrics
+        for cause in CAUSES:
+            metrics.streams_refused.labels(cause)
         self.broker = make_broker(self.on_shared)
         self.log = log
         self.draining = False
         self._connections: dict[Connection, None] = {}
         self._by_group: dict[str, dict[Connection, None]] = {}
         self._by_user: Counter[str] = Counter()
+        openings = limits.openings_per_user or max(LEAST_OPENINGS, OPENINGS_FACTOR * limits.max_connections_per_user)
+        self._openings = Budgets(openings, OPENINGS_SECONDS / openings, most=USERS_KEPT)
         self.watermarks = 0
         """Written to the log for the open streams, since the start."""
         self._watermarks: deque[tuple[Anchor, int]] = deque(maxlen=WATERMARKS_KEPT)
@@ -427,17 +454,15 @@ class Hub:
             ring: called when the connection's session has something to say; may be called at any time.
 
         Raises:
-            Refused: draining, or a limit is reached. The head count and the door are one step: nobody slips in between.
+            Refused: draining, or a limit is reached. Counting and admitting are one step: nobody slips in between.
         """
-        if self.draining:
-            raise Refused("drain", deadlines.drain_retry_ms(self._limits.drain_seconds, random.random()))
-        user = request.subscriber.user
-        if (
-            len(self._connections) >= self._limits.max_connections
-            or self._by_user[user] >= self._limits.max_connections_per_user
-        ):
-            raise Refused("busy", deadlines.busy_retry_ms(random.random()))
         now = time.monotonic()
+        user = request.subscriber.user
+        if (cause := self._why_not(user, now)) is not None:
+            self._metrics.streams_refused.labels(cause).inc()
+            if cause == "drain":
+                raise Refused("drain", deadlines.drain_retry_ms(self._limits.drain_seconds, random.random()), cause)
+            raise Refused("busy", deadlines.busy_retry_ms(random.random()), cause)
         session = Session(
             user=user,
             identity=request.identity,
@@ -473,6 +498,17 @@ class Hub:
             on_refused=connection.on_refused,
         )
         return connection
+
+    def _why_not(self, user: str, now: float) -> Cause | None:
+        if self.draining:
+            return "drain"
+        if len(self._connections) >= self._limits.max_connections:
+            return "connections"
+        # `get`: a Counter would keep each user that it is asked for.
+        if self._by_user.get(user, 0) >= self._limits.max_connections_per_user:
+            return "connections-per-user"
+        # Last: a refused stream uses no opening, so a client that keeps trying is let in as others are.
+        return None if self._openings.take(user, now) else "openings-per-user"
 
     def detach(self, connection: Connection) -> None:
         """Forgets a connection, at once: it is called when its socket is gone."""

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from bridge.service import clock
+from bridge.service.logs import RareLine
 from bridge.service.metrics import Metrics
 from bridge.service.streams import sse
 from bridge.service.streams.cursor import echo
-from bridge.service.streams.hub import Connection, Hub, Refused, StreamRequest
+from bridge.service.streams.hub import CAUSES, Connection, Hub, Refused, StreamRequest
 from bridge.service.streams.session import State
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Streams:
         self.turn = turn
         self.stall_seconds = stall_seconds
         self.tracing = tracing
+        self.refusals = {cause: RareLine("stream refused", _log.info) for cause in CAUSES}
 
     def open(self, transport: asyncio.Transport, request: StreamRequest, *, chunked: bool) -> None:
         """Streams to a connection whose response head has been written, until its end; then the connection is closed.
@@ -120,7 +122,7 @@ class _Stream(asyncio.Protocol):
             self._connection = self._streams.hub.attach(request, self.ring)
         except Refused as refusal:
             self._streams.metrics.streams_ended.labels(refusal.reason).inc()
-            _log.info("stream refused", user=request.subscriber.user, reason=refusal.reason)
+            self._streams.refusals[refusal.cause].log(user=request.subscriber.user, cause=refusal.cause)
             self._write(sse.encode_bye(refusal.reason, refusal.retry_ms, cursor=echo(request.last_event_id)))
             self._close()
             return

@@ -247,8 +247,12 @@ ROWS = (
             Panel(
                 "Clients sent away",
                 "Streams that were told `busy`: a cap is reached, or RabbitMQ or the token keys are away. Each of "
-                "them comes back after 10 s, so ten times this is how many stand outside. Normal is none.",
-                ((rate("bridge_streams_ended_total", extra=',reason="busy"'), "busy"),),
+                "them comes back after 10 s, so ten times this is how many stand outside. Those that were refused at "
+                "once are shown by cause, too. Normal is none.",
+                (
+                    (rate("bridge_streams_ended_total", extra=',reason="busy"'), "busy"),
+                    (rate("bridge_streams_refused_total", "cause"), "at once: {{cause}}"),
+                ),
                 unit="cps",
                 width=12,
             ),
