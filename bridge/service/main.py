@@ -141,6 +141,8 @@ class _Service:
                 exchange=settings.exchange,
                 packet=self.turn,
                 max_body=settings.max_kept_bytes,
+                entries_per_user=settings.log_entries_per_user,
+                on_read=metrics.log_wait_seconds.observe,
             )
         )
         self.hub = Hub(
@@ -165,7 +167,9 @@ class _Service:
         metrics.queues_refused.set_function(lambda: broker.refused)
         if self.log is not None:
             log = self.log
-            metrics.log_passes.set_function(lambda: log.passes)
+            metrics.log_passes.set_function(lambda: log.scans)
+            metrics.log_waiting.set_function(lambda: log.waiting)
+            metrics.log_waiting_for_budget.set_function(lambda: log.waiting_for_budget)
             metrics.log_entries.set_function(lambda: log.entries_read)
             metrics.log_answers.set(1)  # Until it is asked: without a stream nobody needs it.
         self.public = create_app(

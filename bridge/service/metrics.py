@@ -190,6 +190,20 @@ class Metrics:
         )
         self.log_passes = Gauge("bridge_log_passes", "Passes over the log since the start", registry=self.registry)
         self.log_entries = Gauge("bridge_log_entries_read", "Entries of the log read in them", registry=self.registry)
+        self.log_waiting = Gauge(
+            "bridge_log_waiting", "Replays that wait until the log is read for them", registry=self.registry
+        )
+        self.log_waiting_for_budget = Gauge(
+            "bridge_log_waiting_for_budget",
+            "Those of them whose user has used up the budget of entries",
+            registry=self.registry,
+        )
+        self.log_wait_seconds = Histogram(
+            "bridge_log_wait_seconds",
+            "How long replays waited until the log was read for them",
+            buckets=_ATTACH_BUCKETS,
+            registry=self.registry,
+        )
         self.log_answers = Gauge(
             "bridge_log_answers",
             "1 while clients could come back to the log, 0 while it does not answer, NaN without a log",

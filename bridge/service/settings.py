@@ -169,6 +169,9 @@ class Settings(PublicSettings):
         None,
         description="streams that one user may open at once, full again after 20 s; unset = from the line above",
     )
+    log_entries_per_user: Annotated[int, Field(ge=1000)] = Field(
+        1_000_000, description="entries of the log that are read for one user at once, full again after ten minutes"
+    )
     backlog_events: Count = Field(1000, description="events that may wait for one client")
     backlog_bytes: Annotated[int, Field(ge=1024)] = Field(1_048_576, description="bytes that may wait for one client")
     tracing: bool = Field(False, description="whether deliveries of traced events become spans (OpenTelemetry)")

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
+from tests.bench.publish import close as close_publisher
+from tests.bench.publish import connect as raw_publisher
+from tests.bench.publish import message
 from tests.client import Stream
 from tests.conftest import OpenStream, StartService
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
-from tests.service import mint
+from tests.service import Service, mint
+
+NEVER = 1000 * PATIENCE
+"""Of a deadline that is not over before the test is."""
+
+DONE = "job.completed"
+
+
+async def cursor_of(service: Service, connect: OpenStream, user: str) -> str:
+    stream = await connect(service, user)
+    cursor = stream.frames[0].id
+    await stream.close()
+    return cursor
+
+
+async def fill(vhost: Vhost, count: int) -> None:
+    """Puts so many entries into the log that are for somebody else."""
+
+    def publish() -> None:
+        broker = raw_publisher(vhost.port, vhost.name)
+        for at in range(0, count, 1_000):
+            broker.sendall(b"".join(message("user.other.job.progress", n) for n in range(at, at + 1_000)))
+        close_publisher(broker)
+
+    await asyncio.to_thread(publish)
+
+
+async def come_back(service: Service, connect: OpenStream, user: str, cursor: str) -> Stream:
+    return await connect(service, user, headers={"Last-Event-ID": cursor}, ready=False)
 
 
 async def test_a_token_that_connects_again_and_again_costs_the_broker_nothing(
@@ -36,3 +70,80 @@ async def test_a_token_that_connects_again_and_again_costs_the_broker_nothing(
     innocent = await connect(service, "42")
     await vhost.publish("user.42.job.completed", cloudevent("e1"))
     assert await innocent.ids(1) == ["e1"]
+
+
+async def test_a_user_without_budget_waits_with_heartbeats_while_others_are_served(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start(
+        LOG_ENTRIES_PER_USER="10000", HEARTBEAT_SECONDS="0.2", deadlines={"service.broker.scans.REFILL_SECONDS": NEVER}
+    )
+    cursor = await cursor_of(service, connect, "attacker")
+    await fill(vhost, 60_000)
+    near = await cursor_of(service, connect, "42")
+    await vhost.publish_all([(f"user.{user}.{DONE}", cloudevent(f"for-{user}")) for user in ("attacker", "42")])
+    first = await come_back(service, connect, "attacker", cursor)
+    assert (await first.ready()).json["resumed"] is True
+    further = [await come_back(service, connect, "attacker", cursor) for _ in range(9)]
+    async with asyncio.timeout(PATIENCE):
+        while await service.metric("bridge_log_waiting_for_budget") < 10:
+            pass
+    line = await service.logged("replay waits for its user's budget")
+    assert line["user"] == "attacker"
+    # The others' replays are read meanwhile, short and long ones.
+    innocent = await come_back(service, connect, "42", near)
+    assert await innocent.ids(1) == ["for-42"]
+    returning = await come_back(service, connect, "43", cursor)
+    assert (await returning.ready()).json["resumed"] is True
+    # What was read for the attacker is the budget and a scan that was begun; for the other who is far behind, likewise.
+    assert await service.metric("bridge_log_entries_read") <= 2 * (10_000 + 20_000) + 3_000
+    # The attacker's streams wait, with heartbeats where they are ready, and nothing is skipped.
+    await first.comments(first.decoder.comments + 2)
+    assert [frame.event for frame in first.frames] == ["bridge.ready"]
+    assert [stream.raw for stream in further if stream.raw and b'resumed":true' not in stream.raw] == []
+    # The further ones may share the scan of the other user, who wants the same.
+    assert await service.metric("bridge_log_waiting_for_budget") >= 1
+
+
+async def test_replays_take_turns_and_each_is_whole_and_in_order(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    """While one user has the log read from its beginning again and again, in short scans."""
+    service = await start(
+        OPENINGS_PER_USER="100000",
+        MAX_CONNECTIONS_PER_USER="1000",
+        deadlines={"service.broker.scans.SCAN_COST": 500, "service.broker.scans.NEAR_ENTRIES": 2_000},
+    )
+    users = [f"u{number}" for number in range(4)]
+    cursors = {user: await cursor_of(service, connect, user) for user in ("attacker", *users)}
+    expected: dict[str, list[str]] = {user: [] for user in users}
+    for part in range(4):
+        await fill(vhost, 2_000)
+        for user in users:
+            names = [f"{user}-{part}-{number}" for number in range(20)]
+            await vhost.publish_all([(f"user.{user}.{DONE}", cloudevent(name)) for name in names])
+            expected[user] += names
+        # Each later user was away for a shorter time.
+        for user in users[part + 1 :]:
+            cursors[user] = await cursor_of(service, connect, user)
+            expected[user] = []
+
+    async def attack() -> None:
+        while True:
+            stream = await come_back(service, connect, "attacker", cursors["attacker"])
+            with contextlib.suppress(EOFError, ConnectionError, asyncio.IncompleteReadError):
+                await stream.ready()
+            await stream.close()
+
+    attacking = [asyncio.create_task(attack()) for _ in range(5)]
+    returning = {user: await come_back(service, connect, user, cursors[user]) for user in users}
+    for user, stream in returning.items():
+        assert (await stream.ready()).json["resumed"] is True
+        assert await stream.ids(len(expected[user])) == expected[user], user
+        assert [frame.event for frame in stream.frames].count("bridge.gap") == 0
+    assert not any(task.done() for task in attacking), "it went on all the time"
+    for task in attacking:
+        task.cancel()
+    await asyncio.gather(*attacking, return_exceptions=True)
+    broken_off = [line for line in service.lines if line["event"] == "log read" and line["unfinished"]]
+    assert broken_off, "scans ended for others before their streams were at the end"

@@ -314,7 +314,9 @@ async def test_from_far_behind_one_waits_for_who_is_expected(
     start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually, *, gives_up: bool
 ) -> None:
     # Without an end of the wait that only the clock brings.
-    service = await start(deadlines={"service.broker.eventlog.LINE_SECONDS": 10 * PATIENCE})
+    endless = 10 * PATIENCE
+    window = {"service.broker.scans.WINDOW_SECONDS": endless, "service.broker.scans.WINDOW_SECONDS_PER_USER": endless}
+    service = await start(deadlines=window)
     cursors = {}
     for user in ("42", "43"):
         stream = await connect(service, user)

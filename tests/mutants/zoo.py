@@ -25,8 +25,8 @@ ZOO = [
     Mutant(
         "replay-skips-one",
         "bridge/service/broker/eventlog.py",
-        "                request.verified = True\n                request.next = offset + 1\n",
-        "                request.verified = True\n                request.next = offset + 2\n",
+        "            request.verified = True\n            request.next = offset + 1\n",
+        "            request.verified = True\n            request.next = offset + 2\n",
         "the first event after a client's place is lost",
         "tests/integration/test_resume.py::test_a_client_can_be_cut_after_every_single_event",
     ),
@@ -153,8 +153,8 @@ ZOO = [
     Mutant(
         "any-anchor-will-do",
         "bridge/service/broker/eventlog.py",
-        "                if request.replay.check != check:",
-        "                if False:",
+        "            if request.replay.check != check:",
+        "            if False:",
         "a cursor of a log that was deleted is resumed in the new one, at a place that means nothing",
         "tests/integration/test_resume.py::test_hostile_cursors_are_told_a_gap_and_stream_on",
     ),

@@ -6,16 +6,8 @@ import contextlib
 
 import pytest
 
-from bridge.service.broker.eventlog import (
-    LINE_SECONDS,
-    LONGEST_LINE_SECONDS,
-    MAX_PASSES,
-    SPAN_ENTRIES,
-    EventLog,
-    Request,
-    _Pass,
-    is_worth_waiting,
-)
+from bridge.service.broker.eventlog import MOST_SCANS, EventLog, Request, _Reading
+from bridge.service.broker.scans import NEAR_ENTRIES, SCAN_COST, WINDOW_SECONDS, Scan
 from bridge.service.settings import LogSettings
 from bridge.service.streams.cursor import Anchor, digest
 from bridge.service.streams.session import Replay
@@ -51,48 +43,56 @@ class Notes:
         self.told.append("settled")
 
 
+def request(replay: Replay, notes: Notes, *, only_settles: bool = False) -> Request:
+    return Request(replay, ["user.42."], notes, user="42", only_settles=only_settles)
+
+
+def begin_reading(requests: list[Request]) -> _Reading:
+    return _Reading(Scan(requests, min(each.next for each in requests)))
+
+
 def read(requests: list[Request], first: int, last: int, key: str = "user.42.x") -> None:
-    reading = _Pass(requests)
+    reading = begin_reading(requests)
     for offset in range(first, last + 1):
         reading.on_entry(offset, key, b"%d" % offset)
 
 
 def test_from_behind_the_anchor_to_the_tick_and_a_little_on() -> None:
     notes = Notes()
-    read([Request(Replay(3, 6, digest(b"3")), ["user.42."], notes)], 0, 7)
+    read([request(Replay(3, 6, digest(b"3")), notes)], 0, 7)
     assert notes.told == ["found", 4, 5, 6, "caught up", "settle"]
 
 
 @pytest.mark.parametrize(("first", "check", "reason"), [(3, b"other", "unknown"), (5, b"3", "expired")])
 def test_an_anchor_that_is_not_there(first: int, check: bytes, reason: str) -> None:
     notes = Notes()
-    read([Request(Replay(3, 9, digest(check)), ["user.42."], notes)], first, 9)
+    read([request(Replay(3, 9, digest(check)), notes)], first, 9)
     assert notes.told == [reason]
 
 
 def test_a_log_cut_while_a_slow_reader_was_stopped_is_told() -> None:
     notes = Notes()
-    read([Request(Replay(3, 9, None), ["user.42."], notes)], 5, 9)
+    read([request(Replay(3, 9, None), notes)], 5, 9)
     assert notes.told == ["expired"]
 
 
 def test_who_is_full_is_read_to_no_more() -> None:
     notes = Notes(room=2)
-    request = Request(Replay(3, 9, digest(b"3")), ["user.42."], notes)
-    read([request], 3, 9)
+    asked = request(Replay(3, 9, digest(b"3")), notes)
+    read([asked], 3, 9)
     assert notes.told == ["found", 4, 5]
-    assert request.next == 6
+    assert asked.next == 6
 
 
 def test_others_entries_are_not_handed_out() -> None:
     notes = Notes()
-    read([Request(Replay(3, 6, digest(b"3")), ["user.42."], notes)], 3, 7, key="user.43.x")
+    read([request(Replay(3, 6, digest(b"3")), notes)], 3, 7, key="user.43.x")
     assert notes.told == ["found", "caught up"]
 
 
 def test_who_only_settles_is_told_nothing_else() -> None:
     notes = Notes()
-    reading = _Pass([Request(Replay(3, 3, digest(b"3")), ["user.42."], notes, only_settles=True)])
+    reading = begin_reading([request(Replay(3, 3, digest(b"3")), notes, only_settles=True)])
     for offset in range(3, 6):
         reading.on_entry(offset, "user.42.x", b"%d" % offset)
     reading.settle_until(0)
@@ -104,10 +104,10 @@ def test_who_only_settles_is_told_nothing_else() -> None:
 
 def test_who_settles_in_a_log_that_is_gone_is_let_go() -> None:
     replays, settles = Notes(), Notes()
-    reading = _Pass(
+    reading = begin_reading(
         [
-            Request(Replay(3, 6, digest(b"3")), ["user.42."], replays),
-            Request(Replay(3, 3, digest(b"3")), ["user.42."], settles, only_settles=True),
+            request(Replay(3, 6, digest(b"3")), replays),
+            request(Replay(3, 3, digest(b"3")), settles, only_settles=True),
         ]
     )
     reading.refuse_all("no-log")
@@ -118,78 +118,99 @@ def test_who_settles_in_a_log_that_is_gone_is_let_go() -> None:
 def test_a_pass_that_breaks_off_anywhere_is_begun_again_with_what_is_left(last: int) -> None:
     """Also in the second behind the tick, which a cluster whose node dies needs most."""
     notes = Notes()
-    request = Request(Replay(3, 6, digest(b"3")), ["user.42."], notes)
-    read([request], 3, last)
-    request.begin_again()
-    read([request], request.next, 8)
+    asked = request(Replay(3, 6, digest(b"3")), notes)
+    read([asked], 3, last)
+    asked.begin_again(last + 1)
+    read([asked], asked.next, 8)
     assert [told for told in notes.told if told != "settle"] == ["found", 4, 5, 6, "caught up"]
     assert notes.told[-2:] == ["settle", "settle"], "7 and 8"
 
 
-@pytest.mark.parametrize(
-    ("waited", "here", "expected", "worth"),
-    [
-        (0.0, 1, 0, False),
-        (0.0, 1, 9_999, True),
-        (LINE_SECONDS - 0.1, 1, 9_999, True),
-        (LINE_SECONDS, 2_000, 1_000, False),  # As it looks, over at the 15th second.
-        (LINE_SECONDS, 2_000, 999, True),
-        (LONGEST_LINE_SECONDS - 0.1, 2_000, 1, True),
-        (LONGEST_LINE_SECONDS, 2_000, 1, False),
-    ],
-)
-def test_a_line_is_waited_for_while_it_moves(waited: float, here: int, expected: int, *, worth: bool) -> None:
-    assert is_worth_waiting(waited, here, expected) is worth
+def test_of_a_scan_that_ends_the_rest_is_read_by_another() -> None:
+    """The entries of others that were read need not be read again, and the anchor not be found a second time."""
+    notes = Notes()
+    asked = request(Replay(3, SCAN_COST + 9, digest(b"3")), notes)
+    reading = _Reading(Scan([asked], 3), may_go_on=lambda _: False)
+    for offset in range(3, 3 + SCAN_COST + 5):
+        reading.on_entry(offset, "user.42.x" if offset < 5 else "user.43.x", b"%d" % offset)
+    assert reading.is_stopped
+    assert reading.changed.is_set()
+    asked.begin_again(reading.scan.position)
+    assert asked.next == 3 + SCAN_COST
+    read([asked], asked.next, SCAN_COST + 9)
+    assert notes.told == ["found", 4, *range(SCAN_COST + 3, SCAN_COST + 10), "caught up"]
+
+
+def test_who_joins_a_scan_is_read_to_from_its_start() -> None:
+    first, second = Notes(), Notes()
+    reading = begin_reading([request(Replay(3, 9, digest(b"3")), first)])
+    reading.on_entry(3, "user.42.x", b"3")
+    late = request(Replay(5, 8, digest(b"5")), second)
+    reading.scan.join(late)
+    reading.add(late)
+    for offset in range(4, 10):
+        reading.on_entry(offset, "user.42.x", b"%d" % offset)
+    assert first.told == ["found", 4, 5, 6, 7, 8, 9, "caught up"]
+    assert second.told == ["found", 6, 7, 8, "caught up", "settle"]
 
 
 @pytest.fixture
 def log() -> EventLog:
-    """Never run: asked for whom it would begin a pass."""
+    """Never run: asked for whom it would begin a scan."""
     return EventLog(
         ["amqp://nobody/"],
         log=LogSettings("events.log", "1h", 1_000),
         exchange="events",
         packet=contextlib.nullcontext(),
+        entries_per_user=1_000_000,
     )
 
 
-def replay(log: EventLog, behind: int, *, since: float = 0.0) -> Request:
-    return log.replay(Replay(100_000 - behind, 100_000, None), ["user.42."], Notes(), since=since)
+def replay(log: EventLog, behind: int, user: str = "42") -> Request:
+    asked = Replay(100_000 - behind, 100_000, "check")
+    return log.replay(asked, [f"user.{user}."], Notes(), user=user, since=0.0)
 
 
-def begin(log: EventLog, now: float) -> list[Request]:
-    """Begins a pass that is never done, as `run` would."""
-    chosen = log._choose(now)
-    log._requests = [request for request in log._requests if request not in chosen]
-    if chosen:
-        log._passes[object()] = _Pass(chosen)  # type: ignore[index]
-    return chosen
+def begin(log: EventLog) -> list[Request]:
+    """Begins a scan that is never done, as `run` would."""
+    scan = log._choose(100.0)
+    if scan is None:
+        return []
+    log._scans[scan] = _Reading(scan)
+    return list(log._scans[scan].active)
 
 
-async def test_new_streams_and_near_readers_do_not_keep_the_far_ones_waiting(log: EventLog) -> None:
-    log.expect(1)
-    far = replay(log, SPAN_ENTRIES)
-    for number in range(2 * MAX_PASSES):
-        log.settle(Anchor(100_000, "abcdef"), ["user.43."], Notes())
-        near = replay(log, number)
-        if number < MAX_PASSES:
-            assert near in begin(log, 1.0)
-    log.expect(-1)
-    log._passes.popitem()
-    assert begin(log, 2.0) == [far], "before the near ones"
+async def test_new_streams_settle_along_with_a_near_scan_or_by_themselves(log: EventLog) -> None:
+    alone = log.settle(Anchor(99_000, "abcdef"), ["user.43."], Notes(), user="43")
+    assert begin(log) == [alone]
+    far = replay(log, NEAR_ENTRIES)
+    along = log.settle(Anchor(100_000, "abcdef"), ["user.43."], Notes(), user="43")
+    assert begin(log) == [far], "not with one that comes to them after seconds"
+    near = replay(log, 3, "44")
+    just_before = log.settle(Anchor(99_900, "abcdef"), ["user.45."], Notes(), user="45")
+    assert set(begin(log)) == {near, along, just_before}
+    assert min(each.start for each in log._scans) == 100_000 - NEAR_ENTRIES
+    log.settle(Anchor(100_000, "abcdef"), ["user.43."], Notes(), user="43")
+    assert begin(log) == [], "they gather while enough is read"
 
 
-async def test_a_line_is_counted_from_when_its_first_began_to_wait(log: EventLog) -> None:
-    log.expect(1_000)
-    first = replay(log, 50_000, since=100.0)
-    last = replay(log, 50_000 + SPAN_ENTRIES - 1, since=109.9)
-    assert begin(log, 100.0 + LINE_SECONDS - 0.1) == []
-    assert begin(log, 100.0 + LINE_SECONDS) == [first, last]
+async def test_there_are_so_many_scans_at_most(log: EventLog) -> None:
+    for number in range(2 * MOST_SCANS):
+        replay(log, number, str(number))
+        for scan in [scan for scan in log._scans if not scan.is_far]:
+            log._schedule.end(scan, 0.0)  # All but the second behind the tick.
+        begin(log)
+    assert len(log._scans) == MOST_SCANS
 
 
-async def test_who_is_far_behind_others_reads_by_itself_and_not_for_ever_after_them(log: EventLog) -> None:
-    hour, minute = replay(log, 90_000, since=1.0), replay(log, 30_000, since=2.0)
-    assert begin(log, 3.0) == [hour]
-    (reading,) = log._passes.values()
-    assert begin(log, reading.began + LINE_SECONDS - 0.1) == []
-    assert begin(log, reading.began + LINE_SECONDS) == [minute]
+async def test_a_request_that_is_cancelled_is_not_read(log: EventLog) -> None:
+    for gone in (replay(log, NEAR_ENTRIES), replay(log, 5), log.settle(Anchor(1, "abcdef"), [], Notes(), user="42")):
+        gone.cancel()
+    assert begin(log) == []
+    assert log.waiting == 0
+
+
+async def test_one_user_who_is_always_expected_makes_nobody_wait(log: EventLog) -> None:
+    log.expect("attacker", 20)
+    far = replay(log, 50_000, "42")
+    assert begin(log) == [far], f"and not for {WINDOW_SECONDS} s"

@@ -26,7 +26,7 @@ class Log:
     def __init__(self) -> None:
         self.fences: list[tuple[str, bytes]] = []
 
-    def expect(self, count: int) -> None: ...
+    def expect(self, user: str, count: int) -> None: ...
 
     def fence(self, queue: str, body: bytes) -> None:
         self.fences.append((queue, body))
@@ -223,7 +223,9 @@ class Openings:
         return subscription
 
     def open(self, user: str) -> str:
-        request = StreamRequest(Subscriber(user, (), 1e12), TypeFilter(), named=True, last_event_id=None, keys=())
+        request = StreamRequest(
+            Subscriber(user, (), 1e12), "identity", TypeFilter(), named=True, last_event_id=None, keys=()
+        )
         try:
             self.hub.detach(self.hub.attach(request, lambda: None))
         except Refused as refused:

@@ -42,6 +42,7 @@ LAYERS = [
     ["service.logs", "service.http.requesthead"],
     ["service.streams.sse", "service.streams.cursor", "service.streams.deadlines"],
     ["service.streams.streamevent", "service.http.headers", "service.http.keys", "service.broker.consumer"],
+    ["service.broker.scans"],
     ["service.streams.session", "service.settings", "service.metrics", "service.http.auth", "service.http.openapi"],
     ["service.broker.topology"],
     ["service.broker.live", "service.broker.eventlog", "service.broker.quarantine", "service.http.entrance"],
@@ -57,7 +58,7 @@ LAYERS = [
 ]
 PURE = [
     *("routing", "event", "trial", "catalogue.dialects", "catalogue.evolution", "catalogue.exports"),
-    *("service.health", "service.broker.deliveries", "service.budgets"),
+    *("service.health", "service.broker.deliveries", "service.budgets", "service.broker.scans"),
     *("service.http.claims", "service.http.headers", "service.http.openapi", "service.http.requesthead"),
     *("service.streams.sse", "service.streams.cursor", "service.streams.deadlines"),
     *("service.streams.streamevent", "service.streams.session"),

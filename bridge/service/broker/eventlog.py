@@ -1,19 +1,20 @@
 """Reads the event log, a RabbitMQ stream, for those who come back.
 
 Owns two questions to it. A *tick*: which entry is the newest now? It is answered by writing an entry of our own and
-waiting to see it. A *replay*: what stands between two entries for these audiences? It is answered by a *pass*, one
-consumer that reads once for everybody who waits, so that ten thousand browsers that come back after a deploy cost a few
-passes and not ten thousand. What a client has to be sent of it is the session's to decide.
+waiting to see it. A *replay*: what stands between two entries for these audiences? It is answered by a *scan*, one
+consumer that reads once for many streams, so that ten thousand browsers that come back after a deploy cost a few scans
+and not ten thousand. `scans.py` decides which part is read next, and for whom. What a client has to be sent of it is
+the session's to decide.
 """
 
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import structlog
 from pamqp.commands import Basic
@@ -25,6 +26,8 @@ from bridge.sender import Sender
 from bridge.service.broker import topology
 from bridge.service.broker.consumer import Consumer, ConsumingConnection, Packet
 from bridge.service.broker.deliveries import MAX_BODY_BYTES
+from bridge.service.broker.scans import Scan, Schedule, Want, cost
+from bridge.service.logs import RareLine
 from bridge.service.settings import LogSettings
 from bridge.service.streams.cursor import Anchor, digest
 from bridge.service.streams.session import Replay
@@ -33,22 +36,14 @@ from bridge.service.streams.sse import GapReason
 if TYPE_CHECKING:
     import aio_pika
 
-MAX_PASSES = 3
-"""Passes that read at once: one far back, another once that one has read for long, and one for those who were away for
-a moment. As many more may have come to the end, and read on for a second."""
-
-SPAN_ENTRIES = 20_000
-"""Readers whose starts are this close together share a pass. The one who starts last waits while it is read."""
-
-LINE_SECONDS = 10.0
-"""So long whoever was away for more than a moment waits for others who will ask as soon as their queues are made. A
-pass costs the broker time, of which it has none to spare then; one for all is over sooner than the second of two."""
-
-LONGEST_LINE_SECONDS = 15.0
-"""Of a line that will be over by then, as it looks, the end is waited for. Both are counted from the stream's opening:
-who has no ready after twenty seconds is sent away, and it is told that once a pass has found where it was."""
+MOST_SCANS = 6
+"""Scans at once, with those that have come to the end and read on for a second."""
 
 PREFETCH = 1_000
+"""Entries on their way. Also what a scan costs that ends at once: `scans.OPEN_COST`."""
+
+SETTLE_BEHIND = 1_000
+"""A near scan begins up to so many entries earlier for streams that only settle."""
 
 SETTLE_SECONDS = 1.0
 """So long a pass reads on for those it has brought to their tick. In a cluster a publisher on another node may not
@@ -68,7 +63,8 @@ _CONSUMER_TAG = "log"
 
 _RETRY_SECONDS = 0.5
 
-_LOOK_AGAIN_SECONDS = 0.5
+_LEAST_PAUSE_SECONDS = 0.05
+"""Between two looks at whose turn it is."""
 
 _log = structlog.get_logger("bridge.eventlog")
 
@@ -90,51 +86,60 @@ class Reader(Protocol):
     def settled(self) -> None: ...
 
 
-class Request:
+class Request(Want):
     """One wish to read. `cancel` ends it at any time; nothing is called after that."""
 
-    __slots__ = ("cancelled", "caught_up_at", "next", "only_settles", "prefixes", "reader", "replay", "since",
-                 "verified")  # fmt: skip
+    __slots__ = ("_on_cancel", "cancelled", "caught_up_at", "has_begun", "prefixes", "reader", "replay", "verified")
 
     def __init__(
-        self, replay: Replay, prefixes: Sequence[str], reader: Reader, *, since: float = 0.0, only_settles: bool = False
+        self,
+        replay: Replay,
+        prefixes: Sequence[str],
+        reader: Reader,
+        *,
+        user: str,
+        since: float = 0.0,
+        extends: bool = False,
+        only_settles: bool = False,
+        on_cancel: Callable[[Request], object] = bool,
     ) -> None:
+        super().__init__(
+            user,
+            replay.start,
+            replay.until,
+            since=since,
+            extends=extends,
+            free=only_settles,
+            returns=replay.check is not None and not only_settles,
+        )
         self.replay = replay
         self.prefixes = prefixes
         self.reader = reader
-        self.only_settles = only_settles
-        self.since = since
-        self.next = replay.start
         self.verified = replay.check is None
         self.cancelled = False
         self.caught_up_at: float | None = None
+        self.has_begun = False
+        self._on_cancel = on_cancel
+
+    @property
+    def only_settles(self) -> bool:
+        return self.free
 
     def cancel(self) -> None:
         self.cancelled = True
+        self._on_cancel(self)
 
-    @property
-    def is_far(self) -> bool:
-        return self.replay.until - self.next >= SPAN_ENTRIES
+    def begin_again(self, position: int) -> None:
+        """Its scan has ended at this entry, which was not read.
 
-    def begin_again(self) -> None:
-        """A pass has broken off. Who had been brought to the tick still needs what stands just behind it."""
+        A stream that had been brought to the tick still needs what follows it for a second.
+        """
         if self.caught_up_at is not None:
-            self.only_settles = True
+            self.free = True
             self.next = self.replay.until
             self.caught_up_at = None
-
-
-def is_worth_waiting(waited: float, here: int, expected: int) -> bool:
-    """Whether those who are here wait for those who are expected, or have the log read without them.
-
-    Args:
-        waited: how long the first of them has waited, in seconds.
-        here: how many want to read from far back; at least one.
-    """
-    if not expected:
-        return False
-    left = expected * waited / here  # At the pace at which they have come so far.
-    return waited < LINE_SECONDS or waited + left < LONGEST_LINE_SECONDS
+        elif not self.free:
+            self.next = max(self.next, position)
 
 
 class EventLog:
@@ -145,6 +150,8 @@ class EventLog:
         exchange: what it is bound to.
         packet: entered and left around the calls of readers for all entries that come in one packet.
         max_body: of larger entries, readers get a `Cut`.
+        entries_per_user: the budget of each user, see `scans.Schedule`.
+        on_read: called with the seconds that a replay waited for its first entry.
     """
 
     def __init__(
@@ -155,8 +162,11 @@ class EventLog:
         exchange: str,
         packet: Packet,
         max_body: int = MAX_BODY_BYTES,
+        entries_per_user: int,
+        on_read: Callable[[float], object] = bool,
     ) -> None:
         self._addresses = addresses
+        self._on_read = on_read
         self._packet = packet
         self._max_body = max_body
         self._log_stream = log
@@ -167,15 +177,19 @@ class EventLog:
         self._connecting = asyncio.Lock()
         self._tick_waiters: list[tuple[Ticked, float]] = []
         self._tick_wanted = asyncio.Event()
-        self._requests: list[Request] = []
+        self._schedule = Schedule(entries_per_user)
+        self._settling: dict[Request, None] = {}
+        """Requests that only settle, and wait for a scan to do so."""
         self._request_made = asyncio.Event()
-        self._expected = 0
-        self._looks_again = False
-        self._passes: dict[asyncio.Task[None], _Pass] = {}
+        self._expected: Counter[str] = Counter()
+        self._look_again: asyncio.TimerHandle | None = None
+        self._no_budget = RareLine("replay waits for its user's budget", _log.warning)
+        self._scans: dict[Scan, _Reading] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._fences: set[asyncio.Task[None]] = set()
-        self.passes = 0
-        """Passes begun since the start."""
-        self.entries_read = 0
+        self.scans = 0
+        """Scans begun since the start."""
+        self._entries_read = 0
 
     def tick(self, ticked: Ticked) -> None:
         """Asks for an entry that is written after this call; many who ask at once share one."""
@@ -195,29 +209,72 @@ class EventLog:
                 body, exchange="", routing_key=queue, properties=Basic.Properties(), timeout=TICK_SECONDS
             )
 
-    def replay(self, replay: Replay, prefixes: Sequence[str], reader: Reader, *, since: float) -> Request:
+    def replay(
+        self,
+        replay: Replay,
+        prefixes: Sequence[str],
+        reader: Reader,
+        *,
+        user: str,
+        since: float,
+        extends: bool = False,
+    ) -> Request:
         """Asks for the entries of a replay whose routing keys begin with one of the prefixes (`user.42.`, `all.`).
 
         Args:
+            user: whose budget pays for it.
             since: when the client began to wait, by the monotonic clock.
+            extends: it follows a replay that was read to its end, with what has been published since then.
         """
-        return self._add(Request(replay, prefixes, reader, since=since))
+        request = Request(
+            replay, prefixes, reader, user=user, since=since, extends=extends, on_cancel=self._schedule.discard
+        )
+        self._add(request)
+        return request
 
-    def settle(self, tick: Anchor, prefixes: Sequence[str], reader: Reader) -> Request:
+    def settle(self, tick: Anchor, prefixes: Sequence[str], reader: Reader, *, user: str) -> Request:
         """Asks only for what stands just behind a tick, for one who needs nothing from before it: of the reader nothing
         but `settle` is called."""
-        return self._add(Request(Replay(tick.offset, tick.offset, tick.check), prefixes, reader, only_settles=True))
+        replay = Replay(tick.offset, tick.offset, tick.check)
+        request = Request(replay, prefixes, reader, user=user, only_settles=True)
+        self._add(request)
+        return request
 
-    def expect(self, count: int) -> None:
-        """So many more streams will ask for a replay before long; below zero, so many have, or never will."""
-        self._expected += count
+    def expect(self, user: str, count: int) -> None:
+        """So many more streams of this user will ask for a replay soon; below zero, so many have, or never will."""
+        self._expected[user] += count
+        if not self._expected[user]:
+            del self._expected[user]
         if not self._expected:
             self._request_made.set()
 
-    def _add(self, request: Request) -> Request:
-        self._requests.append(request)
+    def _add(self, request: Request) -> None:
+        if request.only_settles:
+            self._settling[request] = None
+        elif (scan := self._schedule.add(request, time.monotonic())) is not None:
+            self._scans[scan].add(request)
+            self._note_begun(request)
         self._request_made.set()
-        return request
+
+    def _note_begun(self, request: Request) -> None:
+        if not request.has_begun and request.queued_at is not None:
+            request.has_begun = True
+            self._on_read(time.monotonic() - request.queued_at)
+
+    @property
+    def entries_read(self) -> int:
+        """Entries read in scans since the start."""
+        return self._entries_read + sum(reading.entries for reading in self._scans.values())
+
+    @property
+    def waiting(self) -> int:
+        """Replays that wait for a scan."""
+        return self._schedule.waiting
+
+    @property
+    def waiting_for_budget(self) -> int:
+        """Those of them whose user has used up the budget."""
+        return self._schedule.waiting_for_budget(time.monotonic())
 
     async def run(self) -> None:
         """Answers, for ever. Cancelling it ends the connections."""
@@ -225,9 +282,9 @@ class EventLog:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in (*tasks, *self._passes, *self._fences):
+            for task in (*tasks, *self._tasks, *self._fences):
                 task.cancel()
-            await asyncio.gather(*tasks, *self._passes, *self._fences, return_exceptions=True)
+            await asyncio.gather(*tasks, *self._tasks, *self._fences, return_exceptions=True)
             await self._sender.close()
             if self._connection is not None:
                 await amqp.close(self._connection)
@@ -335,121 +392,141 @@ class EventLog:
             raise BrokerUnavailable("the log gives no entry")
         return newest[-1]
 
-    # Passes.
+    # Scans.
 
     async def _replay_for_ever(self) -> None:
         while True:
             await self._request_made.wait()
             self._request_made.clear()
-            while together := self._choose(time.monotonic()):
-                chosen = set(together)
-                self._requests = [request for request in self._requests if request not in chosen]
-                reading = _Pass(together, self._request_made.set)
-                task = asyncio.create_task(self._pass(reading), name="log-pass")
-                self._passes[task] = reading
-                task.add_done_callback(self._end_pass)
+            while (scan := self._choose(time.monotonic())) is not None:
+                self._begin(scan)
 
-    def _choose(self, now: float) -> list[Request]:
-        """Those for whom a pass begins now, if one does."""
-        self._requests = [request for request in self._requests if not request.cancelled]
-        reading = [each for each in self._passes.values() if not each.has_caught_up]
-        if len(reading) >= MAX_PASSES or len(self._passes) >= 2 * MAX_PASSES:
-            return []
-        waiting = [request for request in self._requests if not request.only_settles]
-        # First: new streams and those who were away for a moment come all the time, and would never leave them a turn.
-        far = [request for request in waiting if request.is_far]
-        if far and self._may_read_far(far, [each for each in reading if each.is_far], now):
-            # Whoever has waited longest, and who is near them.
-            first = min(far, key=lambda request: request.since)
-            return [request for request in far if abs(request.next - first.next) < SPAN_ENTRIES]
-        near = [request for request in waiting if not request.is_far]
-        if near or len(self._passes) < MAX_PASSES - 1:
-            # Nobody waits for who only settles. They gather, so that streams that come all the time cost one pass after
-            # another, and go along with who does wait.
-            return near + [request for request in self._requests if request.only_settles]
-        return []
+    def _choose(self, now: float) -> Scan | None:
+        """The scan that begins now, if one does."""
+        for request in [request for request in self._settling if request.cancelled]:
+            del self._settling[request]
+        if len(self._scans) >= MOST_SCANS:
+            return None
+        scan = self._schedule.choose(now, expected=len(self._expected))
+        for user in self._schedule.without_budget:
+            self._no_budget.log(user=user, users=len(self._schedule.without_budget))
+            break
+        if scan is not None and not scan.is_far:
+            # Streams that settle are not urgent, and cost a scan nothing that reads there anyway.
+            for request in [each for each in self._settling if each.next >= scan.start - SETTLE_BEHIND]:
+                del self._settling[request]
+                scan.carry(request)
+        elif scan is None and self._settling and len(self._scans) < MOST_SCANS // 2 - 1:
+            # They gather, so that streams that open all the time cost one scan after another.
+            scan = Scan(self._settling, min(request.next for request in self._settling))
+            self._settling = {}
+        if scan is None:
+            self._look_again_in(self._schedule.seconds_until_change(now))
+        return scan
 
-    def _may_read_far(self, far: list[Request], reading: list[_Pass], now: float) -> bool:
-        if any(now < each.began + LINE_SECONDS for each in reading) or len(reading) >= MAX_PASSES - 1:
-            self._look_again()
-            return False
-        if is_worth_waiting(now - min(request.since for request in far), len(far), self._expected):
-            self._look_again()
-            return False
-        return True
+    def _look_again_in(self, seconds: float | None) -> None:
+        """Looks again when a budget has something left, or at a window."""
+        if self._look_again is not None:
+            self._look_again.cancel()
+            self._look_again = None
+        if seconds is not None:
+            delay = max(seconds, _LEAST_PAUSE_SECONDS)
+            self._look_again = asyncio.get_running_loop().call_later(delay, self._request_made.set)
 
-    def _look_again(self) -> None:
-        """What is waited for may be a moment, too, and not only somebody who comes."""
-        if not self._looks_again:
-            self._looks_again = True
-            asyncio.get_running_loop().call_later(_LOOK_AGAIN_SECONDS, self._looked_again)
+    def _begin(self, scan: Scan) -> None:
+        self.scans += 1
+        reading = self._scans[scan] = _Reading(scan, self._may_go_on, self._caught_up)
+        for request in reading.active:
+            self._note_begun(request)
+        task = asyncio.create_task(self._read(reading), name="log-scan")
+        self._tasks.add(task)
+        task.add_done_callback(self._end_task)
 
-    def _looked_again(self) -> None:
-        self._looks_again = False
+    def _may_go_on(self, scan: Scan) -> bool:
+        return self._schedule.may_go_on(scan, time.monotonic(), expected=len(self._expected))
+
+    def _caught_up(self, scan: Scan) -> None:
+        """All have been read to. What follows is for those that settle, and takes nobody's place."""
+        self._schedule.end(scan, time.monotonic())
         self._request_made.set()
 
-    def _end_pass(self, task: asyncio.Task[None]) -> None:
-        del self._passes[task]
-        self._request_made.set()
+    def _end_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("pass failed", exc_info=error)
+            _log.error("scan failed", exc_info=error)
 
-    async def _pass(self, reading: _Pass) -> None:
-        self.passes += 1
-        readers = len(reading.active)
+    async def _read(self, reading: _Reading) -> None:
+        scan, readers = reading.scan, len(reading.active)
         began = time.monotonic()
         try:
-            start = min(request.next for request in reading.active)
-            async with _Consumer(await self._connect(), self._name, start, reading.on_entry) as consumer:
-                while reading.active:
-                    await consumer.idle(SETTLE_SECONDS / 4)
+            async with _Consumer(await self._connect(), self._name, scan.start, reading.on_entry) as consumer:
+                while reading.active and not reading.is_stopped:
+                    await consumer.idle(SETTLE_SECONDS / 4, reading.changed)
                     reading.settle_until(time.monotonic() - SETTLE_SECONDS)
         except NotFound as error:
             _log.error("the log is missing", error=str(error))
             reading.refuse_all("no-log")
         except BrokerError as error:
-            _log.warning("pass interrupted", error=str(error), readers=len(reading.active))
+            _log.warning("scan interrupted", error=str(error), readers=len(reading.active))
             await self._elsewhere(error)
             await asyncio.sleep(_RETRY_SECONDS)
-            for request in reading.active:
-                request.begin_again()
-            self._requests += reading.active
         finally:
-            self.entries_read += reading.entries
+            self._entries_read += reading.entries
+            del self._scans[scan]
+            self._schedule.end(scan, time.monotonic())
+            left = [request for request in reading.active if not request.cancelled]
             _log.info(
                 "log read",
                 readers=readers,
                 entries=reading.entries,
+                unfinished=len(left),
                 seconds=round(time.monotonic() - began, 3),
             )
+            for request in left:
+                request.begin_again(scan.position)
+                self._add(request)
+            self._request_made.set()
 
 
-class _Pass:
-    """Hands the entries of one consumer to whom they are for. No I/O of its own.
+class _Reading:
+    """Hands the entries of one scan to whom they are for. No I/O of its own.
 
     Args:
-        requests: the readers.
+        may_go_on: asked when the scan is over, whether it reads on.
         on_caught_up: called when all have been brought to their ticks; from then on it only settles.
     """
 
-    def __init__(self, requests: list[Request], on_caught_up: Callable[[], object] = bool) -> None:
+    def __init__(
+        self,
+        scan: Scan,
+        may_go_on: Callable[[Scan], bool] = lambda _: True,
+        on_caught_up: Callable[[Scan], object] = bool,
+    ) -> None:
+        self.scan = scan
+        self._may_go_on = may_go_on
         self._on_caught_up = on_caught_up
-        self._pending = sorted(requests, key=lambda request: -request.next)
         self._by_prefix: dict[str, dict[Request, None]] = {}
-        self._by_until: list[tuple[int, int, Request]] = []
-        self.active = dict.fromkeys(requests)
-        self._behind = len(self.active)
-        """Of the active, those who have not been brought to their ticks."""
-        self.is_far = any(request.is_far for request in requests)
-        self.began = time.monotonic()
+        self.active: dict[Request, None] = dict.fromkeys(cast("list[Request]", scan.wants))
+        self._has_caught_up = False
         self.entries = 0
+        self.is_stopped = False
+        """It reads no more, and what is active is read to by another scan."""
+        self.changed = asyncio.Event()
+        """Set when it is stopped, or has nobody to read to."""
+
+    def add(self, request: Request) -> None:
+        """Of one that has joined the scan."""
+        self.active[request] = None
 
     def on_entry(self, offset: int, routing_key: str, body: bytes) -> None:
+        if self.is_stopped or not self.active:
+            return
         self.entries += 1
-        check = ""
-        if self._pending and self._pending[-1].next <= offset:
+        scan, check = self.scan, ""
+        if begun := scan.reach(offset, cost(len(body))):
             check = digest(body)
-            self._begin(offset, check)
+            for want in begun:
+                self._begin(cast("Request", want), offset, check)
         # `user.42.job.done` -> `user.42.`, `all.job.done` -> `all.`
         kind, _, rest = routing_key.partition(".")
         prefix = "all." if kind == "all" else f"{kind}.{rest.partition('.')[0]}."
@@ -457,7 +534,7 @@ class _Pass:
             if request.cancelled:
                 self._remove(request)
             elif offset < request.next:
-                continue  # Where it was stopped, or the anchor itself.
+                continue  # The anchor itself.
             elif request.only_settles or request.caught_up_at is not None:
                 request.reader.settle(routing_key, body)
             else:
@@ -467,44 +544,48 @@ class _Pass:
                 else:
                     request.next = offset
                     self._remove(request)
-        while self._by_until and self._by_until[0][0] <= offset:
-            _, _, request = self._by_until.pop(0)
-            if not request.cancelled and request in self.active:
-                request.caught_up_at = time.monotonic()
-                self._behind -= 1
-                if not request.only_settles:
-                    request.reader.caught_up()
-                if self.has_caught_up:
-                    self._on_caught_up()
+        for want in scan.ended(offset):
+            self._catch_up(cast("Request", want))
+        self._look_at_the_end()
 
-    @property
-    def has_caught_up(self) -> bool:
-        return not self._behind
+    def _look_at_the_end(self) -> None:
+        scan = self.scan
+        if scan.is_done:
+            if not self._has_caught_up:
+                self._has_caught_up = True
+                self._on_caught_up(scan)
+        elif scan.is_over and not self._may_go_on(scan):
+            self.is_stopped = True
+            self.changed.set()
 
-    def _begin(self, offset: int, check: str) -> None:
-        while self._pending and self._pending[-1].next <= offset:
-            request = self._pending.pop()
+    def _catch_up(self, request: Request) -> None:
+        if request.cancelled or request not in self.active:
+            return
+        request.caught_up_at = time.monotonic()
+        if not request.only_settles:
+            request.reader.caught_up()
+
+    def _begin(self, request: Request, offset: int, check: str) -> None:
+        if request.cancelled:
+            self._remove(request)
+            return
+        if request.next < offset:
+            # The log begins later by now: what was to be read next is gone, also for one that had begun to read.
+            self._refuse(request, "expired")
+            return
+        if not request.verified:
+            if request.replay.check != check:  # The anchor itself must be there, and be it.
+                self._refuse(request, "unknown")
+                return
+            request.verified = True
+            request.next = offset + 1
+            if not request.only_settles:
+                request.reader.found()
             if request.cancelled:
                 self._remove(request)
-                continue
-            if request.next < offset:
-                # The log begins later by now: what was to be read next is gone, also for one that had begun to read.
-                self._refuse(request, "expired")
-                continue
-            if not request.verified:
-                if request.replay.check != check:  # The anchor itself must be there, and be it.
-                    self._refuse(request, "unknown")
-                    continue
-                request.verified = True
-                request.next = offset + 1
-                if not request.only_settles:
-                    request.reader.found()
-                if request.cancelled:
-                    self._remove(request)
-                    continue
-            for prefix in request.prefixes:
-                self._by_prefix.setdefault(prefix, {})[request] = None
-            bisect.insort(self._by_until, (request.replay.until, id(request), request))
+                return
+        for prefix in request.prefixes:
+            self._by_prefix.setdefault(prefix, {})[request] = None
 
     def _refuse(self, request: Request, reason: GapReason) -> None:
         self._remove(request)
@@ -531,9 +612,11 @@ class _Pass:
         if request not in self.active:
             return
         del self.active[request]
-        self._behind -= request.caught_up_at is None
+        self.scan.leave(request)
         for prefix in request.prefixes:
             self._by_prefix.get(prefix, {}).pop(request, None)
+        if not self.active:
+            self.changed.set()
 
 
 class _Consumer:
@@ -574,13 +657,15 @@ class _Consumer:
                     await channel.basic_cancel(_CONSUMER_TAG)
                     await channel.close()
 
-    async def idle(self, seconds: float) -> None:
-        """Waits a little.
+    async def idle(self, seconds: float, changed: asyncio.Event) -> None:
+        """Waits a little, or until something has changed.
 
         Raises:
             BrokerError: the consumer is gone.
         """
-        await asyncio.sleep(seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await changed.wait()
         if self._failure is not None:
             raise amqp.translate(self._failure, "reading the log")
 

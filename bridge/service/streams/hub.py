@@ -266,7 +266,7 @@ class Connection:
         log = self._hub.log
         if log is not None and replay is not self._expected:
             self._expected = replay
-            log.expect(1 if replay else -1)
+            log.expect(self.request.subscriber.user, 1 if replay else -1)
 
     def forget(self) -> None:
         """Nothing that was asked of the log is wanted any more."""
@@ -293,10 +293,10 @@ class Connection:
             self._hub.note(self, self.session.not_found("no-log"))
         else:
             self.session.extend(anchor)
-        self._read_log()
+        self._read_log(extends=True)
         self.ring()
 
-    def _read_log(self) -> None:
+    def _read_log(self, *, extends: bool = False) -> None:
         log, replay = self._hub.log, self.session.replay
         if log is None:
             return
@@ -304,10 +304,12 @@ class Connection:
         audiences = [Audience.user(subscriber.user), *map(Audience.group, subscriber.groups), Audience.everyone()]
         prefixes = [audience.prefix for audience in audiences]
         if replay is not None:
-            self._request = log.replay(replay, prefixes, self, since=self._waits_since)
+            self._request = log.replay(
+                replay, prefixes, self, user=subscriber.user, since=self._waits_since, extends=extends
+            )
         elif self.session.tick is not None and self.session.state is State.LIVE:
             # It goes live without reading anything, with a queue that publishers may not know of yet.
-            self._request = log.settle(self.session.tick, prefixes, self)
+            self._request = log.settle(self.session.tick, prefixes, self, user=subscriber.user)
 
     def found(self) -> None:
         self.session.found()

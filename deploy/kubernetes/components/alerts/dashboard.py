@@ -202,6 +202,24 @@ ROWS = (
                 ((rate("bridge_log_passes"), "passes"),),
                 unit="cps",
             ),
+            Panel(
+                "Replays that wait",
+                "Clients that came back and for whom the log is not read yet. Short peaks after a deploy are normal. "
+                "`for budget` is users who have had more of the log read than `BRIDGE_LOG_ENTRIES_PER_USER` allows; "
+                "normal is none.",
+                (
+                    (f"sum ({gauge('bridge_log_waiting')})", "all"),
+                    (f"sum ({gauge('bridge_log_waiting_for_budget')})", "for budget"),
+                ),
+                width=12,
+            ),
+            Panel(
+                "Wait of a replay for its first scan",
+                "The slowest in a hundred. Up to 15 s in a wave of thousands, which one scan serves; else below 2 s.",
+                ((quantile(0.99, "bridge_log_wait_seconds"), "p99"),),
+                unit="s",
+                width=12,
+            ),
         ),
     ),
     Row(
