@@ -77,8 +77,9 @@ async def test_bad_types(service: Service, types: str) -> None:
     await problem(service, 400, "invalid-types", f"/events?types={types}", headers=TOKEN)
 
 
-async def test_a_bad_word_for_named(service: Service) -> None:
-    await problem(service, 400, "invalid-named", "/events?named=maybe", headers=TOKEN)
+@pytest.mark.parametrize("name", ["named", "audience"])
+async def test_a_bad_word_for_a_flag(service: Service, name: str) -> None:
+    await problem(service, 400, f"invalid-{name}", f"/events?{name}=maybe", headers=TOKEN)
 
 
 @pytest.mark.parametrize("user", ["x" * 249, "x" * 300, "😀" * 75])

@@ -102,6 +102,28 @@ async def test_unnamed_events_reach_a_plain_onmessage(service: Service, vhost: V
     assert frame.json["type"] == "job.completed"
 
 
+async def test_each_event_says_for_whom_it_is(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    """Live and from the log, with and without the `event:` line; ids of any characters."""
+    user = 'ö "x"\\.#'
+    word = "%C3%B6%20%22x%22%5C%2E%23"
+    published = [
+        (f"user.{word}.job.completed", cloudevent("u1"), f"user:{user}"),
+        ("group.ops.job.completed", cloudevent("g1"), "group:ops"),
+        ("all.billing.notice", cloudevent("a1", "billing.notice", kind="quota_warning"), "all"),
+    ]
+    stream = await connect(service, user, "ops", query="audience=true")
+    begin = str(stream.frames[0].id)
+    for key, body, audience in published:
+        await vhost.publish(key, body)
+        frame = await stream.next()
+        assert (frame.event, frame.json["audience"]) == (frame.json["type"], audience)
+        assert frame.json.items() >= {name: value for name, value in body.items() if name != "data"}.items()
+    again = await connect(service, user, "ops", query="audience=true&named=false", headers={"Last-Event-ID": begin})
+    for _, _, audience in published:
+        frame = await again.next()
+        assert (frame.event, frame.json["audience"]) == ("message", audience)
+
+
 async def test_the_same_id_is_the_same_event(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops", "dev")
     again = cloudevent("again")

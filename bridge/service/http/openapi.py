@@ -282,6 +282,12 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
                 "schema": {"type": "string", "enum": ["true", "false"], "default": "true"},
             },
             {
+                "name": "audience",
+                "in": "query",
+                "description": "With `true`, each event has the attribute `audience`: `user:42`, `group:ops` or `all`.",
+                "schema": {"type": "string", "enum": ["true", "false"], "default": "false"},
+            },
+            {
                 "name": "lastEventId",
                 "in": "query",
                 "description": "As the header Last-Event-ID, which has priority. For clients that open a new stream.",
@@ -308,7 +314,7 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
                 },
                 "content": {sse.MEDIA_TYPE: {"itemSchema": {"$ref": COMPONENTS + _FRAME}}},
             },
-            "400": _problem("A query that cannot be read: `invalid-types`, `invalid-named`."),
+            "400": _problem("A query that cannot be read: `invalid-types`, `invalid-named`, `invalid-audience`."),
             **_UNKNOWN_TOKEN,
             "403": _problem(
                 "The page's origin or the person has no stream: `origin-not-allowed`, `id-too-long`, `invalid-id`, "

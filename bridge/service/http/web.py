@@ -448,9 +448,8 @@ def _read_wish(subscriber: Subscriber, identity: str) -> StreamRequest:
         types = TypeFilter.parse(",".join(patterns)) if given else TypeFilter()
     except InvalidPattern as error:
         raise Problem(400, "invalid-types", str(error)) from None
-    named = request.args.get("named", "true")
-    if named not in ("true", "false"):
-        raise Problem(400, "invalid-named", f"`named` is true or false, not {named[:40]!r}")
+    named = _flag("named", default="true")
+    audience_shown = _flag("audience", default="false")
     audience = Audience.user(subscriber.user)
     try:
         audience.binding_key()
@@ -464,7 +463,18 @@ def _read_wish(subscriber: Subscriber, identity: str) -> StreamRequest:
         keys = types.binding_keys(audience)
     except KeyTooLong as error:
         raise Problem(400, "invalid-types", f"a pattern is too long together with this user's id: {error}") from None
-    return StreamRequest(subscriber, identity, types, named == "true", _last_event_id(), keys)
+    return StreamRequest(subscriber, identity, types, named, _last_event_id(), keys, audience_shown)
+
+
+def _flag(name: str, *, default: str) -> bool:
+    """
+    Raises:
+        Problem: 400.
+    """
+    value = request.args.get(name, default)
+    if value not in ("true", "false"):
+        raise Problem(400, f"invalid-{name}", f"`{name}` is true or false, not {value[:40]!r}")
+    return value == "true"
 
 
 def _last_event_id() -> str | None:

@@ -122,6 +122,8 @@ class StreamRequest:
     last_event_id: str | None
     keys: tuple[str, ...]
     """Binding keys of the live queue."""
+    audience: bool = False
+    """Whether each event says for whom it is."""
 
 
 class Connection:
@@ -470,6 +472,7 @@ class Hub:
             identity=request.identity,
             types=request.types,
             named=request.named,
+            audience=request.audience,
             last_event_id=request.last_event_id,
             has_log=self.log is not None,
             retry_ms=self.retry_ms(),

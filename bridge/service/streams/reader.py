@@ -106,7 +106,8 @@ class EventReader:
 
     def _read(self, routing_key: str, body: bytes) -> StreamEvent | InvalidEvent:
         try:
-            return StreamEvent(read_event(body, routing_key, self._models, max_bytes=self._max_event_bytes))
+            event = read_event(body, routing_key, self._models, max_bytes=self._max_event_bytes)
+            return StreamEvent(event, routing_key)
         except InvalidEvent as error:
             return type(error)(error.detail)  # To be kept, without the frames that it came through.
 

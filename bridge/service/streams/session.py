@@ -456,6 +456,7 @@ class Session:
     """
 
     __slots__ = (
+        "_audience",
         "_backlog",
         "_backlog_bytes",
         "_backlog_events",
@@ -509,6 +510,7 @@ class Session:
         heartbeat_seconds: float,
         max_events: int,
         max_bytes: int,
+        audience: bool = False,
     ) -> None:
         self.user = user
         self._identity = identity
@@ -530,6 +532,7 @@ class Session:
         self.oldest_ms: int | None = None
         """When the oldest live event of the last `take` was received; None if it had none."""
         self._named = named
+        self._audience = audience
         self._has_log = has_log
         self._retry_ms = retry_ms
         self._heartbeat_seconds = heartbeat_seconds
@@ -1000,7 +1003,10 @@ class Session:
             self.delivered += 1
             if self.oldest_ms is None and isinstance(item, _Live):
                 self.oldest_ms = item.received_ms
-            tail = event.named if self._named else event.plain
+            if self._audience:
+                tail = event.with_audience(named=self._named)
+            else:
+                tail = event.named if self._named else event.plain
             parts += (sse.encode_id(place.text(self._now_ms)), tail)
             size += len(tail)
         return b"".join(parts)

@@ -5,7 +5,10 @@ Pure. Knows nothing of the connections that send it.
 
 from __future__ import annotations
 
+import json
+
 from bridge.event import Event
+from bridge.routing import split_key
 from bridge.service.streams import sse
 from bridge.service.streams.cursor import digest, value
 
@@ -13,13 +16,17 @@ from bridge.service.streams.cursor import digest, value
 class StreamEvent:
     """A validated event with its bytes on the wire. Not to be changed."""
 
-    __slots__ = ("_unnamed_at", "digest", "id", "named", "type", "value")
+    __slots__ = ("_key", "_unnamed_at", "digest", "id", "named", "type", "value")
 
-    def __init__(self, event: Event) -> None:
+    def __init__(self, event: Event, key: str = "") -> None:
         """
+        Args:
+            key: its routing key.
+
         Raises:
             ValueError: the event's text holds CR, LF or NUL, which no JSON encoder writes.
         """
+        self._key = key
         self.id = event.id
         self.type = event.type
         name = event.id.encode("ascii")
@@ -36,6 +43,12 @@ class StreamEvent:
     def plain(self) -> bytes:
         """The same without the `event:` line, for `named=false`."""
         return self.named[self._unnamed_at :]
+
+    def with_audience(self, *, named: bool) -> bytes:
+        """The frame for `audience=true`: the event has one more attribute. Made for each stream, since few ask."""
+        audience = json.dumps(str(split_key(self._key)[0]), ensure_ascii=False).encode()
+        text = b'%b,"audience":%b}' % (self.text[:-1], audience)
+        return (sse.encode_type(self.type) if named else b"") + sse.encode_data(text)
 
     @property
     def text(self) -> bytes:
