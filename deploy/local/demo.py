@@ -96,13 +96,25 @@ def wait_ready(child: subprocess.Popen[bytes], url: str) -> None:
 
 
 @contextlib.contextmanager
-def page(port: int, console_url: str, secret: str) -> Iterator[None]:
-    """A page at /jobs, from an origin of its own, with the token in a cookie as an application's login would set it."""
-    html = PAGE.read_text(encoding="utf-8").replace("__EVENTS_URL__", f"{console_url}events").encode()
+def page(port: int, console_url: str, secret: str, state: Path) -> Iterator[None]:
+    """A page at /jobs, from an origin of its own, with the token in a cookie as an application's login would set it.
+
+    At /state.json it has what an application would read from its database.
+    """
+    html = PAGE.read_text(encoding="utf-8").replace("__BRIDGE_URL__", console_url).encode()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
+            if path == "/state.json":
+                body = state.read_bytes() if state.exists() else b'{"jobs": [], "notices": []}'
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Cache-Control", "no-store")
+                self.end_headers()
+                self.wfile.write(body)
+                return
             if path not in ("/", "/jobs"):
                 self.send_error(404)
                 return
@@ -160,8 +172,10 @@ def run() -> None:
         python = sys.executable
         bridge = stack.enter_context(process("bridge", [python, "-m", "bridge", "serve"], environment))
         wait_ready(bridge, f"http://127.0.0.1:{internal_port}/readyz")
-        worker = stack.enter_context(process("worker", [python, "-m", "deploy.local.worker", USER], environment))
-        stack.enter_context(page(page_port, f"http://localhost:{public_port}/", secret))
+        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bridge-demo-"))) / "state.json"
+        work = [python, "-m", "deploy.local.worker", USER, str(state)]
+        worker = stack.enter_context(process("worker", work, environment))
+        stack.enter_context(page(page_port, f"http://localhost:{public_port}/", secret, state))
         say(f"Open {page_url} (the console)")
         say(f"A page that an application might have: {page_url}/jobs")
         say(f"Metrics: http://127.0.0.1:{internal_port}/metrics")

@@ -1,8 +1,9 @@
 """A sample automation worker: runs jobs that are nothing but time, and publishes what happens to them.
 
-    python -m deploy.local.worker USER      (BRIDGE_AMQP_URL says where)
+    python -m deploy.local.worker USER [STATE]      (BRIDGE_AMQP_URL says where)
 
-The three lines that matter are `Publisher(...)` and two `to_user(...)`.
+The three lines that matter are `Publisher(...)` and two `to_user(...)`. With STATE, the name of a file, the worker also
+keeps there what a page has to load: see `State`.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
+import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from bridge import Publisher, PublishError, PublishTimeout
+from bridge import EventData, Publisher, PublishError, PublishTimeout
 from bridge.samples.approvals import ApprovalDecided, ApprovalRequested
 from bridge.samples.billing import Amount, BillingNotice
 from bridge.samples.jobs import JobCompleted, JobFailed, JobProgress, JobStarted
@@ -26,50 +31,97 @@ from bridge.samples.reports import ReportReady
 from bridge.service.settings import BrokerSettings, load
 
 TITLES = ["Collect invoices", "Reconcile payments", "Refresh dashboards", "Archive old orders", "Sync the address book"]
+KEPT_JOBS = 6
+KEPT_NOTICES = 4
 STEPS = ["Reading the source", "Comparing", "Writing changes", "Checking the result"]
 
 
-async def run_job(publisher: Publisher, user: str, number: int) -> None:
+class State:
+    """The newest jobs and notices, as an application would have them in its database.
+
+    A page loads this once its stream is live. So the worker writes each change here first, and publishes it then: the
+    state that a page loads is never older than the first event that it gets.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._jobs: dict[str, dict[str, Any]] = {}
+        self._notices: list[dict[str, Any]] = []
+        self._write()
+
+    def change_job(self, job_id: str, **members: Any) -> None:
+        self._jobs.setdefault(job_id, {"job_id": job_id}).update(members)
+        # A job that runs stays: a page that gets its next event must know its title.
+        finished = [job_id for job_id, job in self._jobs.items() if job.get("status") != "running"]
+        for old in finished[: max(0, len(self._jobs) - KEPT_JOBS)]:
+            del self._jobs[old]
+        self._write()
+
+    def add_notice(self, data: EventData) -> None:
+        self._notices = [*self._notices, {"type": data.event_type, "data": data.model_dump(mode="json")}][
+            -KEPT_NOTICES:
+        ]
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is not None:
+            draft = self._path.with_suffix(".new")
+            draft.write_text(json.dumps({"jobs": list(self._jobs.values()), "notices": self._notices}))
+            os.replace(draft, self._path)  # A reader gets the old text or the new one, never half of it.
+
+
+async def run_job(publisher: Publisher, state: State, user: str, number: int) -> None:
     """One job from its start to its end, on the user's screen as it goes."""
     job_id = f"job-{number}"
     began = time.monotonic()
-    await publisher.to_user(user, JobStarted(job_id=job_id, title=random.choice(TITLES), steps=len(STEPS)))
+    title = random.choice(TITLES)
+    state.change_job(job_id, title=title, status="running", percent=0, note="")
+    await publisher.to_user(user, JobStarted(job_id=job_id, title=title, steps=len(STEPS)))
     for percent in range(0, 100, random.choice([4, 7, 10])):
         await asyncio.sleep(random.uniform(0.1, 0.4))
         message = STEPS[percent * len(STEPS) // 100]
+        state.change_job(job_id, percent=percent, note=message)
         await publisher.to_user(user, JobProgress(job_id=job_id, percent=percent, message=message))
     seconds = round(time.monotonic() - began, 1)
     if number % 5 == 4:
-        await publisher.to_user(user, JobFailed(job_id=job_id, error="The source did not answer", retryable=True))
+        error = "The source did not answer"
+        state.change_job(job_id, status="failed", note=error)
+        await publisher.to_user(user, JobFailed(job_id=job_id, error=error, retryable=True))
         return
+    state.change_job(job_id, percent=100, note="")
     await publisher.to_user(user, JobProgress(job_id=job_id, percent=100))
+    state.change_job(job_id, status="completed", note=f"done in {seconds} s")
     await publisher.to_user(user, JobCompleted(job_id=job_id, duration_seconds=seconds))
 
 
-async def tell_of_other_things(publisher: Publisher, user: str) -> None:
+async def tell_of_other_things(publisher: Publisher, state: State, user: str) -> None:
     """Now and then what else an automation product has to say, to the user, a group and everybody."""
     for number in itertools.count(1):
         await asyncio.sleep(5)
         match number % 5:
             case 0:
                 amount = Amount(minor_units=1900, currency="EUR")
-                await publisher.to_user(
-                    user, BillingNotice(kind="invoice_issued", invoice_id=f"i-{number}", amount=amount)
-                )
+                issued = BillingNotice(kind="invoice_issued", invoice_id=f"i-{number}", amount=amount)
+                state.add_notice(issued)
+                await publisher.to_user(user, issued)
             case 1:
                 question = "Archive 1,204 orders older than two years?"
                 asked = ApprovalRequested(approval_id=f"a-{number}", job_id="job-0", question=question)
+                state.add_notice(asked)
                 await publisher.to_group("operators", asked)
             case 2:
                 decided = ApprovalDecided(approval_id=f"a-{number - 1}", job_id="job-0", decision="approved")
+                state.add_notice(decided)
                 await publisher.to_group("operators", decided)
             case 3:
                 url = f"/reports/{number}.pdf"
-                await publisher.to_user(
-                    user, ReportReady(report_id=f"r-{number}", title="Weekly report", url=url, format="pdf")
-                )
+                report = ReportReady(report_id=f"r-{number}", title="Weekly report", url=url, format="pdf")
+                state.add_notice(report)
+                await publisher.to_user(user, report)
             case _:
-                await publisher.to_all(Notification(title="Maintenance on Sunday at 04:00 UTC", level="warning"))
+                notice = Notification(title="Maintenance on Sunday at 04:00 UTC", level="warning")
+                state.add_notice(notice)
+                await publisher.to_all(notice)
 
 
 @contextlib.contextmanager
@@ -85,20 +137,21 @@ async def until(stop: asyncio.Event) -> None:
     await stop.wait()
 
 
-async def main(user: str) -> None:
+async def main(user: str, path: Path | None = None) -> None:
     url = load(BrokerSettings).amqp_url.get_secret_value()
+    state = State(path)
     async with Publisher(url, source="/workers/sample") as publisher:
 
         async def work(lane: int) -> None:
             for number in itertools.count():
                 with going_on():
-                    await run_job(publisher, user, number * 3 + lane)
+                    await run_job(publisher, state, user, number * 3 + lane)
                 await asyncio.sleep(random.uniform(0.5, 2))
 
         async def talk() -> None:
             while True:
                 with going_on():
-                    await tell_of_other_things(publisher, user)
+                    await tell_of_other_things(publisher, state, user)
 
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -117,6 +170,6 @@ if __name__ == "__main__":
     # It reports each try to connect, several a second; `PublishTimeout` says it once, with the last cause.
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     try:
-        asyncio.run(main(sys.argv[1]))
+        asyncio.run(main(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None))
     except PublishError as error:
         sys.exit(f"worker: {error}")

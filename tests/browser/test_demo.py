@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Page, expect
 
+from tests.browser.conftest import OpenPage
+from tests.browser.looks import faults_of
 from tests.patience import PATIENCE
 from tests.service import ROOT, bare_environment
 
@@ -99,6 +101,36 @@ async def test_jobs_move_on_the_page_and_ctrl_c_leaves_nothing(demo: Demo, page:
         while demo.family():  # noqa: ASYNC110 - a killed process has nothing to tell that it is gone.
             await asyncio.sleep(0.1)  # Between two looks.
     assert demo.process.returncode == 0
+
+
+async def test_a_page_that_comes_later_has_every_title_in_words_on_a_phone(demo: Demo, open_page: OpenPage) -> None:
+    url = (await demo.read_until(r"==> Open (http://localhost:\d+)"))[1]
+    first = await open_page()
+    await first.goto(f"{url}/jobs")
+    # One that has begun, so that its title was published before the second page came; and something else to show.
+    await first.wait_for_function("[...document.querySelectorAll('.running progress')].some((bar) => bar.value > 0)")
+    await expect(first.locator("#notices li")).not_to_have_count(0)
+
+    for width, scheme in ((320, "light"), (390, "dark")):
+        page = await open_page()
+        await page.emulate_media(color_scheme="dark" if scheme == "dark" else "light", reduced_motion="reduce")
+        await page.set_viewport_size({"width": width, "height": 700})
+        await page.goto(f"{url}/jobs")
+        await expect(page.locator("#state")).to_have_text("live for user “demo”")
+        # Of what was before the page, and of what comes.
+        for place in ("#jobs li", "#notices li", "#feed li"):
+            await expect(page.locator(place)).not_to_have_count(0)
+        await page.wait_for_function("document.querySelectorAll('#feed li').length > 10")
+        titles = await page.locator(".job strong").all_text_contents()
+        assert [title for title in titles if title.startswith("Job ") or "job-" in title] == []
+        texts = await page.locator("#jobs li, #notices li, #feed summary").all_inner_texts()
+        assert [text for text in texts if "{" in text or "undefined" in text or "null" in text] == []
+        assert await faults_of(page, "header *, h2, li, li *") == []
+        # The event itself is there for whoever wants it.
+        await page.locator("#feed summary", has_text="job.").last.focus()
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#feed details[open] pre")).to_contain_text('"job_id"')
+        await page.close()
 
 
 async def test_a_part_that_ends_by_itself_ends_the_demo(demo: Demo) -> None:
