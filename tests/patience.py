@@ -26,6 +26,8 @@ DEADLINES = {
     "service.http.entrance.HEADER_SECONDS": PATIENCE,
     "service.http.entrance.ANSWER_SECONDS": PATIENCE,
     "service.http.entrance.KEEP_ALIVE_SECONDS": 2 * PATIENCE,
+    # A look-up of the console that takes longer is an error.
+    "service.broker.lookup.LOOK_SECONDS": PATIENCE,
 }
 """Of the bridge under test, unless a test sets them itself: constants of modules of `bridge`."""
 

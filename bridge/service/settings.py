@@ -132,7 +132,8 @@ class PublicSettings(BrokerSettings):
     )
     query_token: bool = Field(False, description="whether `?access_token=` is taken")
     console: Annotated[Literal["false", "true", "development"], BeforeValidator(_lower)] = Field(
-        "false", description="a page at `/` that shows events live; `development` lets it publish samples, too"
+        "false",
+        description="a page at `/` that shows events live; `development` also publishes, and shows everyone's events",
     )
 
 

@@ -6,9 +6,10 @@ On connections of its own, because a memory or disk alarm blocks every connectio
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -156,13 +157,24 @@ class Refused:
     detail: str
 
 
-async def peek(addresses: Sequence[str], *, queue: str, limit: int) -> list[Refused]:
+async def peek(addresses: Sequence[str], *, queue: str, limit: int, max_bytes: int | None = None) -> list[Refused]:
     """The oldest messages, left where they are.
+
+    Args:
+        max_bytes: the message with which their bodies reach it is the last.
 
     Raises:
         BrokerError
     """
-    return [message async for message, _ in _get(addresses, queue, limit)]
+    found: list[Refused] = []
+    size = 0
+    async with contextlib.aclosing(_get(addresses, queue, limit)) as messages:
+        async for message, _ in messages:
+            found.append(message)
+            size += len(message.body)
+            if max_bytes is not None and size >= max_bytes:
+                break
+    return found
 
 
 async def replay(
@@ -218,7 +230,7 @@ def _check_is_whole(body: bytes) -> None:
 
 async def _get(
     addresses: Sequence[str], queue: str, limit: int
-) -> AsyncIterator[tuple[Refused, Callable[[], Awaitable[None]]]]:
+) -> AsyncGenerator[tuple[Refused, Callable[[], Awaitable[None]]]]:
     """Messages one by one, each with the call that takes it out. What is not taken out goes back to its place."""
     connection = await amqp.connect(addresses, name="bridge quarantine")
     try:

@@ -341,6 +341,50 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
     return {"get": get, "head": _heads(get), "options": preflight}
 
 
+def _query(name: str, description: str, schema: Schema) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": description, "schema": schema}
+
+
+def _looked_up(**members: Schema) -> Schema:
+    refused = {"anyOf": [_object(reason=_TEXT, detail=_TEXT), {"type": "null"}]}
+    return _object(
+        **members,
+        routing_key=_TEXT,
+        audience={"type": ["string", "null"]},
+        body=_TEXT,
+        bytes={"type": "integer", "minimum": 0, "description": "Of the whole body."},
+        is_cut={"type": "boolean", "description": "Whether `body` is only its beginning."},
+        refused=refused,
+    )
+
+
+def _look_up(
+    operation: str,
+    summary: str,
+    security: list[dict[str, Any]],
+    schema: Schema,
+    parameters: list[dict[str, Any]],
+    problems: dict[str, Any],
+) -> dict[str, Any]:
+    limit = {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}
+    get = {
+        "operationId": f"get{operation}",
+        "summary": summary,
+        "security": security,
+        "parameters": [*parameters, _query("limit", "So many at most.", limit)],
+        "responses": {
+            "200": {"description": summary, "content": {"application/json": {"schema": schema}}},
+            "400": _problem("The query cannot be read: `bad-look-up`."),
+            **_UNKNOWN_TOKEN,
+            "403": _problem("The request is of another page (`origin-not-allowed`), or `groups-elsewhere`."),
+            **problems,
+            "503": _problem("No answer of RabbitMQ: `not-permitted`, `broker-unavailable`, `keys-unavailable`."),
+            **_ALWAYS,
+        },
+    }
+    return {"get": get, "head": _heads(get)}
+
+
 def _console(security: list[dict[str, Any]], published: list[str]) -> dict[str, Any]:
     paths = {
         "/": _resource("Console", "A page that shows events live.", {"text/html": {}}, tagged=True),
@@ -348,11 +392,35 @@ def _console(security: list[dict[str, Any]], published: list[str]) -> dict[str, 
             "ConsoleFile",
             "A file of the console.",
             {"text/javascript": {}, "text/css": {}},
-            name=("name", "`app.js` or `style.css`.", "app.js"),
+            name=("name", "`app.js`, another module of it, or `style.css`.", "app.js"),
             tagged=True,
         ),
     }
     if published:
+        paths["/console/log"] = _look_up(
+            "Log",
+            "Look up entries of the event log, the newest first. For the console's own page only.",
+            security,
+            _object(
+                entries={"type": "array", "items": _looked_up(offset={"type": "integer", "minimum": 0})},
+                further={"type": ["integer", "null"], "description": "The `before` of the next look-up."},
+            ),
+            [
+                _query("search", "Text of the routing key or the body, in any case.", _TEXT),
+                _query("types", "Patterns of event types, joined by commas.", _TEXT),
+                _query("audience", "`user:42`, `group:ops` or `all`.", _TEXT),
+                _query("before", "Only entries before this offset.", {"type": "integer", "minimum": 1}),
+            ],
+            {"404": _problem("There is no log: `no-log`.")},
+        )
+        paths["/console/quarantine"] = _look_up(
+            "Quarantine",
+            "The oldest messages in quarantine, which stay there. For the console's own page only.",
+            security,
+            _object(messages={"type": "array", "items": _looked_up()}),
+            [],
+            {},
+        )
         to = {
             "type": "string",
             "pattern": "^(all|(user|group):.+)$",

@@ -8,9 +8,11 @@ answered as a stream that says goodbye (docs/contract.md, "GET /events").
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Set
 from importlib.resources import files
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -19,10 +21,12 @@ from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException
 
 from bridge import __version__
+from bridge.amqp import AccessRefused, BrokerError, NotFound
 from bridge.catalogue import exports
 from bridge.catalogue.load import Catalogue
 from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.routing import MAX_PATTERNS, Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
+from bridge.service.broker.lookup import MAX_ANSWERS, LogQuestion, LookUp
 from bridge.service.health import CHECKS
 from bridge.service.http.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
 from bridge.service.http.headers import admits_stream, allowed_headers, bearer_token, is_own_origin, normal_origin
@@ -229,20 +233,30 @@ def create_app(
         return _json(schemas[event_type])
 
     if settings.console != "false":
-        _add_console(app, authenticator, settings, catalogue, publisher)
+        _add_console(app, development=publisher is not None)
+    if publisher is not None:
+        look_up = LookUp(
+            settings.addresses,
+            quarantine=settings.quarantine,
+            log_name=settings.log,
+            log=lambda: hub.log,
+            models=catalogue,
+            max_event_bytes=settings.max_event_bytes,
+        )
+        _add_development(app, authenticator, settings, catalogue, publisher, look_up)
     return app
 
 
-def _add_console(
-    app: Quart, authenticator: Authenticator, settings: Settings, catalogue: Catalogue, publisher: Publisher | None
-) -> None:
+def _add_console(app: Quart, *, development: bool) -> None:
     folder = files("bridge") / "console"
     page = (folder / "index.html").read_bytes()
-    if publisher is not None:
-        page = page.replace(b"<html ", b'<html data-publish="true" ', 1)
+    if development:
+        page = page.replace(b"<html ", b'<html data-development="true" ', 1)
+    media = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
     parts = {
-        "app.js": ((folder / "app.js").read_bytes(), "text/javascript; charset=utf-8"),
-        "style.css": ((folder / "style.css").read_bytes(), "text/css; charset=utf-8"),
+        part.name: (part.read_bytes(), media[suffix])
+        for part in folder.iterdir()
+        if (suffix := PurePath(part.name).suffix) in media
     }
 
     @app.get("/")
@@ -258,23 +272,81 @@ def _add_console(
             raise Problem(404, "not-found", "the console has no such file")
         return await _file(*parts[name])
 
-    if publisher is None:
-        return
 
-    @app.post("/console/publish")
-    async def publish_sample() -> Response:
-        # A page of another origin, even an allowed one, must not publish with a person's cookie.
+def _add_development(
+    app: Quart,
+    authenticator: Authenticator,
+    settings: Settings,
+    catalogue: Catalogue,
+    publisher: Publisher,
+    look_up: LookUp,
+) -> None:
+    """What only a console in development may do: everybody with a token publishes to all, and sees all events."""
+
+    def check_page(verb: str) -> None:
+        # A page of another origin, even an allowed one, must not use a person's cookie here. Browsers send no `Origin`
+        # with a GET of the page's own host, and `Sec-Fetch-Site` only to hosts that they trust (HTTPS, localhost).
         origin = request.headers.get("Origin")
-        if origin is not None and not is_own_origin(origin, request.headers.get("Host", "")):
-            raise Problem(403, "origin-not-allowed", "only the console itself may publish")
-        if not request.is_json:
-            raise Problem(400, "not-json", "the body must be application/json")
+        if (origin is not None and not is_own_origin(origin, request.headers.get("Host", ""))) or request.headers.get(
+            "Sec-Fetch-Site", "none"
+        ) not in ("same-origin", "none"):
+            raise Problem(403, "origin-not-allowed", f"only the console itself may {verb}")
+
+    async def check_token() -> None:
         try:
             await _authenticate(authenticator, settings)
         except GroupsElsewhere as error:
             raise Problem(403, error.code, str(error)) from None
         except TryAgain as error:
             raise Problem(503, "keys-unavailable", str(error)) from None
+
+    @app.get("/console/quarantine")
+    async def show_quarantine() -> Response:
+        check_page("read the quarantine")
+        await check_token()
+        limit = _number("limit", 50, largest=MAX_ANSWERS)
+        try:
+            messages = await look_up.quarantine(limit)
+        except AccessRefused as error:
+            hint = (
+                f"Give the bridge's user `read` on {settings.quarantine!r}, or run `bridge quarantine list` as another"
+            )
+            raise Problem(503, "not-permitted", f"{error}. {hint}") from None
+        except BrokerError as error:
+            raise Problem(503, "broker-unavailable", str(error)) from None
+        return _private({"messages": messages})
+
+    @app.get("/console/log")
+    async def show_log() -> Response:
+        check_page("read the log")
+        await check_token()
+        given = request.args
+        try:
+            types = given.get("types", "")
+            question = LogQuestion(
+                search=given.get("search", ""),
+                types=TypeFilter.parse(types) if types else TypeFilter(),
+                audience=Audience.parse(given["audience"]) if given.get("audience") else None,
+                before=_number("before", 0, largest=2**63 - 1) if given.get("before") else None,
+                limit=_number("limit", 50, largest=MAX_ANSWERS),
+            )
+        except RoutingError as error:
+            raise Problem(400, "bad-look-up", str(error)) from None
+        try:
+            return _private(await look_up.log(question))
+        except NotFound as error:
+            raise Problem(404, "no-log", str(error)) from None
+        except AccessRefused as error:
+            raise Problem(503, "not-permitted", str(error)) from None
+        except BrokerError as error:
+            raise Problem(503, "broker-unavailable", str(error)) from None
+
+    @app.post("/console/publish")
+    async def publish_sample() -> Response:
+        check_page("publish")
+        if not request.is_json:
+            raise Problem(400, "not-json", "the body must be application/json")
+        await check_token()
         wish = await request.get_json()
         if not isinstance(wish, dict) or wish.keys() != {"to", "type", "data"}:
             raise Problem(400, "bad-sample", "a sample is an object of `to`, `type` and `data`")
@@ -286,6 +358,26 @@ def _add_console(
         except PublishError as error:
             raise Problem(503, "not-published", str(error)) from None
         return _json({"id": event_id})
+
+
+def _number(name: str, default: int, *, largest: int) -> int:
+    """
+    Raises:
+        Problem: 400.
+    """
+    text = request.args.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= largest:
+        raise Problem(400, "bad-look-up", f"`{name}` is a number of 1 to {largest}, not {text[:40]!r}")
+    return int(text)
+
+
+def _private(value: object) -> Response:
+    """What holds other people's events: no cache keeps it."""
+    response = _json(value)
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 def create_internal_app(*, why_not_ready: Callable[[Set[str]], str | None], metrics: Metrics) -> Quart:
