@@ -1,237 +1,256 @@
 // @ts-check
-// The console: what a page of yours would do, shown. Everything that stands in an event is set as text, never as HTML.
+// The console: what a page of yours would do, shown. `list.js` has the events, `charts.js` the last minutes, `trial.js`
+// and `lookup.js` the tools beside the list.
 import { subscribe } from "/client.js";
+import { Arrivals, Timeline, drawLatency, drawRate, drawTimeline } from "./charts.js";
+import { Detail, GAPS, sample } from "./detail.js";
+import { clock, duration, element, find, makeCopier, makeTabs } from "./dom.js";
+import { EntryList } from "./list.js";
+import { makeLookUps } from "./lookup.js";
+import { makeTrial } from "./trial.js";
 
-const MAX_ROWS = 500;
-const $ = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
+const MAX_HAPPENINGS = 100;
+const inDevelopment = document.documentElement.dataset.development === "true";
 
-/** @type {Array<{event: any, at: number, latency: number | null, note?: string, kind?: string}>} */
-let entries = [];
 /** @type {Record<string, any>} */
-let schemas = {};
-let shown = entries; // After the filters.
-let count = 0;
-let gaps = 0;
-let paused = false;
-let dirty = false;
-/** @type {any} */
-let chosen = null;
-/** @type {number[]} */
-let arrivals = [];
+const schemas = await (await fetch("/schemas")).json();
+const arrivals = new Arrivals();
+const timeline = new Timeline();
 /** @type {string | null} */
 let token = null;
-/** @type {any} */
+/** @type {import("/client.js").Subscription | undefined} */
 let subscription;
+let count = 0;
+let gaps = 0;
+let cuts = 0;
+
+const authorization = () => /** @type {Record<string, string>} */ (token === null ? {} : { Authorization: `Bearer ${token}` });
 
 // The stream
 
 function connect() {
   subscription?.close();
   const given = token;
-  subscription = subscribe({
-    url: "/events",
+  const mine = subscribe({
+    url: "/events?audience=true",
     // A pasted token belongs to this tab alone; without one the application's cookie counts, and tabs may share.
     share: given === null,
     ...(given === null ? {} : { token: ({ reason }) => (reason === null ? given : null) }),
-    onEvent: (event) => {
+    onEvent: (/** @type {any} */ event) => {
       const at = Date.now();
-      const latency = event.time ? at - Date.parse(event.time) : null;
+      const sent = Date.parse(event.time ?? "");
+      const latency = Number.isNaN(sent) ? null : at - sent;
       count++;
-      arrivals.push(at);
-      add({ event, at, latency });
+      arrivals.add(at, latency);
+      list.add({ kind: "event", at, event, latency, cursor: mine.cursor, note: "", reason: "" });
     },
     onGap: ({ reason }) => {
       gaps++;
-      add({ event: null, at: Date.now(), latency: null, kind: "gap", note: `gap (${reason}): something may have been missed; a page fetches its state anew` });
+      const at = Date.now();
+      const note = `gap (${reason}): something may have been missed; a page fetches its state again`;
+      timeline.gap(at, reason);
+      list.add({ kind: "gap", at, event: null, latency: null, cursor: null, note, reason });
+      happened(at, `gap (${reason})`, "gap", GAPS[reason]);
     },
-    onState: (state) => showState(state),
+    onState: (state) => {
+      if (subscription === mine || subscription === undefined) showState(state);
+    },
   });
+  subscription = mine;
 }
 
+/** @type {string} */
 let lastStatus = "";
+/** @type {number | null} */
+let cutAt = null;
+let why = "";
 
-function showState(/** @type {any} */ state) {
-  const words = {
+/**
+ * Why a stream was cut, as far as the page knows.
+ * @param {any} state
+ */
+function reasonOf(state) {
+  if (state.problem) return `${state.problem.detail} (${state.problem.code})`;
+  return state.reason ? `the bridge said ${state.reason}` : "the connection ended";
+}
+
+/** @param {any} state */
+function showState(state) {
+  const seconds = state.retryAt ? Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000)) : 0;
+  const words = /** @type {Record<string, string>} */ ({
     connecting: "connecting",
     live: `live for user “${state.user}”${state.leads ? "" : ", by another tab"}`,
-    waiting: `cut off, again in ${Math.max(0, Math.round((state.retryAt - Date.now()) / 100) / 10)} s`,
+    waiting: `cut off, again in ${seconds} s`,
     refused: "refused",
     interrupted: "waiting for RabbitMQ; events come later",
     paused: "paused",
     closed: "closed",
-  };
-  $("state").className = state.status;
-  $("state").textContent = words[/** @type {keyof words} */ (state.status)];
-  if (state.status !== lastStatus && ["live", "waiting", "refused"].includes(state.status))
-    add({ event: null, at: Date.now(), latency: null, kind: "note", note: $("state").textContent });
-  lastStatus = state.status;
-  $("login").hidden = state.status !== "refused";
-  if (state.status === "refused") $("problem").textContent = `${state.problem.detail} (${state.problem.code})`;
-  if (state.status === "live" && !$("sample-to").value) $("sample-to").value = `user:${state.user}`;
-}
-
-// The list. Many events may come in one frame of the screen; it is drawn once.
-
-function add(/** @type {any} */ entry) {
-  entries.unshift(entry);
-  entries.length = Math.min(entries.length, MAX_ROWS);
-  redraw();
-}
-
-function redraw() {
-  if (dirty) return;
-  dirty = true;
-  requestAnimationFrame(() => {
-    dirty = false;
-    draw();
   });
+  const shown = words[state.status] ?? state.status;
+  const label = find("state", HTMLElement);
+  label.className = state.status;
+  if (label.textContent !== shown) label.textContent = shown;
+  if (state.status !== lastStatus) changeStatus(state, shown);
+  find("login", HTMLElement).hidden = state.status !== "refused";
+  if (state.status === "refused") find("problem", HTMLElement).textContent = `${state.problem.detail} (${state.problem.code})`;
+  const to = find("sample-to", HTMLInputElement);
+  if (state.status === "live" && !to.value) to.value = `user:${state.user}`;
 }
 
-function element(/** @type {string} */ tag, /** @type {string} */ text = "", /** @type {string} */ className = "") {
-  const made = document.createElement(tag);
-  made.textContent = text;
-  if (className) made.className = className;
-  return made;
-}
-
-function draw() {
-  $("count").textContent = String(count);
-  $("gaps").textContent = String(gaps);
-  const newest = entries.find((entry) => entry.latency !== null);
-  $("latency").textContent = newest ? `${newest.latency} ms` : "–";
-  if (paused) return;
-  const words = $("search").value.toLowerCase();
-  const type = $("types").value;
-  shown = entries.filter(
-    ({ event, note }) =>
-      (!type || (event && event.type === type)) && (!words || JSON.stringify(event ?? note).toLowerCase().includes(words)),
-  );
-  $("empty").hidden = shown.length > 0;
-  $("events").replaceChildren(
-    ...shown.map((entry) => {
-      const row = element("li", "", entry.kind ?? "");
-      const time = element("time", new Date(entry.at).toTimeString().slice(0, 8) + "." + String(entry.at % 1000).padStart(3, "0"));
-      if (entry.event) {
-        row.setAttribute("role", "option");
-        row.setAttribute("aria-selected", String(entry === chosen));
-        row.append(time, element("span", entry.event.type), element("code", JSON.stringify(entry.event.data)));
-        row.append(element("small", entry.latency === null ? "" : `${entry.latency} ms`));
-        row.onclick = () => choose(entry);
-      } else {
-        const text = element("span", entry.note);
-        text.style.gridColumn = "2 / -1";
-        row.append(time, text);
-      }
-      return row;
-    }),
-  );
-}
-
-setInterval(() => {
-  const since = Date.now() - 5000;
-  arrivals = arrivals.filter((at) => at > since);
-  $("rate").textContent = String(Math.round(arrivals.length / 0.5) / 10);
-  if (subscription?.state.status === "waiting") showState(subscription.state);
-}, 500);
-
-// One event
-
-function choose(/** @type {any} */ entry) {
-  chosen = entry;
-  redraw();
-  $("detail").hidden = entry === null;
-  if (entry === null) return;
-  const { event } = entry;
-  const schema = schemas[event.type];
-  $("detail-title").textContent = event.type;
-  $("description").textContent = schema?.description ?? "";
-  $("raw").textContent = JSON.stringify(event, null, 2);
-  const rows = Object.entries(event)
-    .filter(([name]) => name !== "data")
-    .map(([name, value]) => member(name, value, "CloudEvents"));
-  const members = schema?.properties ?? {};
-  for (const name of new Set([...Object.keys(members), ...Object.keys(event.data ?? {})]))
-    rows.push(member(`data.${name}`, event.data?.[name], describe(members[name], schema), !(name in members)));
-  $("members").replaceChildren(...rows);
-}
-
-function member(/** @type {string} */ name, /** @type {any} */ value, /** @type {string} */ about, unknown = false) {
-  const row = document.createElement("tr");
-  row.append(element("td", name), element("td", value === undefined ? "" : typeof value === "string" ? value : JSON.stringify(value)));
-  const cell = element("td");
-  cell.append(element("small", unknown ? "not in the schema of this bridge" : about, unknown ? "fault" : ""));
-  row.append(cell);
-  return row;
-}
-
-function resolve(/** @type {any} */ schema, /** @type {any} */ root) {
-  while (schema?.$ref) schema = root.$defs?.[schema.$ref.split("/").pop()];
-  return schema ?? {};
-}
-
-/** @returns {string} */
-function describe(/** @type {any} */ schema, /** @type {any} */ root) {
-  const resolved = resolve(schema, root);
-  const options = resolved.anyOf ?? resolved.oneOf;
-  const kind = options
-    ? options.map((/** @type {any} */ option) => describe(option, root)).join(" or ")
-    : resolved.enum
-      ? resolved.enum.map((/** @type {any} */ value) => JSON.stringify(value)).join(" or ")
-      : "const" in resolved
-        ? JSON.stringify(resolved.const)
-        : (resolved.type ?? "any");
-  return [kind, schema?.description].filter(Boolean).join(": ");
-}
-
-// A sample that its schema takes, as far as can be guessed; what is wrong with it the bridge will say.
-
-/** @returns {any} */
-function sample(/** @type {any} */ schema, /** @type {any} */ root, /** @type {string} */ name) {
-  const it = resolve(schema, root);
-  if ("default" in it) return it.default;
-  if ("const" in it) return it.const;
-  if (it.enum) return it.enum[0];
-  if (it.anyOf ?? it.oneOf) return sample((it.anyOf ?? it.oneOf)[0], root, name);
-  switch (it.type) {
-    case "string":
-      if (it.format === "date-time") return new Date().toISOString();
-      if (it.format === "date") return new Date().toISOString().slice(0, 10);
-      if (it.format === "uri") return "https://example.com/";
-      return `a ${name.replaceAll("_", " ")}`.slice(0, it.maxLength ?? 200);
-    case "integer":
-    case "number":
-      return Math.max(it.minimum ?? 0, Math.min(it.maximum ?? 42, 42));
-    case "boolean":
-      return true;
-    case "array":
-      return [];
-    case "object": {
-      /** @type {Record<string, any>} */
-      const made = {};
-      for (const [key, part] of Object.entries(it.properties ?? {}))
-        if (it.required?.includes(key)) made[key] = sample(part, root, key);
-      return made;
+/**
+ * @param {any} state
+ * @param {string} shown
+ */
+function changeStatus(state, shown) {
+  const at = Date.now();
+  lastStatus = state.status;
+  timeline.change(at, state.status, state.status === "waiting" ? reasonOf(state) : shown);
+  if (state.status === "waiting") {
+    why = reasonOf(state);
+    if (cutAt === null) {
+      cutAt = at;
+      cuts++;
+      const note = `cut off: ${why}`;
+      happened(at, note, "cut");
+      list.add({ kind: "cut", at, event: null, latency: null, cursor: null, note, reason: "" });
     }
+  } else if (state.status === "live") {
+    if (cutAt !== null) {
+      const note = `live again after ${duration(at - cutAt)}`;
+      happened(at, note, "live");
+      list.add({ kind: "cut", at, event: null, latency: null, cursor: null, note, reason: "" });
+    } else happened(at, shown, "live");
+    cutAt = null;
+  } else if (state.status === "refused") {
+    happened(at, `refused: ${reasonOf(state)}`, "gap");
+    cutAt = null;
   }
-  return null;
 }
+
+/**
+ * A line of the timeline.
+ * @param {number} at
+ * @param {string} text
+ * @param {string} kind
+ * @param {string} [about]
+ */
+function happened(at, text, kind, about = "") {
+  const happenings = find("happenings", HTMLElement);
+  const line = element("li", kind, element("time", "", clock(at)), element("span", "", text));
+  if (about) line.title = about;
+  happenings.prepend(line);
+  while (happenings.childElementCount > MAX_HAPPENINGS) happenings.lastElementChild?.remove();
+}
+
+// The last minutes
+
+function drawCharts() {
+  if (document.hidden) return;
+  const now = Date.now();
+  const buckets = arrivals.buckets(now);
+  const show = (/** @type {string} */ name, /** @type {(chart: Element) => {top?: string, words: string}} */ draw) => {
+    const chart = /** @type {Element} */ (document.getElementById(`${name}-chart`));
+    if (chart.matches(":hover")) return; // The figure under the pointer stays, to be read.
+    const { top, words } = draw(chart);
+    chart.setAttribute("aria-label", words);
+    if (top !== undefined) find(`${name}-top`, HTMLElement).textContent = top;
+  };
+  show("rate", (chart) => drawRate(chart, buckets));
+  show("latency", (chart) => drawLatency(chart, buckets));
+  show("timeline", (chart) => ({ words: drawTimeline(chart, timeline, now) }));
+  const middle = buckets.findLast((bucket) => bucket.middle !== null)?.middle;
+  const figures = {
+    count: String(count),
+    gaps: String(gaps),
+    cuts: String(cuts),
+    rate: String(arrivals.rate(now)),
+    latency: middle == null ? "–" : `${middle} ms`,
+  };
+  for (const [id, text] of Object.entries(figures)) find(id, HTMLElement).textContent = text;
+  if (subscription?.state.status === "waiting") showState(subscription.state);
+}
+
+// The list, and what is beside it
+
+let shownBefore = ""; // The panel that was shown before an event was chosen.
+let panel = "";
+const detail = new Detail(schemas);
+const list = new EntryList({
+  list: find("events", HTMLElement),
+  empty: find("empty", HTMLElement),
+  matches: find("matches", HTMLElement),
+  search: find("search", HTMLInputElement),
+  types: find("types", HTMLSelectElement),
+  pause: find("pause", HTMLButtonElement),
+  clear: find("clear", HTMLButtonElement),
+  hint: () =>
+    lastStatus !== "live" ? "The stream is not live." : inDevelopment ? "Publish one, or run a worker." : "Run a worker, or bridge publish.",
+  onChoose: (entry, isClick) => {
+    detail.show(entry);
+    if (entry && panel !== "event") {
+      shownBefore = panel;
+      showPanel("event");
+    } else if (!entry && panel === "event" && shownBefore) showPanel(shownBefore);
+    // With one column it is shown further down.
+    if (isClick && matchMedia("(max-width: 60rem)").matches) find("beside", HTMLElement).scrollIntoView();
+  },
+});
+const lookUps = makeLookUps(authorization);
+const showTrial = makeTrial(authorization);
+const looked = new Set();
+
+const showPanel = makeTabs(find("tabs", HTMLElement), (id) => {
+  panel = id;
+  if (id !== "event") shownBefore = id;
+  if (["log", "quarantine"].includes(id) && !looked.has(id)) {
+    looked.add(id);
+    if (id === "log") lookUps.showLog();
+    else lookUps.showQuarantine();
+  }
+});
+
+find("close", HTMLElement).onclick = () => {
+  list.choose(null);
+  find("events", HTMLElement).focus(); // The browser scrolls to it.
+};
+find("try-event", HTMLElement).onclick = () => {
+  showTrial(detail.entry?.cursor ?? "");
+  showPanel("try");
+  find("trial-send", HTMLElement).focus();
+};
+find("trial-newest", HTMLElement).onclick = () => {
+  find("trial-cursor", HTMLInputElement).value = subscription?.cursor ?? "";
+};
+find("publish-again", HTMLElement).onclick = () => {
+  const event = detail.entry?.event;
+  if (!event) return;
+  find("sample-type", HTMLSelectElement).value = event.type;
+  find("sample-data", HTMLTextAreaElement).value = JSON.stringify(event.data, null, 2);
+  if (event.audience) find("sample-to", HTMLInputElement).value = event.audience;
+  showPanel("publish");
+  find("sample-data", HTMLElement).focus();
+};
+
+// Publishing
 
 function showSample() {
-  const schema = schemas[$("sample-type").value];
-  $("sample-data").value = JSON.stringify(sample(schema, schema, ""), null, 2);
+  const schema = schemas[find("sample-type", HTMLSelectElement).value];
+  find("sample-data", HTMLTextAreaElement).value = JSON.stringify(sample(schema), null, 2);
 }
 
-async function publish(/** @type {Event} */ submitted) {
+/** @param {Event} submitted */
+async function publish(submitted) {
   submitted.preventDefault();
-  const output = $("published");
+  const output = find("published", HTMLElement);
   output.className = "";
   output.textContent = "…";
   try {
-    const data = JSON.parse($("sample-data").value);
+    const data = JSON.parse(find("sample-data", HTMLTextAreaElement).value);
+    const to = find("sample-to", HTMLInputElement).value;
     const answer = await fetch("/console/publish", {
       method: "POST",
-      headers: { "Content-Type": "application/json", ...(token ? { Authorization: `Bearer ${token}` } : {}) },
-      body: JSON.stringify({ to: $("sample-to").value, type: $("sample-type").value, data }),
+      headers: { "Content-Type": "application/json", ...authorization() },
+      body: JSON.stringify({ to, type: find("sample-type", HTMLSelectElement).value, data }),
     });
     const body = await answer.json();
     if (!answer.ok) throw new Error(body.detail);
@@ -258,70 +277,47 @@ subscribe({ url: "${origin}/events", load: fetchState, onEvent: { "job.completed
     await publisher.to_user("42", JobCompleted(job_id="r-7", duration_seconds=3.2))`,
   };
   for (const [name, text] of Object.entries(snippets)) {
-    const part = element("div", "", "snippet");
-    const frame = element("div");
-    frame.append(element("pre", text), copier(() => text));
-    part.append(element("b", name), frame);
-    $("snippets").append(part);
+    const code = element("pre", "", text);
+    code.tabIndex = 0; // It may have to be scrolled, by keyboard too.
+    const copies = makeCopier(element("button", "", "Copy"), () => text, code);
+    copies.setAttribute("aria-label", `Copy: ${name}`);
+    const head = element("div", "bar", element("h3", "", name), copies);
+    find("snippets", HTMLElement).append(element("div", "snippet", head, code));
   }
-}
-
-function copier(/** @type {() => string} */ text, button = element("button", "Copy")) {
-  const label = button.textContent;
-  button.onclick = async () => {
-    await navigator.clipboard.writeText(text());
-    button.textContent = "Copied";
-    setTimeout(() => (button.textContent = label), 1500);
-  };
-  return button;
 }
 
 // The page
 
-$("search").oninput = $("types").onchange = redraw;
-$("clear").onclick = () => {
-  entries = [];
-  choose(null);
-};
-$("pause").onclick = () => {
-  paused = !paused;
-  $("pause").setAttribute("aria-pressed", String(paused));
-  redraw();
-};
-$("close").onclick = () => choose(null);
-$("sample").onsubmit = publish;
-$("sample-type").onchange = showSample;
-$("login").onsubmit = (/** @type {Event} */ submitted) => {
+find("sample", HTMLFormElement).onsubmit = publish;
+find("sample-type", HTMLSelectElement).onchange = showSample;
+find("login", HTMLFormElement).onsubmit = (submitted) => {
   submitted.preventDefault();
-  token = $("token").value.trim() || null;
+  token = find("token", HTMLInputElement).value.trim() || null;
   connect();
 };
-copier(() => $("raw").textContent, $("copy-event"));
 
 document.addEventListener("keydown", (key) => {
-  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement?.tagName ?? "");
+  if (key.ctrlKey || key.metaKey || key.altKey) return;
+  const focused = document.activeElement;
+  const isTyping = focused instanceof HTMLElement && /^(INPUT|SELECT|TEXTAREA)$/.test(focused.tagName);
   if (key.key === "Escape") {
-    if (typing) /** @type {HTMLElement} */ (document.activeElement).blur();
-    else choose(null);
-  } else if (!typing && key.key === "/") {
+    if (isTyping) focused.blur();
+    else list.choose(null);
+  } else if (!isTyping && key.key === "/") {
     key.preventDefault();
-    $("search").focus();
-  } else if (!typing && key.key === "p" && !key.ctrlKey && !key.metaKey) $("pause").click();
-  else if (document.activeElement === $("events") && ["ArrowDown", "ArrowUp", "Enter"].includes(key.key)) {
-    key.preventDefault();
-    const events = shown.filter(({ event }) => event);
-    const at = events.indexOf(chosen) + { ArrowDown: 1, ArrowUp: -1, Enter: 0 }[/** @type {"Enter"} */ (key.key)];
-    if (events[Math.max(0, at)]) choose(events[Math.max(0, at)]);
-    requestAnimationFrame(() => document.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "nearest" }));
-  }
+    find("search", HTMLElement).focus();
+  } else if (!isTyping && key.key === "p") find("pause", HTMLElement).click();
 });
 
-schemas = await (await fetch("/schemas")).json();
 for (const type of Object.keys(schemas)) {
-  $("types").append(new Option(type, type));
-  $("sample-type").append(new Option(type, type));
+  find("types", HTMLSelectElement).append(new Option(type, type));
+  find("sample-type", HTMLSelectElement).append(new Option(type, type));
 }
-$("publish").hidden = document.documentElement.dataset.publish !== "true";
+for (const part of /** @type {NodeListOf<HTMLElement>} */ (document.querySelectorAll("[data-needs-development]"))) part.hidden = !inDevelopment;
+showPanel(inDevelopment ? "publish" : "event");
 showSample();
 showSnippets();
+list.redraw();
+drawCharts();
+setInterval(drawCharts, 1000);
 connect();

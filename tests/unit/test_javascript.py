@@ -1,0 +1,35 @@
+"""The console's modules, as TypeScript's compiler sees them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tests.node import ROOT, ask
+
+CONSOLE = ROOT / "bridge" / "console"
+
+# Wrong in itself, and wrong in how it uses the client and another module.
+FAULTY = """// @ts-check
+import { subscribe } from "/client.js";
+import { clock } from "./dom.js";
+subscribe({ url: 1 });
+clock("now");
+function f(untyped) { return untyped; }
+"""
+
+
+def test_the_console_has_no_error_of_types(tmp_path: Path) -> None:
+    for file in CONSOLE.glob("*.js"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "faulty.js").write_text(FAULTY)
+    files = sorted(map(str, tmp_path.glob("*.js")))
+    paths = {"/client.js": [str(ROOT / "bridge" / "client" / "client.d.ts")]}
+    errors = ask("checkjs.mjs", {"files": files, "paths": paths}, tmp_path)
+    assert [error for error in errors if not error.startswith("faulty.js:")] == []
+    assert [error.partition(": ")[0] for error in errors] == ["faulty.js:4", "faulty.js:5", "faulty.js:6"]
+
+
+def test_every_module_asks_for_the_check() -> None:
+    for file in CONSOLE.glob("*.js"):
+        assert file.read_text().startswith("// @ts-check\n"), file.name
