@@ -61,9 +61,9 @@ function connect() {
 
 /** @type {string} */
 let lastStatus = "";
+let isCut = false; // One cut may be many tries.
 /** @type {number | null} */
-let cutAt = null;
-let why = "";
+let brokenAt = null; // Since when it has not been live.
 
 /**
  * Why a stream was cut, as far as the page knows.
@@ -80,6 +80,7 @@ function showState(state) {
   const words = /** @type {Record<string, string>} */ ({
     connecting: "connecting",
     live: `live for user “${state.user}”${state.leads ? "" : ", by another tab"}`,
+    interrupted: "open, but the bridge has no RabbitMQ: events come later",
     waiting: `cut off, again in ${seconds} s`,
     refused: "refused",
     interrupted: "waiting for RabbitMQ; events come later",
@@ -105,25 +106,30 @@ function changeStatus(state, shown) {
   const at = Date.now();
   lastStatus = state.status;
   timeline.change(at, state.status, state.status === "waiting" ? reasonOf(state) : shown);
+  const report = (/** @type {string} */ note, /** @type {string} */ kind) => {
+    happened(at, note, kind);
+    list.add({ kind: "cut", at, event: null, latency: null, cursor: null, note, reason: "" });
+  };
   if (state.status === "waiting") {
-    why = reasonOf(state);
-    if (cutAt === null) {
-      cutAt = at;
+    if (!isCut) {
       cuts++;
-      const note = `cut off: ${why}`;
-      happened(at, note, "cut");
-      list.add({ kind: "cut", at, event: null, latency: null, cursor: null, note, reason: "" });
+      timeline.cut(at);
+      report(`cut off: ${reasonOf(state)}`, "cut");
     }
+    isCut = true;
+    brokenAt ??= at;
+  } else if (state.status === "interrupted") {
+    report("the bridge has no RabbitMQ: what is published now comes later", "cut");
+    brokenAt ??= at;
   } else if (state.status === "live") {
-    if (cutAt !== null) {
-      const note = `live again after ${duration(at - cutAt)}`;
-      happened(at, note, "live");
-      list.add({ kind: "cut", at, event: null, latency: null, cursor: null, note, reason: "" });
-    } else happened(at, shown, "live");
-    cutAt = null;
+    if (brokenAt === null) happened(at, shown, "live");
+    else report(`live again after ${duration(at - brokenAt)}`, "live");
+    isCut = false;
+    brokenAt = null;
   } else if (state.status === "refused") {
     happened(at, `refused: ${reasonOf(state)}`, "gap");
-    cutAt = null;
+    isCut = false;
+    brokenAt = null;
   }
 }
 
@@ -278,7 +284,6 @@ subscribe({ url: "${origin}/events", load: fetchState, onEvent: { "job.completed
   };
   for (const [name, text] of Object.entries(snippets)) {
     const code = element("pre", "", text);
-    code.tabIndex = 0; // It may have to be scrolled, by keyboard too.
     const copies = makeCopier(element("button", "", "Copy"), () => text, code);
     copies.setAttribute("aria-label", `Copy: ${name}`);
     const head = element("div", "bar", element("h3", "", name), copies);

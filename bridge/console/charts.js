@@ -69,6 +69,8 @@ export class Timeline {
   spans = [];
   /** @type {Array<{at: number, reason: string}>} */
   gaps = [];
+  /** @type {number[]} */
+  cuts = []; // When each began. One cut may be many tries, each of them a span.
 
   /**
    * @param {number} at
@@ -80,6 +82,12 @@ export class Timeline {
     if (last) last.to = at;
     this.spans.push({ status, from: at, to: null, note });
     if (this.spans.length > MAX_SPANS) this.spans.shift();
+  }
+
+  /** @param {number} at */
+  cut(at) {
+    this.cuts.push(at);
+    if (this.cuts.length > MAX_SPANS) this.cuts.shift();
   }
 
   /**
@@ -135,7 +143,7 @@ const moment = (at) => new Date(at).toTimeString().slice(0, 8);
  * @param {Bucket[]} buckets
  * @param {(bucket: Bucket) => [number | null, (number | null)?]} values
  * @param {(bucket: Bucket) => string} words
- * @returns {number} what the highest bar stands for
+ * @returns {number} the value of the highest bar
  */
 function drawBars(chart, buckets, values, words) {
   const top = Math.max(1, ...buckets.flatMap((bucket) => values(bucket).map((value) => value ?? 0)));
@@ -188,7 +196,7 @@ export function drawLatency(chart, buckets) {
 }
 
 /** How high each state is drawn, so that colour is not the only difference. */
-const LEVELS = /** @type {Record<string, number>} */ ({ live: 40, connecting: 24, waiting: 14, refused: 8, paused: 8, closed: 8 });
+const LEVELS = /** @type {Record<string, number>} */ ({ live: 40, interrupted: 24, connecting: 24, waiting: 14, refused: 8, paused: 8, closed: 8 });
 
 /**
  * @param {Element} chart
@@ -212,7 +220,7 @@ export function drawTimeline(chart, timeline, now) {
       shape("rect", { class: "gap", x: Math.min(x(at), WIDTH - 2), y: 4, width: 2, height: HEIGHT - 4 }, `${moment(at)}: gap (${reason})`),
     ),
   );
-  const cuts = spans.filter(({ status }) => status === "waiting").length;
+  const cuts = timeline.cuts.filter((at) => at > since).length;
   const share = timeline.liveShare(now);
   const live = share === null ? "Not connected yet." : `Live for ${Math.round(share * 100)} % of the time.`;
   return `${live} In the last five minutes: ${cuts} ${cuts === 1 ? "cut" : "cuts"}, ${gaps.length} ${gaps.length === 1 ? "gap" : "gaps"}.`;

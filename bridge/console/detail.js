@@ -9,6 +9,8 @@ export const GAPS = /** @type {Record<string, string>} */ ({
   "no-log": "There is no log, or it did not answer in time. Without a log a reconnect always has a gap.",
   "not-readable": "This replica cannot read an event for this page, and another one might: a new catalogue is being rolled out.",
   "other-user": "The stream is now another person's.",
+  "other-groups": "The stream is the same person's, with other groups.",
+  overflow: "Too many events waited for this page, and were dropped.",
 });
 
 /**

@@ -30,7 +30,7 @@ function shown({ offset, routing_key, audience, body, refused }) {
   if (refused?.reason) head.append(" ", element("span", "fault", refused.reason));
   const part = element("details", "", head);
   if (refused?.detail) part.append(element("p", "fault", refused.detail));
-  part.append(element("p", "key", "Routing key: ", element("code", "", routing_key)), element("pre", "", pretty(body)));
+  part.append(element("p", "", "Routing key: ", element("code", "", routing_key)), element("pre", "", pretty(body)));
   return element("li", "", part);
 }
 

@@ -58,10 +58,10 @@ export function makeTrial(headers) {
         answer.body,
         ({ name, data, id }) => {
           if (mine.signal.aborted) return;
-          const told = JSON.parse(data);
-          if (name === "bridge.ready") ready = told.resumed ? "Resumed." : "Begun at the newest.";
-          else if (name === "bridge.gap") gap = `Gap: ${told.reason}.`;
-          else if (name === "bridge.bye") end = `The bridge ended it: ${told.reason}.`;
+          const content = JSON.parse(data);
+          if (name === "bridge.ready") ready = content.resumed ? "Resumed." : "Begun at the newest.";
+          else if (name === "bridge.gap") gap = `Gap: ${content.reason}.`;
+          else if (name === "bridge.bye") end = `The bridge ended it: ${content.reason}.`;
           else if (!name.startsWith("bridge.")) events++;
           frames.append(frame(name, data, id));
           while (frames.childElementCount > MAX_FRAMES) frames.firstElementChild?.remove();

@@ -126,7 +126,7 @@ async def test_a_page_that_comes_later_has_every_title_in_words_on_a_phone(demo:
         texts = await page.locator("#jobs li, #notices li, #feed summary").all_inner_texts()
         assert [text for text in texts if "{" in text or "undefined" in text or "null" in text] == []
         assert await faults_of(page, "header *, h2, li, li *") == []
-        # The event itself is there for whoever wants it.
+        # The event itself is shown on demand.
         await page.locator("#feed summary", has_text="job.").last.focus()
         await page.keyboard.press("Enter")
         await expect(page.locator("#feed details[open] pre")).to_contain_text('"job_id"')
