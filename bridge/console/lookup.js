@@ -3,8 +3,8 @@
 import { button, element, find, pretty } from "./dom.js";
 
 /**
- * @typedef {{offset?: number, routing_key: string, audience: string | null, body: string,
- *            refused: {reason: string, detail: string} | null}} Message
+ * @typedef {{offset?: number, routing_key: string, audience: string | null, body: string, bytes: number,
+ *            is_cut: boolean, refused: {reason: string, detail: string} | null}} Message
  */
 
 /**
@@ -22,7 +22,7 @@ async function ask(path, headers, query = {}) {
 }
 
 /** @param {Message} message */
-function shown({ offset, routing_key, audience, body, refused }) {
+function shown({ offset, routing_key, audience, body, bytes, is_cut, refused }) {
   const type = audience === null ? "" : routing_key.slice(routing_key.indexOf(".", audience === "all" ? 0 : routing_key.indexOf(".") + 1) + 1);
   const head = element("summary", "");
   if (offset !== undefined) head.append(element("span", "offset", String(offset)), " ");
@@ -31,6 +31,7 @@ function shown({ offset, routing_key, audience, body, refused }) {
   const part = element("details", "", head);
   if (refused?.detail) part.append(element("p", "fault", refused.detail));
   part.append(element("p", "", "Routing key: ", element("code", "", routing_key)), element("pre", "", pretty(body)));
+  if (is_cut) part.append(element("p", "", `That is only the beginning: the body has ${bytes} bytes.`));
   return element("li", "", part);
 }
 

@@ -324,7 +324,7 @@ async def test_a_stream_can_be_tried_from_a_cursor_and_with_types(console: Servi
     await page.get_by_role("button", name="Stop").click()
     await page.locator("#trial-types").fill("A b")
     await page.get_by_role("button", name="Open the stream").click()
-    await expect(page.locator("#trial-result")).to_contain_text("is no type pattern")
+    await expect(page.locator("#trial-result")).to_contain_text("'A b' is not a type pattern")
 
 
 async def test_log_and_quarantine_are_looked_up(console: Service, vhost: Vhost, page: Page) -> None:
