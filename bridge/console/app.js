@@ -80,7 +80,6 @@ function showState(state) {
   const words = /** @type {Record<string, string>} */ ({
     connecting: "connecting",
     live: `live for user “${state.user}”${state.leads ? "" : ", by another tab"}`,
-    interrupted: "open, but the bridge has no RabbitMQ: events come later",
     waiting: `cut off, again in ${seconds} s`,
     refused: "refused",
     interrupted: "waiting for RabbitMQ; events come later",

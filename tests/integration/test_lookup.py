@@ -134,7 +134,10 @@ async def test_an_origin_that_may_listen_may_not_look(start: StartService) -> No
 
 
 @pytest.mark.any_rabbitmq
-@pytest.mark.parametrize("query", [{"types": "A"}, {"audience": "x:1"}, {"audience": "user:"}, {"before": "x"}])
+@pytest.mark.parametrize(
+    "query",
+    [{"types": "A"}, {"audience": "x:1"}, {"audience": "user:"}, {"before": "x"}, {"types": ""}, {"audience": ""}],
+)
 async def test_a_question_that_cannot_be_read(development: Service, query: dict[str, str]) -> None:
     answer = await ask(development, "log", query)
     assert (answer.status_code, answer.json()["type"]) == (400, "urn:bridge:problem:bad-look-up")

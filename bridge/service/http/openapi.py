@@ -26,6 +26,10 @@ _TYPE_PATTERN: Schema = {
     "maxLength": MAX_TYPE_CHARS,
     "pattern": r"^(?!.*#.*#.*#)([a-z0-9_-]+|\*|#)(\.([a-z0-9_-]+|\*|#))*$",
 }
+_TYPES: Schema = {"type": "array", "minItems": 1, "maxItems": MAX_PATTERNS, "items": _TYPE_PATTERN}
+_JOINED = {"style": "form", "explode": False}
+_AUDIENCE: Schema = {"type": "string", "pattern": "^(all|(user|group):.+)$"}
+_OFFSET: Schema = {"type": "integer", "minimum": 1, "maximum": 2**63 - 1}
 _TEXT: Schema = {"type": "string"}
 
 
@@ -265,14 +269,8 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
                 "in": "query",
                 "description": "Patterns of event types, joined by commas. `*` is one word, `#` any number of them. "
                 "Left out: every type.",
-                "style": "form",
-                "explode": False,
-                "schema": {
-                    "type": "array",
-                    "minItems": 1,
-                    "maxItems": MAX_PATTERNS,
-                    "items": _TYPE_PATTERN,
-                },
+                **_JOINED,
+                "schema": _TYPES,
                 "example": ["job.*", "billing.#"],
             },
             {
@@ -407,9 +405,9 @@ def _console(security: list[dict[str, Any]], published: list[str]) -> dict[str, 
             ),
             [
                 _query("search", "Text of the routing key or the body, in any case.", _TEXT),
-                _query("types", "Patterns of event types, joined by commas.", _TEXT),
-                _query("audience", "`user:42`, `group:ops` or `all`.", _TEXT),
-                _query("before", "Only entries before this offset.", {"type": "integer", "minimum": 1}),
+                {**_query("types", "Patterns of event types, joined by commas.", _TYPES), **_JOINED},
+                _query("audience", "`user:42`, `group:ops` or `all`.", _AUDIENCE),
+                _query("before", "Only entries before this offset.", _OFFSET),
             ],
             {"404": _problem("There is no log: `no-log`.")},
         )
@@ -421,11 +419,7 @@ def _console(security: list[dict[str, Any]], published: list[str]) -> dict[str, 
             [],
             {},
         )
-        to = {
-            "type": "string",
-            "pattern": "^(all|(user|group):.+)$",
-            "description": "`user:42`, `group:ops` or `all`.",
-        }
+        to = {**_AUDIENCE, "description": "`user:42`, `group:ops` or `all`."}
         sample = {
             **_object(to=to, type={"enum": published}, data={"type": "object"}),
             "additionalProperties": False,

@@ -322,12 +322,11 @@ def _add_development(
         await check_token()
         given = request.args
         try:
-            types = given.get("types", "")
             question = LogQuestion(
                 search=given.get("search", ""),
-                types=TypeFilter.parse(types) if types else TypeFilter(),
-                audience=Audience.parse(given["audience"]) if given.get("audience") else None,
-                before=_number("before", 0, largest=2**63 - 1) if given.get("before") else None,
+                types=TypeFilter.parse(given["types"]) if "types" in given else TypeFilter(),
+                audience=Audience.parse(given["audience"]) if "audience" in given else None,
+                before=_number("before", 0, largest=2**63 - 1) if "before" in given else None,
                 limit=_number("limit", 50, largest=MAX_ANSWERS),
             )
         except RoutingError as error:
