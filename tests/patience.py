@@ -26,6 +26,7 @@ DEADLINES = {
     "service.http.entrance.HEADER_SECONDS": PATIENCE,
     "service.http.entrance.ANSWER_SECONDS": PATIENCE,
     "service.http.entrance.KEEP_ALIVE_SECONDS": 2 * PATIENCE,
+    "service.http.http1.LINGER_SECONDS": PATIENCE,
     # A look-up of the console that takes longer is an error.
     "service.broker.lookup.LOOK_SECONDS": PATIENCE,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import socket
@@ -150,6 +151,7 @@ BAD: dict[str, tuple[bytes, int]] = {
     "a space in the target": (b"GET /sch emas HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "bytes in the target": (b"GET /\xff HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "no host": (START + b"\r\n", 400),
+    "no host in a later version": (b"GET /schemas HTTP/1.2\r\n\r\n", 400),
     "two hosts": (START + HOST + HOST + b"\r\n", 400),
     "a bad host": (START + b"Host: a/b\r\n\r\n", 400),
     "no version": (b"GET /schemas\r\n" + HOST + b"\r\n", 400),
@@ -284,16 +286,20 @@ KNOWN = {200, 204, 304, 400, 401, 403, 404, 405, 406, 408, 413, 417, 431, 501, 5
 LEAKS = re.compile(rb"Traceback|File \"|site-packages|\.py\b|hypercorn|quart|werkzeug|0x[0-9a-f]{6}", re.IGNORECASE)
 
 
+def read_somehow(said: bytes) -> list[Answer]:
+    """The answers. Which of them is to HEAD, and so without a body, nobody can say of such requests: all are tried."""
+    for methods in itertools.product([b"GET", b"HEAD"], repeat=4):
+        with contextlib.suppress(AssertionError, ValueError):
+            return answers(said, list(methods))
+    raise AssertionError(f"not a row of answers: {said!r}")
+
+
 def assert_by_the_rules(pieces: list[bytes], said: bytes) -> None:
     data = b"".join(pieces)
     if b"PRI * HTTP/2" in data:
         return
-    # Which answer is to which request nobody can say of such bytes, so what HEAD got is found by trying.
     body_of_client = said.count(b"text/javascript") > 0
-    try:
-        found = answers(said, [])
-    except AssertionError:
-        found = answers(said, 9 * [b"HEAD"])
+    found = read_somehow(said)
     for answer in found:
         assert answer.status in KNOWN, answer
         if not body_of_client:
@@ -326,5 +332,5 @@ async def test_whatever_is_sent_is_answered_by_the_rules(service: Service, conne
     await becomes(service, "bridge_guests", 0)
     await vhost.publish("user.42.job.completed", cloudevent("still-there"))
     assert (await innocent.next_event())["id"] == "still-there"
-    assert "Traceback" not in service.text
-    assert not [line for line in service.lines if line.get("level") == "error"]
+    faults = [line.get("exception") or line for line in service.lines if line.get("level", "error") == "error"]
+    assert not faults, faults[0]

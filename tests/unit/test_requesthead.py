@@ -60,6 +60,14 @@ def test_a_bad_host(host: bytes) -> None:
     assert refused(host=host) == 400
 
 
+@pytest.mark.parametrize(
+    ("version", "status"), [(b"1.0", None), (b"1.1", 400), (b"1.2", 400), (b"1.9", 400), (b"2.0", None)]
+)
+def test_each_version_after_1_0_needs_a_host(version: bytes, status: int | None) -> None:
+    fault = fault_of_head(GOOD, method=b"GET", version=version, headers=[])
+    assert (None if fault is None else fault.status) == status
+
+
 def test_lines_of_a_body_in_chunks() -> None:
     assert fault_of_lines(b"0\r\nX: y\r\n\r\n") is None
     assert fault_of_lines(b"") is None

@@ -28,8 +28,8 @@ from bridge.service.http.web import PROBLEM_TYPE, TAKE_OVER, problem_document
 READ_BYTES = 65_536
 
 LINGER_SECONDS = 1.0
-"""A connection that is closed while its client still sends is read for so long: a close before that would be a reset,
-which may reach the client before the answer does (RFC 9112, section 9.6)."""
+"""After the last answer a connection is read for so long, unless the client closes it before. Bytes that come to a
+closed connection are answered by a reset, which may overtake the answer (RFC 9112, section 9.6)."""
 
 LAST_ANSWERS_SECONDS = 1.0
 """For answers that are being made when the service ends. No stream is among them: those have been drained."""
@@ -113,14 +113,10 @@ class _Connection(TCPServer):
                 self._guest.idle()
             else:
                 self._guest.answering()
-        elif isinstance(event, Closed) and self._client_may_send():
+        elif isinstance(event, Closed) and isinstance(self.protocol.protocol, _Http1) and not self.reader.at_eof():
             self._linger()
         else:
             await super().protocol_send(event)
-
-    def _client_may_send(self) -> bool:
-        protocol = self.protocol.protocol
-        return isinstance(protocol, _Http1) and (protocol.is_amid_request or not self._guest.is_silent)
 
     def _linger(self) -> None:
         """Says that this was all, and lets the client end the connection. What it still sends is thrown away."""
@@ -186,12 +182,6 @@ class _Http1(H11Protocol):
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self.connection = _Requests(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
-
-    @property
-    def is_amid_request(self) -> bool:
-        """Whether the client has not sent all of its request yet, or more than one."""
-        state = self.connection.their_state
-        return state in (h11.SEND_BODY, h11.ERROR) or bool(self.connection.trailing_data[0])
 
     async def _check_protocol(self, event: Any) -> None:
         if event.http_version == b"2.0":

@@ -51,6 +51,9 @@ def fault_of_head(
             return HeadFault(400, "bad-request", "Content-Length and Transfer-Encoding exclude each other: send one")
         if version < b"1.1":
             return HeadFault(400, "bad-request", "Transfer-Encoding needs HTTP/1.1")
+    if version[:2] == b"1." and version > b"1.0" and b"host" not in values:
+        # The parser asks for it in HTTP/1.1 alone, and what is later than that is read as 1.1 here.
+        return HeadFault(400, "bad-request", "HTTP/1.1 needs a Host header")
     if not _HOST.fullmatch(values.get(b"host", b"")):
         return HeadFault(400, "bad-request", "Host must be a host and, where needed, a port")  # RFC 9112, section 3.2.
     return None
