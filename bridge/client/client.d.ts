@@ -18,8 +18,6 @@ export type GapReason =
   | "no-log"
   /** This replica cannot read an event for this page, and another might: a deploy of event types is under way. */
   | "not-readable"
-  /** An event came that this replica of the bridge cannot read. */
-  | "not-readable"
   /** The stream is now another person's. */
   | "other-user"
   /** The stream is the same person's, with other groups. */

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH"})
-"""RFC 9110, section 9.3, and RFC 5789. Methods are case-sensitive (RFC 9110, section 9.1): `get` is not one of them."""
+METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"QUERY"})
+"""Known methods, answered 405 where a resource does not have them: RFC 9110, section 9.3, RFC 5789, and QUERY, which
+OpenAPI 3.2 names. Methods are case-sensitive (RFC 9110, section 9.1): `get` is not one of them."""
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _BARE_CR = re.compile(rb"\r(?!\n)")
