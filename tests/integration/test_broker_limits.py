@@ -82,12 +82,13 @@ async def test_the_limit_of_queues_is_waited_for_at_the_start(start: StartServic
 
 async def test_an_open_stream_waits_for_its_queue(start: StartService, connect: OpenStream, vhost: Vhost) -> None:
     service = await start(deadlines=SOON)
-    streams = {user: await connect(service, user) for user in "123"}
-    limit(vhost, "max-queues", len(vhost.queues()) - 2)
+    streams = {str(user): await connect(service, str(user)) for user in range(30)}
+    # RabbitMQ 4.3 counts a moment late, so that some queues declared at once may pass: hence room for none of many.
+    limit(vhost, "max-queues", len(vhost.queues()) - len(streams))
     cut(vhost)
     await service.logged("live queues refused")
     assert await service.metric("bridge_broker_connected") == 1
-    assert await service.metric("bridge_connections") == 3
+    assert await service.metric("bridge_connections") == len(streams)
     for user in streams:
         await vhost.publish(f"user.{user}.job.completed", cloudevent("missed"))
     limit(vhost, "max-queues", None)
