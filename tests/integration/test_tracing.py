@@ -127,5 +127,5 @@ async def test_a_collector_that_is_away_costs_no_event_and_no_long_end(
 
 
 def test_without_it_the_library_is_not_even_there() -> None:
-    code = "import sys, bridge.server; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    code = "import sys, bridge.service.main; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
