@@ -387,9 +387,36 @@ async def away(place: Place) -> None:
     assert token not in place.edge.said()
 
 
+async def rate_limit(place: Place) -> None:
+    """Of one token's streams a few are opened at once, and the others get a pause that an EventSource understands."""
+    answers = []
+    async with httpx.AsyncClient(verify=place.edge.trust(), timeout=PATIENCE) as client:
+        headers = {"Authorization": f"Bearer {mint('attacker')}"}
+        for number in range(12):
+            if number == 11:
+                headers["Origin"] = "https://app.example.com"  # As a page of another host, whose answer is readable.
+            async with client.stream("GET", f"{place.edge.url}/events", headers=headers) as response:
+                text = await anext(response.aiter_text()) if response.status_code != 429 else ""
+                answers.append("opened" if "bridge.ready" in text else "refused")
+                if answers[-1] == "refused" and place.edge.answers_when_away:
+                    assert (response.status_code, response.headers["content-type"]) == (200, "text/event-stream")
+                    assert response.headers.get("access-control-allow-origin", "") == headers.get("Origin", "")
+                    field, _, pause = text.partition(": ")
+                    assert field == "retry"
+                    assert 4000 <= int(pause) < 20_000
+    assert answers == ["opened"] * 5 + ["refused"] * 7, place.edge.said()
+    assert sum([await bridge.metric("bridge_streams_opened_total") for bridge in place.bridges]) == 5
+
+
 @contextlib.asynccontextmanager
 async def behind(
-    kind: type[Edge], start: StartService, vhost: Vhost, folder: Path, *, idle_seconds: float = 2
+    kind: type[Edge],
+    start: StartService,
+    vhost: Vhost,
+    folder: Path,
+    *,
+    idle_seconds: float = 2,
+    limited: bool = False,
 ) -> AsyncIterator[Place]:
     """A proxy of this kind with two bridges behind it, one of which does not say much."""
     (internal,) = free_ports(1)
@@ -405,5 +432,7 @@ async def behind(
 
     beating, silent = BRIDGE_HOSTS
     bridges = list(await asyncio.gather(start_one(beating, idle_seconds / 4), start_one(silent, SILENT_HEARTBEAT)))
-    async with kind(folder, bridges, idle_seconds) as edge:
+    made = kind(folder, bridges, idle_seconds)
+    made.limits = dict(kind.limited) if limited else {}
+    async with made as edge:
         yield Place(edge, bridges, vhost)

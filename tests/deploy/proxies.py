@@ -70,6 +70,8 @@ class Edge:
 
     name = ""
     has_idle_limit = True
+    limited: tuple[tuple[str, str], ...] = ()
+    """Texts of its rate limit, each with one for a test that reaches it: five at once, and then next to none."""
     answers_when_away = True
     """Whether it has words of its own for an EventSource when no bridge is up."""
     reload_signal = signal.SIGHUP
@@ -87,6 +89,8 @@ class Edge:
         self._idle = f"{idle_seconds * 1000:.0f}ms"
         self._files = {name: str(folder / name) for name in ("events.crt", "events.key", "events.pem")}
         self._processes: list[asyncio.subprocess.Process] = []
+        self.limits: dict[str, str] = {}
+        """Replaces the rate limit that is shipped."""
         make_certificate(folder)
 
     def trust(self) -> ssl.SSLContext:
@@ -159,12 +163,14 @@ class Edge:
 
 class Nginx(Edge):
     name = "nginx"
+    limited = (("rate=5r/s", "rate=1r/m"), ("burst=100", "burst=4"))
 
     def configure(self) -> list[str]:
         text = shipped(
             "nginx.conf",
             {
                 **self._upstream,
+                **self.limits,
                 **self._certificate("events.crt", "events.key"),
                 "listen 443 ssl http2;": f"listen 127.0.0.1:{self.port} ssl http2;",
                 "/run/nginx.pid": f"{self.folder}/nginx.pid",
@@ -188,6 +194,7 @@ class Nginx(Edge):
 
 class Haproxy(Edge):
     name = "haproxy"
+    limited = (("gt 150 }", "gt 5 }"), ("http_req_rate(10s)\n", "http_req_rate(1h)\n"), ("expire 30s", "expire 1h"))
     reload_signal = signal.SIGUSR2
 
     def configure(self) -> list[str]:
@@ -195,6 +202,7 @@ class Haproxy(Edge):
             "haproxy.cfg",
             {
                 **self._upstream,
+                **self.limits,
                 **self._certificate("events.pem"),
                 "bind :443 ": f"bind 127.0.0.1:{self.port} ",
                 # More than the machine may allow.
@@ -237,9 +245,17 @@ class Caddy(Edge):
 
 class Envoy(Edge):
     name = "envoy"
+    # The first is for the question whether it is up.
+    limited = (
+        (
+            "{max_tokens: 1000, tokens_per_fill: 100, fill_interval: 1s}",
+            "{max_tokens: 6, tokens_per_fill: 1, fill_interval: 3600s}",
+        ),
+    )
 
     def configure(self) -> list[str]:
         changes = {
+            **self.limits,
             **self._certificate("events.crt", "events.key"),
             "{address: 0.0.0.0, port_value: 443}": f"{{address: 127.0.0.1, port_value: {self.port}}}",
             "port_value: 9090": f"port_value: {self._internal}",
@@ -277,6 +293,7 @@ class Envoy(Edge):
 
 class Traefik(Edge):
     name = "traefik"
+    limited = (("{average: 100, burst: 1000}", "{average: 1, period: 1h, burst: 6}"),)
     has_idle_limit = False
     answers_when_away = False
 
@@ -299,6 +316,7 @@ class Traefik(Edge):
         names = ["localhost", *(f"reload-{number + 1}" for number in range(self._reloads))]
         changes = {
             **self._upstream,
+            **self.limits,
             **self._certificate("events.crt", "events.key"),
             "Host(`events.example.com`)": " || ".join(f"Host(`{name}`)" for name in names),
             "port: 9090": f"port: {self._internal}",

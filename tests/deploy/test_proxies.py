@@ -36,6 +36,14 @@ async def test_streams_pass_through(kind: type[Edge], start: StartService, vhost
         await checks.away(place)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in EDGES if kind.limited], ids=lambda kind: kind.name)
+async def test_one_token_opens_so_many_streams(
+    kind: type[Edge], start: StartService, vhost: Vhost, tmp_path: Path
+) -> None:
+    async with checks.behind(kind, start, vhost, tmp_path, idle_seconds=60, limited=True) as place:
+        await checks.rate_limit(place)
+
+
 def test_what_a_test_changes_has_to_be_there() -> None:
     for path in SHIPPED.iterdir():
         with pytest.raises(AssertionError, match="no 'not in any of them'"):
