@@ -27,7 +27,7 @@ from pathlib import Path
 from deploy.local.node import MACHINES, Installation, Node
 from tests.bench import cases, peers
 from tests.bench.process import ROOT, cpu_seconds
-from tests.bench.publish import close, connect
+from tests.bench.publish import close, connect, message
 from tests.raw_amqp import frame, short_string
 
 GOAL_MS = 250.0
@@ -139,12 +139,99 @@ def reconnects(scene: Scene) -> str:
     return f"{sum(counts):,} streams"
 
 
+LOG_ENTRIES = 200_000
+"""Entries of others in the log, which an old cursor has to be read past."""
+
+BEHIND = 30_000
+"""Entries that the others who return were away for."""
+
+
+class Cursors:
+    """One user has the log read from its beginning by 20 streams, and returns when it has been. Others return, too."""
+
+    def __init__(self) -> None:
+        self._old = self._later = ""
+        self._seconds: list[float] = []
+        self._returned = 0
+
+    def prepare(self, scene: Scene) -> None:
+        self._seconds, self._returned = [], 0
+        self._old = _cursor(scene)
+        _fill(scene, LOG_ENTRIES - BEHIND)
+        self._later = _cursor(scene)
+        _fill(scene, BEHIND)
+        users = ["attacker", *(f"returning-{number}" for number in range(100))]
+        broker = connect(scene.port, scene.vhost)
+        broker.sendall(b"".join(message(f"user.{user}.job.progress", n) for n, user in enumerate(users)))
+        close(broker)
+
+    def __call__(self, scene: Scene) -> str:
+        threads = [threading.Thread(target=self._attack, args=(scene,)) for _ in range(20)]
+        threads.append(threading.Thread(target=self._return, args=(scene,)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        known = sorted(self._seconds)
+        wait = f"median {known[len(known) // 2]:.1f} s, longest {known[-1]:.1f} s" if known else "none was read"
+        read = _metric(scene.server, "bridge_log_entries_read")
+        return f"{read:,.0f} entries read; replays of others: {len(known)} of {self._returned}, {wait}"
+
+    def _attack(self, scene: Scene) -> None:
+        while time.monotonic() < scene.until:
+            _replay(scene, "attacker", self._old)
+            time.sleep(0.1)
+
+    def _return(self, scene: Scene) -> None:
+        time.sleep(1)  # When the attack has begun.
+        while time.monotonic() < scene.until:
+            began = time.monotonic()
+            self._returned += 1
+            if _replay(scene, f"returning-{self._returned}", self._later):
+                self._seconds.append(time.monotonic() - began)
+            time.sleep(0.5)
+
+
+def _cursor(scene: Scene) -> str:
+    with socket.create_connection(("127.0.0.1", scene.server.port)) as client:
+        client.sendall(scene.asks("attacker"))
+        text = b""
+        while (found := re.search(rb"\nid: ([^\n]+)\n", text)) is None:
+            text += client.recv(65_536)
+        return found[1].decode()
+
+
+def _fill(scene: Scene, count: int) -> None:
+    broker = connect(scene.port, scene.vhost)
+    for at in range(0, count, 1_000):
+        broker.sendall(b"".join(message("user.other.job.progress", n) for n in range(at, at + 1_000)))
+    close(broker)
+
+
+def _replay(scene: Scene, user: str, cursor: str) -> bool:
+    """Whether the log was read to this user's event before the attack was over."""
+    text = b""
+    with socket.create_connection(("127.0.0.1", scene.server.port)) as client:
+        client.settimeout(0.2)
+        client.sendall(scene.server.request(user, cursor).encode())
+        while time.monotonic() < scene.until:
+            with contextlib.suppress(TimeoutError):
+                piece = client.recv(65_536)
+                text += piece
+                if not piece or b"event: bridge.bye" in text:
+                    return False
+                if b"event: job.progress" in text:
+                    return True
+    return False
+
+
 ATTACKS: dict[str, Callable[[Scene], str]] = {
     "none": nothing,
     "patterns": patterns,
     "bodies": bodies,
     "flood": flood,
     "reconnects": reconnects,
+    "cursors": Cursors(),
 }
 
 
@@ -152,6 +239,8 @@ def measure(bench: cases.Bench, attack: Callable[[Scene], str]) -> dict[str, flo
     with bench.running(peers.PEERS[0]) as (server, load, vhost):
         cases.open_streams(load, server, INNOCENTS, "innocent")
         seconds = bench.seconds + 2 * MARGIN_SECONDS
+        if isinstance(attack, Cursors):
+            attack.prepare(Scene(server, bench.node.port, vhost, 0.0))
         load.ask("reset")
         keys = [f"user.{user}.job.progress" for user in INNOCENTS]
         publisher = bench.publish(vhost, rate=RATE, seconds=seconds, keys=keys)
@@ -181,9 +270,13 @@ def _until_idle(server: peers.Server) -> float:
 
 
 def _received(server: peers.Server) -> float:
+    return _metric(server, "bridge_events_received_total")
+
+
+def _metric(server: peers.Server, name: str) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.internal_port}/metrics", timeout=120) as answer:
         text = answer.read().decode()
-    return float(re.findall(r"^bridge_events_received_total (\S+)$", text, re.MULTILINE)[0])
+    return float(re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)[0])
 
 
 def main() -> int:
