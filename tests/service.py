@@ -62,6 +62,8 @@ class Service:
             "BRIDGE_JWT_SECRET": SECRET,
             "BRIDGE_BIND": "127.0.0.1:0",
             "BRIDGE_INTERNAL_BIND": "127.0.0.1:0",
+            # A fast machine opens more streams of one user than any browser does. Tests of the limit set it.
+            "BRIDGE_OPENINGS_PER_USER": "1000000",
             **{f"BRIDGE_{name}": value for name, value in settings.items()},
             VARIABLE: json.dumps(DEADLINES | (deadlines or {})),
         }
