@@ -192,7 +192,8 @@ class Stream:
             return
         self._writer.close()
         with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()
+            # All waits of a writer share one future: a wait that is cancelled would end the next one, too.
+            await asyncio.shield(self._writer.wait_closed())
 
     def half_close(self) -> None:
         """Sends FIN and goes on reading."""

@@ -31,8 +31,8 @@ async def publish_burst(vhost: Vhost, count: int, *, first: int = 0, step: int =
         first: the number of its first event; `step` is the number of publishers.
     """
     connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
-    async with connection:
-        channel = await connection.channel(publisher_confirms=False)
+    # Closing a connection drops what its client has not yet written; closing a channel waits for its turn.
+    async with connection, connection.channel(publisher_confirms=False) as channel:
         target = await channel.get_exchange("events", ensure=False)
         for number in range(first, count, step):
             key = "user.42" if number // step % 2 == 0 else "all"

@@ -17,8 +17,8 @@ COUNT = 3_000
 
 async def publish_burst(vhost: Vhost, **properties: Any) -> None:
     connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
-    async with connection:
-        channel = await connection.channel(publisher_confirms=False)
+    # Closing a connection drops what its client has not yet written; closing a channel waits for its turn.
+    async with connection, connection.channel(publisher_confirms=False) as channel:
         target = await channel.get_exchange("events", ensure=False)
         for number in range(COUNT):
             key = ("user.42", "all", "group.ops")[number % 3]

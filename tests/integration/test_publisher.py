@@ -132,7 +132,7 @@ async def test_what_the_bridge_would_refuse_is_refused_before_it_is_sent(
             ("42", DONE, {"time": "now"}, "RFC 3339"),
             ("42", DONE, {"UPPER": "x"}, "not an attribute"),
             ("42", DONE, {"subject": "\ud800"}, "surrogate"),
-            ("42", Undeclared(job_id="r"), {}, "no event"),
+            ("42", Undeclared(job_id="r"), {}, "not an event"),
             ("42", JobProgress(job_id="r", percent=1, message="x" * 500), {"subject": "x" * 66_000}, "too-large"),
         ]:
             with pytest.raises(EventRefused, match=words):
