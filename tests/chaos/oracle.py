@@ -192,6 +192,8 @@ class Client:
         """Seconds from the end of a stream to the next one's ready."""
         self._left_at: float | None = None
         self.phantoms = 0
+        self.doing = "has not begun"
+        """What it does at present, for who looks for a fault."""
 
     @property
     def away(self) -> bool:
@@ -237,9 +239,11 @@ class Client:
                 segment_bytes=self._segment_bytes,
             )
             self._positions.clear()
+            self._do("opens a stream", replica)
             try:
                 await stream.open()
                 self.connects += 1
+                self._do(f"reads a stream with status {stream.status}", replica)
                 while stream.status == 200:
                     await self._stalled.wait()
                     frame = await stream.next(seconds=60)
@@ -252,7 +256,11 @@ class Client:
                 self.phantoms += len(stream.decoder.phantoms)
                 stream.abort()
             self._left_at = self._left_at or time.monotonic()
+            self._do("pauses after a stream", replica)
             await asyncio.sleep(min(retry, self._longest_pause))  # The pause that the bridge told.
+
+    def _do(self, what: str, replica: Door) -> None:
+        self.doing = f"{what} of {replica.public} since {time.strftime('%H:%M:%S', time.gmtime())} UTC"
 
     def _note(self, event: str, data: dict[str, object]) -> None:
         now = time.monotonic()
@@ -303,6 +311,14 @@ class Verdict:
         return [*self.missing, *self.disorder, *self.strangers, *self.repeats]
 
 
+def _ranges(numbers: Sequence[int]) -> str:
+    """As in `3-7 9`."""
+    known = set(numbers)
+    first = [n for n in numbers if n - 1 not in known]
+    last = [n for n in numbers if n + 1 not in known]
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
+
+
 def judge(ledger: Ledger, clients: list[Client]) -> Verdict:
     verdict = Verdict()
     for name, client in enumerate(clients):
@@ -323,5 +339,6 @@ def judge(ledger: Ledger, clients: list[Client]) -> Verdict:
             verdict.owed += len(owed)
             lost = sorted(owed - set(seen))
             if lost:
-                verdict.missing.append(f"client {name} ({client.user}) {key}: {lost}")
+                of = f"{len(lost)} of {len(owed)}"
+                verdict.missing.append(f"client {name} ({client.user}) {key}: {of}: {_ranges(lost)}; it {client.doing}")
     return verdict
