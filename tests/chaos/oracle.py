@@ -14,6 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Protocol
 
 import aio_pika
@@ -121,7 +122,8 @@ async def burst(url: str, audiences: Sequence[Audience], count: int, ledger: Led
         with _unless_cut_off():
             connection = await aio_pika.connect(url)
             async with connection:
-                channel = await connection.channel()
+                # While a node starts, RabbitMQ 3.10 returns and confirms what it cannot route yet.
+                channel = await connection.channel(on_return_raises=True)
                 exchange = await channel.get_exchange("events", ensure=False)
                 while messages and not channel.is_closed:
                     # Tasks run in the order in which they are made, each up to its first frame.
@@ -192,8 +194,8 @@ class Client:
         """Seconds from the end of a stream to the next one's ready."""
         self._left_at: float | None = None
         self.phantoms = 0
-        self.doing = "has not begun"
-        """What it does at present, for who looks for a fault."""
+        self.history: list[str] = []
+        """What it did and was told, for who looks for a fault."""
 
     @property
     def away(self) -> bool:
@@ -250,6 +252,8 @@ class Client:
                     retry = frame.retry / 1000 if frame.retry is not None else retry
                     self.last_id = frame.id  # By the letter: a block without an id would empty it on a new stream.
                     self._note(frame.event, frame.json)
+                    if frame.event.startswith("bridge."):
+                        self._write_down(f"is told {frame.event} {frame.data}, id {frame.id!r}")
             except (OSError, EOFError, ValueError, IndexError, asyncio.IncompleteReadError, TimeoutError):
                 pass  # However it broke, it comes back.
             finally:
@@ -260,7 +264,10 @@ class Client:
             await asyncio.sleep(min(retry, self._longest_pause))  # The pause that the bridge told.
 
     def _do(self, what: str, replica: Door) -> None:
-        self.doing = f"{what} of {replica.public} since {time.strftime('%H:%M:%S', time.gmtime())} UTC"
+        self._write_down(f"{what} of {replica.public}, last id {self.last_id!r}")
+
+    def _write_down(self, what: str) -> None:
+        self.history.append(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {what}")
 
     def _note(self, event: str, data: dict[str, object]) -> None:
         now = time.monotonic()
@@ -340,5 +347,7 @@ def judge(ledger: Ledger, clients: list[Client]) -> Verdict:
             lost = sorted(owed - set(seen))
             if lost:
                 of = f"{len(lost)} of {len(owed)}"
-                verdict.missing.append(f"client {name} ({client.user}) {key}: {of}: {_ranges(lost)}; it {client.doing}")
+                verdict.missing.append(
+                    f"client {name} ({client.user}) {key}: {of}: {_ranges(lost)}; since {client.history[-1]}"
+                )
     return verdict
