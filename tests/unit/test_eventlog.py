@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 
@@ -208,6 +210,21 @@ async def test_a_request_that_is_cancelled_is_not_read(log: EventLog) -> None:
         gone.cancel()
     assert begin(log) == []
     assert log.waiting == 0
+
+
+@pytest.mark.parametrize("asks", ["replay", "settle"])
+async def test_who_goes_away_while_it_waits_is_kept_by_nobody(log: EventLog, asks: str) -> None:
+    """No other request may follow for hours."""
+    notes = Notes()
+    if asks == "settle":
+        asked = log.settle(Anchor(1, "abcdef"), ["user.42."], notes, user="42")
+    else:
+        asked = log.replay(Replay(1, 2, "abcdef"), ["user.42."], notes, user="42", since=0.0)
+    kept = weakref.ref(notes)
+    asked.cancel()
+    del asked, notes
+    gc.collect()
+    assert kept() is None
 
 
 async def test_one_user_who_is_always_expected_makes_nobody_wait(log: EventLog) -> None:

@@ -226,9 +226,7 @@ class EventLog:
             since: when the client began to wait, by the monotonic clock.
             extends: it follows a replay that was read to its end, with what has been published since then.
         """
-        request = Request(
-            replay, prefixes, reader, user=user, since=since, extends=extends, on_cancel=self._schedule.discard
-        )
+        request = Request(replay, prefixes, reader, user=user, since=since, extends=extends, on_cancel=self._forget)
         self._add(request)
         return request
 
@@ -236,9 +234,15 @@ class EventLog:
         """Asks only for what stands just behind a tick, for one who needs nothing from before it: of the reader nothing
         but `settle` is called."""
         replay = Replay(tick.offset, tick.offset, tick.check)
-        request = Request(replay, prefixes, reader, user=user, only_settles=True)
+        request = Request(replay, prefixes, reader, user=user, only_settles=True, on_cancel=self._forget)
         self._add(request)
         return request
+
+    def _forget(self, request: Request) -> None:
+        """Takes a request that was cancelled from where it waits; one that is being read to leaves with the next
+        entry."""
+        self._settling.pop(request, None)
+        self._schedule.discard(request)
 
     def expect(self, user: str, count: int) -> None:
         """So many more streams of this user will ask for a replay soon; below zero, so many have, or never will."""
@@ -403,8 +407,6 @@ class EventLog:
 
     def _choose(self, now: float) -> Scan | None:
         """The scan that begins now, if one does."""
-        for request in [request for request in self._settling if request.cancelled]:
-            del self._settling[request]
         if len(self._scans) >= MOST_SCANS:
             return None
         scan = self._schedule.choose(now, expected=len(self._expected))
