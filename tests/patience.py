@@ -22,6 +22,8 @@ DEADLINES = {
     # Without its queues for so long, a new stream is told `busy`.
     "service.streams.hub.ATTACH_SECONDS": 0.9 * PATIENCE,
     "amqp.CONNECT_SECONDS": PATIENCE / 2,
+    # Without an answer about the quarantine for so long, streams are made without it.
+    "service.broker.live.QUARANTINE_SECONDS": PATIENCE,
     # A client that is slow for so long is sent away.
     "service.http.entrance.HEADER_SECONDS": PATIENCE,
     "service.http.entrance.ANSWER_SECONDS": PATIENCE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import ssl
 import struct
 import time
@@ -265,6 +266,32 @@ async def test_streams_that_leave_while_they_are_being_opened_leave_nothing(
     stream = await connect(service, "after")
     await vhost.publish("user.after.job.completed", cloudevent("e1"))
     assert await stream.ids(1) == ["e1"]
+
+
+@pytest.mark.parametrize("queue", ["events.invalid", "events.log"])
+async def test_streams_do_not_wait_for_a_queue_that_does_not_answer(
+    vhost: Vhost, node: Node, start: StartService, connect: OpenStream, eventually: Eventually, queue: str
+) -> None:
+    """RabbitMQ 4.3 says after more than a minute that the node of a queue is down, and nothing before."""
+
+    async def tell_process(word: str) -> None:
+        found = f'{{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost.name}">>, queue, <<"{queue}">>))'
+        await asyncio.to_thread(node.ctl, "eval", f"{found}, sys:{word}(amqqueue:get_pid(Queue)).")
+
+    service = await start(deadlines={"service.broker.live.QUARANTINE_SECONDS": 2.0})
+    stream = await connect(service)
+    await tell_process("suspend")
+    try:
+        await eventually(lambda: vhost.close_connections(named="consumer") > 0)
+        await service.logged("broker connected", count=2)
+        if queue == "events.invalid":
+            await vhost.publish("user.42.job.completed", cloudevent("e1"))
+            assert await stream.ids(1) == ["e1"]
+            assert [line["event"] for line in service.lines].count("no quarantine") == 1
+            service.signal(signal.SIGTERM)
+            assert await service.ended() == 0, "it can be ended before there is an answer"
+    finally:
+        await tell_process("resume")
 
 
 @pytest.mark.parametrize("what", ["exchange", "quarantine", "log"])

@@ -70,6 +70,9 @@ SHARED_PREFETCH = 2_000
 STEADY_SECONDS = 10.0
 """A connection that lasted this long is followed by a quick try; one that did not, by a longer pause each time."""
 
+QUARANTINE_SECONDS = 2.0
+"""So long the answer about the quarantine is waited for before the queues of streams are made without it."""
+
 COMMAND_SECONDS = 30.0
 """A broker that leaves a command unanswered for this long is as good as gone, though its heartbeats come."""
 
@@ -378,6 +381,8 @@ class _Link:
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self.shared = _Shared(self)
         self.dropped = _Dropped(self)
+        self._asking: asyncio.Task[topology.Declared] | None = None
+        """The declaration of the quarantine, when its answer is late."""
         self._waiting: defaultdict[str | None, dict[int, Subscription]] = defaultdict(dict)
         """Who has its own queue, by what the shared queue lacks for it: a group, or None for the queue itself."""
 
@@ -388,12 +393,7 @@ class _Link:
             BrokerError: with what differs or which right is missing, and what to do.
         """
         _note_differences("exchange", await topology.declare_exchange(self.connection, self.broker.exchange))
-        try:
-            declared = await topology.declare_quarantine(self.connection, self.broker.quarantine)
-            _note_differences("quarantine", declared)
-        except NotFound as error:
-            # In a cluster its node may be down. Streams do without; what is refused meanwhile is kept for a while.
-            _log.error("no quarantine", error=str(error))
+        await self._declare_quarantine()
         if self.broker.log is not None:
             try:
                 await self._declare_log(self.broker.log)
@@ -402,6 +402,37 @@ class _Link:
                 if self.broker.connects == 0 and not isinstance(error, NotFound):
                     raise
                 _log.error("no log", error=str(error))
+
+    async def _declare_quarantine(self) -> None:
+        """In a cluster its node may be down, which RabbitMQ 4.3 says after a minute only. Streams do without, and do
+        not wait for it; what is refused meanwhile is kept for a while."""
+        asking = asyncio.create_task(
+            topology.declare_quarantine(self.connection, self.broker.quarantine), name="amqp-quarantine"
+        )
+        try:
+            await asyncio.wait({asking}, timeout=QUARANTINE_SECONDS)
+        except BaseException:
+            asking.cancel()
+            raise
+        if asking.done():
+            try:
+                _note_differences("quarantine", asking.result())
+            except NotFound as error:
+                _log.error("no quarantine", error=str(error))
+        else:
+            _log.error("no quarantine", error=f"RabbitMQ has not answered for {QUARANTINE_SECONDS:g} s; still waiting")
+            self._asking = asking
+            asking.add_done_callback(self._note_quarantine)
+
+    def _note_quarantine(self, asking: asyncio.Task[topology.Declared]) -> None:
+        if asking.cancelled() or self._closed.is_set():
+            return
+        try:
+            _note_differences("quarantine", asking.result())
+        except BrokerError as error:
+            _log.error("no quarantine", error=str(error))
+        else:
+            _log.info("quarantine found", queue=self.broker.quarantine)
 
     async def _declare_log(self, log: LogSettings) -> None:
         # RabbitMQ 3.10 takes connections before it has recovered its streams, and says that there is none. A live queue
@@ -449,9 +480,10 @@ class _Link:
                 await failed
             raise self._lost()
         finally:
-            for task in (watch, *owners):
+            tasks = [watch, *owners, *([self._asking] if self._asking is not None else [])]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(watch, *owners, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _note_closed(self, _: object, error: BaseException | None) -> None:
         self._cause = error
