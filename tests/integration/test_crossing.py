@@ -15,7 +15,7 @@ from tests.decoder import Decoder, Frame
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
 
-EVENTS = 1_000
+EVENTS = 600
 PUBLISHERS = 4
 TOGETHER = 40
 """Clients that come back at once."""
