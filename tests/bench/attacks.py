@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import re
+import selectors
 import socket
 import struct
 import sys
@@ -23,6 +24,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self, cast
 
 from deploy.local.node import MACHINES, Installation, Node
 from tests.bench import cases, peers
@@ -225,6 +227,111 @@ def _replay(scene: Scene, user: str, cursor: str) -> bool:
     return False
 
 
+REFUSED = 60
+REFUSED_BYTES = 49_000
+RETURNING = 200
+
+
+class Returning:
+    """Clients that come back at once, to a log with broadcasts that the bridge refuses, large ones."""
+
+    def __init__(self) -> None:
+        self._cursor = ""
+
+    def prepare(self, scene: Scene) -> None:
+        self._cursor = _cursor(scene)
+        broker = connect(scene.port, scene.vhost)
+        for number in range(REFUSED):
+            publish(broker, "all.job.progress", (b"{no JSON %d " % number).ljust(REFUSED_BYTES, b"x"))
+        broker.sendall(b"".join(message(f"user.returning-{n}.job.progress", n) for n in range(RETURNING)))
+        close(broker)
+
+    def __call__(self, scene: Scene) -> str:
+        began = time.monotonic()
+        times: list[float] = []
+        with _Livez(scene.server) as livez, selectors.DefaultSelector() as selector:
+            for number in range(RETURNING):
+                client = socket.create_connection(("127.0.0.1", scene.server.port))
+                client.sendall(scene.server.request(f"returning-{number}", self._cursor).encode())
+                selector.register(client, selectors.EVENT_READ, bytearray())
+            while len(times) < RETURNING and time.monotonic() < scene.until:
+                for key, _ in selector.select(0.2):
+                    client = cast("socket.socket", key.fileobj)
+                    piece = client.recv(65_536)
+                    key.data.extend(piece)
+                    if not piece or b"event: job.progress" in key.data:
+                        selector.unregister(client)
+                        client.close()
+                        times.append(time.monotonic() - began)
+            nothing(scene)
+        last = f"the last after {times[-1]:.1f} s" if times else "none"
+        return f"{len(times)} of {RETURNING} had their event, {last}; {livez}"
+
+
+HALF_OPEN = 2_000
+
+
+def half_open(scene: Scene) -> str:
+    """Connections that send half of a request, each of which is followed by another one when it is closed."""
+    opened = 0
+    with _Livez(scene.server) as livez, selectors.DefaultSelector() as selector:
+        while time.monotonic() < scene.until:
+            while len(selector.get_map()) < HALF_OPEN:
+                client = socket.socket()
+                client.setblocking(False)
+                client.connect_ex(("127.0.0.1", scene.server.port))
+                selector.register(client, selectors.EVENT_WRITE)
+                opened += 1
+            for key, events in selector.select(0.05):
+                client = cast("socket.socket", key.fileobj)
+                try:
+                    if events & selectors.EVENT_WRITE:
+                        client.send(b"GET /events HTTP/1.1\r\nHost: ")
+                        selector.modify(client, selectors.EVENT_READ)
+                        continue
+                    is_open = bool(client.recv(65_536))
+                except OSError:
+                    is_open = False
+                if not is_open:
+                    selector.unregister(client)
+                    client.close()
+        for key in list(selector.get_map().values()):
+            cast("socket.socket", key.fileobj).close()
+    return f"{opened:,} connections; {livez}"
+
+
+class _Livez:
+    """Asks for /livez, again and again, while the block lasts."""
+
+    def __init__(self, server: peers.Server) -> None:
+        self._url = f"http://127.0.0.1:{server.internal_port}/livez"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.longest = 0.0
+        self.failed = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.1):
+            began = time.monotonic()
+            try:
+                with urllib.request.urlopen(self._url, timeout=30) as answer:
+                    answer.read()
+            except OSError:
+                self.failed += 1
+            self.longest = max(self.longest, time.monotonic() - began)
+
+    def __str__(self) -> str:
+        return f"/livez within {1000 * self.longest:.0f} ms, {self.failed} failed"
+
+
 ATTACKS: dict[str, Callable[[Scene], str]] = {
     "none": nothing,
     "patterns": patterns,
@@ -232,6 +339,8 @@ ATTACKS: dict[str, Callable[[Scene], str]] = {
     "flood": flood,
     "reconnects": reconnects,
     "cursors": Cursors(),
+    "returning": Returning(),
+    "half-open": half_open,
 }
 
 
@@ -239,7 +348,7 @@ def measure(bench: cases.Bench, attack: Callable[[Scene], str]) -> dict[str, flo
     with bench.running(peers.PEERS[0]) as (server, load, vhost):
         cases.open_streams(load, server, INNOCENTS, "innocent")
         seconds = bench.seconds + 2 * MARGIN_SECONDS
-        if isinstance(attack, Cursors):
+        if isinstance(attack, Cursors | Returning):
             attack.prepare(Scene(server, bench.node.port, vhost, 0.0))
         load.ask("reset")
         keys = [f"user.{user}.job.progress" for user in INNOCENTS]
