@@ -398,7 +398,8 @@ def _read_export(file: IO[str]) -> dict[str, Any]:
 async def check() -> None:
     """Check settings, catalogue, keys, broker and rights, and say how to fix what is wrong."""
     _need_server()
-    from bridge.service.broker import topology
+    from bridge.service import descriptors
+    from bridge.service.broker import live, topology
     from bridge.service.http.auth import Authenticator, InvalidKeySet
     from bridge.service.settings import Settings, unknown_names
 
@@ -413,6 +414,13 @@ async def check() -> None:
     _passed(f"catalogue {loaded.schemas!r} of {', '.join(catalogue.places)}: {', '.join(catalogue)}")
     for note in catalogue.notes:
         click.echo(f"  ?  {note}")
+    try:
+        plan = descriptors.divide(descriptors.raise_limit(), descriptors.count_open(), streams=loaded.max_connections)
+    except descriptors.TooFewDescriptors as error:
+        _failed(str(error))
+    _passed(f"file descriptors for {plan.streams:,} streams, where `bridge serve` has the limit of this command")
+    if shortage := plan.shortage(loaded.max_connections):
+        click.echo(f"  ?  {shortage}")
     if loaded.jwks is not None:
         try:
             await Authenticator(jwks=loaded.jwks).start(strict=True)
@@ -425,6 +433,7 @@ async def check() -> None:
             exchange=loaded.exchange,
             quarantine=loaded.quarantine,
             log=loaded.log_stream,
+            describe_channels=live.describe_channels,
         ):
             _passed(step)
     except BrokerError as error:

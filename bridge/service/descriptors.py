@@ -47,6 +47,16 @@ class Plan:
     streams: int
     guests: int
 
+    def shortage(self, wanted: int) -> str:
+        """What to do when there is room for fewer streams than the operator wants. Empty when there is not."""
+        if self.streams >= wanted:
+            return ""
+        return (
+            f"the limit is {wanted - self.streams} below what BRIDGE_MAX_CONNECTIONS needs. Raise the hard limit of "
+            f"open files (ulimit -Hn, LimitNOFILE= in systemd, --ulimit nofile in Docker), or lower the setting; "
+            f"beyond {self.streams} streams clients are told `busy`"
+        )
+
 
 def divide(limit: int, used: int, *, streams: int) -> Plan:
     """

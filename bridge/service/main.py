@@ -78,15 +78,13 @@ async def _serve(settings: Settings, catalogue: Catalogue) -> int:
     except TooFewDescriptors as error:
         _log.error("cannot start", error=str(error))
         return 1
-    if plan.streams < settings.max_connections:
+    if shortage := plan.shortage(settings.max_connections):
         _log.warning(
             "file descriptors limit streams",
             limit=plan.limit,
             streams=plan.streams,
             wanted=settings.max_connections,
-            detail=f"the limit is {settings.max_connections - plan.streams} below what BRIDGE_MAX_CONNECTIONS needs. "
-            f"Raise the hard limit of open files (ulimit -Hn, LimitNOFILE= in systemd, --ulimit nofile in Docker), or "
-            f"lower the setting; beyond {plan.streams} streams clients are told `busy`",
+            detail=shortage,
         )
     service = _Service(settings, catalogue, plan)
     try:

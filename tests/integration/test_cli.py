@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +27,24 @@ class Result:
 
 
 async def run(
-    *args: str, stdin: str | None = None, cwd: Path = ROOT, amqp_url: str | None = None, **settings: str
+    *args: str,
+    stdin: str | None = None,
+    cwd: Path = ROOT,
+    amqp_url: str | None = None,
+    descriptors: int | None = None,
+    **settings: str,
 ) -> Result:
+    """
+    Args:
+        descriptors: the hard limit of them.
+    """
     given = {f"BRIDGE_{name}": value for name, value in settings.items()}
     environment = {**bare_environment(), "BRIDGE_SCHEMAS": SAMPLES, **given}
     if amqp_url is not None:
         environment["BRIDGE_AMQP_URL"] = amqp_url
+    limited = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
     process = await asyncio.create_subprocess_exec(
+        *limited,
         str(Path(sys.executable).parent / "bridge"),
         *args,
         env=environment,
@@ -263,6 +275,18 @@ async def test_help_of_every_command() -> None:
         done = await run(*command, "--help")
         assert done.code == 0
         assert "Usage: bridge" in done.out
+
+
+@pytest.mark.any_rabbitmq
+async def test_check_says_how_many_streams_there_are_descriptors_for(vhost: Vhost) -> None:
+    done = await run("check", amqp_url=vhost.url, JWT_SECRET=SECRET, descriptors=400)
+    assert done.code == 0, done.out
+    assert re.search(r"ok file descriptors for 2\d\d streams", done.out)
+    assert re.search(r"\?  the limit is 9,?7\d\d below what BRIDGE_MAX_CONNECTIONS needs", done.out)
+    assert re.search(r"ok RabbitMQ allows \d+ channels in a connection, and the bridge uses 20\n", done.out)
+    done = await run("check", amqp_url=vhost.url, JWT_SECRET=SECRET, descriptors=60)
+    assert done.code == 1
+    assert "!! the limit of file descriptors is 60" in done.out
 
 
 async def test_check_says_where_the_catalogue_is_and_what_is_not_in_it(vhost: Vhost, tmp_path: Path) -> None:

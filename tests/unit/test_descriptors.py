@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.service.descriptors import LEAST_GUESTS, MOST_GUESTS, RESERVED, TooFewDescriptors, divide
+from bridge.service.descriptors import LEAST_GUESTS, MOST_GUESTS, RESERVED, Plan, TooFewDescriptors, divide
 
 
 def test_a_usual_limit_is_no_limit() -> None:
@@ -34,3 +34,12 @@ def test_too_few_say_how_many_are_needed() -> None:
     with pytest.raises(TooFewDescriptors, match="at least 117 are needed"):
         divide(64, 20, streams=10)
     assert divide(117, 20, streams=10).streams == 1
+
+
+def test_a_shortage_says_what_to_raise_and_what_happens_otherwise() -> None:
+    plan = Plan(limit=1024, streams=800, guests=100)
+    assert plan.shortage(800) == ""
+    words = plan.shortage(1_000)
+    assert words.startswith("the limit is 200 below what BRIDGE_MAX_CONNECTIONS needs.")
+    assert "LimitNOFILE=" in words
+    assert "beyond 800 streams" in words

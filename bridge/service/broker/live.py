@@ -52,6 +52,8 @@ CHANNELS_BESIDE_LANES = 4
 lanes a connection has 20. They are opened before the connection is used: RabbitMQ closes the connection for one too
 many, and no new stream may do that to the others."""
 
+_ALL_CHANNELS = CHANNELS_BESIDE_LANES + CHANNELS_OF_A_LANE * LANES
+
 CLOSED_SECONDS = 0.5
 """A connection that RabbitMQ closes says why within a turn of the loop."""
 
@@ -92,6 +94,33 @@ _log = structlog.get_logger("bridge.broker")
 
 Delivery = Callable[[str, bytes], None]
 """Called with the routing key and the body of a message; must not raise."""
+
+
+def count_lanes(channels: int, *, most: int = LANES) -> int:
+    """As many lanes as a connection with so many channels has room for.
+
+    Raises:
+        LimitReached: none.
+    """
+    lanes = min(most, (channels - CHANNELS_BESIDE_LANES) // CHANNELS_OF_A_LANE)
+    if lanes < 1:
+        raise LimitReached(
+            f"RabbitMQ allows {channels} channels in a connection, and the bridge needs at least "
+            f"{CHANNELS_BESIDE_LANES + CHANNELS_OF_A_LANE}: raise channel_max in rabbitmq.conf"
+        )
+    return lanes
+
+
+def describe_channels(channels: int) -> str:
+    """What a connection with so many channels means for the bridge, in one line.
+
+    Raises:
+        LimitReached: the bridge cannot work with so few.
+    """
+    lanes = count_lanes(channels)
+    used = CHANNELS_BESIDE_LANES + CHANNELS_OF_A_LANE * lanes
+    line = f"RabbitMQ allows {channels} channels in a connection, and the bridge uses {used}"
+    return line if lanes == LANES else f"{line}: streams are opened more slowly than with {_ALL_CHANNELS}"
 
 
 class Subscription:
@@ -260,7 +289,8 @@ class Broker:
             link: _Link | None = None
             try:
                 async with self._connection() as connection:
-                    link = _Link(self, connection, lanes=self._lanes(connection))
+                    lanes = count_lanes(amqp.most_channels(connection), most=self._most_lanes)
+                    link = _Link(self, connection, lanes=lanes)
                     await link.declare_topology()
                     self._link = link
                     for subscription in self.subscriptions.values():
@@ -281,21 +311,6 @@ class Broker:
                     self._most_lanes = max(1, self._most_lanes // 2)
                 _log.warning("broker unavailable", error=str(cause), kind=type(cause).__name__)
             await asyncio.sleep(next_pause())
-
-    def _lanes(self, connection: aio_pika.abc.AbstractConnection) -> int:
-        """As many as the connection has channels for.
-
-        Raises:
-            LimitReached: none.
-        """
-        channels = amqp.most_channels(connection)
-        lanes = min(self._most_lanes, (channels - CHANNELS_BESIDE_LANES) // CHANNELS_OF_A_LANE)
-        if lanes < 1:
-            raise LimitReached(
-                f"RabbitMQ allows {channels} channels in a connection, and the bridge needs at least "
-                f"{CHANNELS_BESIDE_LANES + CHANNELS_OF_A_LANE}: raise channel_max in rabbitmq.conf"
-            )
-        return lanes
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[aio_pika.abc.AbstractConnection]:

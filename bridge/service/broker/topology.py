@@ -314,9 +314,17 @@ async def _ignore(_: DeliveredMessage) -> None:
 
 
 async def rehearse(
-    addresses: Sequence[str], *, exchange: str, quarantine: str, log: LogSettings | None
+    addresses: Sequence[str],
+    *,
+    exchange: str,
+    quarantine: str,
+    log: LogSettings | None,
+    describe_channels: Callable[[int], str],
 ) -> AsyncIterator[str]:
     """Does once what the bridge will do all day, leaves what it would leave, and yields the name of each good step.
+
+    Args:
+        describe_channels: says what so many channels in a connection are good for, or raises a BrokerError.
 
     Raises:
         BrokerError: the step that did not, with what is missing. Cancelling leaves nothing behind.
@@ -324,6 +332,7 @@ async def rehearse(
     connection = await amqp.connect(addresses, name="bridge check")
     try:
         yield "connected to RabbitMQ"
+        yield describe_channels(amqp.most_channels(connection))
         yield _fitting(f"exchange {exchange!r} is a topic exchange", await declare_exchange(connection, exchange))
         declared = await declare_quarantine(connection, quarantine)
         yield _fitting(f"queue {quarantine!r} for refused messages", declared)
