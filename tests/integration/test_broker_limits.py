@@ -184,3 +184,68 @@ async def test_a_limit_of_connections_is_waited_for(start: StartService, connect
     limit(vhost, "max-connections", None)
     await service.logged("broker connected", count=2)
     await assert_gets(vhost, stream, "1", "e-2")
+
+
+@pytest.fixture
+def node_limits(node: Node) -> Iterator[None]:
+    yield
+    for name in ("channel_max_per_node", "cluster_queue_limit"):
+        node.ctl("eval", f"application:set_env(rabbit, {name}, infinity).")
+
+
+@pytest.mark.any_rabbitmq  # RabbitMQ 3.10 has neither limit.
+@pytest.mark.usefixtures("node_limits")
+async def test_the_limit_of_queues_of_a_whole_cluster(
+    start: StartService, connect: OpenStream, vhost: Vhost, node: Node
+) -> None:
+    service = await start(deadlines=SOON)
+    first = await connect(service, "1")
+    node.ctl("eval", "application:set_env(rabbit, cluster_queue_limit, 1).")
+    await assert_busy(service, "2")
+    assert "limit" in (await service.logged("live queues refused"))["error"]
+    await assert_gets(vhost, first, "1", "e-1")
+    assert await reason(service) is None
+    assert await service.metric("bridge_broker_connects") == 1
+    node.ctl("eval", "application:set_env(rabbit, cluster_queue_limit, infinity).")
+    await assert_gets(vhost, await connect(service, "2"), "2", "e-2")
+
+
+@pytest.mark.any_rabbitmq
+@pytest.mark.usefixtures("node_limits")
+async def test_a_bridge_fits_into_a_nodes_channels(
+    start: StartService, connect: OpenStream, vhost: Vhost, node: Node
+) -> None:
+    node.ctl("eval", "application:set_env(rabbit, channel_max_per_node, 3).")
+    service = await start(ready=False, deadlines={"service.broker.eventlog.PATIENCE_SECONDS": 1.0})
+    await service.logged("broker unavailable")
+    told = await reason(service)
+    assert told is not None
+    assert "channel" in told
+    node.ctl("eval", "application:set_env(rabbit, channel_max_per_node, 16).")
+    await service.logged("broker connected")
+    stream = await connect(service, "1")
+    await assert_gets(vhost, stream, "1", "e-1")
+    # Another program that takes the rest is no concern of open streams, nor of new ones, which do without the log.
+    node.ctl("eval", "application:set_env(rabbit, channel_max_per_node, 1).")
+    late = await connect(service, "late")
+    node.ctl("eval", "application:set_env(rabbit, channel_max_per_node, infinity).")
+    await assert_gets(vhost, stream, "1", "e-2")
+    await assert_gets(vhost, late, "late", "e-3")
+    assert await service.metric("bridge_broker_connects") == 1
+
+
+async def test_a_limit_of_a_users_connections_is_waited_for(
+    start: StartService, connect: OpenStream, vhost: Vhost, user: str
+) -> None:
+    vhost.node.ctl("set_user_limits", user, '{"max-connections": 0}')
+    url = vhost.url_at(vhost.port, user=user, password=f"secret-{user}")
+    service = await start(amqp_url=url, ready=False, BROKER_GRACE_SECONDS="0")
+    await service.logged("broker unavailable")
+    told = await reason(service)
+    assert told is not None
+    assert "connection" in told
+    assert "limit" in told
+    vhost.node.ctl("set_user_limits", user, '{"max-connections": -1}')
+    await service.logged("broker connected")
+    assert await reason(service) is None
+    await assert_gets(vhost, await connect(service, "1"), "1", "e-1")
