@@ -72,8 +72,8 @@ class Application:
         self.asked.put_nowait((request, answer))
         return answer
 
-    async def log_in(self, user: str) -> None:
-        token = mint(user)
+    async def log_in(self, user: str, *groups: str) -> None:
+        token = mint(user, *groups)
         self._users[token] = user
         await self.engine.set_cookie(f"{self.site.origin}/log-in", "bridge_token", token)
 
@@ -151,6 +151,19 @@ async def test_a_stream_that_comes_back_as_another_user_clears_the_page(applicat
     await application.publish("of-43", "43")
     await tab.until("log.includes('of-43')")
     assert await tab.get("log") == ["clear", "clear", "load 43", "of-43"]
+
+
+async def test_a_stream_that_comes_back_with_other_groups_clears_the_page(application: Application) -> None:
+    """What the page may see is another: what it showed of a group is gone, what the new group has is loaded."""
+    await application.log_in("42", "ops")
+    tab = await application.open()
+    await tab.until("whose")
+    await application.log_in("42", "sales")
+    application.site.cut()
+    await tab.until("log.length >= 4")
+    await application.publish("e1")
+    await tab.until("log.includes('e1')")
+    assert await tab.get("log") == ["clear", "load 42", "clear", "load 42", "e1"]
 
 
 async def test_a_state_of_another_user_than_the_streams_is_not_shown(application: Application) -> None:
