@@ -57,11 +57,15 @@ async def test_a_frozen_tab_stops_and_the_others_do_not(engine: Engine, origin: 
     one, two, three = [await engine.open_tab(origin) for _ in range(3)]
     for each in (one, two, three):
         await each.call(HEAR)
+    # A page may be told that its channel is open before the browser's other processes know of it.
+    await one.call(SAY, "before")
+    for each in (two, three):
+        await each.until("heard.length === 1")
     await two.freeze()
     await one.call(SAY, "hello")
-    await three.until("heard.length")
+    await three.until("heard.length === 2")
     await two.thaw()
-    await two.until("heard.length")
+    await two.until("heard.length === 2")
 
 
 async def test_a_tab_that_crashes_takes_no_other_with_it(engine: Engine, origin: str) -> None:
