@@ -4,8 +4,6 @@ READY := $(VENV)/.ready
 
 .PHONY: help demo test unit chaos leaks soak browser-chaos proxies rollout mutants attacks bench image test-slow check \
 	format exports lock clean
-.PHONY: help demo test unit chaos leaks soak browser-chaos proxies rollout mutants attacks bench image test-slow check \
-	format exports lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -59,9 +57,11 @@ soak: $(READY) ## steady load for LENGTH seconds, an hour by default, and a tabl
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m tests.endurance.soak --seconds $(or $(LENGTH),3600) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
 
-browser-chaos: $(READY) ## two people and seven tabs in a real browser, LENGTH seconds, ROUNDS times, from SEED on, in ENGINE
+browser-chaos: $(READY) ## two people and seven tabs in each of three browsers, LENGTH seconds, ROUNDS times, from SEED on; in ENGINE alone
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure chromium
+	@deploy/local/ensure firefox
+	@deploy/local/ensure webkit
 	@$(VENV)/bin/python -m tests.browser.chaos --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),3) $(if $(SEED),--seed $(SEED)) \
 		$(if $(ENGINE),--engine $(ENGINE))
 

@@ -796,6 +796,7 @@ class Subscription {
           // A tab without a place begins at that of the others, so that they need not part from it.
           this.#at = answer.at;
           this.#cursor = answer.cursor;
+          this.#rememberAll(answer.recent);
           this.#widen(answer.union);
         } else if (answer.entries) for (const entry of answer.entries) if (this.#isNext(entry)) this.#takeEntry(entry);
         if (--others > 0) return;
@@ -889,7 +890,8 @@ class Subscription {
     } else if (kind === "gather") {
       const entries = this.#after(message);
       const union = this.#union && [...this.#union];
-      this.#post({ kind: "gathered", to: message.from, at: this.#at, cursor: this.#cursor, entries, union });
+      const recent = message.cursor === null ? [...this.#recent] : [];
+      this.#post({ kind: "gathered", to: message.from, at: this.#at, cursor: this.#cursor, entries, recent, union });
     } else if (kind === "gathered") this.#gathering?.(message);
     else if (kind === "ping") {
       if (this.#leads) this.#post({ kind: "pong", term: this.#term });
@@ -942,8 +944,8 @@ class Subscription {
         this.#hello();
       }
     } else if (block.name === "bridge.ready" && (types === null || covers(types, this.types))) {
-      // A tab without a place begins here. Another asks for what lies between, unless nothing does.
-      if (this.#cursor === null || (start && this.#has(start))) {
+      // It asks for what lies between, or, without a place, for where to begin.
+      if (start && this.#has(start)) {
         this.#synced = true;
         this.#takeEntry(entry);
       } else this.#hello();
@@ -999,6 +1001,8 @@ class Subscription {
       ready: { name: "bridge.ready", id: tab.cursor ?? this.#cursor, data: JSON.stringify(told) },
       cursor: this.#cursor,
       entries,
+      // The bridge may send again what lies before the place where this tab begins.
+      recent: entries ? [...this.#recent] : [],
       // What a tab that is too far behind has to see on a connection of its own before it can follow.
       ids: entries ? [] : this.#ring.flatMap((entry) => entry.eventId ?? []),
       types: this.#open,
@@ -1007,7 +1011,7 @@ class Subscription {
   }
 
   /** @param {any} message */
-  #onWelcome({ at, ready, cursor, entries, ids, types, state }) {
+  #onWelcome({ at, ready, cursor, entries, recent, ids, types, state }) {
     this.#widen(types);
     if (this.#synced) return;
     if (entries === null) {
@@ -1021,6 +1025,7 @@ class Subscription {
     this.#behind = null;
     this.#take(ready);
     for (const entry of entries) this.#takeEntry(entry);
+    this.#rememberAll(recent);
     this.#at = at;
     this.#cursor = cursor;
     this.#setState(state);
@@ -1115,6 +1120,11 @@ class Subscription {
     // Rather a gap that is told than a page without memory.
     this.#empty();
     this.#wait({ kind: "gap", reason: "overflow" });
+  }
+
+  /** What other tabs have had from before the place where this one begins. @param {string[]} [ids] */
+  #rememberAll(ids = []) {
+    for (const id of ids) this.#remember(id);
   }
 
   #remember(/** @type {string} */ id) {

@@ -3,8 +3,6 @@
 A real browser, RabbitMQ, a bridge, and a TCP proxy between browser and bridge. Faults are drawn with a seed, which is
 printed; the same seed draws the same faults, though the machine's timing differs. Afterwards the log of each tab is
 judged: no event of somebody else, none of one's own missed or twice, no gap that was not needed.
-
-`Engine` is what a browser has to do for this. Chromium is the one that is here.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import random
-import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,22 +20,23 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from playwright.async_api import BrowserContext, Error, Playwright, async_playwright
-from playwright.async_api import Page as PlaywrightPage
-
-from deploy.local.node import MACHINES, Installation, Node
-from tests.browser.conftest import Freezer, empty_pages
-from tests.browser.engines import CHROMIUM_FLAGS
+from deploy.local.node import MACHINES, Installation, Node, free_ports
+from tests.browser.conftest import empty_pages
+from tests.browser.engines import NAMES, Engine, ScriptError, Tab, start_engine
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
 
 TABS = 7
-PEOPLE = {"42": ("ops",), "43": ()}
-AUDIENCES = {"42": ["user.42", "group.ops", "all"], "43": ["user.43", "all"]}
+LOGINS = {"42 in ops": ("42", ("ops",)), "42 in dev": ("42", ("dev",)), "43": ("43", ())}
+"""Two people, one of whom changes groups: user and groups of each cookie or token."""
+
+AUDIENCES = ["user.42", "user.43", "group.ops", "group.dev", "all"]
+
+QUIET_SECONDS = 2 * PATIENCE
 LEAST_FAULTS = 12
 """The storm lasts until so many have happened: a slow machine has few in a second."""
 
@@ -60,89 +59,14 @@ async ([client, options, token]) => {
 """
 
 
-# What a browser has to do.
+def audiences_of(login: str) -> list[str]:
+    user, groups = LOGINS[login]
+    return [f"user.{user}", *(f"group.{group}" for group in groups), "all"]
 
 
-class Page(Protocol):
-    async def goto(self, url: str) -> None: ...
-    async def evaluate(self, script: str, given: Any = None) -> Any: ...
-    async def freeze(self, freezer: Freezer) -> None: ...
-    async def crash(self) -> None:
-        """Ends it as a fault would; nothing can be asked of it any more."""
-
-    async def close(self) -> None: ...
-
-
-class Engine(Protocol):
-    """One browser of one person at a time, whose tabs share cookies."""
-
-    name: str
-
-    async def start(self) -> None: ...
-    async def new_page(self) -> Page: ...
-    async def set_cookie(self, url: str, token: str | None) -> None:
-        """None logs out."""
-
-    async def stop(self) -> None: ...
-
-
-class ChromiumPage:
-    def __init__(self, page: PlaywrightPage) -> None:
-        self._page = page
-
-    async def goto(self, url: str) -> None:
-        await self._page.goto(url)
-
-    async def evaluate(self, script: str, given: Any = None) -> Any:
-        return await self._page.evaluate(script, given)
-
-    async def freeze(self, freezer: Freezer) -> None:
-        await freezer.freeze(self._page)
-
-    async def crash(self) -> None:
-        devtools = await self._page.context.new_cdp_session(self._page)
-        crashed = asyncio.Event()
-        self._page.on("crash", lambda _: crashed.set())
-        crash = asyncio.create_task(devtools.send("Page.crash"))  # Nobody answers it.
-        async with asyncio.timeout(PATIENCE):
-            await crashed.wait()
-        crash.cancel()
-        await asyncio.gather(crash, return_exceptions=True)
-        await self.close()
-
-    async def close(self) -> None:
-        await self._page.close()
-
-
-class Chromium:
-    name = "chromium"
-
-    def __init__(self) -> None:
-        self._manager = async_playwright()
-        self._playwright: Playwright
-        self._context: BrowserContext
-
-    async def start(self) -> None:
-        chromium = shutil.which("chromium")
-        assert chromium is not None, "chromium is missing: apt-get install chromium"
-        self._playwright = await self._manager.start()
-        browser = await self._playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
-        self._context = await browser.new_context()
-        self._context.set_default_timeout(1000 * PATIENCE)
-
-    async def new_page(self) -> Page:
-        return ChromiumPage(await self._context.new_page())
-
-    async def set_cookie(self, url: str, token: str | None) -> None:
-        await self._context.clear_cookies()
-        if token is not None:
-            await self._context.add_cookies([{"name": "bridge_token", "value": token, "url": url, "httpOnly": True}])
-
-    async def stop(self) -> None:
-        await self._playwright.stop()
-
-
-ENGINES: dict[str, Callable[[], Engine]] = {"chromium": Chromium}
+def token_of(login: str) -> str:
+    user, groups = LOGINS[login]
+    return mint(user, *groups)
 
 
 # The oracle.
@@ -153,12 +77,13 @@ class Life:
     """One page from its load to its end, with what it was told, in order."""
 
     name: str
-    token: bool
-    """Whether it has a token of its own, and so does not follow the browser's login."""
+    token: str | None = None
+    """The login of its own token. Without one it follows the browser's login."""
     log: list[list[str | None]] = field(default_factory=list)
     owed: dict[str, int] = field(default_factory=dict)
     """By audience: the first event that was published after the page was seen live as its last user."""
-    at_end: bool = False
+    at_end: str | None = None
+    """The login with which it was live at the end."""
 
 
 def judge(lives: list[Life], published: dict[str, int]) -> list[str]:
@@ -170,32 +95,39 @@ def judge(lives: list[Life], published: dict[str, int]) -> list[str]:
     faults = []
     for life in lives:
         user: str | None = None
-        switched = False
+        group: str | None = None
         expected: dict[str, int] = {}
         first: dict[str, int] = {}
         for kind, value in life.log:
             if kind == "user":
                 if value is not None:
-                    switched = user not in (None, value)
-                    if switched:
-                        expected, first = {}, {}
+                    if user not in (None, value):
+                        expected, first, group = {}, {}, None
                     user = value
             elif kind == "gap":
-                if value != "other-user":
+                if value == "other-groups":
+                    expected, first, group = {}, {}, None
+                elif value != "other-user":
                     faults.append(f"{life.name}: gap {value}")
             elif kind == "event" and value is not None:
                 audience, _, number = value.partition(":")
-                if user is None or audience not in AUDIENCES[user]:
-                    faults.append(f"{life.name}: {value} while it is {user}")
+                if audience.startswith("group."):
+                    group = group or audience
+                if not any(
+                    audience in audiences_of(login)
+                    for login, (name, _) in LOGINS.items()
+                    if name == user and group in (None, *audiences_of(login))
+                ):
+                    faults.append(f"{life.name}: {value} while it is {user} and has seen {group}")
                     continue
                 first.setdefault(audience, int(number))
                 if audience in expected and int(number) != expected[audience]:
                     what = "missed" if int(number) > expected[audience] else "again or late"
                     faults.append(f"{life.name}: {value} where {audience}:{expected[audience]} is next ({what})")
                 expected[audience] = int(number) + 1
-        if not life.at_end:
+        if life.at_end is None:
             continue
-        for audience in AUDIENCES[user or "42"]:
+        for audience in audiences_of(life.at_end):
             if expected.get(audience, 0) != published[audience]:
                 faults.append(f"{life.name}: ends before {audience}:{expected.get(audience)} of {published[audience]}")
             owed = life.owed.get(audience)
@@ -207,13 +139,15 @@ def judge(lives: list[Life], published: dict[str, int]) -> list[str]:
 # The storm.
 
 
-class Tab:
-    def __init__(self, page: Page, life: Life) -> None:
-        self.page = page
+class Page:
+    """A tab, and what the page in it has been told."""
+
+    def __init__(self, tab: Tab, life: Life) -> None:
+        self.tab = tab
         self.life = life
 
     async def read(self) -> None:
-        self.life.log += await self.page.evaluate("window.log?.splice(0) ?? []")
+        self.life.log += await self.tab.get("window.log?.splice(0) ?? []")
 
 
 class Storm:
@@ -221,14 +155,13 @@ class Storm:
         self.engine = engine
         self.chance = random.Random(seed)
         self.node = Node(Path(tempfile.mkdtemp(prefix="browser-chaos-")), management=True, rabbitmq=rabbitmq)
-        self.tabs: list[Tab] = []
+        self.pages: list[Page] = []
         self.lives: list[Life] = []
-        self.published = dict.fromkeys(["user.42", "user.43", "group.ops", "all"], 0)
+        self.published = dict.fromkeys(AUDIENCES, 0)
         self.faults: Counter[str] = Counter()
         self.login: str | None = None
-        self.person = "42"
+        self.last_login = "42 in ops"
         """Who is logged in, or was."""
-        self.freezers: list[Freezer] = []
 
     async def run(self, seconds: float) -> list[str]:
         async with contextlib.AsyncExitStack() as stack:
@@ -238,40 +171,41 @@ class Storm:
             self.vhost.create()
             stack.callback(self.vhost.close)
             self.origin = stack.enter_context(empty_pages())
-            service = Service(
+            (port,) = free_ports(1)
+            self.service = Service(
                 self.vhost.url,
+                BIND=f"127.0.0.1:{port}",  # After a restart it is where it was.
                 ALLOWED_ORIGINS=self.origin,
+                DRAIN_SECONDS="1",
                 HEARTBEAT_SECONDS="2",
                 RETRY_SECONDS="0.3",
                 MAX_AGE_SECONDS="20",
                 MAX_CONNECTIONS_PER_USER="100",
             )
-            stack.push_async_callback(service.stop)
-            await service.start()
-            self.proxy = await stack.enter_async_context(Proxy(int(service.public.rpartition(":")[2])))
-            stack.push_async_callback(self.engine.stop)
-            await self.engine.start()
-            try:
-                return await self._storm(seconds)
-            finally:
-                for freezer in self.freezers:
-                    freezer.stop()
+            stack.push_async_callback(self.service.stop)
+            await self.service.start()
+            await asyncio.to_thread(self.node.flush)
+            self.proxy = await stack.enter_async_context(Proxy(port))
+            return await self._storm(seconds)
 
     async def _storm(self, seconds: float) -> list[str]:
-        await self.log_in("42")
+        await self.log_in("42 in ops")
         for _ in range(TABS):
-            await self.open_tab()
+            await self.open_page()
         faults: list[tuple[int, Callable[[], Awaitable[None]]]] = [
             (5, self.burst),
-            (4, self.close_a_tab_in_a_burst),
-            (3, self.reload_a_tab),
-            (2, self.crash_a_tab),
-            (1, self.freeze_a_tab),
+            (4, self.close_a_page_in_a_burst),
+            (3, self.reload_a_page),
+            (2, self.leave_a_page_and_come_back),
+            (2, self.crash_a_page),
+            (1, self.freeze_a_page),
             (3, self.cut),
             (1, self.stall),
+            (2, self.restart_the_bridge),
+            (1, self.restart_the_broker),
             (2, self.log_out),
-            (4, self.change_person),
-            (1, self.look_at_a_tab),
+            (4, self.change_login),
+            (1, self.look_at_a_page),
         ]
         ends = time.monotonic() + seconds
         while time.monotonic() < ends or self.faults.total() < LEAST_FAULTS:
@@ -283,74 +217,88 @@ class Storm:
         return await self._come_to_rest()
 
     async def _come_to_rest(self) -> list[str]:
-        for freezer in self.freezers:
-            freezer.thaw()
-        await self.log_in(self.login or "42")
+        await self.log_in(self.login or "42 in ops")
         await self.reload(self.page_of_login())
-        deadline = time.monotonic() + 2 * PATIENCE
-        while not all([await self._is_settled(tab) for tab in self.tabs]):
-            assert time.monotonic() < deadline, [await tab.page.evaluate("subscription.state") for tab in self.tabs]
-            await asyncio.sleep(0.2)  # Between two looks at seven pages.
-        for tab in self.tabs:
-            tab.life.owed = dict(self.published)
-            tab.life.at_end = True
+        deadline = time.monotonic() + QUIET_SECONDS
+        since = dict(self.published)
+        while not all([await self._is_settled(page, since) for page in self.pages]):
+            assert time.monotonic() < deadline, [
+                (page.life.name, await page.tab.get("subscription.state"), page.life.log[-5:]) for page in self.pages
+            ]
+            await self.publish(dict.fromkeys(self.published, 1))
+            await asyncio.sleep(0.5)  # Between two looks at seven pages.
+        for page in self.pages:
+            page.life.owed = dict(self.published)
+            page.life.at_end = page.life.token or self.login
         await self.publish(dict.fromkeys(self.published, 3))
         while True:
-            for tab in self.tabs:
-                await tab.read()
+            for page in self.pages:
+                await page.read()
             found = judge(self.lives, self.published)
             if not found or time.monotonic() > deadline:
                 return found
             await asyncio.sleep(0.2)  # Between two looks at seven pages.
 
-    async def _is_settled(self, tab: Tab) -> bool:
-        state = await tab.page.evaluate("window.subscription?.state")
-        return bool(state) and state["status"] == "live" and (tab.life.token or state["user"] == self.login)
+    async def _is_settled(self, page: Page, since: dict[str, int]) -> bool:
+        """Whether it has seen something new of each of its audiences: then it has the stream of its last login."""
+        await page.read()
+        newest = dict.fromkeys(self.published, -1)
+        for kind, value in page.life.log:
+            if kind == "event" and value is not None:
+                audience, _, number = value.partition(":")
+                newest[audience] = int(number)
+        login = page.life.token or self.login
+        return login is not None and all(newest[each] >= since[each] for each in audiences_of(login))
 
     # What the browser and its people do.
 
-    async def log_in(self, user: str | None) -> None:
-        self.login = user
-        self.person = user or self.person
-        await self.engine.set_cookie(self.origin, mint(user, *PEOPLE[user]) if user else None)
+    async def log_in(self, login: str | None) -> None:
+        self.login = login
+        self.last_login = login or self.last_login
+        if login is None:
+            await self.engine.clear_cookies()
+        else:
+            await self.engine.set_cookie(self.origin, "bridge_token", token_of(login))
 
-    def page_of_login(self) -> Tab:
+    def page_of_login(self) -> Page:
         """A page in which somebody logs in or out: one that uses the cookie."""
-        return self.chance.choice([tab for tab in self.tabs if not tab.life.token])
+        return self.chance.choice([page for page in self.pages if page.life.token is None])
 
-    async def open_tab(self) -> None:
+    async def open_page(self) -> None:
         # Two of the seven belong to an application with tokens, each to one of the two people.
-        tokens = [tab.life.name.rpartition(" ")[2] for tab in self.tabs if tab.life.token]
-        missing = next((user for user in PEOPLE if user not in tokens), None) if len(self.tabs) >= TABS - 2 else None
-        page = await self.engine.new_page()
-        tab = Tab(page, Life(f"tab {len(self.lives)} of {missing or 'the cookie'}", missing is not None))
-        self.tabs.append(tab)
-        self.lives.append(tab.life)
-        await self.load(tab)
+        missing = [login for login in ("42 in ops", "43") if login not in [page.life.token for page in self.pages]]
+        token = missing[0] if missing and len(self.pages) >= TABS - 2 else None
+        tab = await self.engine.open_tab(self.origin)
+        page = Page(tab, Life(f"page {len(self.lives)} of {token or 'the cookie'}", token))
+        self.pages.append(page)
+        self.lives.append(page.life)
+        await self.subscribe(page)
 
-    async def load(self, tab: Tab) -> None:
-        await tab.page.goto(self.origin)
-        user = tab.life.name.rpartition(" ")[2]
+    async def subscribe(self, page: Page) -> None:
         url = f"http://localhost:{self.proxy.port}"
         options: dict[str, Any] = {"url": f"{url}/events"}
         if self.chance.random() < 0.5:
             options["types"] = ["job.*"] if self.chance.random() < 0.5 else ["job.completed"]
-        token = mint(user, *PEOPLE[user]) if tab.life.token else None
+        token = None if page.life.token is None else token_of(page.life.token)
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
-                await tab.page.evaluate(SUBSCRIBE, [f"{url}/client.js", options, token])
+                await page.tab.call(SUBSCRIBE, [f"{url}/client.js", options, token])
                 return
-            except Error:
+            except ScriptError:
                 # A cut may hit the module itself, which a browser then does not load again in this page.
                 assert time.monotonic() < deadline, "the page cannot load the client"
-                await tab.page.goto(self.origin)
+                await page.tab.goto(self.origin)
 
-    async def reload(self, tab: Tab) -> None:
-        await tab.read()
-        tab.life = Life(tab.life.name + "'", tab.life.token) if not tab.life.token else Life(tab.life.name, True)
-        self.lives.append(tab.life)
-        await self.load(tab)
+    async def reload(self, page: Page) -> None:
+        await page.read()
+        await page.tab.goto(self.origin)
+        await self._begin_anew(page)
+
+    async def _begin_anew(self, page: Page) -> None:
+        page.life = Life(page.life.name + "'", page.life.token)
+        self.lives.append(page.life)
+        await self.subscribe(page)
 
     async def publish(self, counts: dict[str, int]) -> None:
         messages = []
@@ -369,37 +317,47 @@ class Storm:
     async def burst(self) -> None:
         await self.publish({audience: self.chance.randrange(60) for audience in self.published})
 
-    async def close_a_tab_in_a_burst(self) -> None:
+    async def close_a_page_in_a_burst(self) -> None:
         burst = asyncio.create_task(self.burst())
         # Mostly the one that leads.
-        leads = [tab for tab in self.tabs if await tab.page.evaluate("window.subscription?.state.leads ?? false")]
-        tab = self.chance.choice(leads if leads and self.chance.random() < 0.8 else self.tabs)
-        await self.end(tab, tab.page.close)
+        leads = [page for page in self.pages if await page.tab.get("window.subscription?.state.leads ?? false")]
+        page = self.chance.choice(leads if leads and self.chance.random() < 0.8 else self.pages)
+        await self.end(page, page.tab.close)
         await burst
-        await self.open_tab()
+        await self.open_page()
 
-    async def end(self, tab: Tab, how: Callable[[], Awaitable[None]]) -> None:
-        await tab.read()
-        self.tabs.remove(tab)
+    async def end(self, page: Page, how: Callable[[], Awaitable[None]]) -> None:
+        await page.read()
+        self.pages.remove(page)
         await how()
 
-    async def reload_a_tab(self) -> None:
-        await self.reload(self.chance.choice(self.tabs))
+    async def reload_a_page(self) -> None:
+        await self.reload(self.chance.choice(self.pages))
 
-    async def crash_a_tab(self) -> None:
-        tab = self.chance.choice(self.tabs)
-        await self.end(tab, tab.page.crash)
-        await self.open_tab()
+    async def leave_a_page_and_come_back(self) -> None:
+        """By a link and the Back button. Some engines keep the page meanwhile, without its stream; others load it
+        again."""
+        page = self.chance.choice(self.pages)
+        await page.read()
+        await page.tab.goto(f"{self.origin}/elsewhere")
+        await self.burst()
+        await page.tab.back()
+        await page.tab.until("location.pathname === '/' && document.readyState === 'complete'")
+        if not await page.tab.get("Boolean(window.subscription)"):
+            await self._begin_anew(page)
 
-    async def freeze_a_tab(self) -> None:
-        tab = self.chance.choice(self.tabs)
-        await tab.read()
-        freezer = Freezer()
-        self.freezers.append(freezer)
-        await tab.page.freeze(freezer)
+    async def crash_a_page(self) -> None:
+        page = self.chance.choice(self.pages)
+        await self.end(page, page.tab.crash)
+        await self.open_page()
+
+    async def freeze_a_page(self) -> None:
+        page = self.chance.choice(self.pages)
+        await page.read()
+        await page.tab.freeze()
         await self.burst()
         await asyncio.sleep(self.chance.uniform(1, 20))  # Long enough to be replaced, or not.
-        freezer.thaw()
+        await page.tab.thaw()
 
     async def cut(self) -> None:
         self.proxy.cut()
@@ -411,39 +369,59 @@ class Storm:
         self.proxy.cut()
         self.proxy.flow()
 
+    async def restart_the_bridge(self) -> None:
+        """As a deploy does, or a crash."""
+        self.service.signal(self.chance.choice([signal.SIGTERM, signal.SIGKILL]))
+        await self.service.ended()
+        await self.burst()
+        await self.service.start()
+
+    async def restart_the_broker(self) -> None:
+        await asyncio.to_thread(self.node.kill)
+        await asyncio.sleep(self.chance.uniform(0, 2))  # The fault lasts for a time.
+        await asyncio.to_thread(self.node.start)
+        await asyncio.to_thread(self.vhost.wait_for_log, self.node, 1)
+        await self.burst()
+
     async def log_out(self) -> None:
         await self.log_in(None)
         await self.reload(self.page_of_login())
         await self.burst()
 
-    async def change_person(self) -> None:
-        await self.log_in(next(user for user in PEOPLE if user != self.person))
+    async def change_login(self) -> None:
+        await self.log_in(self.chance.choice([login for login in LOGINS if login != self.last_login]))
         await self.reload(self.page_of_login())
         await self.burst()
 
-    async def look_at_a_tab(self) -> None:
-        tab = self.chance.choice(self.tabs)
-        await tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange')); 0")
+    async def look_at_a_page(self) -> None:
+        page = self.chance.choice(self.pages)
+        await page.tab.get("document.dispatchEvent(new Event('visibilitychange'))")
 
 
 async def chaos(
-    engine: str, *, seed: int, seconds: float, rabbitmq: Installation = MACHINES
+    engine: Engine, *, seed: int, seconds: float, rabbitmq: Installation = MACHINES
 ) -> tuple[dict[str, Any], list[str], list[Life]]:
-    storm = Storm(ENGINES[engine](), seed, rabbitmq)
+    storm = Storm(engine, seed, rabbitmq)
     began = time.monotonic()
     found = await storm.run(seconds)
+    gaps = Counter(str(value) for life in storm.lives for kind, value in life.log if kind == "gap")
     report = {
-        "engine": engine,
+        "engine": f"{engine.name} {engine.version}",
         "seed": seed,
         "seconds": round(time.monotonic() - began),
         "pages": len(storm.lives),
         "published": sum(storm.published.values()),
         "seen": sum(kind == "event" for life in storm.lives for kind, _ in life.log),
-        "switches": sum(entry == ["gap", "other-user"] for life in storm.lives for entry in life.log),
+        "gaps": dict(gaps),
         "faults": dict(storm.faults),
         "wrong": len(found),
     }
     return report, found, storm.lives
+
+
+async def _run(engine: str, seed: int, seconds: float) -> tuple[dict[str, Any], list[str], list[Life]]:
+    async with start_engine(engine) as started:
+        return await chaos(started, seed=seed, seconds=seconds)
 
 
 def main() -> None:
@@ -451,20 +429,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--engine", choices=sorted(ENGINES), default="chromium")
+    parser.add_argument("--engine", choices=NAMES, action="append", help="may be given again; all three by default")
     given = parser.parse_args()
-    seed = random.randrange(10_000) if given.seed is None else given.seed
+    first = random.randrange(10_000) if given.seed is None else given.seed
     wrong = 0
-    for number in range(given.rounds):
-        report, found, lives = asyncio.run(chaos(given.engine, seed=seed + number, seconds=given.seconds))
-        print(json.dumps(report), *found[:20], sep="\n  ", flush=True)
-        if found:
-            folder = Path(tempfile.mkdtemp(prefix="browser-chaos-logs-"))
-            for life in lives:
-                lines = [f"{kind} {value}\n" for kind, value in life.log]
-                (folder / f"{number} {life.name}.log").write_text("".join(lines))
-            print(f"  what each page was told: {folder}", flush=True)
-        wrong += len(found)
+    for seed in range(first, first + given.rounds):
+        for engine in given.engine or NAMES:
+            report, found, lives = asyncio.run(_run(engine, seed, given.seconds))
+            print(json.dumps(report), *found[:20], sep="\n  ", flush=True)
+            if found:
+                folder = Path(tempfile.mkdtemp(prefix="browser-chaos-logs-"))
+                for life in lives:
+                    lines = [f"{kind} {value}\n" for kind, value in life.log]
+                    (folder / f"{engine} {seed} {life.name}.log").write_text("".join(lines))
+                print(f"  what each page was told: {folder}", flush=True)
+            wrong += len(found)
     sys.exit(1 if wrong else 0)
 
 

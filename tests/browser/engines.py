@@ -644,6 +644,18 @@ async def start_webkit(display: str) -> AsyncIterator[Engine]:
             yield WebKit(web, process, await web.send("GET", "/window"))
 
 
+@contextlib.asynccontextmanager
+async def start_engine(name: str) -> AsyncIterator[Engine]:
+    """One of `NAMES`, with all that it needs, for as long as the block runs."""
+    async with contextlib.AsyncExitStack() as stack:
+        if name == "chromium":
+            yield await stack.enter_async_context(start_chromium())
+        elif name == "firefox":
+            yield await stack.enter_async_context(use_firefox(stack.enter_context(run_firefox())))
+        else:
+            yield await stack.enter_async_context(start_webkit(stack.enter_context(run_display())))
+
+
 async def _thaw(engine: Engine) -> None:
     for tab in engine.tabs:
         await tab.thaw()

@@ -5,18 +5,18 @@ import json
 import pytest
 
 from deploy.local.node import Installation
-from tests.browser.chaos import ENGINES, Life, chaos, judge
+from tests.browser.chaos import Life, chaos, judge
+from tests.browser.engines import Engine
 
 
 @pytest.mark.any_rabbitmq
-@pytest.mark.parametrize("engine", sorted(ENGINES))
-async def test_two_people_and_seven_tabs(rabbitmq: Installation, engine: str) -> None:
+async def test_two_people_and_seven_tabs(rabbitmq: Installation, engine: Engine) -> None:
     report, wrong, _ = await chaos(engine, seed=7, seconds=20, rabbitmq=rabbitmq)
     assert not wrong, "\n".join([json.dumps(report), *wrong])
     assert report["seen"] > 0
 
 
-PUBLISHED = {"user.42": 3, "user.43": 1, "group.ops": 0, "all": 0}
+PUBLISHED = {"user.42": 3, "user.43": 1, "group.ops": 0, "group.dev": 1, "all": 0}
 GOOD = [["user", "42"], ["event", "user.42:0"], ["event", "user.42:1"], ["event", "user.42:2"]]
 
 
@@ -32,9 +32,11 @@ GOOD = [["user", "42"], ["event", "user.42:0"], ["event", "user.42:1"], ["event"
         ([GOOD[0], *GOOD[2:]], "was owed"),
         ([*GOOD, GOOD[3]], "again"),
         ([*GOOD, ["gap", "unknown"]], "gap unknown"),
+        ([*GOOD, ["event", "group.ops:0"], ["event", "group.dev:0"]], "has seen group.ops"),
+        ([GOOD[0], ["event", "group.dev:0"], ["gap", "other-groups"], *GOOD[1:]], None),
     ],
 )
 def test_the_oracle_sees(log: list[list[str | None]], word: str | None) -> None:
-    life = Life("tab", token=False, log=log, owed={"user.42": 0}, at_end=True)
+    life = Life("page", log=log, owed={"user.42": 0}, at_end="43" if ["user", "43"] in log else "42 in ops")
     found = judge([life], PUBLISHED)
     assert (not found) if word is None else word in "\n".join(found)

@@ -320,6 +320,26 @@ async def test_a_filter_that_is_added_in_a_burst_costs_the_others_nothing(
         assert len(set(seen)) == len(seen)
 
 
+async def test_a_tab_is_not_shown_what_came_before_it_joined(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    """A stream that comes back with another filter is sent some events again, which the bridge cannot know to have been
+    sent. Tabs that were there know them by their ids; those that came later learn these when they join."""
+    one = await (await (await tab(bridge)).subscribe(types=["job.completed"])).live()
+    pairs: list[tuple[str, bytes | dict[str, Any]]] = []
+    for number in range(40):
+        event = cloudevent(f"job.progress-{number}", "job.progress", job_id="r-7", percent=1)
+        pairs.append(("user.42.job.progress", event))
+        pairs.append(("user.42.job.completed", cloudevent(f"job.completed-{number}")))
+    await vhost.publish_all(pairs)
+    await one.seen(40)
+    two = await (await (await tab(bridge)).subscribe(types=["job.completed"])).live()
+    three = await (await (await tab(bridge)).subscribe(types=["job.*"])).live()
+    await publish(vhost, 0, 1)
+    assert await two.seen(1) == ["e0"]
+    await three.page.wait_for_function("seen.includes('e0')")
+    assert [each for each in await three.seen(1) if not each.startswith("job.progress")] == ["e0"]
+    assert await bridge.metric("bridge_connections") == 1
+
+
 async def test_the_client_filters_as_the_bridge_does(bridge: Service, tab: OpenTab) -> None:
     patterns = [
         "a",
