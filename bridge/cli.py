@@ -112,7 +112,7 @@ def _runs(function: Callable[Params, Coroutine[Any, Any, None]]) -> Callable[Par
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="bridge")
 def main() -> None:
-    """Streams events from RabbitMQ to browsers. Settings are environment variables, BRIDGE_...; see README.md."""
+    """Stream events from RabbitMQ to browsers. Settings are environment variables; see docs/settings.md."""
 
 
 @main.command()

@@ -1,6 +1,6 @@
 """The settings, and the only reader of the environment.
 
-Every setting is an environment variable with the prefix `BRIDGE_`; a test holds README.md to them.
+Every setting is an environment variable with the prefix `BRIDGE_`; a test compares docs/settings.md with them.
 Faults are all found before anything starts, and named together.
 """
 

@@ -163,8 +163,9 @@ def test_no_code_of_others_is_in_the_repository() -> None:
     assert [name for name in files if "node_modules" in name or "site-packages" in name] == []
 
 
-def test_the_readme_names_every_setting_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| `(BRIDGE_[A-Z_]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+def test_the_page_names_every_setting_with_its_default() -> None:
+    text = (ROOT / "docs/settings.md").read_text()
+    rows = dict(re.findall(r"^\| `(BRIDGE_[A-Z_]+)` \| (.*?) \|", text, re.MULTILINE))
     fields = {PREFIX + name.upper(): field for name, field in Settings.model_fields.items()}
     assert set(rows) == set(fields)
     for name, field in fields.items():
@@ -284,6 +285,12 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in anchors, f"{target}: there is no such heading"
+
+
+def test_the_readme_is_read_in_two_minutes() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert max(map(len, lines)) <= 110
 
 
 def test_the_index_names_every_page() -> None:
