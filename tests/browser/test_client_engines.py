@@ -38,8 +38,14 @@ class Pages:
         self._vhost = vhost
         self._published = 0
 
-    async def open(self) -> Tab:
+    async def open(self, first: str | None = None) -> Tab:
+        """
+        Args:
+            first: a function that the page runs before it subscribes.
+        """
         tab = await self.engine.open_tab(self.origin)
+        if first is not None:
+            await tab.call(first)
         await tab.call(SUBSCRIBE, self.site.origin)
         await tab.until("subscription.state.status === 'live'")
         return tab
@@ -83,6 +89,29 @@ async def test_tabs_share_a_stream_and_outlive_leaders_that_crash(pages: Pages) 
     await pages.publish()
     await pages.check(third)
     assert await third.get(leads)
+
+
+ADD_HEADERS = """
+() => {
+  const { fetch } = window;
+  const traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+  const traced = { traceparent, baggage: "a=1", "sentry-trace": "1-2" };
+  window.fetch = (url, options = {}) => {
+    const headers = new Headers(options.headers);
+    for (const [name, value] of Object.entries(traced)) headers.set(name, value);
+    return fetch(url, { ...options, headers });
+  };
+}
+"""
+"""As the packages of Sentry and OpenTelemetry do in a page."""
+
+
+async def test_a_page_whose_fetch_adds_headers_of_its_own_connects(pages: Pages) -> None:
+    tab = await pages.open(ADD_HEADERS)
+    await pages.publish()
+    await pages.check(tab)
+    (stream,) = pages.site.streams
+    assert stream.headers["baggage"] == "a=1"
 
 
 async def test_a_frozen_leader_is_replaced_and_catches_up(pages: Pages) -> None:
