@@ -3,7 +3,7 @@
 import pytest
 
 from bridge.service.streams import deadlines
-from bridge.service.streams.deadlines import Pace
+from bridge.service.streams.deadlines import Deadlines
 
 DRAWS = [0.0, 0.25, 0.5, 0.999999]
 
@@ -24,13 +24,13 @@ def test_goodbyes_are_spread_evenly_over_the_drain() -> None:
     assert all(sum(second <= at < second + 1 for at in times) == 10 for second in range(10))
 
 
-def pace(**changes: float) -> Pace:
+def due(**changes: float) -> Deadlines:
     values = {"heartbeat_seconds": 15.0, "ends_at": 3000.0, "expires_at": 5000.0, **changes}
-    return Pace(100.0, **values)
+    return Deadlines(100.0, **values)
 
 
 def test_a_heartbeat_is_due_after_silence() -> None:
-    stream = pace()
+    stream = due()
     assert stream.deadline() == 115
     assert not stream.heartbeat_due(114.9)
     assert stream.heartbeat_due(115)
@@ -40,7 +40,7 @@ def test_a_heartbeat_is_due_after_silence() -> None:
 
 
 def test_a_position_is_due_after_a_minute_without_an_event() -> None:
-    stream = pace()
+    stream = due()
     for now in range(110, 170, 10):
         stream.wrote(now)  # Heartbeats do not move a cursor.
     assert not stream.position_due(159.9)
@@ -50,8 +50,8 @@ def test_a_position_is_due_after_a_minute_without_an_event() -> None:
 
 
 def test_the_end_of_the_token_counts_as_well_as_of_the_stream() -> None:
-    assert pace().is_rotated(3000)
-    assert not pace().is_rotated(2999)
-    assert pace(expires_at=200).is_expired(200)
-    assert pace(expires_at=110).deadline() == 110
-    assert pace(ends_at=105).deadline() == 105
+    assert due().is_rotated(3000)
+    assert not due().is_rotated(2999)
+    assert due(expires_at=200).is_expired(200)
+    assert due(expires_at=110).deadline() == 110
+    assert due(ends_at=105).deadline() == 105

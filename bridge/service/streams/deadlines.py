@@ -38,7 +38,7 @@ def drain_at(index: int, count: int, drain_seconds: float, draw: float) -> float
     return drain_seconds * (index + draw) / count
 
 
-class Pace:
+class Deadlines:
     """The deadlines of one stream."""
 
     __slots__ = ("_ends_at", "_expires_at", "_last_byte", "_last_event", "heartbeat_seconds")

@@ -28,7 +28,7 @@ from bridge.service.http.auth import Subscriber
 from bridge.service.metrics import Metrics
 from bridge.service.streams import deadlines
 from bridge.service.streams.cursor import Anchor
-from bridge.service.streams.deadlines import Pace
+from bridge.service.streams.deadlines import Deadlines
 from bridge.service.streams.reader import EventReader
 from bridge.service.streams.session import Entry, Session, State
 from bridge.service.streams.sse import EndReason, GapReason
@@ -139,8 +139,8 @@ class Connection:
         "_request",
         "_waits_since",
         "_watermarks_seen",
+        "deadlines",
         "opened_at",
-        "pace",
         "ready_at",
         "request",
         "ring",
@@ -149,12 +149,18 @@ class Connection:
     )
 
     def __init__(
-        self, hub: Hub, request: StreamRequest, session: Session, pace: Pace, ring: Callable[[], None], now: float
+        self,
+        hub: Hub,
+        request: StreamRequest,
+        session: Session,
+        own_deadlines: Deadlines,
+        ring: Callable[[], None],
+        now: float,
     ) -> None:
         self._hub = hub
         self.request = request
         self.session = session
-        self.pace = pace
+        self.deadlines = own_deadlines
         self.ring = ring
         self.opened_at = self._waits_since = now
         self.ready_at: float | None = None
@@ -371,24 +377,24 @@ class Connection:
 
     def advance(self, now: float) -> None:
         """Does what is due at this moment (monotonic seconds)."""
-        session, pace = self.session, self.pace
+        session, due = self.session, self.deadlines
         if session.state is State.ENDED:
             return
-        if pace.is_expired(now):
+        if due.is_expired(now):
             session.end("expired", self._hub.retry_ms())
-        elif pace.is_rotated(now):
+        elif due.is_rotated(now):
             session.end("rotate", self._hub.retry_ms())
         elif not session.greeted:
             if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
                 session.end("busy", deadlines.busy_retry_ms(random.random()))
-        elif pace.position_due(now):
+        elif due.position_due(now):
             session.place(clock.now_ms())
-            pace.moved(now)
+            due.moved(now)
             self._take_watermarks()
             self.ask_for_proof()
-            if not session.has_output and pace.heartbeat_due(now):
+            if not session.has_output and due.heartbeat_due(now):
                 session.beat()
-        elif pace.heartbeat_due(now):
+        elif due.heartbeat_due(now):
             session.beat()
 
     def read_on(self) -> None:
@@ -401,9 +407,9 @@ class Connection:
     def deadline(self, now: float) -> float:
         """When `advance` has to be called next. No later moment has an earlier one, so one timer is enough."""
         if not self.session.greeted:
-            look_again = now + min(BROKER_MOMENT_SECONDS, self.pace.heartbeat_seconds)
-            return min(self.opened_at + ATTACH_SECONDS, look_again, self.pace.end)
-        return self.pace.deadline()
+            look_again = now + min(BROKER_MOMENT_SECONDS, self.deadlines.heartbeat_seconds)
+            return min(self.opened_at + ATTACH_SECONDS, look_again, self.deadlines.end)
+        return self.deadlines.deadline()
 
 
 class Hub:
@@ -480,13 +486,13 @@ class Hub:
             max_events=self._limits.backlog_events,
             max_bytes=self._limits.backlog_bytes,
         )
-        pace = Pace(
+        own_deadlines = Deadlines(
             now,
             heartbeat_seconds=self._limits.heartbeat_seconds,
             ends_at=now + deadlines.lifetime(self._limits.max_age_seconds, random.random()),
             expires_at=now + (request.subscriber.expires_at - time.time()),
         )
-        connection = Connection(self, request, session, pace, ring, now)
+        connection = Connection(self, request, session, own_deadlines, ring, now)
         self._connections[connection] = None
         self._by_user[user] += 1
         for group in request.subscriber.groups:

@@ -165,10 +165,10 @@ class _Stream(asyncio.Protocol):
                 metrics.gaps.labels("not-readable").inc(session.unreadable_told)
                 session.unreadable_told = 0
             if session.oldest_ms is not None:
-                connection.pace.moved(now)
+                connection.deadlines.moved(now)
                 metrics.delivery_seconds.observe((clock.now_ms() - session.oldest_ms) / 1000)
             self._write(chunk)
-            connection.pace.wrote(now)
+            connection.deadlines.wrote(now)
             connection.read_on()
         if session.has_output:
             self.ring()  # One chunk a turn: whoever has a long way to catch up leaves room to the others.
