@@ -143,9 +143,9 @@ class Connection:
         "opened_at",
         "ready_at",
         "request",
-        "ring",
         "session",
         "subscription",
+        "wake",
     )
 
     def __init__(
@@ -154,14 +154,14 @@ class Connection:
         request: StreamRequest,
         session: Session,
         own_deadlines: Deadlines,
-        ring: Callable[[], None],
+        wake: Callable[[], None],
         now: float,
     ) -> None:
         self._hub = hub
         self.request = request
         self.session = session
         self.deadlines = own_deadlines
-        self.ring = ring
+        self.wake = wake
         self.opened_at = self._waits_since = now
         self.ready_at: float | None = None
         self.subscription: Subscription
@@ -194,13 +194,13 @@ class Connection:
         if self._watermarks_seen != self._hub.watermarks:
             self._take_watermarks()
         self.session.offer(event, now_ms, shared=shared)
-        self.ring()
+        self.wake()
 
     def unreadable(self, *, logged: bool = False) -> None:
         """An event for this stream, of a type that it asked for, cannot be read here."""
         self._take_watermarks()
         self.session.unreadable(clock.now_ms(), logged=logged)
-        self.ring()
+        self.wake()
 
     def _wants(self, routing_key: str) -> bool:
         """Whether an event that could not be read is of a type that this stream asked for."""
@@ -252,7 +252,7 @@ class Connection:
         log = self._hub.log
         if log is None:
             self._hub.note(self, self.session.bound(clock.now_ms(), None))
-            self.ring()
+            self.wake()
         else:
             self._epoch += 1
             log.tick(partial(self._on_tick, self._epoch))
@@ -267,7 +267,7 @@ class Connection:
         """RabbitMQ takes no further queue. A stream that has begun waits for one; a new one is to come back later."""
         if not self.session.greeted:
             self.session.end("busy", deadlines.busy_retry_ms(random.random()))
-            self.ring()
+            self.wake()
 
     def expect(self, replay: bool) -> None:
         """Whether it will ask for a replay, once its queues are bound. The log waits for those who will."""
@@ -292,7 +292,7 @@ class Connection:
             self._skip_watermarks()
             self._read_log()
             self.expect(False)
-            self.ring()
+            self.wake()
 
     def _on_later_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
         if epoch != self._epoch:
@@ -302,7 +302,7 @@ class Connection:
         else:
             self.session.extend(anchor)
         self._read_log(extends=True)
-        self.ring()
+        self.wake()
 
     def _read_log(self, *, extends: bool = False) -> None:
         log, replay = self._hub.log, self.session.replay
@@ -322,13 +322,13 @@ class Connection:
     def found(self) -> None:
         self.session.found()
         self._hub.note(self, None, outcome="complete")
-        self.ring()
+        self.wake()
 
     def not_found(self, reason: GapReason) -> None:
         self._request = None
         self._hub.note(self, self.session.not_found(reason))
         self._read_log()
-        self.ring()
+        self.wake()
 
     def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
         event = self._hub.reader.read_logged(routing_key, body)
@@ -342,7 +342,7 @@ class Connection:
         if not taken:
             self._request = None
             self._paused_at = offset
-        self.ring()
+        self.wake()
         return taken
 
     def caught_up(self) -> None:
@@ -355,7 +355,7 @@ class Connection:
                 self._request.cancel()
                 self._request = None
             log.tick(partial(self._on_later_tick, self._epoch))
-        self.ring()
+        self.wake()
 
     def settle(self, routing_key: str, body: bytes) -> None:
         event = self._hub.reader.read_logged(routing_key, body)
@@ -365,13 +365,13 @@ class Connection:
         elif self.session.types.matches(event.type):
             self._take_watermarks()
             self.session.settle(event, clock.now_ms(), shared=_is_shared(routing_key))
-            self.ring()
+            self.wake()
 
     def settled(self) -> None:
         self._request = None
         self._take_watermarks()
         self.session.settled()
-        self.ring()
+        self.wake()
 
     # Called by the stream's side.
 
@@ -457,11 +457,11 @@ class Hub:
 
     # From the web's side.
 
-    def attach(self, request: StreamRequest, ring: Callable[[], None]) -> Connection:
+    def attach(self, request: StreamRequest, wake: Callable[[], None]) -> Connection:
         """Makes a stream's connection, counted from here on until `detach`.
 
         Args:
-            ring: called when the connection's session has something to say; may be called at any time.
+            wake: called when the connection's session has something to say; may be called at any time.
 
         Raises:
             Refused: draining, or a limit is reached. Counting and admitting are one step: nobody slips in between.
@@ -492,7 +492,7 @@ class Hub:
             ends_at=now + deadlines.lifetime(self._limits.max_age_seconds, random.random()),
             expires_at=now + (request.subscriber.expires_at - time.time()),
         )
-        connection = Connection(self, request, session, own_deadlines, ring, now)
+        connection = Connection(self, request, session, own_deadlines, wake, now)
         self._connections[connection] = None
         self._by_user[user] += 1
         for group in request.subscriber.groups:
@@ -677,7 +677,7 @@ class Hub:
     @staticmethod
     def _say_goodbye(connection: Connection, retry_ms: int) -> None:
         connection.session.end("drain", retry_ms)
-        connection.ring()
+        connection.wake()
 
 
 def _is_shared(routing_key: str) -> bool:

@@ -1,8 +1,8 @@
 """The streams of the process, from the moment that their heads are out: sessions' bytes on their way to sockets.
 
-A stream is no task and has none. What wakes it is a callback: somebody has something for it (`ring`), its peer reads
-again, its deadline is there, or its socket is gone. All that ring together are served together (`Turn`), so that ten
-events that came in one packet leave in one write.
+A stream has no task. Callbacks wake it: its session has output (`wake`), its peer reads again, a deadline has passed, or
+its socket is closed. Streams that are woken together write together (`WriteBatch`), so that ten events that arrived in
+one packet leave in one write.
 
 Whatever a stream holds it has from `open` until its transport says `connection_lost`, which it says exactly once.
 """
@@ -56,7 +56,7 @@ class Turn:
         if self._rung:
             self._serve()
 
-    def ring(self, stream: _Stream) -> None:
+    def wake(self, stream: _Stream) -> None:
         if not self._rung and not self._gathering:
             asyncio.get_running_loop().call_soon(self._serve)
         self._rung.append(stream)
@@ -119,7 +119,7 @@ class _Stream(asyncio.Protocol):
 
     def begin(self, request: StreamRequest) -> None:
         try:
-            self._connection = self._streams.hub.attach(request, self.ring)
+            self._connection = self._streams.hub.attach(request, self.wake)
         except Refused as refusal:
             self._streams.metrics.streams_ended.labels(refusal.reason).inc()
             self._streams.refusals[refusal.cause].log(user=request.subscriber.user, cause=refusal.cause)
@@ -136,11 +136,11 @@ class _Stream(asyncio.Protocol):
         )
         self._arm(time.monotonic())
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """There is something to say, or to end."""
         if not self._rung:
             self._rung = True
-            self._streams.turn.ring(self)
+            self._streams.turn.wake(self)
 
     def serve(self, now: float) -> None:
         """Writes what there is, as far as the peer reads."""
@@ -171,7 +171,7 @@ class _Stream(asyncio.Protocol):
             connection.deadlines.wrote(now)
             connection.read_on()
         if session.has_output:
-            self.ring()  # One chunk a turn: whoever has a long way to catch up leaves room to the others.
+            self.wake()  # One chunk a turn: whoever has a long way to catch up leaves room to the others.
         elif session.state is State.ENDED:
             self._close()
 
@@ -223,7 +223,7 @@ class _Stream(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._blocked_since = None
-        self.ring()
+        self.wake()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._timer is not None:
