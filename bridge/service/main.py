@@ -33,7 +33,7 @@ from bridge.service.metrics import Metrics
 from bridge.service.settings import Settings, unknown_names
 from bridge.service.streams.hub import Hub
 from bridge.service.streams.reader import EventReader
-from bridge.service.streams.writer import Turn
+from bridge.service.streams.writer import WriteBatch
 
 if TYPE_CHECKING:
     from bridge.service.tracing import Tracing
@@ -103,7 +103,7 @@ class _Service:
         metrics.connections_wanted.set(settings.max_connections)
         self.plan = plan
         self.settings = settings = settings.model_copy(update={"max_connections": plan.streams})
-        self.turn = Turn()
+        self.write_batch = WriteBatch()
         secret = settings.jwt_secret
         self.authenticator = Authenticator(
             secret=None if secret is None else secret.get_secret_value(),
@@ -137,7 +137,7 @@ class _Service:
                 settings.addresses,
                 log=stream,
                 exchange=settings.exchange,
-                packet=self.turn,
+                write_batch=self.write_batch,
                 max_body=settings.max_kept_bytes,
                 entries_per_user=settings.log_entries_per_user,
                 on_read=metrics.log_wait_seconds.observe,
@@ -176,7 +176,7 @@ class _Service:
             settings=settings,
             catalogue=catalogue,
             metrics=metrics,
-            turn=self.turn,
+            write_batch=self.write_batch,
             publisher=self.publisher,
             tracing=self.tracing,
         )
@@ -190,7 +190,7 @@ class _Service:
             quarantine=settings.quarantine,
             log=settings.log_stream,
             on_shared=on_shared,
-            packet=self.turn,
+            write_batch=self.write_batch,
             max_body=settings.max_kept_bytes,
         )
 

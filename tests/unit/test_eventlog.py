@@ -163,7 +163,7 @@ def log() -> EventLog:
         ["amqp://nobody/"],
         log=LogSettings("events.log", "1h", 1_000),
         exchange="events",
-        packet=contextlib.nullcontext(),
+        write_batch=contextlib.nullcontext(),
         entries_per_user=1_000_000,
     )
 

@@ -9,7 +9,7 @@ from bridge.service.settings import LogSettings, Settings
 from bridge.service.streams.cursor import Anchor
 from bridge.service.streams.hub import Hub
 from bridge.service.streams.reader import EventReader
-from bridge.service.streams.writer import Turn
+from bridge.service.streams.writer import WriteBatch
 
 
 async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> None:
@@ -24,7 +24,7 @@ async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> N
         limits=Settings(),
         metrics=metrics,
         make_broker=lambda shared: Broker(
-            [], exchange="e", quarantine="q", log=LogSettings("l", "1h", 1), on_shared=shared, packet=Turn()
+            [], exchange="e", quarantine="q", log=LogSettings("l", "1h", 1), on_shared=shared, write_batch=WriteBatch()
         ),
         log=None,
     )

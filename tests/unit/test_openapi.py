@@ -55,7 +55,7 @@ def test_it_has_every_public_route_and_no_other(console: Literal["false", "true"
         settings=settings,
         catalogue=SAMPLE,
         metrics=Metrics(),
-        turn=nothing,
+        write_batch=nothing,
         publisher=nothing if console != "development" else cast(Any, object()),
     )
     served = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bridge.service.metrics import Metrics
-from bridge.service.streams.writer import Streams, Turn, _Stream
+from bridge.service.streams.writer import Streams, WriteBatch, _Stream
 
 STALL_SECONDS = 30.0
 TIMED_OUT = OSError(errno.ETIMEDOUT, "the kernel's TCP_USER_TIMEOUT")
@@ -19,7 +19,7 @@ RESET = OSError(errno.ECONNRESET, "the client's kernel")
 
 def why(*, blocked_for: float | None, error: Exception | None, said: str | None = None, failed: bool = False) -> str:
     anything: Any = None
-    stream = _Stream(Streams(anything, Metrics(), Turn(), stall_seconds=STALL_SECONDS), anything, chunked=True)
+    stream = _Stream(Streams(anything, Metrics(), WriteBatch(), stall_seconds=STALL_SECONDS), anything, chunked=True)
     stream._blocked_since = None if blocked_for is None else time.monotonic() - blocked_for
     stream._failed = failed
     connection: Any = SimpleNamespace(session=SimpleNamespace(end_reason=said))

@@ -43,7 +43,7 @@ QUIET_SECONDS = 1.0
 
 _log = logging.getLogger("bridge.consumer")
 
-Packet = AbstractContextManager[object]
+Batch = AbstractContextManager[object]
 """Entered and left around the callbacks of all deliveries that come in one packet."""
 
 
@@ -108,10 +108,10 @@ class _Reader(asyncio.StreamReader):
     back to caches that others have filled (figures in docs/decisions/07).
     """
 
-    def __init__(self, deliveries: Deliveries, packet: Packet) -> None:
+    def __init__(self, deliveries: Deliveries, write_batch: Batch) -> None:
         super().__init__()
         self._deliveries = deliveries
-        self._packet = packet
+        self._write_batch = write_batch
         self._clock = asyncio.get_running_loop()
         self._passed_at = self._answered_at = self._delivered_at = self._acked_at = 0.0
         self._gathering = False
@@ -122,7 +122,7 @@ class _Reader(asyncio.StreamReader):
         deliveries = self._deliveries
         before = deliveries.unacked
         packet = bytes(data)
-        with self._packet:
+        with self._write_batch:
             passed = deliveries.feed(packet)
         now = self._clock.time()
         if deliveries.faults:
@@ -175,14 +175,14 @@ class _Reader(asyncio.StreamReader):
 
 
 class _Transport(TransportFactory):
-    def __init__(self, packet: Packet, max_body: int) -> None:
-        self._packet = packet
+    def __init__(self, write_batch: Batch, max_body: int) -> None:
+        self._write_batch = write_batch
         self.deliveries = Deliveries(max_body=max_body)
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         context = await kwargs.pop("ssl_context_provider").get_context() if url.scheme == "amqps" else None
         loop = asyncio.get_running_loop()
-        reader = _Reader(self.deliveries, self._packet)
+        reader = _Reader(self.deliveries, self._write_batch)
         protocol = asyncio.StreamReaderProtocol(reader)
         assert url.host is not None, "parse_urls wants a host"
         port = url.port or (5671 if context else 5672)
@@ -195,25 +195,25 @@ class ConsumingConnection(amqp.Connection):
     """One whose deliveries are cut out before the library reads them, so that none can break it."""
 
     @classmethod
-    async def open(cls, addresses: Sequence[str], *, name: str, packet: Packet, max_body: int) -> Self:
+    async def open(cls, addresses: Sequence[str], *, name: str, write_batch: Batch, max_body: int) -> Self:
         """As `amqp.connect`, which says what the arguments are and what is raised.
 
         Properties of messages are not read, so that none that anybody published can break the connection.
 
         Args:
-            packet: entered and left around the callbacks of all deliveries that come in one packet.
+            write_batch: entered and left around the callbacks of all deliveries that come in one packet.
             max_body: larger bodies are not gathered; callbacks get a `Cut`.
 
         Raises:
             amqp.BrokerError
         """
-        connection = await amqp.connect(addresses, name=name, make=lambda url: cls(url, packet, max_body))
+        connection = await amqp.connect(addresses, name=name, make=lambda url: cls(url, write_batch, max_body))
         assert isinstance(connection, cls), "made just above"
         return connection
 
-    def __init__(self, url: URL, packet: Packet, max_body: int) -> None:
+    def __init__(self, url: URL, write_batch: Batch, max_body: int) -> None:
         super().__init__(url)
-        transport = _Transport(packet, max_body)
+        transport = _Transport(write_batch, max_body)
         self.deliveries = transport.deliveries
         # aio_pika passes on what it knows from a URL, and this is of aiormq only.
         self.kwargs["transport_factory"] = transport

@@ -24,7 +24,7 @@ from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound,
 from bridge.publisher import new_id
 from bridge.sender import Sender
 from bridge.service.broker import topology
-from bridge.service.broker.consumer import Consumer, ConsumingConnection, Packet
+from bridge.service.broker.consumer import Batch, Consumer, ConsumingConnection
 from bridge.service.broker.deliveries import MAX_BODY_BYTES
 from bridge.service.broker.scans import Scan, Schedule, Want, cost
 from bridge.service.logs import RareLine
@@ -148,7 +148,7 @@ class EventLog:
         addresses: AMQP URLs of the cluster's nodes.
         log: the stream.
         exchange: what it is bound to.
-        packet: entered and left around the calls of readers for all entries that come in one packet.
+        write_batch: entered and left around the calls of readers for all entries that come in one packet.
         max_body: of larger entries, readers get a `Cut`.
         entries_per_user: the budget of each user, see `scans.Schedule`.
         on_read: called with the seconds that a replay waited for its first entry.
@@ -160,14 +160,14 @@ class EventLog:
         *,
         log: LogSettings,
         exchange: str,
-        packet: Packet,
+        write_batch: Batch,
         max_body: int = MAX_BODY_BYTES,
         entries_per_user: int,
         on_read: Callable[[float], object] = bool,
     ) -> None:
         self._addresses = addresses
         self._on_read = on_read
-        self._packet = packet
+        self._write_batch = write_batch
         self._max_body = max_body
         self._log_stream = log
         self._exchange = exchange
@@ -300,7 +300,7 @@ class EventLog:
                     await amqp.close(self._connection)
                     self._connection = None
                 self._connection = await ConsumingConnection.open(
-                    self._addresses, name="bridge log reader", packet=self._packet, max_body=self._max_body
+                    self._addresses, name="bridge log reader", write_batch=self._write_batch, max_body=self._max_body
                 )
             return self._connection
 

@@ -31,7 +31,7 @@ from bridge import amqp
 from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, LimitReached, NotFound, TopologyMismatch
 from bridge.routing import Audience
 from bridge.service.broker import topology
-from bridge.service.broker.consumer import Consumer, ConsumingConnection, Packet
+from bridge.service.broker.consumer import Batch, Consumer, ConsumingConnection
 from bridge.service.broker.deliveries import MAX_BODY_BYTES
 from bridge.service.logs import RareLine
 from bridge.service.settings import LogSettings
@@ -190,7 +190,7 @@ class Broker:
         addresses: AMQP URLs of the cluster's nodes.
         exchange, quarantine, log: the topology, declared with every new connection.
         on_shared: called with each message of the shared queue.
-        packet: entered and left around the callbacks of all messages that come in one packet.
+        write_batch: entered and left around the callbacks of all messages that come in one packet.
         max_body: of larger bodies, callbacks get a `Cut`.
     """
 
@@ -202,11 +202,11 @@ class Broker:
         quarantine: str,
         log: LogSettings | None,
         on_shared: Delivery,
-        packet: Packet,
+        write_batch: Batch,
         max_body: int = MAX_BODY_BYTES,
     ) -> None:
         self._addresses = addresses
-        self._packet = packet
+        self._write_batch = write_batch
         self._max_body = max_body
         self.log = log
         self.exchange = exchange
@@ -317,7 +317,7 @@ class Broker:
         connection = await ConsumingConnection.open(
             self._addresses,
             name=f"bridge {self.instance} consumer",
-            packet=self._packet,
+            write_batch=self._write_batch,
             max_body=self._max_body,
         )
         try:

@@ -228,7 +228,7 @@ class LookUp:
         connection = await ConsumingConnection.open(
             self._addresses,
             name="bridge console",
-            packet=contextlib.nullcontext(),
+            write_batch=contextlib.nullcontext(),
             max_body=self._max_event_bytes,
         )
         try:

@@ -37,7 +37,7 @@ from bridge.service.settings import Settings
 from bridge.service.streams import deadlines, sse
 from bridge.service.streams.cursor import echo
 from bridge.service.streams.hub import Hub, StreamRequest
-from bridge.service.streams.writer import Streams, Turn
+from bridge.service.streams.writer import Streams, WriteBatch
 
 if TYPE_CHECKING:
     from bridge.service.tracing import Tracing
@@ -134,7 +134,7 @@ def create_app(
     settings: Settings,
     catalogue: Catalogue,
     metrics: Metrics,
-    turn: Turn,
+    write_batch: WriteBatch,
     publisher: Publisher | None = None,
     tracing: Tracing | None = None,
 ) -> Quart:
@@ -147,7 +147,7 @@ def create_app(
     app = _bare_app("bridge")
     not_judged = RareLine("token not judged", _log.error)
     no_groups = RareLine("groups not in the token", _log.error)
-    streams = Streams(hub, metrics, turn, stall_seconds=settings.stall_seconds, tracing=tracing)
+    streams = Streams(hub, metrics, write_batch, stall_seconds=settings.stall_seconds, tracing=tracing)
     identity_key = settings.identity_key
     client = (files("bridge") / "client" / "client.js").read_bytes()
     asyncapi = exports.asyncapi(catalogue, version=__version__)

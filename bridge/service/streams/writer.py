@@ -1,8 +1,8 @@
 """The streams of the process, from the moment that their heads are out: sessions' bytes on their way to sockets.
 
-A stream has no task. Callbacks wake it: its session has output (`wake`), its peer reads again, a deadline has passed, or
-its socket is closed. Streams that are woken together write together (`WriteBatch`), so that ten events that arrived in
-one packet leave in one write.
+A stream has no task. Callbacks wake it: its session has output (`wake`), its peer reads again, a deadline has passed,
+or its socket is closed. Streams that are woken together write together (`WriteBatch`), so that ten events that arrived
+in one packet leave in one write.
 
 Whatever a stream holds it has from `open` until its transport says `connection_lost`, which it says exactly once.
 """
@@ -35,17 +35,17 @@ LAST_CHUNK = b"0\r\n\r\n"
 """RFC 9112, section 7.1."""
 
 
-class Turn:
-    """Gathers the streams that have something to say, and has them say it together.
+class WriteBatch:
+    """Collects the streams that have output, and has them write together.
 
-    Entered and left around all that one packet of the broker's brings, they speak as it is left: what that takes no
-    turn of the loop, and no look at its sockets, to get to. Outside of that, in the loop's next turn.
+    As a context manager around the deliveries of one packet: all streams write on exit, at once, without waiting for
+    the next loop iteration. Outside of a packet they write in the next loop iteration.
     """
 
-    __slots__ = ("_gathering", "_rung")
+    __slots__ = ("_gathering", "_woken")
 
     def __init__(self) -> None:
-        self._rung: list[_Stream] = []
+        self._woken: list[_Stream] = []
         self._gathering = False
 
     def __enter__(self) -> None:
@@ -53,18 +53,18 @@ class Turn:
 
     def __exit__(self, *_: object) -> None:
         self._gathering = False
-        if self._rung:
+        if self._woken:
             self._serve()
 
     def wake(self, stream: _Stream) -> None:
-        if not self._rung and not self._gathering:
+        if not self._woken and not self._gathering:
             asyncio.get_running_loop().call_soon(self._serve)
-        self._rung.append(stream)
+        self._woken.append(stream)
 
     def _serve(self) -> None:
-        rung, self._rung = self._rung, []
+        woken, self._woken = self._woken, []
         now = time.monotonic()
-        for stream in rung:
+        for stream in woken:
             stream.serve(now)
 
 
@@ -76,11 +76,17 @@ class Streams:
     """
 
     def __init__(
-        self, hub: Hub, metrics: Metrics, turn: Turn, *, stall_seconds: float, tracing: Tracing | None = None
+        self,
+        hub: Hub,
+        metrics: Metrics,
+        write_batch: WriteBatch,
+        *,
+        stall_seconds: float,
+        tracing: Tracing | None = None,
     ) -> None:
         self.hub = hub
         self.metrics = metrics
-        self.turn = turn
+        self.write_batch = write_batch
         self.stall_seconds = stall_seconds
         self.tracing = tracing
         self.refusals = {cause: RareLine("stream refused", _log.info) for cause in CAUSES}
@@ -104,8 +110,16 @@ class Streams:
 
 
 class _Stream(asyncio.Protocol):
-    __slots__ = ("_blocked_since", "_chunked", "_connection", "_failed", "_rung", "_streams", "_timer",
-                 "_transport")  # fmt: skip
+    __slots__ = (
+        "_blocked_since",
+        "_chunked",
+        "_connection",
+        "_failed",
+        "_streams",
+        "_timer",
+        "_transport",
+        "_woken",
+    )  # fmt: skip
 
     def __init__(self, streams: Streams, transport: asyncio.Transport, *, chunked: bool) -> None:
         self._streams = streams
@@ -114,7 +128,7 @@ class _Stream(asyncio.Protocol):
         self._connection: Connection | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._blocked_since: float | None = None
-        self._rung = False
+        self._woken = False
         self._failed = False
 
     def begin(self, request: StreamRequest) -> None:
@@ -138,13 +152,13 @@ class _Stream(asyncio.Protocol):
 
     def wake(self) -> None:
         """There is something to say, or to end."""
-        if not self._rung:
-            self._rung = True
-            self._streams.turn.wake(self)
+        if not self._woken:
+            self._woken = True
+            self._streams.write_batch.wake(self)
 
     def serve(self, now: float) -> None:
         """Writes what there is, as far as the peer reads."""
-        self._rung = False
+        self._woken = False
         connection = self._connection
         if connection is None or self._blocked_since is not None or self._transport.is_closing():
             return
