@@ -287,6 +287,12 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             assert anchor in anchors, f"{target}: there is no such heading"
 
 
+def test_unit_tests_need_nothing_but_the_virtual_environment() -> None:
+    for path in (ROOT / "tests/unit").glob("*.py"):
+        imported = re.findall(r"^(?:from|import) (tests\.\w+)", path.read_text(), re.MULTILINE)
+        assert not {"tests.node", "tests.browser"} & set(imported), path.name
+
+
 def test_the_readme_is_read_in_two_minutes() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 120
