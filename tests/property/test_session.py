@@ -292,9 +292,9 @@ class World(RuleBasedStateMachine):
         self.session.lost()
 
     @rule()
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         assert self.session is not None
-        self.session.beat()
+        self.session.heartbeat()
         self.session.place(self.now_ms)
 
     # The client.
@@ -459,7 +459,7 @@ class World(RuleBasedStateMachine):
         first = {item.number for item in self.log[: self.since] if isinstance(item, Published)}
         numbers = {item.number for item in owed if not item.is_new}
         assert numbers - first <= set(self.got), "lost"
-        self.session.beat()
+        self.session.heartbeat()
         self.write()
         self.read(len(self.written))
         hidden = {item.number for item in owed if item.is_new and item.number > self.state_at}

@@ -203,14 +203,14 @@ def test_no_position_is_told_while_something_may_be_missing() -> None:
 
 def test_a_heartbeat_is_a_comment_and_only_when_there_is_nothing_else() -> None:
     made = session()
-    made.beat()
+    made.heartbeat()
     assert made.take() == b""
     made.bound(1000, None)
     made.take()
-    made.beat()
+    made.heartbeat()
     assert made.take() == b":\n"
     made.offer(make_event(1), 2000)
-    made.beat()
+    made.heartbeat()
     assert made.take().startswith(b"id: ")
 
 
@@ -588,12 +588,12 @@ def test_a_retry_of_what_the_cursor_names_is_not_sent_again() -> None:
 
 def test_a_client_is_told_once_that_nothing_can_arrive_and_when_it_can_again() -> None:
     made = live()
-    made.beat()
+    made.heartbeat()
     assert made.take() == sse.HEARTBEAT
     made.lost()
-    made.beat()
+    made.heartbeat()
     assert made.take() == b'event: bridge.status\ndata: {"receiving":false}\n\n'
-    made.beat()
+    made.heartbeat()
     assert made.take() == sse.HEARTBEAT, "it is said once"
     made.bound(2000, None)
     back, gap = frames(made)

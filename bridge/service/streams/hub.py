@@ -393,9 +393,9 @@ class Connection:
             self._take_watermarks()
             self.ask_for_proof()
             if not session.has_output and due.heartbeat_due(now):
-                session.beat()
+                session.heartbeat()
         elif due.heartbeat_due(now):
-            session.beat()
+            session.heartbeat()
 
     def read_on(self) -> None:
         """Bytes have been taken. Where reading the log was stopped it goes on, once the client has read most of it."""

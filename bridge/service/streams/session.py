@@ -14,7 +14,7 @@ hub on one side, the stream on the other) does the waiting and calls in:
     settled()         no more of these
     watermark(anchor) the bridge has just written this entry to the log
     prove(anchor)     all that stands before that entry has come by both queues
-    beat, place       the deadlines of `pacing` came up
+    heartbeat, place  a deadline has passed
     end(reason)       it is over; what may still be said is said
     take()            the bytes to write now, empty when there is nothing to say
 
@@ -909,7 +909,7 @@ class Session:
 
     # Deadlines.
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Nothing was sent for a while: a heartbeat."""
         if not self.greeted or self.has_output or self.state is State.ENDED:
             return
