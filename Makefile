@@ -71,7 +71,7 @@ proxies: $(READY) ## five real proxies in front of the bridge, at length, with f
 	@deploy/local/ensure proxies
 	@$(VENV)/bin/python -m pytest -v -s tests/deploy/test_proxies.py tests/deploy/long_proxies.py $(if $(ONLY),-k $(ONLY))
 
-mutants: $(READY) ## let each bug of the zoo loose and see that a test catches it
+mutants: $(READY) ## apply each mutant of the code and see that a test fails
 	@deploy/local/ensure rabbitmq
 	@$(VENV)/bin/python -m tests.mutants
 

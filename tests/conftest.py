@@ -28,7 +28,7 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("suite")
-# For the zoo of bugs: that one is found is all that matters, not its smallest form.
+# For the mutants: only that one is found matters, not its smallest form.
 hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], print_blob=False)
 
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.mutants.zoo import ZOO, Mutant
+from tests.mutants.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -48,7 +48,7 @@ def survives(mutant: Mutant) -> bool:
 
 
 def main() -> None:
-    chosen = [mutant for mutant in ZOO if not sys.argv[1:] or mutant.name in sys.argv[1:]]
+    chosen = [mutant for mutant in MUTANTS if not sys.argv[1:] or mutant.name in sys.argv[1:]]
     survivors = []
     for mutant in chosen:
         alive = survives(mutant)

@@ -1,15 +1,15 @@
-"""The zoo's short version: every bug still fits its file. `make mutants` lets them loose."""
+"""The short version of `make mutants`: every mutant still fits its file. `make mutants` runs the tests on each."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.mutants.zoo import ZOO, Mutant
+from tests.mutants.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("mutant", ZOO, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_mutant_fits_its_file(mutant: Mutant) -> None:
     assert (ROOT / mutant.file).read_text().count(mutant.old) == 1
     assert (ROOT / mutant.killer.partition("::")[0]).exists()

@@ -1,4 +1,4 @@
-"""A small zoo of bugs: one edit each, what a user would see of it, and the test that must catch it.
+"""Mutants of the code: one edit each, what a user would see of it, and the test that must catch it.
 
 `make mutants` lets each loose in a copy of the tree and shows whether its keeper noticed. Added when one bites.
 """
@@ -21,7 +21,7 @@ class Mutant:
     killer: str
 
 
-ZOO = [
+MUTANTS = [
     Mutant(
         "replay-skips-one",
         "bridge/service/broker/eventlog.py",
