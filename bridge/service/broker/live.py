@@ -7,7 +7,7 @@ and tell by callback when it is so and when it no longer is.
 
     Broker        supervisor: one consuming connection, made again for ever, with jittered pauses
     └─ _Link      one life of that connection, with the queues that live and die with it
-       ├─ _Lane   two channels and their owner task; some hundred live queues each
+       ├─ _ChannelWorker   two channels and their owner task; some hundred live queues each
        ├─ _Shared the process's queue for groups and broadcasts
        └─ _Dropped the queue to which RabbitMQ sends what it drops from the others
 """
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel
     from pamqp.common import FieldTable
 
-LANES = 8
+CHANNEL_WORKERS = 8
 """Attaching is bounded by this: so many queues are being made at any time, each after the one before it. A broker
 that is slow is asked more slowly; after its restart ten thousand queues come back at the pace it can keep."""
 
-CHANNELS_OF_A_LANE = 2
+CHANNELS_OF_A_WORKER = 2
 
-CHANNELS_BESIDE_LANES = 4
-"""Two of the shared queue, one of the queue for dropped messages, and one for declaring what has to be there. With all
-lanes a connection has 20. They are opened before the connection is used: RabbitMQ closes the connection for one too
-many, and no new stream may do that to the others."""
+CHANNELS_BESIDE_WORKERS = 4
+"""Two of the shared queue, one of the queue for dropped messages, and one to declare the topology. With all channel
+workers a connection has 20. They are opened before the connection is used: RabbitMQ closes the connection for one
+channel too many, and a new stream must not do that to the others."""
 
-_ALL_CHANNELS = CHANNELS_BESIDE_LANES + CHANNELS_OF_A_LANE * LANES
+_ALL_CHANNELS = CHANNELS_BESIDE_WORKERS + CHANNELS_OF_A_WORKER * CHANNEL_WORKERS
 
 CLOSED_SECONDS = 0.5
 """A connection that RabbitMQ closes says why within a turn of the loop."""
@@ -96,19 +96,19 @@ Delivery = Callable[[str, bytes], None]
 """Called with the routing key and the body of a message; must not raise."""
 
 
-def count_lanes(channels: int, *, most: int = LANES) -> int:
-    """As many lanes as a connection with so many channels has room for.
+def count_channel_workers(channels: int, *, most: int = CHANNEL_WORKERS) -> int:
+    """As many channel workers as a connection with so many channels has room for.
 
     Raises:
         LimitReached: none.
     """
-    lanes = min(most, (channels - CHANNELS_BESIDE_LANES) // CHANNELS_OF_A_LANE)
-    if lanes < 1:
+    workers = min(most, (channels - CHANNELS_BESIDE_WORKERS) // CHANNELS_OF_A_WORKER)
+    if workers < 1:
         raise LimitReached(
             f"RabbitMQ allows {channels} channels in a connection, and the bridge needs at least "
-            f"{CHANNELS_BESIDE_LANES + CHANNELS_OF_A_LANE}: raise channel_max in rabbitmq.conf"
+            f"{CHANNELS_BESIDE_WORKERS + CHANNELS_OF_A_WORKER}: raise channel_max in rabbitmq.conf"
         )
-    return lanes
+    return workers
 
 
 def describe_channels(channels: int) -> str:
@@ -117,10 +117,10 @@ def describe_channels(channels: int) -> str:
     Raises:
         LimitReached: the bridge cannot work with so few.
     """
-    lanes = count_lanes(channels)
-    used = CHANNELS_BESIDE_LANES + CHANNELS_OF_A_LANE * lanes
+    workers = count_channel_workers(channels)
+    used = CHANNELS_BESIDE_WORKERS + CHANNELS_OF_A_WORKER * workers
     line = f"RabbitMQ allows {channels} channels in a connection, and the bridge uses {used}"
-    return line if lanes == LANES else f"{line}: streams are opened more slowly than with {_ALL_CHANNELS}"
+    return line if workers == CHANNEL_WORKERS else f"{line}: streams are opened more slowly than with {_ALL_CHANNELS}"
 
 
 class Subscription:
@@ -140,7 +140,6 @@ class Subscription:
         "consumed",
         "groups",
         "keys",
-        "lane",
         "number",
         "on_bound",
         "on_delivery",
@@ -148,6 +147,7 @@ class Subscription:
         "on_refused",
         "queue",
         "wanted",
+        "worker",
     )
 
     def __init__(
@@ -174,7 +174,7 @@ class Subscription:
         self.bound = False
         self.queue = ""
         """The name of its live queue, while it has one."""
-        self.lane: _Lane | None = None
+        self.worker: _ChannelWorker | None = None
 
     def close(self) -> None:
         """Nothing more is delivered from here on. The queue is taken down soon; closing twice is harmless."""
@@ -228,7 +228,7 @@ class Broker:
         """Messages that RabbitMQ dropped from the bridge's queues, since the start."""
         self.refused = 0
         """Live queues that RabbitMQ refused for a limit, since the start."""
-        self._most_lanes = LANES
+        self._most_workers = CHANNEL_WORKERS
         """Fewer after RabbitMQ refused so many channels: other connections of the user or the node have them."""
         self.log_may_be_unbound = False
         """Whether the exchange was deleted, and with it the log's binding, and we have not bound it again."""
@@ -289,8 +289,8 @@ class Broker:
             link: _Link | None = None
             try:
                 async with self._connection() as connection:
-                    lanes = count_lanes(amqp.most_channels(connection), most=self._most_lanes)
-                    link = _Link(self, connection, lanes=lanes)
+                    workers = count_channel_workers(amqp.most_channels(connection), most=self._most_workers)
+                    link = _Link(self, connection, workers=workers)
                     await link.declare_topology()
                     self._link = link
                     for subscription in self.subscriptions.values():
@@ -308,7 +308,7 @@ class Broker:
                 if self.connects == 0 and not isinstance(cause, BrokerUnavailable):
                     raise
                 if isinstance(cause, LimitReached) and "channel" in str(cause):
-                    self._most_lanes = max(1, self._most_lanes // 2)
+                    self._most_workers = max(1, self._most_workers // 2)
                 _log.warning("broker unavailable", error=str(cause), kind=type(cause).__name__)
             await asyncio.sleep(next_pause())
 
@@ -337,7 +337,9 @@ class Broker:
         self._up_since = time.monotonic()
         self.last_error = None
         if is_new:
-            self._most_lanes = min(LANES, 2 * self._most_lanes)  # The next connection may have more again.
+            self._most_workers = min(
+                CHANNEL_WORKERS, 2 * self._most_workers
+            )  # The next connection may have more again.
         _log.info(
             "broker connected" if is_new else "shared queue made again",
             address=amqp.address(link.connection),
@@ -357,7 +359,7 @@ class Broker:
         if self.down_since is None:
             self.down_since = time.monotonic()
         for subscription in list(self.subscriptions.values()):
-            subscription.lane = None
+            subscription.worker = None
             subscription.consumed = False
             _lose(subscription)
 
@@ -384,7 +386,7 @@ def _lose(subscription: Subscription) -> None:
 class _Link:
     """One life of the consuming connection."""
 
-    def __init__(self, broker: Broker, connection: aio_pika.abc.AbstractConnection, *, lanes: int) -> None:
+    def __init__(self, broker: Broker, connection: aio_pika.abc.AbstractConnection, *, workers: int) -> None:
         self.broker = broker
         self.connection = connection
         self.has_been_up = False
@@ -393,7 +395,7 @@ class _Link:
         self._closed = asyncio.Event()
         self._cause: BaseException | None = None
         connection.close_callbacks.add(self._note_closed)
-        self._lanes = [_Lane(self) for _ in range(lanes)]
+        self._workers = [_ChannelWorker(self) for _ in range(workers)]
         self.shared = _Shared(self)
         self.dropped = _Dropped(self)
         self._asking: asyncio.Task[topology.Declared] | None = None
@@ -481,10 +483,10 @@ class _Link:
         Raises:
             BrokerUnavailable: always; it says why the connection ended.
         """
-        for lane in self._lanes:
-            await lane.open()
+        for worker in self._workers:
+            await worker.open()
         await self.dropped.open()
-        runs = [self.dropped.run(), self.shared.run(), *(lane.run() for lane in self._lanes)]
+        runs = [self.dropped.run(), self.shared.run(), *(worker.run() for worker in self._workers)]
         owners = [asyncio.create_task(run, name="amqp-owner") for run in runs]
         watch = asyncio.create_task(self._closed.wait(), name="amqp-closed")
         try:
@@ -521,15 +523,15 @@ class _Link:
 
     def attach(self, subscription: Subscription) -> None:
         self.shared.note_groups(subscription.groups)
-        lane = min(self._lanes, key=lambda lane: lane.load)
-        lane.give(subscription)
+        worker = min(self._workers, key=lambda worker: worker.load)
+        worker.give(subscription)
 
     def detach(self, subscription: Subscription) -> None:
         for lacking in (None, *subscription.groups):
             self._forget(lacking, subscription)
         self.shared.note_groups(subscription.groups)
-        if subscription.lane is not None:
-            subscription.lane.take_back(subscription)
+        if subscription.worker is not None:
+            subscription.worker.take_back(subscription)
 
     def check(self, subscription: Subscription) -> None:
         """Tells the subscription that it is bound, once its own queue is and the shared queue has its groups."""
@@ -563,7 +565,7 @@ class _Link:
             self.check(subscription)
 
 
-class _Lane:
+class _ChannelWorker:
     """Two channels, one for commands that may be refused and one that consumes, and the task that speaks on them."""
 
     def __init__(self, link: _Link) -> None:
@@ -577,7 +579,7 @@ class _Lane:
         self.load = 0
 
     def give(self, subscription: Subscription) -> None:
-        subscription.lane = self
+        subscription.worker = self
         self.load += 1
         self._commands.put_nowait(subscription)
 
