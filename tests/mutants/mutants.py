@@ -186,8 +186,8 @@ MUTANTS = [
     Mutant(
         "groups-are-never-there",
         "bridge/service/broker/live.py",
-        "                        self._link.check_waiting(group)\n",
-        "                        self._link.check_waiting(None)\n",
+        "                        self._epoch.check_waiting(group)\n",
+        "                        self._epoch.check_waiting(None)\n",
         "after a reconnect nobody with a group is live again",
         "tests/integration/test_broker.py::test_everyone_is_on_each_of_their_groups_again",
     ),

@@ -6,7 +6,7 @@ is wanted and returns; a few owner tasks make it so, for as long as it is wanted
 and tell by callback when it is so and when it no longer is.
 
     Broker        supervisor: one consuming connection, made again for ever, with jittered pauses
-    └─ _Link      one life of that connection, with the queues that live and die with it
+    └─ _ConnectionEpoch      one life of that connection, with the queues that live and die with it
        ├─ _ChannelWorker   two channels and their owner task; some hundred live queues each
        ├─ _Shared the process's queue for groups and broadcasts
        └─ _Dropped the queue to which RabbitMQ sends what it drops from the others
@@ -217,7 +217,7 @@ class Broker:
         self._numbers = itertools.count(1)
         self.subscriptions: dict[int, Subscription] = {}
         self.groups: Counter[str] = Counter()
-        self._link: _Link | None = None
+        self._epoch: _ConnectionEpoch | None = None
         self.down_since: float | None = time.monotonic()
         """Monotonic time since when there has been no consuming connection; None while there is one."""
         self._up_since = 0.0
@@ -240,12 +240,12 @@ class Broker:
     @property
     def has_dropped(self) -> bool:
         """Whether RabbitMQ has just dropped messages, and the streams have not been read from the log since then."""
-        return self._link is not None and self._link.dropped.is_pending
+        return self._epoch is not None and self._epoch.dropped.is_pending
 
     @property
     def shared_queue(self) -> str | None:
         """The name of the shared queue, while it is consumed."""
-        return self._link.shared.queue if self._link is not None and self._link.shared.consuming else None
+        return self._epoch.shared.queue if self._epoch is not None and self._epoch.shared.consuming else None
 
     def subscribe(
         self,
@@ -261,8 +261,8 @@ class Broker:
         subscription = Subscription(self, next(self._numbers), keys, groups, on_delivery, on_bound, on_lost, on_refused)
         self.subscriptions[subscription.number] = subscription
         self.groups.update(groups)
-        if self._link is not None:
-            self._link.attach(subscription)
+        if self._epoch is not None:
+            self._epoch.attach(subscription)
         return subscription
 
     def drop(self, subscription: Subscription) -> None:
@@ -271,8 +271,8 @@ class Broker:
             self.groups[group] -= 1
             if not self.groups[group]:
                 del self.groups[group]
-        if self._link is not None:
-            self._link.detach(subscription)
+        if self._epoch is not None:
+            self._epoch.detach(subscription)
 
     # The supervisor.
 
@@ -286,23 +286,23 @@ class Broker:
         """
         next_pause = amqp.pauses()
         while True:
-            link: _Link | None = None
+            epoch: _ConnectionEpoch | None = None
             try:
                 async with self._connection() as connection:
                     workers = count_channel_workers(amqp.most_channels(connection), most=self._most_workers)
-                    link = _Link(self, connection, workers=workers)
-                    await link.declare_topology()
-                    self._link = link
+                    epoch = _ConnectionEpoch(self, connection, workers=workers)
+                    await epoch.declare_topology()
+                    self._epoch = epoch
                     for subscription in self.subscriptions.values():
-                        link.attach(subscription)
+                        epoch.attach(subscription)
                     try:
-                        await link.run()
+                        await epoch.run()
                     finally:
                         if self.connected and time.monotonic() - self._up_since > STEADY_SECONDS:
                             next_pause = amqp.pauses()
                         self._went_down()
             except BrokerError as error:
-                cause = error if link is None else await link.cause_of(error)
+                cause = error if epoch is None else await epoch.cause_of(error)
                 self.last_error = cause
                 self.log_may_be_unbound |= isinstance(cause, _ExchangeGone)
                 if self.connects == 0 and not isinstance(cause, BrokerUnavailable):
@@ -325,12 +325,12 @@ class Broker:
         finally:
             await amqp.close(connection)
 
-    def note_up(self, link: _Link) -> None:
-        """The link consumes: its shared queue is there, which every stream needs."""
-        if link is not self._link or self.connected:
+    def note_up(self, epoch: _ConnectionEpoch) -> None:
+        """The connection consumes: its shared queue is there, which every stream needs."""
+        if epoch is not self._epoch or self.connected:
             return
-        is_new = not link.has_been_up
-        link.has_been_up = True
+        is_new = not epoch.has_been_up
+        epoch.has_been_up = True
         self.connects += is_new
         away = None if self.connects == 1 or self.down_since is None else round(time.monotonic() - self.down_since, 3)
         self.down_since = None
@@ -342,20 +342,20 @@ class Broker:
             )  # The next connection may have more again.
         _log.info(
             "broker connected" if is_new else "shared queue made again",
-            address=amqp.address(link.connection),
+            address=amqp.address(epoch.connection),
             exchange=self.exchange,
             streams=len(self.subscriptions),
             away_seconds=away,
         )
 
-    def note_down(self, link: _Link, error: BrokerError) -> None:
-        """The link has lost its shared queue, without which no stream gets everything."""
-        if link is self._link and self.connected:
+    def note_down(self, epoch: _ConnectionEpoch, error: BrokerError) -> None:
+        """The connection has lost its shared queue, without which no stream gets everything."""
+        if epoch is self._epoch and self.connected:
             self.down_since = time.monotonic()
         self.last_error = error
 
     def _went_down(self) -> None:
-        self._link = None
+        self._epoch = None
         if self.down_since is None:
             self.down_since = time.monotonic()
         for subscription in list(self.subscriptions.values()):
@@ -383,7 +383,7 @@ def _lose(subscription: Subscription) -> None:
         subscription.on_lost()
 
 
-class _Link:
+class _ConnectionEpoch:
     """One life of the consuming connection."""
 
     def __init__(self, broker: Broker, connection: aio_pika.abc.AbstractConnection, *, workers: int) -> None:
@@ -568,9 +568,9 @@ class _Link:
 class _ChannelWorker:
     """Two channels, one for commands that may be refused and one that consumes, and the task that speaks on them."""
 
-    def __init__(self, link: _Link) -> None:
-        self._link = link
-        self._broker = link.broker
+    def __init__(self, epoch: _ConnectionEpoch) -> None:
+        self._epoch = epoch
+        self._broker = epoch.broker
         self._subscriptions: dict[bytes, Subscription] = {}
         self._commands: asyncio.Queue[Subscription | BrokerError] = asyncio.Queue()
         self._setup: AbstractChannel | None = None
@@ -593,13 +593,13 @@ class _ChannelWorker:
         Raises:
             BrokerError
         """
-        self._consumer = await Consumer.open(self._link.connection, self._deliver, prefetch=PREFETCH)
+        self._consumer = await Consumer.open(self._epoch.connection, self._deliver, prefetch=PREFETCH)
         if self._setup is None or self._setup.is_closed:
-            self._setup = await amqp.open_channel(self._link.connection)
+            self._setup = await amqp.open_channel(self._epoch.connection)
 
     async def run(self) -> None:
         # Every stream needs the shared queue, so that under a limit of queues no live queue may take its place.
-        await self._link.shared.made.wait()
+        await self._epoch.shared.made.wait()
         while True:
             if self._consumer is None:
                 await self.open()
@@ -611,7 +611,7 @@ class _ChannelWorker:
             try:
                 await self._obey(consumer)
             except BrokerError as error:
-                if not channel.is_closed or not self._link.connection.connected.is_set():
+                if not channel.is_closed or not self._epoch.connection.connected.is_set():
                     raise  # More than this channel is at fault: everything is made anew.
                 # Only this channel is gone, and with it the queues that had their consumers on it.
                 _log.warning("live queues lost", streams=len(self._subscriptions), error=str(error))
@@ -657,7 +657,7 @@ class _ChannelWorker:
                 if consumer.channel.is_closed:
                     raise command
                 continue  # Of a channel before this one.
-            # Its timeout closes the channel in the middle of a command; the whole link ends with it.
+            # Its timeout closes the channel in the middle of a command; the whole epoch ends with it.
             async with amqp.translating("making or ending a live queue"), asyncio.timeout(COMMAND_SECONDS):
                 if command.wanted and not command.consumed:
                     await self._attach(command, consumer)
@@ -665,7 +665,7 @@ class _ChannelWorker:
                     await self._detach(command, consumer)
 
     async def _attach(self, subscription: Subscription, consumer: Consumer) -> None:
-        if time.monotonic() < self._link.full_until:
+        if time.monotonic() < self._epoch.full_until:
             self._refuse(subscription, None)
             return
         # A name of its own for each try: the queue of a try that failed may still be there.
@@ -673,16 +673,16 @@ class _ChannelWorker:
         try:
             async with amqp.translating("making a live queue"):
                 if self._setup is None or self._setup.is_closed:
-                    self._setup = await amqp.open_channel(self._link.connection)
-                arguments = self._link.dropped.arguments
+                    self._setup = await amqp.open_channel(self._epoch.connection)
+                arguments = self._epoch.dropped.arguments
                 await self._setup.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
                 for key in subscription.keys:
                     await self._setup.queue_bind(queue, self._broker.exchange, key)
         except BrokerError as error:
-            if not self._link.connection.connected.is_set():
+            if not self._epoch.connection.connected.is_set():
                 raise
             if isinstance(error, LimitReached):
-                self._link.full_until = time.monotonic() + LIMIT_SECONDS
+                self._epoch.full_until = time.monotonic() + LIMIT_SECONDS
                 await self._clear_away(queue)
                 self._refuse(subscription, error)
                 return
@@ -704,7 +704,7 @@ class _ChannelWorker:
         # What happened meanwhile (a close, a cancel) stands in the commands behind this one.
         if tag in self._subscriptions:
             subscription.consumed = True
-            self._link.check(subscription)
+            self._epoch.check(subscription)
             if not subscription.wanted:
                 await self._detach(subscription, consumer)
 
@@ -722,7 +722,7 @@ class _ChannelWorker:
         """A queue that never had a consumer is not deleted by itself before the connection ends."""
         with contextlib.suppress(BrokerError):
             async with amqp.translating("deleting a queue that was not bound"):
-                self._setup = await amqp.open_channel(self._link.connection)
+                self._setup = await amqp.open_channel(self._epoch.connection)
                 await self._setup.queue_delete(queue)
 
     async def _detach(self, subscription: Subscription, consumer: Consumer) -> None:
@@ -743,9 +743,9 @@ class _Dropped:
     lost connection.
     """
 
-    def __init__(self, link: _Link) -> None:
-        self._link = link
-        self._queue = f"bridge.dropped.{link.broker.instance}.{secrets.token_hex(2)}"
+    def __init__(self, epoch: _ConnectionEpoch) -> None:
+        self._epoch = epoch
+        self._queue = f"bridge.dropped.{epoch.broker.instance}.{secrets.token_hex(2)}"
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closed = asyncio.Event()
@@ -764,11 +764,11 @@ class _Dropped:
         Raises:
             BrokerError
         """
-        consumer = await Consumer.open(self._link.connection, self._note, prefetch=SHARED_PREFETCH)
+        consumer = await Consumer.open(self._epoch.connection, self._note, prefetch=SHARED_PREFETCH)
         consumer.channel.closing.add_done_callback(lambda _: self._closed.set())
         consumer.channel.on_consumer_cancel_callbacks.add(lambda _: self._closed.set())
         async with amqp.translating("making the queue for dropped messages"):
-            setup = await amqp.open_channel(self._link.connection)
+            setup = await amqp.open_channel(self._epoch.connection)
             await setup.queue_declare(self._queue, exclusive=True, auto_delete=True)
             await setup.close()
             await consumer.consume(self._queue, "dropped")
@@ -797,16 +797,16 @@ class _Dropped:
             detail="a policy (max-length, message-ttl) or an `expiration` took them out of the bridge's queues; all "
             "streams are read from the log. Exempt queues named bridge.* from the policy",
         )
-        self._link.broker.dropped += count
-        self._link.lose_all()
+        self._epoch.broker.dropped += count
+        self._epoch.lose_all()
 
 
 class _Shared:
     """The queue for `all` and for the groups that have a connection here. One delivery a process, not one a browser."""
 
-    def __init__(self, link: _Link) -> None:
-        self._link = link
-        self._broker = link.broker
+    def __init__(self, epoch: _ConnectionEpoch) -> None:
+        self._epoch = epoch
+        self._broker = epoch.broker
         self._changed = asyncio.Event()
         self._bound: set[str] = set()
         self.consuming = False
@@ -830,9 +830,9 @@ class _Shared:
             try:
                 await self._live()
             except BrokerError as error:
-                if not self._link.connection.connected.is_set():
+                if not self._epoch.connection.connected.is_set():
                     raise
-                self._broker.note_down(self._link, error)
+                self._broker.note_down(self._epoch, error)
                 _log.warning("shared queue lost", error=str(error))
                 if isinstance(error, NotFound):
                     if self._broker.connects == 0:
@@ -846,15 +846,15 @@ class _Shared:
                 self.consuming = False
                 self._bound.clear()
                 self._failure = None
-            self._link.lose_all()
+            self._epoch.lose_all()
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _live(self) -> None:
         queue = f"bridge.shared.{self._broker.instance}.{secrets.token_hex(2)}"
         async with amqp.translating("making the shared queue"):
-            setup = await amqp.open_channel(self._link.connection)
+            setup = await amqp.open_channel(self._epoch.connection)
         consumer = await Consumer.open(
-            self._link.connection,
+            self._epoch.connection,
             lambda _tag, key, body, _offset: self._broker.on_shared(key, body),
             prefetch=SHARED_PREFETCH,
         )
@@ -863,15 +863,15 @@ class _Shared:
         channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
         try:
             async with amqp.translating("making the shared queue"):
-                arguments = self._link.dropped.arguments
+                arguments = self._epoch.dropped.arguments
                 await setup.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
                 await self._bind_everyone(setup, queue)
                 await consumer.consume(queue, "shared")
                 self.queue = queue
                 self.consuming = self.has_consumed = True
-                self._broker.note_up(self._link)
+                self._broker.note_up(self._epoch)
                 self.made.set()
-                self._link.check_waiting(None)
+                self._epoch.check_waiting(None)
                 # Groups only now: who has few or none need not wait until thousands of others are bound.
                 while True:
                     await self._reconcile(setup, queue)
@@ -888,7 +888,7 @@ class _Shared:
         except BrokerError:
             self.consuming = False
             # The connection stays: its channels are given back. When this is cancelled, the connection goes as a whole.
-            if self._link.connection.connected.is_set():
+            if self._epoch.connection.connected.is_set():
                 with contextlib.suppress(BrokerError):
                     consumer.stop()
                     async with amqp.translating("closing the shared queue's channels"):
@@ -915,7 +915,7 @@ class _Shared:
                     case False, True:
                         await setup.queue_bind(queue, self._broker.exchange, key)
                         self._bound.add(group)
-                        self._link.check_waiting(group)
+                        self._epoch.check_waiting(group)
                     case True, False:
                         # First: a connection that comes meanwhile must wait for a new binding.
                         self._bound.discard(group)
