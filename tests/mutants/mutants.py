@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     Mutant(
         "a-sum-is-not-compared",
-        "bridge/service/streams/session.py",
+        "bridge/service/streams/recall.py",
         "        return () if total == 0 else None\n",
         "        return ()\n",
         "an event that others overtook is taken as sent, and lost to whoever comes back just then (this one bit)",
@@ -72,7 +72,7 @@ MUTANTS = [
     ),
     Mutant(
         "both-queues-in-one-count",
-        "bridge/service/streams/session.py",
+        "bridge/service/streams/recall.py",
         "        shared, event = entry.shared, entry.event\n",
         "        shared, event = False, entry.event\n",
         "what one queue brought is counted as the other's, and is sent again",
@@ -88,7 +88,7 @@ MUTANTS = [
     ),
     Mutant(
         "anchor-drops-all-names",
-        "bridge/service/streams/session.py",
+        "bridge/service/streams/progress.py",
         "            if at >= first or each.received_ms >= since_ms\n",
         "            if at >= first\n",
         "what was sent just before a watermark, and stands behind it, comes a second time",
@@ -96,7 +96,7 @@ MUTANTS = [
     ),
     Mutant(
         "names-fall-out-uncounted",
-        "bridge/service/streams/session.py",
+        "bridge/service/streams/progress.py",
         "            if oldest.counted and unnamed is not None:\n",
         "            if oldest.counted and unnamed is None:\n",
         "a client with more than sixteen behind its anchor gets the others twice",

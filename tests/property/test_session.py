@@ -26,7 +26,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from bridge.routing import TypeFilter
 from bridge.service.streams.cursor import Anchor, digest
-from bridge.service.streams.session import Entry, Session, State
+from bridge.service.streams.progress import Entry
+from bridge.service.streams.session import Session, State
 from tests.decoder import Decoder, Frame
 from tests.events import make_event
 
@@ -295,7 +296,7 @@ class World(RuleBasedStateMachine):
     def heartbeat(self) -> None:
         assert self.session is not None
         self.session.heartbeat()
-        self.session.place(self.now_ms)
+        self.session.position(self.now_ms)
 
     # The client.
 

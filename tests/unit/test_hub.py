@@ -93,7 +93,7 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
 
 def offset_of(connection: Connection) -> int:
     """Of the anchor in the cursor that a client would come back with."""
-    connection.session.place(0)
+    connection.session.position(0)
     text = connection.session.take().decode()
     return int(text.rpartition("id: ")[2].split(".")[1], 16)
 

@@ -42,7 +42,8 @@ LAYERS = [
     ["service.logs", "service.http.requesthead"],
     ["service.streams.sse", "service.streams.cursor", "service.streams.deadlines"],
     ["service.streams.streamevent", "service.http.headers", "service.http.keys", "service.broker.consumer"],
-    ["service.broker.scans"],
+    ["service.broker.scans", "service.streams.progress"],
+    ["service.streams.recall"],
     ["service.streams.session", "service.settings", "service.metrics", "service.http.auth", "service.http.openapi"],
     ["service.broker.topology"],
     ["service.broker.live", "service.broker.eventlog", "service.broker.quarantine", "service.http.entrance"],
@@ -61,7 +62,7 @@ PURE = [
     *("service.health", "service.broker.deliveries", "service.budgets", "service.broker.scans"),
     *("service.http.claims", "service.http.headers", "service.http.openapi", "service.http.requesthead"),
     *("service.streams.sse", "service.streams.cursor", "service.streams.deadlines"),
-    *("service.streams.streamevent", "service.streams.session"),
+    *("service.streams.streamevent", "service.streams.progress", "service.streams.recall", "service.streams.session"),
 ]
 IMPURE = {"asyncio", "time", "random", "logging", "structlog", "os", "socket", "secrets", "datetime", "threading"}
 FILES = {

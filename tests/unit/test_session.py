@@ -8,16 +8,9 @@ import pytest
 from bridge.routing import TypeFilter
 from bridge.service.streams import sse
 from bridge.service.streams.cursor import MAX_DIGESTS, NONE, VALUE_MASK, Anchor, Cursor, Unnamed
-from bridge.service.streams.session import (
-    CHUNK_BYTES,
-    MANY_BEHIND,
-    RECALL_BYTES,
-    RECENT_IDS,
-    Entry,
-    Replay,
-    Session,
-    State,
-)
+from bridge.service.streams.progress import MANY_BEHIND, Entry
+from bridge.service.streams.recall import RECALL_BYTES
+from bridge.service.streams.session import CHUNK_BYTES, RECENT_IDS, Replay, Session, State
 from tests.decoder import Decoder, Frame
 from tests.events import make_event
 
@@ -189,7 +182,7 @@ def test_a_position_moves_the_cursor_of_a_quiet_client() -> None:
     made = live()
     made.offer(make_event(1), 2000)
     frames(made)
-    made.place(62_000)
+    made.position(62_000)
     (frame,) = frames(made)
     assert (frame.event, frame.json, frame.id) == ("bridge.position", {}, f"0.{62_000:x}")
 
@@ -197,7 +190,7 @@ def test_a_position_moves_the_cursor_of_a_quiet_client() -> None:
 def test_no_position_is_told_while_something_may_be_missing() -> None:
     made = live()
     made.lost()
-    made.place(62_000)
+    made.position(62_000)
     assert made.take() == b""
 
 
@@ -434,7 +427,7 @@ def test_after_a_loss_it_is_read_from_its_own_place_and_the_page_sees_nothing() 
 
 
 def cursor_of(made: Session) -> Cursor:
-    made.place(14_000)
+    made.position(14_000)
     return Cursor.parse(frames(made)[-1].id)
 
 

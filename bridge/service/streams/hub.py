@@ -29,8 +29,9 @@ from bridge.service.metrics import Metrics
 from bridge.service.streams import deadlines
 from bridge.service.streams.cursor import Anchor
 from bridge.service.streams.deadlines import Deadlines
+from bridge.service.streams.progress import Entry
 from bridge.service.streams.reader import EventReader
-from bridge.service.streams.session import Entry, Session, State
+from bridge.service.streams.session import Session, State
 from bridge.service.streams.sse import EndReason, GapReason
 from bridge.service.streams.streamevent import StreamEvent
 
@@ -388,7 +389,7 @@ class Connection:
             if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
                 session.end("busy", deadlines.busy_retry_ms(random.random()))
         elif due.position_due(now):
-            session.place(clock.now_ms())
+            session.position(clock.now_ms())
             due.moved(now)
             self._take_watermarks()
             self.ask_for_proof()

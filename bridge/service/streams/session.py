@@ -14,7 +14,7 @@ hub on one side, the stream on the other) does the waiting and calls in:
     settled()         no more of these
     watermark(anchor) the bridge has just written this entry to the log
     prove(anchor)     all that stands before that entry has come by both queues
-    heartbeat, place  a deadline has passed
+    heartbeat, position  a deadline has passed
     end(reason)       it is over; what may still be said is said
     take()            the bytes to write now, empty when there is nothing to say
 
@@ -29,26 +29,30 @@ counts as arrived, and everything that ends a stream leaves the client a place t
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
 
 from bridge.routing import TypeFilter
 from bridge.service.streams import sse
 from bridge.service.streams.cursor import (
-    DIGEST_CHARS,
-    MAX_DIGESTS,
-    NONE,
-    VALUE_MASK,
     Anchor,
-    BySource,
     Cursor,
     InvalidCursor,
-    Unnamed,
-    encode,
-    encode_unnamed,
-    split,
 )
+from bridge.service.streams.progress import (
+    OVERLAP_MS,
+    Entry,
+    Forget,
+    Item,
+    Live,
+    Passed,
+    Progress,
+    Proof,
+    Reset,
+    Silent,
+    Watermark,
+)
+from bridge.service.streams.recall import RECALL_BYTES, RECALL_EVENTS, Recall
 from bridge.service.streams.sse import EndReason, GapReason
 from bridge.service.streams.streamevent import StreamEvent
 
@@ -64,35 +68,12 @@ CHUNK_BYTES = 65_536
 """Most that one `take` gathers. What waits goes out in one write, but a slow client's bytes stay in its backlog, where
 they are counted, and not in a socket's buffer, where they are not."""
 
-OVERLAP_MS = 1_000
-"""An event may reach its live queue so much earlier than the log: what came in this long before a watermark was written
-may stand behind it, and stays among the names. If it came earlier still, it is sent again; nothing is lost."""
-
-NEAR_MS = 50
-"""An event that came so near to a watermark may stand on either side of it. A stream that cannot name all that followed
-would rather take the next one."""
-
-RECALL_EVENTS = 20_000
-RECALL_BYTES = 4_194_304
-"""Most entries, and bytes, that are kept back for a client while it is found out which of them it was sent. Of a client
-that was sent more behind its anchor than this, all but the named ones are sent again."""
-
-MANY_BEHIND = RECALL_EVENTS // 2
-"""A client that was sent so many behind its anchor takes a watermark although events came near it: without a newer
-anchor nothing could be recalled of it before long."""
-
 REMEMBERED_IDS = 64
 """Ids from before a stream went live by its log. A publisher that had no confirm then may repeat one of them behind the
 anchor, however much later the log is read again."""
 
-MAX_UNSENT = 2
-"""Entries among those that were sent which a cursor's sum can show not to have been sent."""
-
 UNREADABLE_MS = 5_000
 """A live stream is told `not-readable` at most this often, since its page fetches its state each time."""
-
-MAX_WATERMARKS = 4
-"""Watermarks that may wait for their proof. The next but one proves it, so a fifth means that no proof comes."""
 
 
 class State(Enum):
@@ -113,332 +94,6 @@ class Replay:
     start: int
     until: int
     check: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An entry of the log that is an event for this connection."""
-
-    offset: int
-    check: str
-    event: StreamEvent
-    shared: bool = False
-    """Whether its audience is one of the shared queue's: a group, or everybody."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Reset:
-    """A place in the backlog from which the anchor is this one, and nothing behind it has been sent."""
-
-    anchor: Anchor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Watermark:
-    """A place in the backlog at which this entry had just been written to the log."""
-
-    anchor: Anchor
-    seen_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Proof:
-    """A place in the backlog at which all that stands before this entry has come."""
-
-    anchor: Anchor
-
-
-@dataclass(frozen=True, slots=True)
-class _Passed:
-    """A place in the backlog at which the log's reading passed an event that had been sent."""
-
-    event: StreamEvent
-    shared: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Forget:
-    """A place in the backlog from which events of one queue are sent again: not all that were sent are known."""
-
-    shared: bool
-
-
-class _Live(NamedTuple):
-    event: StreamEvent
-    received_ms: int
-    shared: bool
-
-
-_Item = Entry | _Live | _Reset | _Watermark | _Proof | _Passed | _Forget | bytes
-
-_SILENT = _Reset | _Watermark | _Proof | _Passed | _Forget
-
-
-class _Sent(NamedTuple):
-    """A named event. `counted`: it was sent behind the anchor, and is added up when its name falls out."""
-
-    received_ms: int
-    shared: bool
-    value: int
-    counted: bool
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A watermark that waits for its proof: what had been sent by then, by queue, and what was sent around it."""
-
-    anchor: Anchor
-    seen_ms: int
-    sent: int
-    counts: tuple[int, int]
-    totals: tuple[int, int]
-    before_ms: int
-    after_ms: int | None = None
-
-
-class _Place:
-    """Where a client is: the anchor, and what was sent of the entries behind it."""
-
-    __slots__ = ("_before_ms", "_counts", "_digests", "_named", "_pending", "_sent", "_totals", "_unnamed",
-                 "anchor", "passed")  # fmt: skip
-
-    def __init__(self, anchor: Anchor | None, cursor: Cursor | None = None, now_ms: int = 0) -> None:
-        self.anchor = anchor
-        # What was sent from behind the anchor and is named, oldest first. Side by side, and the names as one text,
-        # because they are told with every event.
-        self._digests = ""
-        self._named: deque[_Sent] = deque(maxlen=MAX_DIGESTS)
-        # And what is not named, by queue: how many and their sum, and whether it is unknown which.
-        self._unnamed: list[Unnamed | None] = [NONE, NONE]
-        # All that was ever sent live, by queue, to know what was sent between two moments.
-        self._sent = 0
-        self._counts = [0, 0]
-        self._totals = [0, 0]
-        self._before_ms = 0
-        self._pending: deque[_Pending] = deque(maxlen=MAX_WATERMARKS)
-        self.passed: deque[str] = deque(maxlen=MAX_DIGESTS)
-        """What was sent from the log, up to the anchor: a publisher's retry may stand behind it once more."""
-        if cursor is not None:
-            # The queues that brought these are not known, and need not be: they are only ever met by name.
-            for digest in cursor.digests[-MAX_DIGESTS:]:
-                self._digests += digest
-                self._named.append(_Sent(now_ms, False, 0, False))
-            self._unnamed = list(cursor.unnamed)
-            self.passed.extend(cursor.passed)
-
-    def copy(self) -> _Place:
-        place = _Place(self.anchor)
-        place._digests = self._digests
-        place._named.extend(self._named)
-        place._unnamed = self._unnamed.copy()
-        place._sent = self._sent
-        place._counts = self._counts.copy()
-        place._totals = self._totals.copy()
-        place._before_ms = self._before_ms
-        place._pending.extend(replace(each) for each in self._pending)
-        place.passed.extend(self.passed)
-        return place
-
-    def move(self, item: _Item) -> None:
-        """Past an item of the backlog."""
-        if isinstance(item, _Live):
-            self._send(item)
-        elif isinstance(item, Entry):
-            # Everything up to here has been sent. What was sent live from further behind stays as it is.
-            self.anchor = Anchor(item.offset, item.check)
-            self.passed.append(item.event.digest)
-        elif isinstance(item, _Passed):
-            self._pass(item)
-        elif isinstance(item, _Watermark):
-            self._pending.append(
-                _Pending(
-                    item.anchor,
-                    item.seen_ms,
-                    self._sent,
-                    (self._counts[0], self._counts[1]),
-                    (self._totals[0], self._totals[1]),
-                    self._before_ms,
-                )
-            )
-        elif isinstance(item, _Proof):
-            self._adopt(item.anchor)
-        elif isinstance(item, _Forget):
-            self._unnamed[item.shared] = NONE
-        elif isinstance(item, _Reset):
-            self.anchor = item.anchor
-            self._digests = ""
-            self._named.clear()
-            self._unnamed = [NONE, NONE]
-            self._pending.clear()
-            self.passed.clear()
-
-    def _send(self, item: _Live) -> None:
-        event, received_ms, shared = item
-        if len(self._named) == MAX_DIGESTS:
-            oldest = self._named[0]
-            self._digests = self._digests[DIGEST_CHARS:]
-            unnamed = self._unnamed[oldest.shared]
-            if oldest.counted and unnamed is not None:
-                total = (unnamed.total + oldest.value) & VALUE_MASK
-                self._unnamed[oldest.shared] = Unnamed(unnamed.count + 1, total)
-        self._digests += event.digest
-        self._named.append(_Sent(received_ms, shared, event.value, True))
-        self._sent += 1
-        self._counts[shared] += 1
-        self._totals[shared] = (self._totals[shared] + event.value) & VALUE_MASK
-        self._before_ms = received_ms
-        for each in self._pending:
-            if each.after_ms is None:
-                each.after_ms = received_ms
-
-    def _pass(self, item: _Passed) -> None:
-        digest, shared = item.event.digest, item.shared
-        names = split(self._digests)
-        if digest in names:
-            at = names.index(digest)
-            self._digests = "".join(names[:at] + names[at + 1 :])
-            del self._named[at]
-        elif (unnamed := self._unnamed[shared]) is not None and unnamed.count:
-            total = (unnamed.total - item.event.value) & VALUE_MASK
-            self._unnamed[shared] = Unnamed(unnamed.count - 1, total)
-        self.passed.append(digest)
-
-    def _adopt(self, anchor: Anchor) -> None:
-        if all(each.anchor != anchor for each in self._pending):
-            return
-        while (since := self._pending.popleft()).anchor != anchor:
-            pass  # An older one is of no use any more.
-        count = self._sent - since.sent
-        is_near = since.seen_ms - since.before_ms < NEAR_MS or (
-            since.after_ms is not None and since.after_ms - since.seen_ms < NEAR_MS
-        )
-        # What is named is known for certain. Of the others it is known only how many there were after the watermark.
-        if is_near and count > MAX_DIGESTS and self.sent_behind < MANY_BEHIND:
-            return
-        self.anchor = anchor
-        self.passed.clear()
-        since_ms = since.seen_ms - OVERLAP_MS
-        named = list(zip(split(self._digests), self._named, strict=True))
-        first = len(named) - count
-        kept = [
-            (digest, each._replace(counted=each.counted and at >= first))
-            for at, (digest, each) in enumerate(named)
-            if at >= first or each.received_ms >= since_ms
-        ]
-        self._digests = "".join([digest for digest, _ in kept])
-        self._named.clear()
-        self._named.extend([each for _, each in kept])
-        for shared in (False, True):
-            of_queue = [each for _, each in kept if each.shared is shared and each.counted]
-            left = self._counts[shared] - since.counts[shared] - len(of_queue)
-            total = self._totals[shared] - since.totals[shared] - sum(each.value for each in of_queue)
-            self._unnamed[shared] = Unnamed(left, total & VALUE_MASK)
-
-    def _passed(self) -> tuple[str, ...]:
-        # Those that were sent from behind the anchor are needed; of the others as many as there is room for.
-        room = MAX_DIGESTS - len(self._named)
-        return tuple(self.passed)[-room:] if room else ()
-
-    @property
-    def sent_behind(self) -> int:
-        """Events that were sent behind the anchor, as far as they are known."""
-        return len(self._named) + sum(each.count for each in self._unnamed if each is not None)
-
-    def cursor(self, now_ms: int) -> Cursor:
-        if self.anchor is None:
-            return Cursor(None, time_ms=now_ms)
-        return Cursor(self.anchor, split(self._digests), (self._unnamed[0], self._unnamed[1]), self._passed())
-
-    def text(self, now_ms: int) -> str:
-        """Of the cursor."""
-        if self.anchor is None:
-            return str(self.cursor(now_ms))
-        own, shared = self._unnamed
-        return encode(
-            self.anchor,
-            self._digests,
-            "" if own is NONE else encode_unnamed(own),
-            "" if shared is NONE else encode_unnamed(shared),
-            self._passed() if self.passed else (),
-        )
-
-
-class _Recall:
-    """Finds in the log what a cursor says was sent behind its anchor and does not name.
-
-    Each queue alone is in the log's order, but for events of several publishers at the very end, which are named. So
-    the first unnamed entries of a queue, as many as were sent, are the ones that were sent, if their sum is that of the
-    cursor. With one or two entries among them that were not sent, the sum of one or two more is too large by just
-    those. In every other case none is taken as sent. A publisher's retry is in the log twice, and counts once.
-    """
-
-    __slots__ = ("_ids", "_owed", "_sums", "_unsent", "_values", "entries", "is_sent", "size")
-
-    def __init__(self, unnamed: BySource) -> None:
-        known = [each if each is not None and each.count <= RECALL_EVENTS else None for each in unnamed]
-        self._owed = known
-        self._ids: set[str] = set()
-        self._sums = [0, 0]
-        self._values: tuple[dict[int, None], dict[int, None]] = ({}, {})
-        self._unsent: tuple[set[int], set[int]] = (set(), set())
-        self.is_sent: list[bool | None] = [
-            False if each is None else True if not each.count else None for each in known
-        ]
-        """By queue: whether it is known which of its entries were sent; None while that is open."""
-        self.entries: list[Entry] = []
-        """Entries that wait for the answer, in the log's order."""
-        self.size = 0
-
-    @property
-    def is_over(self) -> bool:
-        return None not in self.is_sent
-
-    def see(self, entry: Entry, *, named: bool) -> None:
-        """The next entry. Those that are named are certain already."""
-        self.entries.append(entry)
-        self.size += len(entry.event.named)
-        shared, event = entry.shared, entry.event
-        owed, values = self._owed[shared], self._values[shared]
-        if named or event.id in self._ids or self.is_sent[shared] is not None or owed is None:
-            return
-        self._ids.add(event.id)
-        values[event.value] = None
-        self._sums[shared] = (self._sums[shared] + event.value) & VALUE_MASK
-        more = len(values) - owed.count
-        if more < 0:
-            return
-        over = (self._sums[shared] - owed.total) & VALUE_MASK
-        unsent = _parts(over, values, more)
-        if unsent is not None:
-            self._unsent[shared].update(unsent)
-            self.is_sent[shared] = True
-        elif more == MAX_UNSENT:
-            self.is_sent[shared] = False
-
-    def give_up(self) -> None:
-        """What is not known by now is taken as not sent."""
-        self.is_sent = [bool(each) for each in self.is_sent]
-
-    def was_sent(self, entry: Entry) -> bool:
-        value = entry.event.value
-        return (
-            bool(self.is_sent[entry.shared])
-            and value in self._values[entry.shared]
-            and value not in self._unsent[entry.shared]
-        )
-
-
-def _parts(total: int, values: dict[int, None], count: int) -> tuple[int, ...] | None:
-    """So many of the values whose sum is the total, or None: none for 0, and at most two."""
-    if count == 0:
-        return () if total == 0 else None
-    if count == 1:
-        return (total,) if total in values else None
-    for value in values:
-        other = (total - value) & VALUE_MASK
-        if other != value and other in values:
-            return value, other
-    return None
 
 
 class Session:
@@ -477,7 +132,7 @@ class Session:
         "_named",
         "_now_ms",
         "_overlapping",
-        "_place",
+        "_progress",
         "_recall",
         "_recent",
         "_retry_ms",
@@ -539,22 +194,22 @@ class Session:
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._frames = b""  # The bridge's own frames; they stand before the backlog.
-        self._backlog: deque[_Item] = deque()
+        self._backlog: deque[Item] = deque()
         self._backlog_events = 0
         self._backlog_bytes = 0
-        self._held: OrderedDict[str, _Live] = OrderedDict()  # By event id.
+        self._held: OrderedDict[str, Live] = OrderedDict()  # By event id.
         self._held_bytes = 0
         self._held_lost = False
         self._interrupted = False
         """Whether the client was told that nothing can arrive, since the queues are lost."""
-        self._late: dict[str, _Live] | None = None  # By event id.
-        self._place = _Place(None)
+        self._late: dict[str, Live] | None = None  # By event id.
+        self._progress = Progress(None)
         self._recent: dict[str, None] = {}
         self._before: frozenset[str] = frozenset()
         self._now_ms = 0
         self.greeted = False
         """Whether `bridge.ready` has been said."""
-        self._recall: _Recall | None = None
+        self._recall: Recall | None = None
         self._overlapping = False
         self._sent_before: frozenset[str] = frozenset()
         self.tick: Anchor | None = None
@@ -574,7 +229,7 @@ class Session:
     @property
     def sent_behind_anchor(self) -> int:
         """Events that the client's cursor has to account for one by one; a newer anchor makes it few again."""
-        return self._place.sent_behind
+        return self._progress.sent_behind
 
     @property
     def wants_more(self) -> bool:
@@ -603,8 +258,8 @@ class Session:
         self.tick = tick
         self._unreadable_told_ms = None
         if self.greeted:
-            place = self._place_behind_backlog()
-            come_from = place.cursor(now_ms)
+            progress = self._progress_behind_backlog()
+            come_from = progress.cursor(now_ms)
         elif self._cursor is not None:
             come_from = self._cursor
         elif self._gap is not None:
@@ -620,14 +275,14 @@ class Session:
         self.state = State.REPLAYING
         self.replay = Replay(come_from.anchor.offset, tick.offset, come_from.anchor.check)
         self._sent_before = frozenset(come_from.digests + come_from.passed)
-        self._recall = _Recall(come_from.unnamed)
+        self._recall = Recall(come_from.unnamed)
         return None
 
-    def _place_behind_backlog(self) -> _Place:
-        place = self._place.copy()
+    def _progress_behind_backlog(self) -> Progress:
+        progress = self._progress.copy()
         for item in self._backlog:
-            place.move(item)
-        return place
+            progress.move(item)
+        return progress
 
     def _go_live(self, gap: GapReason | None) -> GapReason | None:
         """From the tick on, with what was held; everything before it is told as a gap or was never promised."""
@@ -636,8 +291,8 @@ class Session:
         # The page fetches its state after this ready or gap, and finds in it whatever was not readable before.
         self._unreadable_waits = False
         if not self.greeted:
-            self._place = _Place(self.tick)
-            self._greet(self._place.cursor(self._now_ms), resumed=False)
+            self._progress = Progress(self.tick)
+            self._greet(self._progress.cursor(self._now_ms), resumed=False)
             if gap is not None:
                 self._backlog.append(sse.encode_gap(gap))
         else:
@@ -654,7 +309,7 @@ class Session:
         # In the middle of a stream it is told only once the queues are bound again, not when they were lost: a page
         # fetches its state when it reads this, and what it fetches must not be older than the new queue.
         frame = sse.encode_gap(gap)
-        told = next((item for item in reversed(self._backlog) if not isinstance(item, _SILENT)), None)
+        told = next((item for item in reversed(self._backlog) if not isinstance(item, Silent)), None)
         if told != frame:  # A client that reads slowly needs to be told once.
             self._backlog.append(frame)
 
@@ -696,7 +351,7 @@ class Session:
         if self.state is State.REPLAYING and not self.greeted:
             assert self._cursor is not None, "only who came with a cursor is replayed before ready"
             # The place it came with, not a later one: cut off in the middle it must come back to where it really was.
-            self._place = _Place(self._cursor.anchor, self._cursor, self._now_ms)
+            self._progress = Progress(self._cursor.anchor, self._cursor, self._now_ms)
             self._greet(self._cursor, resumed=True)
 
     def not_found(self, reason: GapReason) -> GapReason | None:
@@ -732,7 +387,7 @@ class Session:
         recall.give_up()
         for shared in (False, True):
             if not recall.is_sent[shared]:
-                self._append(_Forget(shared))
+                self._append(Forget(shared))
         for entry in recall.entries:
             named = entry.event.digest in self._sent_before
             self._replay(entry, was_sent=named or recall.was_sent(entry), fits=True)
@@ -744,7 +399,7 @@ class Session:
         if was_sent or event.id in self._before:
             self.duplicates += 1
             self._recent[event.id] = None  # A publisher's retry may yet come live.
-            self._append(_Passed(event, entry.shared))
+            self._append(Passed(event, entry.shared))
             return True
         waiting = self._backlog_events
         if (
@@ -756,13 +411,13 @@ class Session:
         self._admit(event, entry)
         return True
 
-    def _append(self, item: _SILENT) -> None:
+    def _append(self, item: Silent) -> None:
         if self._backlog:
-            if isinstance(item, _Reset) and isinstance(self._backlog[-1], _Reset):
+            if isinstance(item, Reset) and isinstance(self._backlog[-1], Reset):
                 self._backlog.pop()  # Nothing was sent between the two: losses must not pile up.
             self._backlog.append(item)
         else:
-            self._place.move(item)
+            self._progress.move(item)
 
     def read_on(self, offset: int) -> None:
         """Reading was stopped, and goes on with the entry at `offset`."""
@@ -812,7 +467,7 @@ class Session:
         if self._late is None:
             self.offer(event, now_ms, shared=shared)
         elif event.id not in self._recent:
-            self._late[event.id] = _Live(event, now_ms, shared)
+            self._late[event.id] = Live(event, now_ms, shared)
             if len(self._late) > self._max_events:
                 item = self._late.pop(next(iter(self._late)))
                 self.offer(item.event, item.received_ms, shared=item.shared)
@@ -862,7 +517,7 @@ class Session:
             return
         if now_ms > self._now_ms:
             self._now_ms = now_ms
-        item = _Live(event, now_ms, shared)
+        item = Live(event, now_ms, shared)
         if self.state is State.LIVE:
             if self._unreadable_waits and now_ms >= (self._unreadable_told_ms or 0) + UNREADABLE_MS:
                 self._tell_unreadable()
@@ -894,7 +549,7 @@ class Session:
         # One event alone always fits, however small the limit: a client could never get past it otherwise.
         return events > self._max_events or (size > self._max_bytes and events > 1)
 
-    def _admit(self, event: StreamEvent, item: Entry | _Live) -> None:
+    def _admit(self, event: StreamEvent, item: Entry | Live) -> None:
         if event.id in self._recent:
             self.duplicates += 1
             return
@@ -926,25 +581,25 @@ class Session:
         """The bridge has just written this entry to the log, and nothing has come since then. It may become the
         client's anchor when `prove` says so."""
         if self.state is State.LIVE:
-            self._append(_Watermark(anchor, seen_ms))
+            self._append(Watermark(anchor, seen_ms))
 
     def prove(self, anchor: Anchor) -> None:
         """All that stands before this watermark in the log has come by both queues: it may be the client's anchor."""
         if self.state is State.LIVE and not self._unreadable_waits:
-            self._append(_Proof(anchor))
+            self._append(Proof(anchor))
 
     def _reset(self) -> None:
         """From here on the tick is the anchor, and nothing behind it has been sent."""
-        self._append(_Reset(self.tick))
+        self._append(Reset(self.tick))
         self._before = frozenset(list(self._recent)[-REMEMBERED_IDS:])
 
-    def place(self, now_ms: int) -> None:
-        """No event for a while: the client is told its place anew, if it is certain that nothing is missing."""
+    def position(self, now_ms: int) -> None:
+        """No event for a while: the client is sent its position again, if it is certain that nothing is missing."""
         if self.state is State.LIVE and not self._backlog:
             self._now_ms = max(self._now_ms, now_ms)
             if self._unreadable_waits:
                 self._tell_unreadable()
-            self._frames += sse.encode_position(self._place.text(self._now_ms))
+            self._frames += sse.encode_position(self._progress.text(self._now_ms))
 
     # The end.
 
@@ -973,9 +628,9 @@ class Session:
         None for what came from the log.
         """
         return [
-            (item.event, item.received_ms if isinstance(item, _Live) else None)
+            (item.event, item.received_ms if isinstance(item, Live) else None)
             for item in self._backlog
-            if isinstance(item, Entry | _Live)
+            if isinstance(item, Entry | Live)
         ]
 
     def take(self) -> bytes:
@@ -987,27 +642,27 @@ class Session:
         parts = [self._frames]
         size = len(self._frames)
         self._frames = b""
-        backlog, place = self._backlog, self._place
+        backlog, progress = self._backlog, self._progress
         while backlog and size < CHUNK_BYTES:
             item = backlog.popleft()
             if isinstance(item, bytes):
                 parts.append(item)
                 size += len(item)
                 continue
-            place.move(item)
-            if isinstance(item, _SILENT):
+            progress.move(item)
+            if isinstance(item, Silent):
                 continue
             event = item.event
             self._backlog_events -= 1
             self._backlog_bytes -= len(event.named)
             self.delivered += 1
-            if self.oldest_ms is None and isinstance(item, _Live):
+            if self.oldest_ms is None and isinstance(item, Live):
                 self.oldest_ms = item.received_ms
             if self._audience:
                 tail = event.with_audience(named=self._named)
             else:
                 tail = event.named if self._named else event.plain
-            parts += (sse.encode_id(place.text(self._now_ms)), tail)
+            parts += (sse.encode_id(progress.text(self._now_ms)), tail)
             size += len(tail)
         return b"".join(parts)
 
