@@ -54,7 +54,7 @@ class Plan:
         return (
             f"the limit is {wanted - self.streams} below what BRIDGE_MAX_CONNECTIONS needs. Raise the hard limit of "
             f"open files (ulimit -Hn, LimitNOFILE= in systemd, --ulimit nofile in Docker), or lower the setting; "
-            f"beyond {self.streams} streams clients are told `busy`"
+            f"beyond {self.streams} streams the bridge answers `busy`"
         )
 
 

@@ -157,7 +157,7 @@ async def test_a_bridge_fits_into_its_users_channels(
     for each, stream in streams.items():
         await assert_gets(vhost, stream, each, "e-1")
     assert await service.metric("bridge_broker_connects") == 1
-    # Another program that takes the rest is no concern of open streams, nor of new ones, which do without the log.
+    # Another program takes the rest: open streams continue, and new ones start without the log.
     vhost.node.ctl("set_user_limits", user, '{"max-channels": 0}')
     await assert_gets(vhost, await connect(service, "late"), "late", "e-2")
     assert await service.metric("bridge_broker_connects") == 1
@@ -225,7 +225,7 @@ async def test_a_bridge_fits_into_a_nodes_channels(
     await service.logged("broker connected")
     stream = await connect(service, "1")
     await assert_gets(vhost, stream, "1", "e-1")
-    # Another program that takes the rest is no concern of open streams, nor of new ones, which do without the log.
+    # Another program takes the rest: open streams continue, and new ones start without the log.
     node.ctl("eval", "application:set_env(rabbit, channel_max_per_node, 1).")
     late = await connect(service, "late")
     node.ctl("eval", "application:set_env(rabbit, channel_max_per_node, infinity).")

@@ -73,7 +73,7 @@ STEADY_SECONDS = 10.0
 """A connection that lasted this long is followed by a quick try; one that did not, by a longer pause each time."""
 
 QUARANTINE_SECONDS = 2.0
-"""So long the answer about the quarantine is waited for before the queues of streams are made without it."""
+"""The bridge waits this long for RabbitMQ's answer about the quarantine, and then declares the queues of streams."""
 
 COMMAND_SECONDS = 30.0
 """A broker that leaves a command unanswered for this long is as good as gone, though its heartbeats come."""
