@@ -361,7 +361,7 @@ async def test_few_rights_are_enough_and_a_missing_one_is_named(
         assert await stream.ids(1) == ["e1"]
         # It may not read the log, and is not asked again and again whether it may by now.
         await asyncio.sleep(3)  # What must not happen would happen every half second.
-        assert [line["event"] for line in service.lines].count("no tick") == 1
+        assert [line["event"] for line in service.lines].count("watermark not written") == 1
     finally:
         vhost.delete_user("bridge-test")
 

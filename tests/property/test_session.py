@@ -47,7 +47,7 @@ class Published:
 
 
 @dataclass
-class Tick:
+class Mark:
     number: int
 
 
@@ -62,7 +62,7 @@ class World(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.log: list[Published | Tick] = []
+        self.log: list[Published | Mark] = []
         self.count = 0
         self.now_ms = 1_000_000
         self.session: Session | None = None
@@ -70,9 +70,9 @@ class World(RuleBasedStateMachine):
         self.bound = False
         self.reading: int | None = None
         self.extending = False
-        self.settling: int | None = None  # The entry of the log from which it is read on behind the tick.
+        self.settling: int | None = None  # The entry of the log from which it is read on behind the watermark.
         self.replayed = False  # Whether it was read up to there.
-        self.asked: Anchor | None = None  # A tick that is written, and not yet known to the bridge.
+        self.asked: Anchor | None = None  # A watermark that is written, and not yet known to the bridge.
         self.anchors: list[tuple[Anchor, int]] = []
         self.decoder = Decoder()
         self.written: deque[Frame] = deque()
@@ -91,9 +91,9 @@ class World(RuleBasedStateMachine):
         item = self.log[offset]
         return digest(f"{type(item).__name__}{item.number}".encode())
 
-    def tick(self) -> Anchor:
+    def write_mark(self) -> Anchor:
         self.count += 1
-        self.log.append(Tick(self.count))
+        self.log.append(Mark(self.count))
         return Anchor(len(self.log) - 1, self.check(len(self.log) - 1))
 
     @rule(publisher=st.integers(0, PUBLISHERS - 1), audience=st.sampled_from(AUDIENCES))
@@ -101,7 +101,7 @@ class World(RuleBasedStateMachine):
         self.count += 1
         event = Published(self.count, publisher, audience)
         self.log.append(event)
-        # Of a new stream's first events it is not known whether they stand before its tick or behind it.
+        # Of a new stream's first events it is not known whether they stand before its watermark or behind it.
         self.may_repeat = self.may_repeat or (self.bound and not self.last_id)
         if self.bound and audience in MINE:
             self.queues.setdefault(self.queue_of(publisher, audience), deque()).append(event)
@@ -162,30 +162,30 @@ class World(RuleBasedStateMachine):
         lambda self: self.bound and self.session is not None and self.session.state in (State.OPENING, State.DETACHED)
     )
     @rule()
-    def answer_tick(self) -> None:
+    def answer_watermark(self) -> None:
         assert self.session is not None
-        self.session.bound(self.now_ms, self.asked or self.tick())
+        self.session.bound(self.now_ms, self.asked or self.write_mark())
         self.asked = None
         self.start_reading()
 
-    @precondition(lambda self: self.awaits_tick)
+    @precondition(lambda self: self.awaits_watermark)
     @rule()
-    def write_tick(self) -> None:
+    def ask_for_watermark(self) -> None:
         """The answer comes by another connection than events do, any time later."""
         if self.asked is None:
-            self.asked = self.tick()
+            self.asked = self.write_mark()
 
     @property
-    def awaits_tick(self) -> bool:
+    def awaits_watermark(self) -> bool:
         assert self.session is not None
         return self.extending or (self.bound and self.session.state in (State.OPENING, State.DETACHED))
 
     @precondition(lambda self: self.extending)
     @rule()
-    def answer_later_tick(self) -> None:
+    def answer_later_watermark(self) -> None:
         assert self.session is not None
         self.extending = False
-        self.session.extend(self.asked or self.tick())
+        self.session.extend(self.asked or self.write_mark())
         self.asked = None
         self.start_reading()
 
@@ -233,13 +233,13 @@ class World(RuleBasedStateMachine):
     def start_settling(self, *, replayed: bool) -> None:
         assert self.session is not None
         self.replayed = replayed
-        if self.session.state is State.LIVE and self.session.tick is not None:
-            self.settling = self.session.tick.offset + 1
+        if self.session.state is State.LIVE and self.session.live_from is not None:
+            self.settling = self.session.live_from.offset + 1
 
     @precondition(lambda self: self.settling is not None)
     @rule(steps=st.integers(1, 30))
     def settle(self, steps: int) -> None:
-        """The log's reading behind the tick may be ahead of the live queues, or far behind them."""
+        """The log's reading behind the watermark may be ahead of the live queues, or far behind them."""
         assert self.session is not None
         for _ in range(steps):
             if self.settling is None or self.settling >= len(self.log):
@@ -254,7 +254,7 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.settling is not None)
     @rule()
     def end_settling(self) -> None:
-        """A second later. Where the log was not read up to the tick, a live queue that lags so long is out of order."""
+        """A second later. If the log was not read up to the watermark, a later live queue is out of order."""
         assert self.session is not None
         while not self.replayed and (key := next((key for key, queue in self.queues.items() if queue), None)):
             self.deliver_one(key)
@@ -266,7 +266,7 @@ class World(RuleBasedStateMachine):
     def write_watermark(self) -> None:
         assert self.session is not None
         self.now_ms += 1
-        anchor = self.tick()
+        anchor = self.write_mark()
         self.anchors.append((anchor, self.count))
         # What is still on its way from before it is taken for what follows it.
         self.may_repeat = self.may_repeat or any(self.queues.values())
@@ -330,13 +330,13 @@ class World(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 3), later=st.integers(0, 3), delivered=st.booleans())
     def reconnect(self, count: int, later: int, delivered: bool) -> None:
-        """As far as the reading of the log; what is published between the binding and the tick comes by both ways."""
+        """Up to the log read. An event between the binding and the watermark arrives by both ways."""
         self.cut()
         self.bind()
         self.publish_some(count, delivered)
-        self.write_tick()
+        self.ask_for_watermark()
         self.publish_some(later, delivered)
-        self.answer_tick()
+        self.answer_watermark()
 
     def publish_some(self, count: int, delivered: bool) -> None:
         for number in range(count):
@@ -355,14 +355,14 @@ class World(RuleBasedStateMachine):
 
     @rule(before=st.integers(1, 4), later=st.integers(1, 4), delivered=st.booleans())
     def fall_behind(self, before: int, later: int, delivered: bool) -> None:
-        """More comes live during a replay than may be held, and more until the later tick is known."""
+        """More comes live during a replay than may be held, and more until the later watermark is known."""
         self.reconnect(0, 0, True)
         self.publish_some(MAX_EVENTS + before, True)
         self.come_as_far(lambda: self.extending)
         if self.extending:
-            self.write_tick()
+            self.ask_for_watermark()
             self.publish_some(later, delivered)
-            self.answer_later_tick()
+            self.answer_later_watermark()
 
     def come_as_far(self, done: Callable[[], bool]) -> None:
         for _ in range(50):
@@ -387,7 +387,7 @@ class World(RuleBasedStateMachine):
             self.lose_queues()
             self.publish(0, "user")
             self.bind()
-            self.answer_tick()
+            self.answer_watermark()
 
     @precondition(lambda self: self.count % 5 == 0)
     @rule()
@@ -442,9 +442,9 @@ class World(RuleBasedStateMachine):
             elif not self.bound:
                 self.bind()
             elif self.session.state in (State.OPENING, State.DETACHED):
-                self.answer_tick()
+                self.answer_watermark()
             elif self.extending:
-                self.answer_later_tick()
+                self.answer_later_watermark()
             elif self.reading is not None:
                 self.read_log(50)
             elif key := next((key for key, queue in self.queues.items() if queue), None):
@@ -481,7 +481,7 @@ def test_an_event_overtaken_just_as_names_fall_out_of_the_cursor() -> None:
     world.come_to_rest()
 
 
-def test_what_the_log_has_behind_the_tick_waits_for_what_is_on_its_way_from_before() -> None:
+def test_what_the_log_has_behind_the_watermark_waits_for_what_is_on_its_way_from_before() -> None:
     world = World()
     world.begin()
     world.reconnect(count=1, later=1, delivered=False)

@@ -59,7 +59,7 @@ def read(requests: list[Request], first: int, last: int, key: str = "user.42.x")
         reading.on_entry(offset, key, b"%d" % offset)
 
 
-def test_from_behind_the_anchor_to_the_tick_and_a_little_on() -> None:
+def test_from_behind_the_anchor_to_the_watermark_and_a_little_on() -> None:
     notes = Notes()
     read([request(Replay(3, 6, digest(b"3")), notes)], 0, 7)
     assert notes.told == ["found", 4, 5, 6, "caught up", "settle"]
@@ -118,7 +118,7 @@ def test_who_settles_in_a_log_that_is_gone_is_let_go() -> None:
 
 @pytest.mark.parametrize("last", [5, 6, 7])
 def test_a_pass_that_breaks_off_anywhere_is_begun_again_with_what_is_left(last: int) -> None:
-    """Also in the second behind the tick, which a cluster whose node dies needs most."""
+    """Also in the second behind the watermark, which a cluster whose node dies needs most."""
     notes = Notes()
     asked = request(Replay(3, 6, digest(b"3")), notes)
     read([asked], 3, last)
@@ -200,7 +200,7 @@ async def test_there_are_so_many_scans_at_most(log: EventLog) -> None:
     for number in range(2 * MOST_SCANS):
         replay(log, number, str(number))
         for scan in [scan for scan in log._scans if not scan.is_far]:
-            log._schedule.end(scan, 0.0)  # All but the second behind the tick.
+            log._schedule.end(scan, 0.0)  # All but the second behind the watermark.
         begin(log)
     assert len(log._scans) == MOST_SCANS
 

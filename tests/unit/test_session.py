@@ -225,7 +225,7 @@ def test_a_goodbye_before_ready_leaves_the_client_its_place() -> None:
 
 # With a log.
 
-TICK = Anchor(100, "TICKTI")
+WATERMARK = Anchor(100, "TICKTI")
 
 
 def entry(number: int, offset: int) -> Entry:
@@ -235,15 +235,15 @@ def entry(number: int, offset: int) -> Entry:
 def returning(cursor: Cursor, **changes: Any) -> Session:
     """Bound, and found in the log."""
     made = session(has_log=True, last_event_id=str(cursor), **changes)
-    assert made.bound(5000, TICK) is None
+    assert made.bound(5000, WATERMARK) is None
     made.found()
     return made
 
 
-def test_a_new_client_begins_at_the_tick() -> None:
+def test_a_new_client_begins_at_the_watermark() -> None:
     made = session(has_log=True)
     made.offer(make_event(1), 900)
-    assert made.bound(1000, TICK) is None
+    assert made.bound(1000, WATERMARK) is None
     ready, event = frames(made)
     assert (ready.id, ready.json["resumed"]) == ("3.64.TICKTI...", False)
     assert event.id == f"3.64.TICKTI...{make_event(1).digest}"
@@ -252,7 +252,7 @@ def test_a_new_client_begins_at_the_tick() -> None:
 def test_ready_of_a_resumed_stream_has_the_place_that_the_client_came_with() -> None:
     cursor = Cursor(Anchor(7, "abcdef"), (make_event(1).digest,))
     made = session(has_log=True, last_event_id=str(cursor))
-    made.bound(5000, TICK)
+    made.bound(5000, WATERMARK)
     assert made.state is State.REPLAYING
     assert made.replay == Replay(7, 100, "abcdef")
     assert made.take() == b"", "nothing is said before the log was asked"
@@ -272,7 +272,7 @@ def test_log_then_held_then_live_each_once() -> None:
     found = frames(made)[1:]
     assert [frame.json["id"] for frame in found] == ["e2", "e3", "e4", "e5"]
     sent = make_event(1).digest
-    # In the log a cursor is exact; behind the tick it is the tick and what was sent since.
+    # In the log a cursor is exact; behind the watermark it is the watermark and what was sent since.
     assert [frame.id for frame in found] == [
         f"3.9.ck0009....{sent}{make_event(2).digest}",
         f"3.32.ck0050....{sent}{make_event(2).digest}{make_event(3).digest}",
@@ -343,14 +343,14 @@ def test_a_cursor_does_not_make_us_keep_back_more_than_a_backlog() -> None:
 @pytest.mark.parametrize("cursor", [Cursor(Anchor(101, "abcdef")), Cursor(None, time_ms=5)])
 def test_a_place_that_cannot_be_in_this_log_is_unknown(cursor: Cursor) -> None:
     made = session(has_log=True, last_event_id=str(cursor))
-    assert made.bound(5000, TICK) == "unknown"
+    assert made.bound(5000, WATERMARK) == "unknown"
     ready, gap = frames(made)
     assert (ready.json["resumed"], ready.id, gap.json) == (False, "3.64.TICKTI...", {"reason": "unknown"})
 
 
 def test_a_place_that_the_log_no_longer_has_is_a_gap_after_ready() -> None:
     made = session(has_log=True, last_event_id="2.7.abcdef.")
-    made.bound(5000, TICK)
+    made.bound(5000, WATERMARK)
     made.offer(make_event(1), 5001)
     assert made.not_found("expired") == "expired"
     assert [frame.event for frame in frames(made)] == ["bridge.ready", "bridge.gap", "test.done"]
@@ -385,8 +385,8 @@ def test_more_than_can_be_held_is_read_from_the_log_instead() -> None:
     assert [frame.json["id"] for frame in frames(made)] == ["e10"]
 
 
-def test_what_comes_between_the_asking_for_a_later_tick_and_its_answer_is_held() -> None:
-    """Events and answers come by different connections: this stands behind the tick, and came before its answer."""
+def test_what_comes_between_the_asking_for_a_later_watermark_and_its_answer_is_held() -> None:
+    """Events and answers come by different connections: this is behind the watermark, and came before its answer."""
     made = returning(Cursor(Anchor(7, "abcdef")), max_events=4)
     for number in range(10):
         made.offer(make_event(number), 5001)
@@ -417,7 +417,7 @@ def test_after_a_loss_it_is_read_from_its_own_place_and_the_page_sees_nothing() 
     made.bound(1000, Anchor(10, "AAAAAA"))
     made.offer(make_event(1), 1001)
     made.lost()
-    made.bound(2000, TICK)
+    made.bound(2000, WATERMARK)
     assert made.replay == Replay(10, 100, "AAAAAA")
     made.found()
     made.replayed(entry(1, 11))
@@ -442,7 +442,7 @@ def test_a_retry_of_what_was_sent_before_the_anchor_is_not_sent_again_much_later
     made.lost()
     made.bound(9000, Anchor(5000, "BBBBBB"))
     made.found()
-    # The publisher had no confirm of e1, and repeated it behind the tick.
+    # The publisher had no confirm of e1, and repeated it behind the watermark.
     for offset, number in enumerate([1, *range(2, 1000), 1000], 101):
         made.replayed(entry(number, offset))
     made.caught_up(9001)
@@ -455,20 +455,20 @@ def test_a_newer_anchor_needs_fewer_names() -> None:
     made.offer(make_event(1), 1001)
     made.offer(make_event(2), 8500)
     frames(made)
-    made.watermark(TICK, 9000)
+    made.watermark(WATERMARK, 9000)
     assert cursor_of(made).anchor == Anchor(10, "AAAAAA"), "it is not proven yet"
     made.offer(make_event(3), 12_000)
-    made.prove(TICK)
+    made.prove(WATERMARK)
     frames(made)
     # e2 came so shortly before that it may stand behind.
-    assert cursor_of(made) == Cursor(TICK, (make_event(2).digest, make_event(3).digest))
+    assert cursor_of(made) == Cursor(WATERMARK, (make_event(2).digest, make_event(3).digest))
 
 
 def test_a_watermark_that_was_never_written_here_is_not_taken() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
     made.watermark(Anchor(50, "BBBBBB"), 9000)
-    made.prove(TICK)
+    made.prove(WATERMARK)
     assert cursor_of(made).anchor == Anchor(10, "AAAAAA")
     made.prove(Anchor(50, "BBBBBB"))
     assert cursor_of(made).anchor == Anchor(50, "BBBBBB")
@@ -490,13 +490,13 @@ def test_what_was_sent_since_a_watermark_is_known_when_it_becomes_the_anchor() -
     made.bound(1000, Anchor(10, "AAAAAA"))
     for number in range(100):
         made.offer(make_event(number), 2000, shared=number % 2 == 1)
-    made.watermark(TICK, 8000)
+    made.watermark(WATERMARK, 8000)
     for number in range(100, 120):
         made.offer(make_event(number), 9000, shared=number % 2 == 1)
-    made.prove(TICK)
+    made.prove(WATERMARK)
     frames(made)
     cursor = cursor_of(made)
-    assert cursor.anchor == TICK
+    assert cursor.anchor == WATERMARK
     assert cursor.digests == tuple(make_event(number).digest for number in range(104, 120))
     assert cursor.unnamed == (unnamed(100, 102), unnamed(101, 103))
 
@@ -505,29 +505,29 @@ def test_what_was_sent_since_a_watermark_is_known_when_it_becomes_the_anchor() -
 def test_a_watermark_with_events_near_it_is_left_out_while_that_can_be_afforded(count: int, taken: bool) -> None:
     made = session(has_log=True, max_events=2 * MANY_BEHIND, max_bytes=10**8)
     made.bound(1000, Anchor(10, "AAAAAA"))
-    made.watermark(TICK, 9000)
+    made.watermark(WATERMARK, 9000)
     for number in range(count):
         made.offer(make_event(number), 9010)
     frames(made)
-    made.prove(TICK)
-    assert (cursor_of(made).anchor == TICK) is taken
+    made.prove(WATERMARK)
+    assert (cursor_of(made).anchor == WATERMARK) is taken
 
 
 def test_a_watermark_is_forgotten_with_the_queues() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
-    made.watermark(TICK, 9000)
+    made.watermark(WATERMARK, 9000)
     made.lost()
     made.bound(9500, Anchor(90, "BBBBBB"))
     made.found()
     made.caught_up(9600)
-    made.prove(TICK)
+    made.prove(WATERMARK)
     assert cursor_of(made).anchor == Anchor(90, "BBBBBB")
 
 
 def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is() -> None:
     made = session(has_log=True, max_events=3000)
-    made.bound(1000, TICK)
+    made.bound(1000, WATERMARK)
     for number in range(2000):
         made.offer(make_event(number), 1001)
     for number in range(2000):

@@ -1,10 +1,12 @@
 """Reads the event log, a RabbitMQ stream, for those who come back.
 
-Owns two questions to it. A *tick*: which entry is the newest now? It is answered by writing an entry of our own and
-waiting to see it. A *replay*: what stands between two entries for these audiences? It is answered by a *scan*, one
-consumer that reads once for many streams, so that ten thousand browsers that come back after a deploy cost a few scans
-and not ten thousand. `scans.py` decides which part is read next, and for whom. What a client has to be sent of it is
-the session's to decide.
+It answers two questions:
+
+- Which entry is the newest now? It writes a *watermark*, an entry of its own, and waits until it reads it.
+- Which events lie between two entries for these audiences? A *replay* asks this. A *scan* answers it: one consumer that
+  reads once for many streams. Ten thousand browsers that return after a deploy cost a few scans.
+
+`scans.py` decides which part is read next, and for which streams. The session decides which events its client gets.
 """
 
 from __future__ import annotations
@@ -46,18 +48,18 @@ SETTLE_BEHIND = 1_000
 """A near scan begins up to so many entries earlier for streams that only settle."""
 
 SETTLE_SECONDS = 1.0
-"""So long a pass reads on for those it has brought to their tick. In a cluster a publisher on another node may not
-route to a new queue for a moment after it was bound; what it missed stands in the log."""
+"""A scan reads on for this long after a stream's watermark (the tail read). In a cluster, another node may not yet
+route to a queue that was just bound. The log has the events that such a queue missed."""
 
-TICK_SECONDS = 2.0
-"""A tick that takes longer is given up: an alarm blocks the connection that writes it. The newest entry that can be
-read serves then; nobody publishes during an alarm."""
+WATERMARK_TIMEOUT_SECONDS = 2.0
+"""The bridge waits this long for a watermark: an alarm blocks the connection that writes it. Then it takes the newest
+entry that it can read. During an alarm RabbitMQ takes no message from publishers."""
 
 PATIENCE_SECONDS = 8.0
-"""So long a tick is tried again: in a cluster whose node died, until the log has another leader. Who waited longer is
-told that there is no log. Shorter than a new stream waits for its ready."""
+"""A watermark is tried again for this long: after the death of a node, the log needs a moment for a new leader. A
+stream that waited longer gets the gap `no-log`. Shorter than the time in which a new stream must be ready."""
 
-TICK_KEY = "bridge.tick"
+WATERMARK_TYPE = "bridge.tick"
 
 _CONSUMER_TAG = "log"
 
@@ -68,7 +70,7 @@ _LEAST_PAUSE_SECONDS = 0.05
 
 _log = structlog.get_logger("bridge.eventlog")
 
-Ticked = Callable[[Anchor | None, int], None]
+OnWatermark = Callable[[Anchor | None, int], None]
 """Called with the entry and when it was written (ms since 1970); None when the log cannot be asked."""
 
 
@@ -132,7 +134,7 @@ class Request(Want):
     def begin_again(self, position: int) -> None:
         """Its scan has ended at this entry, which was not read.
 
-        A stream that had been brought to the tick still needs what follows it for a second.
+        A stream that had been brought to the watermark still needs what follows it for a second.
         """
         if self.caught_up_at is not None:
             self.free = True
@@ -175,8 +177,8 @@ class EventLog:
         self._sender = Sender(addresses, name="bridge log writer")
         self._connection: aio_pika.abc.AbstractConnection | None = None
         self._connecting = asyncio.Lock()
-        self._tick_waiters: list[tuple[Ticked, float]] = []
-        self._tick_wanted = asyncio.Event()
+        self._watermark_waiters: list[tuple[OnWatermark, float]] = []
+        self._watermark_wanted = asyncio.Event()
         self._schedule = Schedule(entries_per_user)
         self._settling: dict[Request, None] = {}
         """Requests that only settle, and wait for a scan to do so."""
@@ -191,10 +193,10 @@ class EventLog:
         """Scans begun since the start."""
         self._entries_read = 0
 
-    def tick(self, ticked: Ticked) -> None:
+    def write_watermark(self, on_written: OnWatermark) -> None:
         """Asks for an entry that is written after this call; many who ask at once share one."""
-        self._tick_waiters.append((ticked, time.monotonic()))
-        self._tick_wanted.set()
+        self._watermark_waiters.append((on_written, time.monotonic()))
+        self._watermark_wanted.set()
 
     def fence(self, queue: str, body: bytes) -> None:
         """Puts a message into a queue of the bridge's own, behind all that it holds. If it does not get there, nothing
@@ -206,7 +208,7 @@ class EventLog:
     async def _fence(self, queue: str, body: bytes) -> None:
         with contextlib.suppress(BrokerError):
             await self._sender.send(
-                body, exchange="", routing_key=queue, properties=Basic.Properties(), timeout=TICK_SECONDS
+                body, exchange="", routing_key=queue, properties=Basic.Properties(), timeout=WATERMARK_TIMEOUT_SECONDS
             )
 
     def replay(
@@ -230,10 +232,11 @@ class EventLog:
         self._add(request)
         return request
 
-    def settle(self, tick: Anchor, prefixes: Sequence[str], reader: Reader, *, user: str) -> Request:
-        """Asks only for what stands just behind a tick, for one who needs nothing from before it: of the reader nothing
-        but `settle` is called."""
-        replay = Replay(tick.offset, tick.offset, tick.check)
+    def settle(self, watermark: Anchor, prefixes: Sequence[str], reader: Reader, *, user: str) -> Request:
+        """Asks only for the entries just behind a watermark, for a stream that needs nothing from before it.
+
+        Of the reader, only `settle` and `settled` are called."""
+        replay = Replay(watermark.offset, watermark.offset, watermark.check)
         request = Request(replay, prefixes, reader, user=user, only_settles=True, on_cancel=self._forget)
         self._add(request)
         return request
@@ -282,7 +285,7 @@ class EventLog:
 
     async def run(self) -> None:
         """Answers, for ever. Cancelling it ends the connections."""
-        tasks = [asyncio.create_task(self._tick_for_ever()), asyncio.create_task(self._replay_for_ever())]
+        tasks = [asyncio.create_task(self._write_watermarks()), asyncio.create_task(self._replay_for_ever())]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -304,20 +307,20 @@ class EventLog:
                 )
             return self._connection
 
-    # Ticks.
+    # Watermarks.
 
-    async def _tick_for_ever(self) -> None:
+    async def _write_watermarks(self) -> None:
         next_pause = amqp.pauses()
         while True:
-            await self._tick_wanted.wait()
-            self._tick_wanted.clear()
-            waiters, self._tick_waiters = self._tick_waiters, []
+            await self._watermark_wanted.wait()
+            self._watermark_wanted.clear()
+            waiters, self._watermark_waiters = self._watermark_waiters, []
             written_ms = time.time_ns() // 1_000_000
             try:
-                anchor = await self._write_tick()
+                anchor = await self._write_watermark()
                 next_pause = amqp.pauses()
             except BrokerError as error:
-                _log.warning("no tick", error=str(error), waiting=len(waiters))
+                _log.warning("watermark not written", error=str(error), waiting=len(waiters))
                 overdue = time.monotonic() - PATIENCE_SECONDS
                 # A right that is missing does not come by waiting; nor does a log that cannot be made.
                 if isinstance(error, AccessRefused) or (isinstance(error, NotFound) and not await self._make_anew()):
@@ -327,15 +330,15 @@ class EventLog:
                 await self._elsewhere(error)
                 await asyncio.sleep(next_pause())
                 if patient:
-                    self._tick_waiters += patient
-                    self._tick_wanted.set()
+                    self._watermark_waiters += patient
+                    self._watermark_wanted.set()
             else:
                 self._answer(waiters, anchor, written_ms)
 
     @staticmethod
-    def _answer(waiters: list[tuple[Ticked, float]], anchor: Anchor | None, written_ms: int) -> None:
-        for ticked, _ in waiters:
-            ticked(anchor, written_ms)
+    def _answer(waiters: list[tuple[OnWatermark, float]], anchor: Anchor | None, written_ms: int) -> None:
+        for on_written, _ in waiters:
+            on_written(anchor, written_ms)
 
     async def _elsewhere(self, error: BrokerError) -> None:
         """A node that has no replica of the log, or one that is just starting, refuses to read it; another will do."""
@@ -352,7 +355,7 @@ class EventLog:
                 _log.error("the log cannot be made", error=str(error))
         return False
 
-    async def _write_tick(self) -> Anchor:
+    async def _write_watermark(self) -> Anchor:
         mine = new_id().encode("ascii")
         seen: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -361,14 +364,17 @@ class EventLog:
                 seen.set_result(offset)
 
         try:
-            async with asyncio.timeout(TICK_SECONDS), _Consumer(await self._connect(), self._name, "next", on_entry):
+            async with (
+                asyncio.timeout(WATERMARK_TIMEOUT_SECONDS),
+                _Consumer(await self._connect(), self._name, "next", on_entry),
+            ):
                 await self._sender.send(
                     mine,
                     exchange="",
                     routing_key=self._name,
-                    properties=Basic.Properties(delivery_mode=2, message_type=TICK_KEY),
+                    properties=Basic.Properties(delivery_mode=2, message_type=WATERMARK_TYPE),
                     mandatory=True,
-                    timeout=TICK_SECONDS,
+                    timeout=WATERMARK_TIMEOUT_SECONDS,
                 )
                 return Anchor(await seen, digest(mine))
         except amqp.Unroutable as error:
@@ -495,7 +501,7 @@ class _Reading:
 
     Args:
         may_go_on: asked when the scan is over, whether it reads on.
-        on_caught_up: called when all have been brought to their ticks; from then on it only settles.
+        on_caught_up: called when all have been brought to their watermarks; from then on it only settles.
     """
 
     def __init__(

@@ -206,7 +206,7 @@ class LookUp:
         if log is None:
             raise NotFound("there is no log: BRIDGE_LOG is empty")
         answer: asyncio.Future[Anchor | None] = asyncio.get_running_loop().create_future()
-        log.tick(lambda anchor, _: None if answer.done() else answer.set_result(anchor))
+        log.write_watermark(lambda anchor, _: None if answer.done() else answer.set_result(anchor))
         anchor = await answer
         if anchor is None:
             raise BrokerUnavailable("the log does not answer; the bridge's log says why")

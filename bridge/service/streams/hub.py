@@ -45,7 +45,7 @@ BROKER_MOMENT_SECONDS = 3.0
 """So long a new stream waits for a broker that is away; a restart of a node's listener takes less."""
 
 
-WATERMARK_SECONDS = 10.0
+WATERMARK_INTERVAL_SECONDS = 10.0
 """So often the bridge writes an entry to the log that may become the anchor of open streams."""
 
 WATERMARKS_KEPT = 3
@@ -256,7 +256,7 @@ class Connection:
             self.wake()
         else:
             self._epoch += 1
-            log.tick(partial(self._on_tick, self._epoch))
+            log.write_watermark(partial(self._on_bound_watermark, self._epoch))
 
     def on_lost(self) -> None:
         self.forget()
@@ -287,7 +287,7 @@ class Connection:
 
     # Called by the log's side.
 
-    def _on_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
+    def _on_bound_watermark(self, epoch: int, anchor: Anchor | None, _: int) -> None:
         if epoch == self._epoch:
             self._hub.note(self, self.session.bound(clock.now_ms(), anchor))
             self._skip_watermarks()
@@ -295,7 +295,7 @@ class Connection:
             self.expect(False)
             self.wake()
 
-    def _on_later_tick(self, epoch: int, anchor: Anchor | None, _: int) -> None:
+    def _on_later_watermark(self, epoch: int, anchor: Anchor | None, _: int) -> None:
         if epoch != self._epoch:
             return
         if anchor is None:
@@ -316,9 +316,9 @@ class Connection:
             self._request = log.replay(
                 replay, prefixes, self, user=subscriber.user, since=self._waits_since, extends=extends
             )
-        elif self.session.tick is not None and self.session.state is State.LIVE:
+        elif self.session.live_from is not None and self.session.state is State.LIVE:
             # It goes live without reading anything, with a queue that publishers may not know of yet.
-            self._request = log.settle(self.session.tick, prefixes, self, user=subscriber.user)
+            self._request = log.settle(self.session.live_from, prefixes, self, user=subscriber.user)
 
     def found(self) -> None:
         self.session.found()
@@ -351,11 +351,11 @@ class Connection:
         is_live = self.session.caught_up(clock.now_ms())
         self._skip_watermarks()
         if not is_live and log is not None:
-            # What came live meanwhile was too much to hold. It stands in the log, behind the tick.
+            # What came live meanwhile was too much to hold. It stands in the log, behind the watermark.
             if self._request is not None:
                 self._request.cancel()
                 self._request = None
-            log.tick(partial(self._on_later_tick, self._epoch))
+            log.write_watermark(partial(self._on_later_watermark, self._epoch))
         self.wake()
 
     def settle(self, routing_key: str, body: bytes) -> None:
@@ -563,9 +563,9 @@ class Hub:
     async def watermark_for_ever(self) -> None:
         """Moves the cursors of open streams forward, so that a client that comes back has little of the log to read."""
         while self.log is not None:
-            await asyncio.sleep(WATERMARK_SECONDS)
+            await asyncio.sleep(WATERMARK_INTERVAL_SECONDS)
             if self._connections:
-                self.log.tick(self._on_watermark)
+                self.log.write_watermark(self._on_watermark)
 
     def _on_watermark(self, anchor: Anchor | None, _: int) -> None:
         self._metrics.log_answers.set(anchor is not None)

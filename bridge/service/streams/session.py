@@ -4,13 +4,13 @@ Pure: no clock, no I/O, no idea of RabbitMQ or HTTP. The state of a connection i
 hub on one side, the stream on the other) does the waiting and calls in:
 
     offer(event)      the broker delivered an event for this connection, by its own queue or by the shared one
-    bound(tick)       its queues are bound; `tick` is an entry of the log written after that
+    bound(watermark)  its queues are bound; `watermark` is an entry of the log written after that
     lost()            its queues are gone (broker, network, an operator); `bound` follows when they are there again
     found, not_found  the log has, or has not, the entry from which `replay` wants to be read
     replayed(entry)   the next entry of the log for this connection
     unreadable()      an event for this connection, live or in the log, that this bridge's catalogue cannot read
-    caught_up()       the log has been read to the tick
-    settle(event)     an entry from just behind the tick, in case the live queue missed it
+    caught_up()       the log has been read to the watermark
+    settle(event)     an entry from just behind the watermark, in case the live queue missed it
     settled()         no more of these
     watermark(anchor) the bridge has just written this entry to the log
     prove(anchor)     all that stands before that entry has come by both queues
@@ -19,8 +19,8 @@ hub on one side, the stream on the other) does the waiting and calls in:
     take()            the bytes to write now, empty when there is nothing to say
 
 The join of log and live: events that come live while the log is read are held. The log gives everything behind the
-client's anchor but for what the cursor names as sent; at the tick, which stands behind the point where the live queue
-was surely bound, the held ones follow, less those that the log has already given.
+client's anchor but for what the cursor names as sent. The watermark was written after the live queue was bound. At it
+the held events follow, less those that the log has already given.
 
 What a client has is known from its cursor only: bytes that were taken may sit in a dozen buffers. So nothing here
 counts as arrived, and everything that ends a stream leaves the client a place to come back to.
@@ -143,10 +143,10 @@ class Session:
         "duplicates",
         "end_reason",
         "greeted",
+        "live_from",
         "oldest_ms",
         "replay",
         "state",
-        "tick",
         "types",
         "unreadable_told",
         "user",
@@ -212,7 +212,7 @@ class Session:
         self._recall: Recall | None = None
         self._overlapping = False
         self._sent_before: frozenset[str] = frozenset()
-        self.tick: Anchor | None = None
+        self.live_from: Anchor | None = None
         """The entry of the log behind which live events follow; None without a log."""
         self._cursor: Cursor | None = None
         self._gap: GapReason | None = None
@@ -238,12 +238,12 @@ class Session:
 
     # Queues come and go.
 
-    def bound(self, now_ms: int, tick: Anchor | None) -> GapReason | None:
+    def bound(self, now_ms: int, watermark: Anchor | None) -> GapReason | None:
         """The queues are bound. Now it is `bridge.ready`, or reading the log (`replay` says what), or telling the hole.
 
         Args:
             now_ms: the bridge's clock, in ms since 1970.
-            tick: an entry of the log that was written after the queues were bound; None without a log.
+            watermark: an entry of the log that was written after the queues were bound; None without a log.
 
         Returns:
             The gap that the client is told of at once, if any.
@@ -255,7 +255,7 @@ class Session:
             self._interrupted = False
             self._frames += sse.encode_status(receiving=True)
         self._now_ms = max(self._now_ms, now_ms)
-        self.tick = tick
+        self.live_from = watermark
         self._unreadable_told_ms = None
         if self.greeted:
             progress = self._progress_behind_backlog()
@@ -266,14 +266,14 @@ class Session:
             return self._go_live(self._gap)
         else:
             return self._go_live(None)
-        if tick is None:
+        if watermark is None:
             return self._go_live("no-log")  # There is none, or it does not answer.
         if come_from.anchor is None:
             return self._go_live("unknown")
-        if come_from.anchor.offset > tick.offset:
+        if come_from.anchor.offset > watermark.offset:
             return self._go_live("unknown")  # Of a log that is no more, or an invention.
         self.state = State.REPLAYING
-        self.replay = Replay(come_from.anchor.offset, tick.offset, come_from.anchor.check)
+        self.replay = Replay(come_from.anchor.offset, watermark.offset, come_from.anchor.check)
         self._sent_before = frozenset(come_from.digests + come_from.passed)
         self._recall = Recall(come_from.unnamed)
         return None
@@ -285,13 +285,13 @@ class Session:
         return progress
 
     def _go_live(self, gap: GapReason | None) -> GapReason | None:
-        """From the tick on, with what was held; everything before it is told as a gap or was never promised."""
+        """From the watermark on, with what was held; everything before it is told as a gap or was never promised."""
         self._held_lost = False
         self._recall = None
         # The page fetches its state after this ready or gap, and finds in it whatever was not readable before.
         self._unreadable_waits = False
         if not self.greeted:
-            self._progress = Progress(self.tick)
+            self._progress = Progress(self.live_from)
             self._greet(self._progress.cursor(self._now_ms), resumed=False)
             if gap is not None:
                 self._backlog.append(sse.encode_gap(gap))
@@ -300,7 +300,7 @@ class Session:
             self._tell_gap(gap)
             self._reset()
         self._release_held()
-        # The log was not read up to the tick, so events from before it may still be on their way here. What stands
+        # The log was not read up to the watermark, so events from before it may still be on their way here. What stands
         # behind it is not given out before them: the live queue, where it is not missing, brings all in order.
         self._late = {}
         return gap
@@ -316,7 +316,7 @@ class Session:
     def _release_held(self) -> None:
         self.state = State.LIVE
         self.replay = None
-        self._overlapping = self.tick is not None
+        self._overlapping = self.live_from is not None
         held, self._held, self._held_bytes = self._held, OrderedDict(), 0
         for item in held.values():
             self._admit(item.event, item)
@@ -425,18 +425,18 @@ class Session:
             self.replay = Replay(offset, self.replay.until, None)
 
     def caught_up(self, now_ms: int) -> bool:
-        """The log has been read up to the tick.
+        """The log has been read up to the watermark.
 
         Returns False when what came live meanwhile was more than could be held: then `extend` has to follow, with a
-        tick of this moment.
+        watermark of this moment.
         """
         if self.state is not State.REPLAYING:
             return True
         self._end_recall()
         if self._held_lost:
-            # The tick that is asked for now stands behind all that came until now, but for what is on its way to the
-            # log just yet. From here on events are held, not only from the answer on: it may come by another
-            # connection, later than events that stand behind the tick.
+            # The watermark that is asked for now is behind all that came until now, but for events on their way to the
+            # log. From here on events are held, not only from the answer on: it may come by another
+            # connection, later than events that stand behind the watermark.
             while self._held and (
                 next(iter(self._held.values())).received_ms < now_ms - OVERLAP_MS
                 or self._is_over(2 * len(self._held), 2 * self._held_bytes)
@@ -444,24 +444,24 @@ class Session:
                 self._unhold(next(iter(self._held)))
             self._held_lost = False
             return False
-        assert self.tick is not None, "there is no replay without one"
+        assert self.live_from is not None, "there is no replay without one"
         self._now_ms = max(self._now_ms, now_ms)
         if self._unreadable_waits:
-            self._tell_unreadable()  # Before the anchor becomes the tick, which may stand behind it.
+            self._tell_unreadable()  # Before the anchor becomes the watermark, which may stand behind it.
         self._reset()
         self._release_held()
         return True
 
-    def extend(self, tick: Anchor) -> None:
-        """Held events had to be dropped: the log is read on, to a later tick."""
+    def extend(self, watermark: Anchor) -> None:
+        """Held events had to be dropped: the log is read on, to a later watermark."""
         if self.state is State.REPLAYING and self.replay is not None:
-            self.replay = Replay(self.replay.until + 1, tick.offset, None)
-            self.tick = tick
+            self.replay = Replay(self.replay.until + 1, watermark.offset, None)
+            self.live_from = watermark
             self._overlapping = True
             self._unreadable_told_ms = None  # What this part of the log holds may be newer than the page's state.
 
     def settle(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
-        """Takes an event that stands in the log just behind the tick. Nearly always it has come live, or will."""
+        """Takes an event that stands in the log just behind the watermark. Nearly always it has come live, or will."""
         if self.state is not State.LIVE or not self._overlapping:
             return
         if self._late is None:
@@ -487,14 +487,14 @@ class Session:
         seconds; until the next is told, the client's cursor stays before the event.
 
         Args:
-            logged: it stands in the log before the tick.
+            logged: it stands in the log before the watermark.
         """
         if self.state in (State.ENDED, State.DETACHED):
             return
         self._now_ms = max(self._now_ms, now_ms)
         told_ms = self._unreadable_told_ms
         if logged and told_ms is not None and self.state is State.REPLAYING:
-            return  # It was published before the tick, and the page has been told to fetch its state since then.
+            return  # It was published before the watermark, and the page has been told to fetch its state since then.
         self._unreadable_waits = True
         if self.greeted and (told_ms is None or self._now_ms >= told_ms + UNREADABLE_MS):
             self._tell_unreadable()
@@ -589,8 +589,8 @@ class Session:
             self._append(Proof(anchor))
 
     def _reset(self) -> None:
-        """From here on the tick is the anchor, and nothing behind it has been sent."""
-        self._append(Reset(self.tick))
+        """From here on the watermark is the anchor, and nothing behind it has been sent."""
+        self._append(Reset(self.live_from))
         self._before = frozenset(list(self._recent)[-REMEMBERED_IDS:])
 
     def position(self, now_ms: int) -> None:
