@@ -249,7 +249,7 @@ class _Service:
         connected = {asyncio.create_task(self.hub.broker.run(), name="broker")}
         if self.log is not None:
             connected.add(asyncio.create_task(self.log.run(), name="log"))
-            connected.add(asyncio.create_task(self.hub.watermark_for_ever(), name="anchor"))
+            connected.add(asyncio.create_task(self.hub.write_watermarks(), name="watermarks"))
         stopping = asyncio.create_task(stop.wait(), name="stop")
         # From here on almost everything lives as long as the process; the collector need not walk it again and again.
         gc.collect()

@@ -27,7 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from bridge.routing import TypeFilter
 from bridge.service.streams.cursor import Anchor, digest
 from bridge.service.streams.progress import Entry
-from bridge.service.streams.session import Session, State
+from bridge.service.streams.session import ReadTail, Replay, Session, State, Step, WriteWatermark
 from tests.decoder import Decoder, Frame
 from tests.events import make_event
 
@@ -70,7 +70,7 @@ class World(RuleBasedStateMachine):
         self.bound = False
         self.reading: int | None = None
         self.extending = False
-        self.settling: int | None = None  # The entry of the log from which it is read on behind the watermark.
+        self.tail: int | None = None  # The entry of the log from which it is read on behind the watermark.
         self.replayed = False  # Whether it was read up to there.
         self.asked: Anchor | None = None  # A watermark that is written, and not yet known to the bridge.
         self.anchors: list[tuple[Anchor, int]] = []
@@ -164,9 +164,9 @@ class World(RuleBasedStateMachine):
     @rule()
     def answer_watermark(self) -> None:
         assert self.session is not None
-        self.session.bound(self.now_ms, self.asked or self.write_mark())
+        step = self.session.bound(self.now_ms, self.asked or self.write_mark())
         self.asked = None
-        self.start_reading()
+        self.carry_out(step)
 
     @precondition(lambda self: self.awaits_watermark)
     @rule()
@@ -185,25 +185,25 @@ class World(RuleBasedStateMachine):
     def answer_later_watermark(self) -> None:
         assert self.session is not None
         self.extending = False
-        self.session.extend(self.asked or self.write_mark())
+        step = self.session.extend(self.asked or self.write_mark())
         self.asked = None
-        self.start_reading()
+        self.carry_out(step)
 
-    def start_reading(self) -> None:
+    def carry_out(self, step: Step) -> None:
         assert self.session is not None
-        replay = self.session.replay
-        if replay is None:
-            self.start_settling(replayed=False)
-            return
-        if replay.check is not None:
-            if self.check(replay.start) == replay.check:
+        action = step.action
+        if isinstance(action, WriteWatermark):
+            self.extending = True
+        elif isinstance(action, ReadTail):
+            self.start_tail(action.after, replayed=False)
+        elif isinstance(action, Replay) and action.check is None:
+            self.reading = action.start
+        elif isinstance(action, Replay):
+            if self.check(action.start) == action.check:
                 self.session.found()
-                self.reading = replay.start + 1
+                self.reading = action.start + 1
             else:
-                self.session.not_found("unknown")
-                self.start_settling(replayed=False)
-        else:
-            self.reading = replay.start
+                self.carry_out(self.session.not_found("unknown"))
 
     @precondition(lambda self: self.reading is not None)
     @rule(steps=st.integers(1, 8))
@@ -223,43 +223,40 @@ class World(RuleBasedStateMachine):
                     return
             if offset == self.session.replay.until:
                 self.reading = None
-                if not self.session.caught_up(self.now_ms):
-                    self.extending = True
-                else:
-                    self.start_settling(replayed=True)
+                self.carry_out(self.session.caught_up(self.now_ms))
+                if self.session.state is State.LIVE:
+                    self.start_tail(Anchor(offset, self.check(offset)), replayed=True)
             else:
                 self.reading = offset + 1
 
-    def start_settling(self, *, replayed: bool) -> None:
-        assert self.session is not None
+    def start_tail(self, after: Anchor, *, replayed: bool) -> None:
         self.replayed = replayed
-        if self.session.state is State.LIVE and self.session.live_from is not None:
-            self.settling = self.session.live_from.offset + 1
+        self.tail = after.offset + 1
 
-    @precondition(lambda self: self.settling is not None)
+    @precondition(lambda self: self.tail is not None)
     @rule(steps=st.integers(1, 30))
-    def settle(self, steps: int) -> None:
+    def read_tail(self, steps: int) -> None:
         """The log's reading behind the watermark may be ahead of the live queues, or far behind them."""
         assert self.session is not None
         for _ in range(steps):
-            if self.settling is None or self.settling >= len(self.log):
+            if self.tail is None or self.tail >= len(self.log):
                 return
-            item = self.log[self.settling]
+            item = self.log[self.tail]
             if isinstance(item, Published) and item.audience in MINE and item.is_new and not self.is_new:
                 self.session.unreadable(self.now_ms)
             elif isinstance(item, Published) and item.audience in MINE:
-                self.session.settle(make_event(item.number), self.now_ms, shared=item.audience != "user")
-            self.settling += 1
+                self.session.offer_tail(make_event(item.number), self.now_ms, shared=item.audience != "user")
+            self.tail += 1
 
-    @precondition(lambda self: self.settling is not None)
+    @precondition(lambda self: self.tail is not None)
     @rule()
-    def end_settling(self) -> None:
+    def end_tail(self) -> None:
         """A second later. If the log was not read up to the watermark, a later live queue is out of order."""
         assert self.session is not None
         while not self.replayed and (key := next((key for key, queue in self.queues.items() if queue), None)):
             self.deliver_one(key)
-        self.settling = None
-        self.session.settled()
+        self.tail = None
+        self.session.tail_ended()
 
     @precondition(lambda self: self.bound)
     @rule()
@@ -286,7 +283,7 @@ class World(RuleBasedStateMachine):
     def lose_queues(self) -> None:
         assert self.session is not None
         self.bound = self.extending = False
-        self.asked = self.settling = None
+        self.asked = self.tail = None
         self.queues = {}
         self.anchors = []
         self.reading = None
@@ -296,7 +293,7 @@ class World(RuleBasedStateMachine):
     def heartbeat(self) -> None:
         assert self.session is not None
         self.session.heartbeat()
-        self.session.position(self.now_ms)
+        self.session.send_position(self.now_ms)
 
     # The client.
 
@@ -394,7 +391,7 @@ class World(RuleBasedStateMachine):
     def cut(self) -> None:
         self.written.clear()
         self.bound = self.extending = False
-        self.asked = self.settling = None
+        self.asked = self.tail = None
         self.queues = {}
         self.anchors = []
         self.reading = None
@@ -485,7 +482,7 @@ def test_what_the_log_has_behind_the_watermark_waits_for_what_is_on_its_way_from
     world = World()
     world.begin()
     world.reconnect(count=1, later=1, delivered=False)
-    world.settle(1)
+    world.read_tail(1)
     world.come_to_rest()
 
 

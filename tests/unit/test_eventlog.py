@@ -38,15 +38,15 @@ class Notes:
     def caught_up(self) -> None:
         self.told.append("caught up")
 
-    def settle(self, routing_key: str, body: bytes) -> None:
-        self.told.append("settle")
+    def read_tail(self, routing_key: str, body: bytes) -> None:
+        self.told.append("tail")
 
-    def settled(self) -> None:
-        self.told.append("settled")
+    def tail_ended(self) -> None:
+        self.told.append("tail ended")
 
 
-def request(replay: Replay, notes: Notes, *, only_settles: bool = False) -> Request:
-    return Request(replay, ["user.42."], notes, user="42", only_settles=only_settles)
+def request(replay: Replay, notes: Notes, *, tail_only: bool = False) -> Request:
+    return Request(replay, ["user.42."], notes, user="42", tail_only=tail_only)
 
 
 def begin_reading(requests: list[Request]) -> _Reading:
@@ -62,7 +62,7 @@ def read(requests: list[Request], first: int, last: int, key: str = "user.42.x")
 def test_from_behind_the_anchor_to_the_watermark_and_a_little_on() -> None:
     notes = Notes()
     read([request(Replay(3, 6, digest(b"3")), notes)], 0, 7)
-    assert notes.told == ["found", 4, 5, 6, "caught up", "settle"]
+    assert notes.told == ["found", 4, 5, 6, "caught up", "tail"]
 
 
 @pytest.mark.parametrize(("first", "check", "reason"), [(3, b"other", "unknown"), (5, b"3", "expired")])
@@ -94,26 +94,26 @@ def test_others_entries_are_not_handed_out() -> None:
 
 def test_who_only_settles_is_told_nothing_else() -> None:
     notes = Notes()
-    reading = begin_reading([request(Replay(3, 3, digest(b"3")), notes, only_settles=True)])
+    reading = begin_reading([request(Replay(3, 3, digest(b"3")), notes, tail_only=True)])
     for offset in range(3, 6):
         reading.on_entry(offset, "user.42.x", b"%d" % offset)
-    reading.settle_until(0)
-    assert notes.told == ["settle", "settle"], "a second is not over"
-    reading.settle_until(float("inf"))
-    assert notes.told == ["settle", "settle", "settled"]
+    reading.end_tails(0)
+    assert notes.told == ["tail", "tail"], "a second is not over"
+    reading.end_tails(float("inf"))
+    assert notes.told == ["tail", "tail", "tail ended"]
     assert not reading.active
 
 
 def test_who_settles_in_a_log_that_is_gone_is_let_go() -> None:
-    replays, settles = Notes(), Notes()
+    replays, tails = Notes(), Notes()
     reading = begin_reading(
         [
             request(Replay(3, 6, digest(b"3")), replays),
-            request(Replay(3, 3, digest(b"3")), settles, only_settles=True),
+            request(Replay(3, 3, digest(b"3")), tails, tail_only=True),
         ]
     )
     reading.refuse_all("no-log")
-    assert (replays.told, settles.told) == (["no-log"], ["settled"])
+    assert (replays.told, tails.told) == (["no-log"], ["tail ended"])
 
 
 @pytest.mark.parametrize("last", [5, 6, 7])
@@ -124,8 +124,8 @@ def test_a_pass_that_breaks_off_anywhere_is_begun_again_with_what_is_left(last: 
     read([asked], 3, last)
     asked.begin_again(last + 1)
     read([asked], asked.next, 8)
-    assert [told for told in notes.told if told != "settle"] == ["found", 4, 5, 6, "caught up"]
-    assert notes.told[-2:] == ["settle", "settle"], "7 and 8"
+    assert [told for told in notes.told if told != "tail"] == ["found", 4, 5, 6, "caught up"]
+    assert notes.told[-2:] == ["tail", "tail"], "7 and 8"
 
 
 def test_of_a_scan_that_ends_the_rest_is_read_by_another() -> None:
@@ -153,7 +153,7 @@ def test_who_joins_a_scan_is_read_to_from_its_start() -> None:
     for offset in range(4, 10):
         reading.on_entry(offset, "user.42.x", b"%d" % offset)
     assert first.told == ["found", 4, 5, 6, 7, 8, 9, "caught up"]
-    assert second.told == ["found", 6, 7, 8, "caught up", "settle"]
+    assert second.told == ["found", 6, 7, 8, "caught up", "tail"]
 
 
 @pytest.fixture
@@ -183,16 +183,16 @@ def begin(log: EventLog) -> list[Request]:
 
 
 async def test_new_streams_settle_along_with_a_near_scan_or_by_themselves(log: EventLog) -> None:
-    alone = log.settle(Anchor(99_000, "abcdef"), ["user.43."], Notes(), user="43")
+    alone = log.read_tail(Anchor(99_000, "abcdef"), ["user.43."], Notes(), user="43")
     assert begin(log) == [alone]
     far = replay(log, NEAR_ENTRIES)
-    along = log.settle(Anchor(100_000, "abcdef"), ["user.43."], Notes(), user="43")
+    along = log.read_tail(Anchor(100_000, "abcdef"), ["user.43."], Notes(), user="43")
     assert begin(log) == [far], "not with one that comes to them after seconds"
     near = replay(log, 3, "44")
-    just_before = log.settle(Anchor(99_900, "abcdef"), ["user.45."], Notes(), user="45")
+    just_before = log.read_tail(Anchor(99_900, "abcdef"), ["user.45."], Notes(), user="45")
     assert set(begin(log)) == {near, along, just_before}
     assert min(each.start for each in log._scans) == 100_000 - NEAR_ENTRIES
-    log.settle(Anchor(100_000, "abcdef"), ["user.43."], Notes(), user="43")
+    log.read_tail(Anchor(100_000, "abcdef"), ["user.43."], Notes(), user="43")
     assert begin(log) == [], "they gather while enough is read"
 
 
@@ -206,18 +206,18 @@ async def test_there_are_so_many_scans_at_most(log: EventLog) -> None:
 
 
 async def test_a_request_that_is_cancelled_is_not_read(log: EventLog) -> None:
-    for gone in (replay(log, NEAR_ENTRIES), replay(log, 5), log.settle(Anchor(1, "abcdef"), [], Notes(), user="42")):
+    for gone in (replay(log, NEAR_ENTRIES), replay(log, 5), log.read_tail(Anchor(1, "abcdef"), [], Notes(), user="42")):
         gone.cancel()
     assert begin(log) == []
     assert log.waiting == 0
 
 
-@pytest.mark.parametrize("asks", ["replay", "settle"])
+@pytest.mark.parametrize("asks", ["replay", "tail"])
 async def test_who_goes_away_while_it_waits_is_kept_by_nobody(log: EventLog, asks: str) -> None:
     """No other request may follow for hours."""
     notes = Notes()
-    if asks == "settle":
-        asked = log.settle(Anchor(1, "abcdef"), ["user.42."], notes, user="42")
+    if asks == "tail":
+        asked = log.read_tail(Anchor(1, "abcdef"), ["user.42."], notes, user="42")
     else:
         asked = log.replay(Replay(1, 2, "abcdef"), ["user.42."], notes, user="42", since=0.0)
     kept = weakref.ref(notes)

@@ -81,7 +81,7 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
         max_bytes=1_000_000,
     )
     session.bound(0, Anchor(1, "AAAAAA"))
-    session.settled()
+    session.tail_ended()
     assert session.state is State.LIVE
     subscriber = Subscriber("42", (), 1e12)
     request = StreamRequest(subscriber, "", TypeFilter(), named=True, last_event_id=None, keys=())
@@ -93,7 +93,7 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
 
 def offset_of(connection: Connection) -> int:
     """Of the anchor in the cursor that a client would come back with."""
-    connection.session.position(0)
+    connection.session.send_position(0)
     text = connection.session.take().decode()
     return int(text.rpartition("id: ")[2].split(".")[1], 16)
 
@@ -270,3 +270,24 @@ def test_a_stream_that_is_refused_for_another_cause_uses_no_opening(monkeypatch:
     assert [to.open("42") for _ in range(9)] == ["connections"] * 9
     to.hub._limits.max_connections = 1  # type: ignore[misc]
     assert to.open("42") == "opened"
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda connection: connection.offer(make_event(1), 1),
+        lambda connection: connection.read(9, "abcdef", "user.42.test.done", b"{}"),
+        lambda connection: connection.found(),
+        lambda connection: connection.caught_up(),
+        lambda connection: connection.not_found("expired"),
+        lambda connection: connection.unreadable(),
+        lambda connection: connection.tail_ended(),
+        lambda connection: connection.read_tail("user.42.test.done", b"{}"),
+        lambda connection: connection.on_delivery("user.42.test.done", b"{}"),
+    ],
+)
+def test_a_fault_in_a_callback_is_kept_for_the_streams_writer_and_harms_nobody_else(callback: Any) -> None:
+    _, _, connection = make()
+    connection.session = connection._hub = NOTHING  # Whatever is asked of them raises.
+    callback(connection)
+    assert isinstance(connection.fault, AttributeError)

@@ -1,7 +1,8 @@
 """The table of a connection's life, one sentence at a time."""
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 
@@ -10,9 +11,23 @@ from bridge.service.streams import sse
 from bridge.service.streams.cursor import MAX_DIGESTS, NONE, VALUE_MASK, Anchor, Cursor, Unnamed
 from bridge.service.streams.progress import MANY_BEHIND, Entry
 from bridge.service.streams.recall import RECALL_BYTES
-from bridge.service.streams.session import CHUNK_BYTES, RECENT_IDS, Replay, Session, State
+from bridge.service.streams.session import (
+    CHUNK_BYTES,
+    RECENT_IDS,
+    TABLE,
+    Event,
+    ReadTail,
+    Replay,
+    Session,
+    State,
+    Step,
+    WriteWatermark,
+    WrongState,
+)
+from bridge.service.streams.sse import GapReason
 from tests.decoder import Decoder, Frame
 from tests.events import make_event
+from tests.service import ROOT
 
 
 def session(**changes: Any) -> Session:
@@ -62,17 +77,17 @@ def test_ready_comes_first_and_what_was_held_after_it() -> None:
     ("last_event_id", "reason"),
     [("2.0.AAAAAA.", "no-log"), ("garbage", "unknown"), ("\0", "unknown"), ("é" * 500, "unknown")],
 )
-def test_a_client_that_comes_back_is_told_the_gap_straight_after_ready(last_event_id: str, reason: str) -> None:
+def test_a_client_that_comes_back_is_told_the_gap_straight_after_ready(last_event_id: str, reason: GapReason) -> None:
     made = session(last_event_id=last_event_id)
     made.offer(make_event(1), 990)
-    assert made.bound(1000, None) == reason
+    assert made.bound(1000, None) == Step(gap=reason)
     assert [frame.event for frame in frames(made)] == ["bridge.ready", "bridge.gap", "test.done"]
 
 
 @pytest.mark.parametrize("last_event_id", [None, ""])
 def test_a_client_that_comes_for_the_first_time_has_no_gap(last_event_id: str | None) -> None:
     made = session(last_event_id=last_event_id)
-    assert made.bound(1000, None) is None
+    assert made.bound(1000, None) == Step()
     assert [frame.event for frame in frames(made)] == ["bridge.ready"]
 
 
@@ -154,7 +169,7 @@ def test_an_end_before_ready_is_only_goodbye() -> None:
     made = session()
     made.offer(make_event(1), 900)
     made.end("drain", 5)
-    assert made.bound(1000, None) is None
+    assert made.bound(1000, None) == Step()
     assert [frame.event for frame in frames(made)] == ["bridge.bye"]
 
 
@@ -165,7 +180,7 @@ def test_a_loss_is_told_once_the_queues_are_back_and_not_before() -> None:
     made.lost()
     assert [frame.event for frame in frames(made)] == ["test.done"]
     made.offer(make_event(2), 3000)
-    assert made.bound(3001, None) == "no-log"
+    assert made.bound(3001, None) == Step(gap="no-log")
     made.offer(make_event(3), 3002)
     assert [frame.event for frame in frames(made)] == ["bridge.gap", "test.done", "test.done"]
 
@@ -182,7 +197,7 @@ def test_a_position_moves_the_cursor_of_a_quiet_client() -> None:
     made = live()
     made.offer(make_event(1), 2000)
     frames(made)
-    made.position(62_000)
+    made.send_position(62_000)
     (frame,) = frames(made)
     assert (frame.event, frame.json, frame.id) == ("bridge.position", {}, f"0.{62_000:x}")
 
@@ -190,7 +205,7 @@ def test_a_position_moves_the_cursor_of_a_quiet_client() -> None:
 def test_no_position_is_told_while_something_may_be_missing() -> None:
     made = live()
     made.lost()
-    made.position(62_000)
+    made.send_position(62_000)
     assert made.take() == b""
 
 
@@ -235,7 +250,7 @@ def entry(number: int, offset: int) -> Entry:
 def returning(cursor: Cursor, **changes: Any) -> Session:
     """Bound, and found in the log."""
     made = session(has_log=True, last_event_id=str(cursor), **changes)
-    assert made.bound(5000, WATERMARK) is None
+    assert isinstance(made.bound(5000, WATERMARK).action, Replay)
     made.found()
     return made
 
@@ -243,7 +258,7 @@ def returning(cursor: Cursor, **changes: Any) -> Session:
 def test_a_new_client_begins_at_the_watermark() -> None:
     made = session(has_log=True)
     made.offer(make_event(1), 900)
-    assert made.bound(1000, WATERMARK) is None
+    assert made.bound(1000, WATERMARK) == Step(ReadTail(WATERMARK))
     ready, event = frames(made)
     assert (ready.id, ready.json["resumed"]) == ("3.64.TICKTI...", False)
     assert event.id == f"3.64.TICKTI...{make_event(1).digest}"
@@ -267,7 +282,7 @@ def test_log_then_held_then_live_each_once() -> None:
     made.offer(make_event(3), 5002)
     for number, offset in [(1, 8), (2, 9), (3, 50)]:
         assert made.replayed(entry(number, offset))
-    assert made.caught_up(5003)
+    assert made.caught_up(5003) == Step()
     made.offer(make_event(5), 5004)
     found = frames(made)[1:]
     assert [frame.json["id"] for frame in found] == ["e2", "e3", "e4", "e5"]
@@ -343,7 +358,7 @@ def test_a_cursor_does_not_make_us_keep_back_more_than_a_backlog() -> None:
 @pytest.mark.parametrize("cursor", [Cursor(Anchor(101, "abcdef")), Cursor(None, time_ms=5)])
 def test_a_place_that_cannot_be_in_this_log_is_unknown(cursor: Cursor) -> None:
     made = session(has_log=True, last_event_id=str(cursor))
-    assert made.bound(5000, WATERMARK) == "unknown"
+    assert made.bound(5000, WATERMARK) == Step(ReadTail(WATERMARK), "unknown")
     ready, gap = frames(made)
     assert (ready.json["resumed"], ready.id, gap.json) == (False, "3.64.TICKTI...", {"reason": "unknown"})
 
@@ -352,7 +367,7 @@ def test_a_place_that_the_log_no_longer_has_is_a_gap_after_ready() -> None:
     made = session(has_log=True, last_event_id="2.7.abcdef.")
     made.bound(5000, WATERMARK)
     made.offer(make_event(1), 5001)
-    assert made.not_found("expired") == "expired"
+    assert made.not_found("expired") == Step(ReadTail(WATERMARK), "expired")
     assert [frame.event for frame in frames(made)] == ["bridge.ready", "bridge.gap", "test.done"]
 
 
@@ -374,7 +389,7 @@ def test_more_than_can_be_held_is_read_from_the_log_instead() -> None:
     for number in range(10):
         made.offer(make_event(number), 5001)
     assert made.state is State.REPLAYING
-    assert not made.caught_up(5002)
+    assert made.caught_up(5002) == Step(WriteWatermark())
     made.extend(Anchor(200, "TOCKTO"))
     assert made.replay == Replay(101, 200, None)
     for number in range(10):
@@ -390,14 +405,14 @@ def test_what_comes_between_the_asking_for_a_later_watermark_and_its_answer_is_h
     made = returning(Cursor(Anchor(7, "abcdef")), max_events=4)
     for number in range(10):
         made.offer(make_event(number), 5001)
-    assert not made.caught_up(5002)
+    assert made.caught_up(5002) == Step(WriteWatermark())
     made.offer(make_event(10), 5003)
     made.extend(Anchor(200, "TOCKTO"))
     made.offer(make_event(11), 5004)
     for number in range(10):
         assert made.replayed(entry(number, 110 + number))
         frames(made)
-    assert made.caught_up(5005)
+    assert made.caught_up(5005) == Step()
     assert [frame.json["id"] for frame in frames(made)] == ["e10", "e11"]
 
 
@@ -407,7 +422,7 @@ def test_what_the_log_gave_is_not_given_again_however_much_is_held() -> None:
         made.offer(make_event(number), 5001)
     for number in range(1500):
         assert made.replayed(entry(number, 10 + number))
-    assert made.caught_up(5005)
+    assert made.caught_up(5005) == Step()
     frames(made)
     assert made.delivered == 1500
 
@@ -427,7 +442,7 @@ def test_after_a_loss_it_is_read_from_its_own_place_and_the_page_sees_nothing() 
 
 
 def cursor_of(made: Session) -> Cursor:
-    made.position(14_000)
+    made.send_position(14_000)
     return Cursor.parse(frames(made)[-1].id)
 
 
@@ -435,7 +450,7 @@ def test_a_retry_of_what_was_sent_before_the_anchor_is_not_sent_again_much_later
     made = returning(Cursor(Anchor(7, "abcdef")))
     made.replayed(entry(1, 8))
     made.caught_up(5001)
-    made.settled()
+    made.tail_ended()
     for number in range(2, 1000):
         made.offer(make_event(number), 6000)
     assert len(frames(made)) == 1000
@@ -531,8 +546,8 @@ def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is()
     for number in range(2000):
         made.offer(make_event(number), 1001)
     for number in range(2000):
-        made.settle(make_event(number), 1500)
-    made.settle(make_event(5000), 1500)
+        made.offer_tail(make_event(number), 1500)
+    made.offer_tail(make_event(5000), 1500)
     while made.take():
         pass
     assert made.delivered == 2000, "each once"
@@ -541,7 +556,7 @@ def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is()
     while made.take():
         pass
     assert made.delivered == 2000
-    made.settled()
+    made.tail_ended()
     made.offer(make_event(5000), 1900)
     while made.take():
         pass
@@ -550,7 +565,7 @@ def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is()
         made.offer(make_event(number), 2000)
         made.take()
     assert len(made._recent) == RECENT_IDS, "what was remembered meanwhile is forgotten again"
-    made.settle(make_event(1), 2001)
+    made.offer_tail(make_event(1), 2001)
     assert made.take() == b"", "nothing comes from the log any more"
 
 
@@ -560,20 +575,20 @@ def test_who_has_just_caught_up_is_not_ended_for_what_came_meanwhile() -> None:
     for number in range(6):
         assert made.replayed(entry(number, 10 + number))
         made.offer(make_event(100 + number), 5001)
-    assert not made.caught_up(5002), "the rest stands in the log"
+    assert made.caught_up(5002) == Step(WriteWatermark()), "the rest stands in the log"
     made.extend(Anchor(200, "TOCKTO"))
     frames(made)
     for number in range(6):
         assert made.replayed(entry(100 + number, 110 + number))
-    assert made.caught_up(5003)
-    made.settle(make_event(105), 5004)
+    assert made.caught_up(5003) == Step()
+    made.offer_tail(make_event(105), 5004)
     assert [frame.json["id"] for frame in frames(made)] == [f"e{100 + number}" for number in range(6)]
 
 
 def test_a_retry_of_what_the_cursor_names_is_not_sent_again() -> None:
     made = returning(Cursor(Anchor(7, "abcdef"), (make_event(1).digest,)))
     assert made.replayed(entry(1, 8))
-    assert made.caught_up(5001)
+    assert made.caught_up(5001) == Step()
     made.offer(make_event(1), 5002)
     made.offer(make_event(2), 5003)
     assert [frame.json["id"] for frame in frames(made)[1:]] == ["e2"]
@@ -599,3 +614,93 @@ def test_queues_that_are_back_before_a_heartbeat_are_not_worth_a_word() -> None:
     made.lost()
     made.bound(2000, None)
     assert [frame.event for frame in frames(made)] == ["bridge.gap"]
+
+
+# The table of states and events.
+
+
+def in_state(state: State) -> Session:
+    """A session in this state. With REPLAYING, `bridge.ready` has been sent."""
+    cursor = Cursor(Anchor(7, "abcdef"))
+    made = session(has_log=True, last_event_id=str(cursor) if state is State.REPLAYING else None)
+    match state:
+        case State.OPENING:
+            pass
+        case State.REPLAYING:
+            made.bound(1000, WATERMARK)
+            made.found()
+        case State.LIVE:
+            made.bound(1000, WATERMARK)
+        case State.DETACHED:
+            made.bound(1000, WATERMARK)
+            made.lost()
+        case State.ENDED:
+            made.end("drain", 1)
+    made.take()
+    assert made.state is state
+    return made
+
+
+EVENTS: dict[Event, Callable[[Session], object]] = {
+    "bound": lambda made: made.bound(2000, WATERMARK),
+    "lost": lambda made: made.lost(),
+    "found": lambda made: made.found(),
+    "not_found": lambda made: made.not_found("expired"),
+    "replayed": lambda made: made.replayed(entry(1, 8)),
+    "read_on": lambda made: made.read_on(9),
+    "caught_up": lambda made: made.caught_up(2000),
+    "extend": lambda made: made.extend(Anchor(200, "TOCKTO")),
+    "offer": lambda made: made.offer(make_event(2), 2000),
+    "offer_tail": lambda made: made.offer_tail(make_event(3), 2000),
+    "tail_ended": lambda made: made.tail_ended(),
+    "unreadable": lambda made: made.unreadable(2000),
+    "watermark": lambda made: made.watermark(Anchor(300, "abcabc"), 2000),
+    "prove": lambda made: made.prove(Anchor(300, "abcabc")),
+    "heartbeat": lambda made: made.heartbeat(),
+    "send_position": lambda made: made.send_position(2000),
+    "end": lambda made: made.end("rotate", 1),
+    "take": lambda made: made.take(),
+}
+
+
+def everything_of(made: Session) -> dict[str, str]:
+    """Each attribute, so that two sessions can be compared."""
+    held = {name: getattr(made, name) for name in Session.__slots__}
+    progress = held.pop("_progress")
+    return {name: repr(value) for name, value in held.items()} | {"cursor": progress.text(0)}
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("event", EVENTS)
+def test_each_event_does_in_each_state_as_the_table_says(event: Event, state: State) -> None:
+    made = in_state(state)
+    before = everything_of(made)
+    cell = TABLE[event][state]
+    if cell == "wrong":
+        with pytest.raises(WrongState, match=f"{event} in the state {state.value}"):
+            EVENTS[event](made)
+        assert everything_of(made) == before
+    elif cell == "ignored":
+        EVENTS[event](made)
+        assert everything_of(made) == before
+    else:
+        EVENTS[event](made)
+        assert made.state in cell
+
+
+def test_the_table_is_complete() -> None:
+    assert set(TABLE) == set(EVENTS) == set(get_args(Event))
+    assert all(set(cells) == set(State) for cells in TABLE.values())
+
+
+def test_the_page_about_states_has_this_table() -> None:
+    rows = {
+        cells[0].strip(" `"): [cell.strip() for cell in cells[1:]]
+        for line in (ROOT / "docs" / "states.md").read_text().splitlines()
+        if line.startswith("| `") and len(cells := line.strip("|").split("|")) == 1 + len(State)
+    }
+    for event, by_state in TABLE.items():
+        words = [
+            cell if isinstance(cell, str) else ", ".join(state.value for state in cell) for cell in by_state.values()
+        ]
+        assert rows[event] == words, event

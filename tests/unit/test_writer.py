@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import time
 from types import SimpleNamespace
@@ -41,3 +42,29 @@ def why(*, blocked_for: float | None, error: Exception | None, said: str | None 
 )
 def test_the_reason_of_an_end(reason: str, case: dict[str, Any]) -> None:
     assert why(**case) == reason
+
+
+class Transport(asyncio.Transport):
+    """Keeps what is asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def is_closing(self) -> bool:
+        return False
+
+    def abort(self) -> None:
+        self.calls.append("abort")
+
+
+def test_a_stream_with_a_fault_is_aborted_without_a_further_byte() -> None:
+    """Its client resumes by its cursor; a byte more might move the cursor past what the fault swallowed."""
+    anything: Any = None
+    transport = Transport()
+    stream = _Stream(Streams(anything, Metrics(), WriteBatch(), stall_seconds=STALL_SECONDS), transport, chunked=True)
+    connection: Any = SimpleNamespace(fault=RuntimeError("x"), subscription=SimpleNamespace(number=1), session=anything)
+    stream._connection = connection
+    stream.serve(0.0)
+    assert transport.calls == ["abort"]
+    assert stream._why(connection, None) == "error"

@@ -44,10 +44,10 @@ MOST_SCANS = 6
 PREFETCH = 1_000
 """Entries on their way. Also what a scan costs that ends at once: `scans.OPEN_COST`."""
 
-SETTLE_BEHIND = 1_000
+TAIL_BEHIND = 1_000
 """A near scan begins up to so many entries earlier for streams that only settle."""
 
-SETTLE_SECONDS = 1.0
+TAIL_SECONDS = 1.0
 """A scan reads on for this long after a stream's watermark (the tail read). In a cluster, another node may not yet
 route to a queue that was just bound. The log has the events that such a queue missed."""
 
@@ -84,8 +84,8 @@ class Reader(Protocol):
         ...
 
     def caught_up(self) -> None: ...
-    def settle(self, routing_key: str, body: bytes) -> None: ...
-    def settled(self) -> None: ...
+    def read_tail(self, routing_key: str, body: bytes) -> None: ...
+    def tail_ended(self) -> None: ...
 
 
 class Request(Want):
@@ -102,7 +102,7 @@ class Request(Want):
         user: str,
         since: float = 0.0,
         extends: bool = False,
-        only_settles: bool = False,
+        tail_only: bool = False,
         on_cancel: Callable[[Request], object] = bool,
     ) -> None:
         super().__init__(
@@ -111,8 +111,8 @@ class Request(Want):
             replay.until,
             since=since,
             extends=extends,
-            free=only_settles,
-            returns=replay.check is not None and not only_settles,
+            free=tail_only,
+            returns=replay.check is not None and not tail_only,
         )
         self.replay = replay
         self.prefixes = prefixes
@@ -124,7 +124,7 @@ class Request(Want):
         self._on_cancel = on_cancel
 
     @property
-    def only_settles(self) -> bool:
+    def tail_only(self) -> bool:
         return self.free
 
     def cancel(self) -> None:
@@ -180,7 +180,7 @@ class EventLog:
         self._watermark_waiters: list[tuple[OnWatermark, float]] = []
         self._watermark_wanted = asyncio.Event()
         self._schedule = Schedule(entries_per_user)
-        self._settling: dict[Request, None] = {}
+        self._tail_requests: dict[Request, None] = {}
         """Requests that only settle, and wait for a scan to do so."""
         self._request_made = asyncio.Event()
         self._expected: Counter[str] = Counter()
@@ -232,19 +232,19 @@ class EventLog:
         self._add(request)
         return request
 
-    def settle(self, watermark: Anchor, prefixes: Sequence[str], reader: Reader, *, user: str) -> Request:
+    def read_tail(self, watermark: Anchor, prefixes: Sequence[str], reader: Reader, *, user: str) -> Request:
         """Asks only for the entries just behind a watermark, for a stream that needs nothing from before it.
 
-        Of the reader, only `settle` and `settled` are called."""
+        Of the reader, only `read_tail` and `tail_ended` are called."""
         replay = Replay(watermark.offset, watermark.offset, watermark.check)
-        request = Request(replay, prefixes, reader, user=user, only_settles=True, on_cancel=self._forget)
+        request = Request(replay, prefixes, reader, user=user, tail_only=True, on_cancel=self._forget)
         self._add(request)
         return request
 
     def _forget(self, request: Request) -> None:
         """Takes a request that was cancelled from where it waits; one that is being read to leaves with the next
         entry."""
-        self._settling.pop(request, None)
+        self._tail_requests.pop(request, None)
         self._schedule.discard(request)
 
     def expect(self, user: str, count: int) -> None:
@@ -256,8 +256,8 @@ class EventLog:
             self._request_made.set()
 
     def _add(self, request: Request) -> None:
-        if request.only_settles:
-            self._settling[request] = None
+        if request.tail_only:
+            self._tail_requests[request] = None
         elif (scan := self._schedule.add(request, time.monotonic())) is not None:
             self._scans[scan].add(request)
             self._note_begun(request)
@@ -421,13 +421,13 @@ class EventLog:
             break
         if scan is not None and not scan.is_far:
             # Streams that settle are not urgent, and cost a scan nothing that reads there anyway.
-            for request in [each for each in self._settling if each.next >= scan.start - SETTLE_BEHIND]:
-                del self._settling[request]
+            for request in [each for each in self._tail_requests if each.next >= scan.start - TAIL_BEHIND]:
+                del self._tail_requests[request]
                 scan.carry(request)
-        elif scan is None and self._settling and len(self._scans) < MOST_SCANS // 2 - 1:
+        elif scan is None and self._tail_requests and len(self._scans) < MOST_SCANS // 2 - 1:
             # They gather, so that streams that open all the time cost one scan after another.
-            scan = Scan(self._settling, min(request.next for request in self._settling))
-            self._settling = {}
+            scan = Scan(self._tail_requests, min(request.next for request in self._tail_requests))
+            self._tail_requests = {}
         if scan is None:
             self._look_again_in(self._schedule.seconds_until_change(now))
         return scan
@@ -469,8 +469,8 @@ class EventLog:
         try:
             async with _Consumer(await self._connect(), self._name, scan.start, reading.on_entry) as consumer:
                 while reading.active and not reading.is_stopped:
-                    await consumer.idle(SETTLE_SECONDS / 4, reading.changed)
-                    reading.settle_until(time.monotonic() - SETTLE_SECONDS)
+                    await consumer.idle(TAIL_SECONDS / 4, reading.changed)
+                    reading.end_tails(time.monotonic() - TAIL_SECONDS)
         except NotFound as error:
             _log.error("the log is missing", error=str(error))
             reading.refuse_all("no-log")
@@ -543,8 +543,8 @@ class _Reading:
                 self._remove(request)
             elif offset < request.next:
                 continue  # The anchor itself.
-            elif request.only_settles or request.caught_up_at is not None:
-                request.reader.settle(routing_key, body)
+            elif request.tail_only or request.caught_up_at is not None:
+                request.reader.read_tail(routing_key, body)
             else:
                 check = check or digest(body)
                 if request.reader.read(offset, check, routing_key, body):
@@ -570,7 +570,7 @@ class _Reading:
         if request.cancelled or request not in self.active:
             return
         request.caught_up_at = time.monotonic()
-        if not request.only_settles:
+        if not request.tail_only:
             request.reader.caught_up()
 
     def _begin(self, request: Request, offset: int, check: str) -> None:
@@ -587,7 +587,7 @@ class _Reading:
                 return
             request.verified = True
             request.next = offset + 1
-            if not request.only_settles:
+            if not request.tail_only:
                 request.reader.found()
             if request.cancelled:
                 self._remove(request)
@@ -597,8 +597,8 @@ class _Reading:
 
     def _refuse(self, request: Request, reason: GapReason) -> None:
         self._remove(request)
-        if request.only_settles or request.caught_up_at is not None:
-            request.reader.settled()
+        if request.tail_only or request.caught_up_at is not None:
+            request.reader.tail_ended()
         else:
             request.reader.not_found(reason)
 
@@ -607,14 +607,14 @@ class _Reading:
             if not request.cancelled:
                 self._refuse(request, reason)
 
-    def settle_until(self, deadline: float) -> None:
+    def end_tails(self, deadline: float) -> None:
         """Lets go of those who were caught up before `deadline`, and of those who went away."""
         for request in list(self.active):
             if request.cancelled:
                 self._remove(request)
             elif request.caught_up_at is not None and request.caught_up_at < deadline:
                 self._remove(request)
-                request.reader.settled()
+                request.reader.tail_ended()
 
     def _remove(self, request: Request) -> None:
         if request not in self.active:

@@ -1,18 +1,19 @@
-"""All streams of the process: who is connected, and which event goes to whom.
+"""All streams of the process: which connections are open, and which event goes to which.
 
-Owns the limits, the index from audience to sessions, the cache that makes an event's bytes once, and the drain.
-Asyncio, but no framework and no socket: the broker's side calls `deliver`, the web's side attaches and detaches.
+Owns the limits, the index from audience to connections, and the drain. Asyncio, but no framework and no socket: the
+broker's side delivers, the web's side attaches and detaches.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import random
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, get_args
@@ -31,36 +32,34 @@ from bridge.service.streams.cursor import Anchor
 from bridge.service.streams.deadlines import Deadlines
 from bridge.service.streams.progress import Entry
 from bridge.service.streams.reader import EventReader
-from bridge.service.streams.session import Session, State
+from bridge.service.streams.session import ReadTail, Replay, Session, State, Step
 from bridge.service.streams.sse import EndReason, GapReason
 from bridge.service.streams.streamevent import StreamEvent
 
 _log = structlog.get_logger("bridge.hub")
 
 ATTACH_SECONDS = 20.0
-"""A stream whose queues are not bound by then is told `busy`: the browser comes back, perhaps to another replica. Long
-enough for five thousand at once: who is sent away from so long a line has to stand in it again from the end."""
+"""A stream whose queues are not bound by then is ended as `busy`: the browser returns, perhaps to another replica. Long
+enough for five thousand streams at once: a client that is sent away has to wait again from the end of the queue."""
 
 BROKER_MOMENT_SECONDS = 3.0
-"""So long a new stream waits for a broker that is away; a restart of a node's listener takes less."""
-
+"""How long a new stream waits for a broker that is away. A restart of a node's listener takes less."""
 
 WATERMARK_INTERVAL_SECONDS = 10.0
-"""So often the bridge writes an entry to the log that may become the anchor of open streams."""
+"""How often the bridge writes an entry to the log that may become the position of open streams."""
 
 WATERMARKS_KEPT = 3
-"""Watermarks that a stream can still need: the newest, the one before, which it proves, and one that is late."""
+"""Watermarks that a stream can still need: the newest, the one before, which the newest proves, and a delayed one."""
 
 MANY_BEHIND = 8
-"""A stream that was sent as many events behind its anchor asks for a newer one. Sixteen can be named in a cursor."""
+"""A stream that was sent as many events after its position asks for a newer one. A cursor can name sixteen."""
 
 COPIES_SECONDS = 10.0
-"""So often the log names a message that came to somebody whom its key does not name."""
-
+"""How often the log reports a message that arrived in a queue that its key does not lead to."""
 
 OPENINGS_SECONDS = 20.0
 """A user's openings are full again after this long. With the default settings that is three streams a second, so that
-twenty streams that return each `busy` after 5 to 15 s are all let in."""
+twenty streams that return after `busy`, each after 5 to 15 s, are all admitted."""
 
 OPENINGS_FACTOR = 3
 """Openings at once, for each stream that a user may have open: a broker, a proxy and a replica may restart in a row."""
@@ -78,7 +77,7 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 
 class Limits(Protocol):
-    """Of bridge.settings.Settings, what the hub goes by."""
+    """The settings that the hub reads (see bridge.service.settings)."""
 
     @property
     def heartbeat_seconds(self) -> float: ...
@@ -103,7 +102,7 @@ class Limits(Protocol):
 
 
 class Refused(Exception):
-    """No stream now; `reason` is that of the `bridge.bye` to send."""
+    """No stream is opened now. `reason` and `retry_ms` belong into the `bridge.bye` to send."""
 
     def __init__(self, reason: EndReason, retry_ms: int, cause: Cause) -> None:
         self.reason = reason
@@ -114,7 +113,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StreamRequest:
-    """What a browser asked for, read and found good."""
+    """A subscription request of a browser, parsed and valid."""
 
     subscriber: Subscriber
     identity: str
@@ -124,11 +123,15 @@ class StreamRequest:
     keys: tuple[str, ...]
     """Binding keys of the live queue."""
     audience: bool = False
-    """Whether each event says for whom it is."""
+    """Whether each event carries the attribute `audience`."""
 
 
 class Connection:
-    """One open stream: its session, its wish at the broker, its deadlines."""
+    """One open stream: its session, its subscription at the broker, its read of the log, its deadlines.
+
+    The broker's side, the log's side and the stream's writer call it. A fault in it, of which none is known, ends this
+    stream alone: the writer aborts it, and the client resumes by its cursor.
+    """
 
     __slots__ = (
         "_epoch",
@@ -137,10 +140,12 @@ class Connection:
         "_hub",
         "_paused_at",
         "_prefix",
+        "_prefixes",
         "_request",
         "_waits_since",
         "_watermarks_seen",
         "deadlines",
+        "fault",
         "opened_at",
         "ready_at",
         "request",
@@ -165,16 +170,21 @@ class Connection:
         self.wake = wake
         self.opened_at = self._waits_since = now
         self.ready_at: float | None = None
+        self.fault: Exception | None = None
+        """What went wrong in a callback; the stream's writer ends the stream."""
         self.subscription: Subscription
         self._epoch = 0
-        """Counts the lives of its queues: what was asked in one is not answered in the next."""
+        """Counts how often its queues were lost or bound. An answer to an earlier epoch's request is dropped."""
         self._request: Request | None = None
         self._paused_at: int | None = None
         self._expected = False
         self._watermarks_seen = hub.watermarks
         self._fenced = 0
         """The newest watermark for which a fence was put into its queue."""
-        self._prefix = Audience.user(request.subscriber.user).prefix
+        subscriber = request.subscriber
+        audiences = [Audience.user(subscriber.user), *map(Audience.group, subscriber.groups), Audience.everyone()]
+        self._prefixes = [audience.prefix for audience in audiences]
+        self._prefix = self._prefixes[0]
 
     # Called by the broker's side.
 
@@ -183,25 +193,87 @@ class Connection:
             if routing_key == self.subscription.queue:
                 self._on_fence(body)
             else:
-                self._hub.note_copy(routing_key)
+                self._hub.record_copy(routing_key)
             return
-        event = self._hub.reader.read(routing_key, body, via=self.subscription.number, only=self._hub.is_only(self))
+        try:
+            hub = self._hub
+            event = hub.reader.read(routing_key, body, via=self.subscription.number, only=hub.is_only(self))
+        except Exception as fault:  # noqa: BLE001
+            self._fail(fault)
+            self.wake()
+            return
         if isinstance(event, StreamEvent):
             self.offer(event, clock.now_ms())
         elif event.depends_on_catalogue:
             self.unreadable()
 
     def offer(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
-        if self._watermarks_seen != self._hub.watermarks:
-            self._take_watermarks()
-        self.session.offer(event, now_ms, shared=shared)
+        try:
+            if self._watermarks_seen != self._hub.watermarks:
+                self._take_watermarks()
+            self.session.offer(event, now_ms, shared=shared)
+        except Exception as fault:  # noqa: BLE001
+            self._fail(fault)
         self.wake()
 
     def unreadable(self, *, logged: bool = False) -> None:
         """An event for this stream, of a type that it asked for, cannot be read here."""
-        self._take_watermarks()
-        self.session.unreadable(clock.now_ms(), logged=logged)
+        with self._contained():
+            self._take_watermarks()
+            self.session.unreadable(clock.now_ms(), logged=logged)
+
+    def on_bound(self) -> None:
+        log = self._hub.log
+        self._epoch += 1
+        if log is None:
+            self._on_bound_watermark(self._epoch, None, 0)
+        else:
+            log.write_watermark(partial(self._on_bound_watermark, self._epoch))
+
+    def on_lost(self) -> None:
+        self.forget()
+        self._waits_since = time.monotonic()
+        self.session.lost()
+        self.expect(self.session.is_ready or bool(self.request.last_event_id))
+
+    def on_refused(self) -> None:
+        """RabbitMQ takes no further queue. An open stream waits for one; a new stream is ended, and returns later."""
+        if not self.session.is_ready:
+            self.session.end("busy", deadlines.busy_retry_ms(random.random()))
+            self.wake()
+
+    def expect(self, replay: bool) -> None:
+        """Whether it will ask for a replay once its queues are bound. A scan waits for the clients that will."""
+        log = self._hub.log
+        if log is not None and replay is not self._expected:
+            self._expected = replay
+            log.expect(self.request.subscriber.user, 1 if replay else -1)
+
+    def forget(self) -> None:
+        """Drops every request to the log, and the answers that are on their way."""
+        self._epoch += 1
+        self._paused_at = None
+        self._end_request()
+
+    def _end_request(self) -> None:
+        if self._request is not None:
+            self._request.cancel()
+            self._request = None
+
+    @contextlib.contextmanager
+    def _contained(self) -> Iterator[None]:
+        """Around a callback: wakes the stream after it. A fault ends this stream, and harms no other."""
+        try:
+            yield
+        except Exception as fault:  # noqa: BLE001
+            self._fail(fault)
         self.wake()
+
+    def _fail(self, fault: Exception) -> None:
+        self.fault = fault
+        self.forget()
+
+    # Watermarks and fences.
 
     def _wants(self, routing_key: str) -> bool:
         """Whether an event that could not be read is of a type that this stream asked for."""
@@ -212,10 +284,10 @@ class Connection:
         return self.session.types.matches(event_type)
 
     def _take_watermarks(self) -> None:
-        """Those that were written since something last happened to this stream.
+        """Takes the watermarks that were written since the last event of this stream.
 
-        Before the next thing happens is as good as when they were written. To go through ten thousand streams for it
-        was a sixth of the process's time, most of it to get into the processor's cache what is there now anyway.
+        They count from when they were written as long as they are taken before the next event. Ten thousand streams
+        are not woken for them: that took a sixth of the process's time.
         """
         hub = self._hub
         for anchor, seen_ms in hub.watermarks_since(self._watermarks_seen):
@@ -225,13 +297,13 @@ class Connection:
             self.ask_for_proof()
 
     def _skip_watermarks(self) -> None:
-        """Going live, a stream is sent what was held: it cannot tell on which side of a watermark of before that is."""
+        """A stream that goes live is sent buffered events. They may be on either side of an earlier watermark."""
         self._watermarks_seen = self._hub.watermarks
 
     def ask_for_proof(self) -> None:
-        """Puts a fence into the stream's own queue, behind everything that the newest watermark is sure to follow.
+        """Puts a fence into the stream's own queue, behind everything that is before the newest watermark but one.
 
-        When it comes back, all that stands in the log before the watermark before that one has come by this queue.
+        When the fence arrives, this queue has delivered everything that is in the log before that watermark.
         """
         hub, queue = self._hub, self.subscription.queue
         if hub.log is not None and queue and self.subscription.bound and self._fenced < hub.watermarks - 1:
@@ -240,106 +312,74 @@ class Connection:
 
     def _on_fence(self, body: bytes) -> None:
         number = self._hub.read_fence(body)
-        # A fence passes a message that was dropped: then it proves nothing, and the log is about to be read.
+        # A fence passes a message that was dropped. Then it proves nothing, and the log is about to be read.
         if number is None or self._hub.broker.has_dropped:
             return
         self._take_watermarks()
-        # The shared queue brings its own, with each watermark.
+        # The shared queue gets its own fence with each watermark.
         anchor = self._hub.watermark(min(number, self._hub.shared_fence))
         if anchor is not None:
             self.session.prove(anchor)
 
-    def on_bound(self) -> None:
-        log = self._hub.log
-        if log is None:
-            self._hub.note(self, self.session.bound(clock.now_ms(), None))
-            self.wake()
-        else:
-            self._epoch += 1
-            log.write_watermark(partial(self._on_bound_watermark, self._epoch))
-
-    def on_lost(self) -> None:
-        self.forget()
-        self._waits_since = time.monotonic()
-        self.session.lost()
-        self.expect(self.session.greeted or bool(self.request.last_event_id))
-
-    def on_refused(self) -> None:
-        """RabbitMQ takes no further queue. A stream that has begun waits for one; a new one is to come back later."""
-        if not self.session.greeted:
-            self.session.end("busy", deadlines.busy_retry_ms(random.random()))
-            self.wake()
-
-    def expect(self, replay: bool) -> None:
-        """Whether it will ask for a replay, once its queues are bound. The log waits for those who will."""
-        log = self._hub.log
-        if log is not None and replay is not self._expected:
-            self._expected = replay
-            log.expect(self.request.subscriber.user, 1 if replay else -1)
-
-    def forget(self) -> None:
-        """Nothing that was asked of the log is wanted any more."""
-        self._epoch += 1
-        self._paused_at = None
-        if self._request is not None:
-            self._request.cancel()
-            self._request = None
-
     # Called by the log's side.
 
-    def _on_bound_watermark(self, epoch: int, anchor: Anchor | None, _: int) -> None:
-        if epoch == self._epoch:
-            self._hub.note(self, self.session.bound(clock.now_ms(), anchor))
-            self._skip_watermarks()
-            self._read_log()
-            self.expect(False)
-            self.wake()
-
-    def _on_later_watermark(self, epoch: int, anchor: Anchor | None, _: int) -> None:
+    def _on_bound_watermark(self, epoch: int, watermark: Anchor | None, _: int) -> None:
         if epoch != self._epoch:
             return
-        if anchor is None:
-            self._hub.note(self, self.session.not_found("no-log"))
-        else:
-            self.session.extend(anchor)
-        self._read_log(extends=True)
-        self.wake()
+        with self._contained():
+            step = self.session.bound(clock.now_ms(), watermark)
+            self._skip_watermarks()
+            self._carry_out(step)
+            self.expect(False)
 
-    def _read_log(self, *, extends: bool = False) -> None:
-        log, replay = self._hub.log, self.session.replay
-        if log is None:
+    def _on_later_watermark(self, epoch: int, watermark: Anchor | None, _: int) -> None:
+        if epoch != self._epoch:
             return
-        subscriber = self.request.subscriber
-        audiences = [Audience.user(subscriber.user), *map(Audience.group, subscriber.groups), Audience.everyone()]
-        prefixes = [audience.prefix for audience in audiences]
-        if replay is not None:
-            self._request = log.replay(
-                replay, prefixes, self, user=subscriber.user, since=self._waits_since, extends=extends
-            )
-        elif self.session.live_from is not None and self.session.state is State.LIVE:
-            # It goes live without reading anything, with a queue that publishers may not know of yet.
-            self._request = log.settle(self.session.live_from, prefixes, self, user=subscriber.user)
+        with self._contained():
+            if watermark is None:
+                self._carry_out(self.session.not_found("no-log"))
+            else:
+                self._carry_out(self.session.extend(watermark), extends=True)
+
+    def _carry_out(self, step: Step, *, extends: bool = False) -> None:
+        """Does what the session asks for, and records the gap that it sends."""
+        self._hub.record(self, step.gap)
+        log, action, user = self._hub.log, step.action, self.request.subscriber.user
+        if action is None:
+            return
+        assert log is not None, "the session asks for the log only after a watermark"
+        if isinstance(action, Replay):
+            since = self._waits_since
+            self._request = log.replay(action, self._prefixes, self, user=user, since=since, extends=extends)
+        elif isinstance(action, ReadTail):
+            self._request = log.read_tail(action.after, self._prefixes, self, user=user)
+        else:
+            self._end_request()
+            log.write_watermark(partial(self._on_later_watermark, self._epoch))
 
     def found(self) -> None:
-        self.session.found()
-        self._hub.note(self, None, outcome="complete")
-        self.wake()
+        with self._contained():
+            self.session.found()
+            self._hub.record(self, None, outcome="complete")
 
     def not_found(self, reason: GapReason) -> None:
-        self._request = None
-        self._hub.note(self, self.session.not_found(reason))
-        self._read_log()
-        self.wake()
+        with self._contained():
+            self._request = None
+            self._carry_out(self.session.not_found(reason))
 
     def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
-        event = self._hub.reader.read_logged(routing_key, body)
-        if not isinstance(event, StreamEvent):
-            if event.depends_on_catalogue and self._wants(routing_key):
-                self.unreadable(logged=True)
-            return True
-        if not self.session.types.matches(event.type):
-            return True
-        taken = self.session.replayed(Entry(offset, check, event, _is_shared(routing_key)))
+        taken = True
+        try:
+            event = self._hub.reader.read_logged(routing_key, body)
+            if not isinstance(event, StreamEvent):
+                if event.depends_on_catalogue and self._wants(routing_key):
+                    self.unreadable(logged=True)
+                return True
+            if not self.session.types.matches(event.type):
+                return True
+            taken = self.session.replayed(Entry(offset, check, event, _is_shared(routing_key)))
+        except Exception as fault:  # noqa: BLE001
+            self._fail(fault)
         if not taken:
             self._request = None
             self._paused_at = offset
@@ -347,34 +387,28 @@ class Connection:
         return taken
 
     def caught_up(self) -> None:
-        log = self._hub.log
-        is_live = self.session.caught_up(clock.now_ms())
-        self._skip_watermarks()
-        if not is_live and log is not None:
-            # What came live meanwhile was too much to hold. It stands in the log, behind the watermark.
-            if self._request is not None:
-                self._request.cancel()
-                self._request = None
-            log.write_watermark(partial(self._on_later_watermark, self._epoch))
-        self.wake()
+        with self._contained():
+            step = self.session.caught_up(clock.now_ms())
+            self._skip_watermarks()
+            self._carry_out(step)
 
-    def settle(self, routing_key: str, body: bytes) -> None:
-        event = self._hub.reader.read_logged(routing_key, body)
-        if not isinstance(event, StreamEvent):
-            if event.depends_on_catalogue and self._wants(routing_key):
-                self.unreadable()
-        elif self.session.types.matches(event.type):
+    def read_tail(self, routing_key: str, body: bytes) -> None:
+        with self._contained():
+            event = self._hub.reader.read_logged(routing_key, body)
+            if not isinstance(event, StreamEvent):
+                if event.depends_on_catalogue and self._wants(routing_key):
+                    self.unreadable()
+            elif self.session.types.matches(event.type):
+                self._take_watermarks()
+                self.session.offer_tail(event, clock.now_ms(), shared=_is_shared(routing_key))
+
+    def tail_ended(self) -> None:
+        with self._contained():
+            self._request = None
             self._take_watermarks()
-            self.session.settle(event, clock.now_ms(), shared=_is_shared(routing_key))
-            self.wake()
+            self.session.tail_ended()
 
-    def settled(self) -> None:
-        self._request = None
-        self._take_watermarks()
-        self.session.settled()
-        self.wake()
-
-    # Called by the stream's side.
+    # Called by the stream's writer.
 
     def advance(self, now: float) -> None:
         """Does what is due at this moment (monotonic seconds)."""
@@ -385,11 +419,11 @@ class Connection:
             session.end("expired", self._hub.retry_ms())
         elif due.is_rotated(now):
             session.end("rotate", self._hub.retry_ms())
-        elif not session.greeted:
+        elif not session.is_ready:
             if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
                 session.end("busy", deadlines.busy_retry_ms(random.random()))
         elif due.position_due(now):
-            session.position(clock.now_ms())
+            session.send_position(clock.now_ms())
             due.moved(now)
             self._take_watermarks()
             self.ask_for_proof()
@@ -399,15 +433,15 @@ class Connection:
             session.heartbeat()
 
     def read_on(self) -> None:
-        """Bytes have been taken. Where reading the log was stopped it goes on, once the client has read most of it."""
+        """Bytes were taken. A read of the log that stopped goes on once the client has read most of its backlog."""
         if self._paused_at is not None and self.session.wants_more:
-            self.session.read_on(self._paused_at)
+            step = self.session.read_on(self._paused_at)
             self._paused_at = None
-            self._read_log()
+            self._carry_out(step)
 
     def deadline(self, now: float) -> float:
         """When `advance` has to be called next. No later moment has an earlier one, so one timer is enough."""
-        if not self.session.greeted:
+        if not self.session.is_ready:
             look_again = now + min(BROKER_MOMENT_SECONDS, self.deadlines.heartbeat_seconds)
             return min(self.opened_at + ATTACH_SECONDS, look_again, self.deadlines.end)
         return self.deadlines.deadline()
@@ -449,23 +483,23 @@ class Hub:
         self.shared_fence = 0
         """The newest watermark before which all has come by the shared queue."""
         self._fence_secret = secrets.token_hex(8)
-        self._told_of_copies_at = -COPIES_SECONDS
+        self._copy_logged_at = -COPIES_SECONDS
         self._empty = asyncio.Event()
         self._empty.set()
 
     def __len__(self) -> int:
         return len(self._connections)
 
-    # From the web's side.
+    # Called by the web's side.
 
     def attach(self, request: StreamRequest, wake: Callable[[], None]) -> Connection:
         """Makes a stream's connection, counted from here on until `detach`.
 
         Args:
-            wake: called when the connection's session has something to say; may be called at any time.
+            wake: called when the connection's session has output, at any time.
 
         Raises:
-            Refused: draining, or a limit is reached. Counting and admitting are one step: nobody slips in between.
+            Refused: draining, or a limit is reached. Counting and admitting are one step, so the limit is exact.
         """
         now = time.monotonic()
         user = request.subscriber.user
@@ -519,11 +553,11 @@ class Hub:
         # `get`: a Counter would keep each user that it is asked for.
         if self._by_user.get(user, 0) >= self._limits.max_connections_per_user:
             return "connections-per-user"
-        # Last: a refused stream uses no opening, so a client that keeps trying is let in as others are.
+        # Last: a refused stream uses no opening, so a client that keeps trying is admitted like others.
         return None if self._openings.take(user, now) else "openings-per-user"
 
     def detach(self, connection: Connection) -> None:
-        """Forgets a connection, at once: it is called when its socket is gone."""
+        """Forgets a connection whose socket is gone."""
         connection.subscription.close()
         connection.forget()
         connection.expect(False)
@@ -545,23 +579,24 @@ class Hub:
         return deadlines.retry_ms(self._limits.retry_seconds, random.random())
 
     def broker_is_away(self, now: float) -> bool:
-        """Away for longer than a moment."""
+        """Whether it has been away for longer than a restart takes."""
         down_since = self.broker.down_since
         return down_since is not None and now >= down_since + BROKER_MOMENT_SECONDS
 
-    def note(self, connection: Connection, gap: GapReason | None, *, outcome: str = "gap") -> None:
-        """Counts what a connection was told: its first ready, a gap, a replay."""
+    def record(self, connection: Connection, gap: GapReason | None, *, outcome: str = "gap") -> None:
+        """Counts what a connection is sent: its first ready, a gap, a replay."""
         if gap is not None:
             self._metrics.gaps.labels(gap).inc()
         if gap is not None or outcome == "complete":
             self._metrics.replays.labels(outcome).inc()
-        if connection.ready_at is None and connection.session.greeted:
+        if connection.ready_at is None and connection.session.is_ready:
             connection.ready_at = time.monotonic()
             self._metrics.streams_opened.inc()
             self._metrics.attach_seconds.observe(connection.ready_at - connection.opened_at)
 
-    async def watermark_for_ever(self) -> None:
-        """Moves the cursors of open streams forward, so that a client that comes back has little of the log to read."""
+    async def write_watermarks(self) -> None:
+        """Moves the cursors of open streams forward, so that a client that resumes reads little of the log. Runs until
+        it is cancelled, and leaves nothing behind."""
         while self.log is not None:
             await asyncio.sleep(WATERMARK_INTERVAL_SECONDS)
             if self._connections:
@@ -573,8 +608,8 @@ class Hub:
             return
         self._watermarks.append((anchor, clock.now_ms()))
         self.watermarks += 1
-        # An event stands in the log and in the queues a moment apart. So a fence proves the watermark before the one
-        # that it follows: RabbitMQ has answered since then, and has had ten seconds for what was on its way.
+        # An event reaches the log and the queues at slightly different moments. So a fence proves the watermark before
+        # the newest: since then RabbitMQ has answered, and has had ten seconds for events on their way.
         if self.watermarks > 1 and (queue := self.broker.shared_queue) is not None:
             self.log.fence(queue, self.fence(self.watermarks - 1))
 
@@ -589,7 +624,8 @@ class Hub:
         return self._watermarks[at][0] if number > 0 and 0 <= at < len(self._watermarks) else None
 
     def fence(self, number: int) -> bytes:
-        """A message that goes through a queue of ours, to see what it comes behind. Nobody else can make one."""
+        """The body of a fence: a message through a queue of our own, which arrives behind everything before it. It is
+        secret, so no publisher can forge one."""
         return f"{self._fence_secret}:{number}".encode("ascii")
 
     def read_fence(self, body: bytes) -> int | None:
@@ -598,10 +634,10 @@ class Hub:
             return None
         return int(number)
 
-    # From the broker's side.
+    # Called by the broker's side.
 
     def on_shared(self, routing_key: str, body: bytes) -> None:
-        """A message of the shared queue: to everybody, or to the members of one group."""
+        """A message of the shared queue: for everybody, or for the members of one group."""
         if routing_key.startswith("bridge."):
             if (number := self.read_fence(body)) is not None:
                 self.shared_fence = max(self.shared_fence, number)
@@ -609,19 +645,19 @@ class Hub:
         event = self.reader.read(routing_key, body, via=0)
         if not isinstance(event, StreamEvent):
             if event.depends_on_catalogue:
-                self._tell_unreadable(routing_key)
+                self._report_unreadable(routing_key)
             return
         now_ms = clock.now_ms()
         audience, _ = split_key(routing_key)
         if audience.kind == "user":
-            self.note_copy(routing_key)
+            self.record_copy(routing_key)
             return
         for connection in self._members(audience):
             # The live queue's bindings carry the types; this queue serves all, so each one's filter is applied here.
             if connection.session.types.matches(event.type):
                 connection.offer(event, now_ms, shared=True)
 
-    def _tell_unreadable(self, routing_key: str) -> None:
+    def _report_unreadable(self, routing_key: str) -> None:
         try:
             audience, event_type = split_key(routing_key)
         except RoutingError:
@@ -635,14 +671,15 @@ class Hub:
             return list(self._connections)
         return list(self._by_group.get(audience.id, ()))
 
-    def note_copy(self, routing_key: str) -> None:
-        """A message that a `CC` or `BCC` header brought to a queue that its own key does not lead to.
+    def record_copy(self, routing_key: str) -> None:
+        """Reports a message that a `CC` or `BCC` header sent to a queue that its own key does not lead to.
 
-        It is for whom its key names, live as in the log: who may publish to one user could else show it to all.
+        It is shown to its key's audience only, live as in the log. Otherwise a publisher with rights for one user
+        could show it to everybody.
         """
         now = time.monotonic()
-        if now >= self._told_of_copies_at + COPIES_SECONDS:  # Each may come by a thousand queues.
-            self._told_of_copies_at = now
+        if now >= self._copy_logged_at + COPIES_SECONDS:  # It may arrive by a thousand queues.
+            self._copy_logged_at = now
             _log.warning(
                 "copy dropped", routing_key=routing_key, detail="its CC or BCC header names somebody else's key"
             )
@@ -654,9 +691,9 @@ class Hub:
     # The end.
 
     async def drain(self) -> None:
-        """Lets nobody in any more, tells each stream goodbye within `drain_seconds`, and waits until all are gone.
+        """Refuses new streams, sends each open one its goodbye within `drain_seconds`, and waits until all are gone.
 
-        Streams that cannot be told (their peer reads nothing) are given up two seconds after the last goodbye.
+        Streams whose peer reads nothing get no goodbye. They are given up two seconds after the last one.
         """
         self.draining = True
         self._metrics.draining.set(1)
@@ -682,5 +719,5 @@ class Hub:
 
 
 def _is_shared(routing_key: str) -> bool:
-    """Whether the shared queue brings it, and not one of a user's own."""
+    """Whether it arrives by the shared queue, and not by a user's own."""
     return not routing_key.startswith("user.")

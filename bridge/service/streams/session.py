@@ -1,29 +1,16 @@
-"""One connection as a state machine: what arrives for it goes in, the bytes to write come out.
+"""The session of one connection, a state machine: events go in, the bytes to write come out.
 
-Pure: no clock, no I/O, no idea of RabbitMQ or HTTP. The state of a connection is here and nowhere else. Its shell (the
-hub on one side, the stream on the other) does the waiting and calls in:
+Pure: no clock, no I/O, nothing of RabbitMQ or HTTP. All state of a connection is here. Its shell is the hub on one side
+and the stream's writer on the other; the shell waits, and calls the methods here. `TABLE` lists states and events, and
+docs/states.md explains them.
 
-    offer(event)      the broker delivered an event for this connection, by its own queue or by the shared one
-    bound(watermark)  its queues are bound; `watermark` is an entry of the log written after that
-    lost()            its queues are gone (broker, network, an operator); `bound` follows when they are there again
-    found, not_found  the log has, or has not, the entry from which `replay` wants to be read
-    replayed(entry)   the next entry of the log for this connection
-    unreadable()      an event for this connection, live or in the log, that this bridge's catalogue cannot read
-    caught_up()       the log has been read to the watermark
-    settle(event)     an entry from just behind the watermark, in case the live queue missed it
-    settled()         no more of these
-    watermark(anchor) the bridge has just written this entry to the log
-    prove(anchor)     all that stands before that entry has come by both queues
-    heartbeat, position  a deadline has passed
-    end(reason)       it is over; what may still be said is said
-    take()            the bytes to write now, empty when there is nothing to say
+How log and live events are joined: events that arrive live while the log is read are buffered. The log gives every
+event after the client's position, except the events that its cursor names as sent. The watermark is an entry of the log
+that was written after the live queue was bound. At the watermark the buffered events follow, except those that the log
+has already given. docs/join.md has an example with numbers.
 
-The join of log and live: events that come live while the log is read are held. The log gives everything behind the
-client's anchor but for what the cursor names as sent. The watermark was written after the live queue was bound. At it
-the held events follow, less those that the log has already given.
-
-What a client has is known from its cursor only: bytes that were taken may sit in a dozen buffers. So nothing here
-counts as arrived, and everything that ends a stream leaves the client a place to come back to.
+Only a cursor shows which events a client has: bytes that were taken may be in a dozen buffers. So the session counts no
+event as received, and each end of a stream leaves the client a position to return to.
 """
 
 from __future__ import annotations
@@ -31,14 +18,11 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from bridge.routing import TypeFilter
 from bridge.service.streams import sse
-from bridge.service.streams.cursor import (
-    Anchor,
-    Cursor,
-    InvalidCursor,
-)
+from bridge.service.streams.cursor import Anchor, Cursor, InvalidCursor
 from bridge.service.streams.progress import (
     OVERLAP_MS,
     Entry,
@@ -57,57 +41,135 @@ from bridge.service.streams.sse import EndReason, GapReason
 from bridge.service.streams.streamevent import StreamEvent
 
 RECENT_IDS = 512
-"""Ids remembered to drop an event that comes again. A publisher that had no confirm repeats within its deadline; the
-window is in events, so it costs a quiet connection nothing."""
+"""Remembered ids, by which an event that arrives twice is dropped. A publisher without a confirm repeats an event
+within its deadline. The window counts events, so it costs a quiet connection nothing."""
 
 OVERLAP_IDS = 20_000
-"""The same while log and live are both read for a client. Each event then comes by either way, one of which may be a
-second or more behind the other; how many events that is depends on their rate alone."""
+"""The same while log and live queue are both read for a client. Each event then arrives by both, perhaps more than a
+second apart. How many events that is depends on their rate alone."""
 
 CHUNK_BYTES = 65_536
-"""Most that one `take` gathers. What waits goes out in one write, but a slow client's bytes stay in its backlog, where
-they are counted, and not in a socket's buffer, where they are not."""
+"""Most bytes that one `take` gathers. The rest of a slow client's events stays in its backlog, which has a limit, and
+does not go into a socket's buffer, which has none."""
 
 REMEMBERED_IDS = 64
-"""Ids from before a stream went live by its log. A publisher that had no confirm then may repeat one of them behind the
-anchor, however much later the log is read again."""
+"""Ids from before the log was read to its end. A publisher without a confirm may repeat one of them after the position,
+and the log may be read again much later."""
 
 UNREADABLE_MS = 5_000
-"""A live stream is told `not-readable` at most this often, since its page fetches its state each time."""
+"""A live stream is sent the gap `not-readable` at most this often, because its page fetches its state each time."""
 
 
 class State(Enum):
     OPENING = "opening"
-    """Not a byte has been sent: the queues are being made, or the log is looked up."""
+    """No byte has been sent: the queues are being declared, or the log is being asked."""
     REPLAYING = "replaying"
-    """The log is read; what comes live is held."""
+    """The log is read; live events are buffered."""
     LIVE = "live"
     DETACHED = "detached"
-    """The stream is open, its queues are not: nothing arrives, and something may be missed."""
+    """The stream is open, but its queues are gone: no event arrives, and events may be missed."""
     ENDED = "ended"
+
+
+Event = Literal[
+    "bound", "lost", "found", "not_found", "replayed", "read_on", "caught_up", "extend", "offer", "offer_tail",
+    "tail_ended", "unreadable", "watermark", "prove", "heartbeat", "send_position", "end", "take",
+]  # fmt: skip
+"""The session's methods that take an event."""
+
+Cell = tuple[State, ...] | Literal["ignored", "wrong"]
+"""The states that may follow. `ignored`: nothing changes. `wrong`: the shell has a fault; `WrongState` is raised."""
+
+_OPENING, _REPLAYING, _LIVE, _DETACHED, _ENDED = State
+_STARTS = (_LIVE, _REPLAYING)
+
+# fmt: off
+_ROWS: dict[Event, tuple[Cell, Cell, Cell, Cell, Cell]] = {
+    #                 OPENING              REPLAYING                LIVE             DETACHED             ENDED
+    "bound":         (_STARTS,             "wrong",                 "wrong",         _STARTS,             "ignored"),
+    "lost":          ((_OPENING,),         (_OPENING, _DETACHED),   (_DETACHED,),    (_DETACHED,),        "ignored"),
+    "found":         ("wrong",             (_REPLAYING,),           "wrong",         "wrong",             "ignored"),
+    "not_found":     ("wrong",             (_LIVE,),                "wrong",         "wrong",             "ignored"),
+    "replayed":      ("wrong",             (_REPLAYING,),           "wrong",         "wrong",             "ignored"),
+    "read_on":       ("wrong",             (_REPLAYING,),           "wrong",         "wrong",             "ignored"),
+    "caught_up":     ("wrong",             (_LIVE, _REPLAYING),     "wrong",         "wrong",             "ignored"),
+    "extend":        ("wrong",             (_REPLAYING,),           "wrong",         "wrong",             "ignored"),
+    "offer":         ((_OPENING, _ENDED),  (_REPLAYING, _ENDED),    (_LIVE, _ENDED), (_DETACHED, _ENDED), "ignored"),
+    "offer_tail":    ("wrong",             "wrong",                 (_LIVE, _ENDED), "wrong",             "ignored"),
+    "tail_ended":    ("wrong",             "wrong",                 (_LIVE, _ENDED), "wrong",             "ignored"),
+    "unreadable":    ((_OPENING,),         (_REPLAYING,),           (_LIVE,),        "ignored",           "ignored"),
+    "watermark":     ("ignored",           "ignored",               (_LIVE,),        "ignored",           "ignored"),
+    "prove":         ("ignored",           "ignored",               (_LIVE,),        "ignored",           "ignored"),
+    "heartbeat":     ("ignored",           (_REPLAYING,),           (_LIVE,),        (_DETACHED,),        "ignored"),
+    "send_position": ("ignored",           "ignored",               (_LIVE,),        "ignored",           "ignored"),
+    "end":           ((_ENDED,),           (_ENDED,),               (_ENDED,),       (_ENDED,),           "ignored"),
+    "take":          ((_OPENING,),         (_REPLAYING,),           (_LIVE,),        (_DETACHED,),        (_ENDED,)),
+}
+# fmt: on
+
+TABLE: dict[Event, dict[State, Cell]] = {event: dict(zip(State, cells, strict=True)) for event, cells in _ROWS.items()}
+"""By event and state: what may follow."""
+
+
+class WrongState(Exception):
+    """The shell has a fault: this event cannot happen in this state. The stream ends; its client resumes by cursor."""
+
+    def __init__(self, event: Event, state: State) -> None:
+        self.event = event
+        self.state = state
+        super().__init__(f"{event} in the state {state.value}")
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What has to be read: from `start` up to and with `until`. With `check`, the entry at `start` must have it."""
+    """To do: read the log from `start` up to and with `until`.
+
+    With `check`, the entry at `start` must have this digest.
+    """
 
     start: int
     until: int
     check: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadTail:
+    """To do: read the second after this entry, for events that the new live queue missed."""
+
+    after: Anchor
+
+
+@dataclass(frozen=True, slots=True)
+class WriteWatermark:
+    """To do: write a watermark and call `extend` with it. More live events arrived than the buffer takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an event asks of the shell."""
+
+    action: Replay | ReadTail | WriteWatermark | None = None
+    gap: GapReason | None = None
+    """The gap that the client is sent, to be counted."""
+
+
+_NOTHING = Step()
+
+
 class Session:
     """
     Args:
-        user: the user id, told to the page in `bridge.ready`.
-        identity: a name of what the user may see, told there too.
+        user: the user id, sent to the page in `bridge.ready`.
+        identity: a name of what the user may see, sent there too.
         types: the types asked for; the shell offers only what matches.
         named: whether events carry their `event:` line.
-        last_event_id: what the client sent as Last-Event-ID; None or empty when it did not come back from anywhere.
+        last_event_id: the client's Last-Event-ID; None or empty when it does not resume.
         has_log: whether there is a log to resume from.
-        heartbeat_seconds: told in `bridge.ready`, so that a page knows when silence means a dead stream.
-        max_events, max_bytes: the backlog's limits; a client further behind than either is ended as `slow`, or, while
-            the log is read for it, gets the rest from there.
+        retry_ms: in `bridge.ready`, and in the goodbye to a slow client.
+        heartbeat_seconds: sent in `bridge.ready`, so that a page knows when silence means a dead stream.
+        max_events, max_bytes: the backlog's limits. A client that is further behind is ended as `slow`, or, while the
+            log is read for it, gets the rest from the log.
+        audience: whether each event carries the attribute `audience`.
     """
 
     __slots__ = (
@@ -115,40 +177,40 @@ class Session:
         "_backlog",
         "_backlog_bytes",
         "_backlog_events",
-        "_before",
+        "_buffer_overflowed",
+        "_buffered",
+        "_buffered_bytes",
         "_cursor",
+        "_cursor_gap",
         "_frames",
-        "_gap",
         "_has_log",
         "_heartbeat_seconds",
-        "_held",
-        "_held_bytes",
-        "_held_lost",
         "_identity",
         "_interrupted",
-        "_late",
+        "_live_from",
         "_max_bytes",
         "_max_events",
         "_named",
         "_now_ms",
         "_overlapping",
+        "_pending",
         "_progress",
         "_recall",
         "_recent",
+        "_recent_before_log",
+        "_replay",
         "_retry_ms",
-        "_sent_before",
-        "_unreadable_told_ms",
-        "_unreadable_waits",
+        "_sent_by_cursor",
+        "_unreadable_gap_ms",
+        "_unreadable_pending",
         "delivered",
         "duplicates",
         "end_reason",
-        "greeted",
-        "live_from",
+        "is_ready",
         "oldest_ms",
-        "replay",
         "state",
         "types",
-        "unreadable_told",
+        "unreadable_gaps",
         "user",
     )
 
@@ -168,24 +230,20 @@ class Session:
         audience: bool = False,
     ) -> None:
         self.user = user
-        self._identity = identity
         self.types = types
         self.state = State.OPENING
-        self.replay: Replay | None = None
-        """What the shell has to read from the log, while the state is REPLAYING."""
+        self.is_ready = False
+        """Whether `bridge.ready` has been sent."""
         self.end_reason: EndReason | None = None
         self.delivered = 0
-        """Events handed out by `take`."""
+        """Events returned by `take`."""
         self.duplicates = 0
         """Events not sent because their id had just been sent."""
-        self.unreadable_told = 0
+        self.unreadable_gaps = 0
         """Gaps `not-readable` since the shell last set this to 0."""
-        self._unreadable_told_ms: int | None = None
-        """When the last was told: since then in a live stream, or in this reading of the log."""
-        self._unreadable_waits = False
-        """Whether one is still to be told. Until then no cursor moves past the event that it is for."""
         self.oldest_ms: int | None = None
         """When the oldest live event of the last `take` was received; None if it had none."""
+        self._identity = identity
         self._named = named
         self._audience = audience
         self._has_log = has_log
@@ -193,90 +251,112 @@ class Session:
         self._heartbeat_seconds = heartbeat_seconds
         self._max_events = max_events
         self._max_bytes = max_bytes
-        self._frames = b""  # The bridge's own frames; they stand before the backlog.
+        self._now_ms = 0
+
+        # To be written: the bridge's own frames, then the backlog.
+        self._frames = b""
         self._backlog: deque[Item] = deque()
         self._backlog_events = 0
         self._backlog_bytes = 0
-        self._held: OrderedDict[str, Live] = OrderedDict()  # By event id.
-        self._held_bytes = 0
-        self._held_lost = False
-        self._interrupted = False
-        """Whether the client was told that nothing can arrive, since the queues are lost."""
-        self._late: dict[str, Live] | None = None  # By event id.
         self._progress = Progress(None)
         self._recent: dict[str, None] = {}
-        self._before: frozenset[str] = frozenset()
-        self._now_ms = 0
-        self.greeted = False
-        """Whether `bridge.ready` has been said."""
+
+        # Kept back: live events while the log is read, and events of the tail read while older ones may arrive live.
+        self._buffered: OrderedDict[str, Live] = OrderedDict()  # By event id.
+        self._buffered_bytes = 0
+        self._buffer_overflowed = False
+        self._pending: dict[str, Live] | None = None  # By event id.
+
+        # The read of the log.
+        self._replay: Replay | None = None
+        self._live_from: Anchor | None = None
+        """The watermark after which live events follow; None without a log."""
         self._recall: Recall | None = None
+        self._sent_by_cursor: frozenset[str] = frozenset()
+        """Digests of the events that the cursor names as sent."""
+        self._recent_before_log: frozenset[str] = frozenset()
         self._overlapping = False
-        self._sent_before: frozenset[str] = frozenset()
-        self.live_from: Anchor | None = None
-        """The entry of the log behind which live events follow; None without a log."""
+        """Whether an event may arrive by the log and by the live queue."""
+
+        self._interrupted = False
+        """Whether the client was sent `bridge.status` with `receiving: false` since the queues were lost."""
+        self._unreadable_gap_ms: int | None = None
+        """When the last gap `not-readable` was sent in this live stream, or in this read of the log."""
+        self._unreadable_pending = False
+        """Whether such a gap is still to be sent. Until then no cursor moves past the event that it is for."""
         self._cursor: Cursor | None = None
-        self._gap: GapReason | None = None
+        self._cursor_gap: GapReason | None = None
         if last_event_id:
             try:
                 self._cursor = Cursor.parse(last_event_id)
             except InvalidCursor:
-                self._gap = "unknown"
+                self._cursor_gap = "unknown"
 
     @property
     def has_output(self) -> bool:
         return bool(self._frames) or bool(self._backlog)
 
     @property
+    def replay(self) -> Replay | None:
+        """The read of the log that is under way; None unless the state is REPLAYING."""
+        return self._replay
+
+    @property
     def sent_behind_anchor(self) -> int:
-        """Events that the client's cursor has to account for one by one; a newer anchor makes it few again."""
+        """Events that the client's cursor has to account for one by one. A newer position makes them few again."""
         return self._progress.sent_behind
 
     @property
     def wants_more(self) -> bool:
-        """Whether a replay that was stopped, because the client reads slowly, should go on."""
+        """Whether a read of the log that stopped because the client is slow should go on."""
         return self._backlog_events * 2 <= self._max_events and self._backlog_bytes * 2 <= self._max_bytes
 
-    # Queues come and go.
+    def _takes(self, event: Event) -> bool:
+        """Whether the event has an effect in this state.
 
-    def bound(self, now_ms: int, watermark: Anchor | None) -> GapReason | None:
-        """The queues are bound. Now it is `bridge.ready`, or reading the log (`replay` says what), or telling the hole.
+        Raises:
+            WrongState
+        """
+        cell = TABLE[event][self.state]
+        if cell == "wrong":
+            raise WrongState(event, self.state)
+        return cell != "ignored"
+
+    # The queues.
+
+    def bound(self, now_ms: int, watermark: Anchor | None) -> Step:
+        """The queues are bound. The stream goes live, or the log is read first.
 
         Args:
             now_ms: the bridge's clock, in ms since 1970.
-            watermark: an entry of the log that was written after the queues were bound; None without a log.
-
-        Returns:
-            The gap that the client is told of at once, if any.
+            watermark: an entry of the log that was written after the queues were bound. None: there is no log, or it
+                does not answer.
         """
-        if self.state is State.ENDED:
-            return None
-        assert self.state in (State.OPENING, State.DETACHED), self.state
+        if not self._takes("bound"):
+            return _NOTHING
         if self._interrupted:
             self._interrupted = False
             self._frames += sse.encode_status(receiving=True)
         self._now_ms = max(self._now_ms, now_ms)
-        self.live_from = watermark
-        self._unreadable_told_ms = None
-        if self.greeted:
-            progress = self._progress_behind_backlog()
-            come_from = progress.cursor(now_ms)
+        self._live_from = watermark
+        self._unreadable_gap_ms = None
+        if self.is_ready:
+            resume_from = self._progress_behind_backlog().cursor(now_ms)
         elif self._cursor is not None:
-            come_from = self._cursor
-        elif self._gap is not None:
-            return self._go_live(self._gap)
+            resume_from = self._cursor
         else:
-            return self._go_live(None)
+            return self._go_live(self._cursor_gap)
         if watermark is None:
-            return self._go_live("no-log")  # There is none, or it does not answer.
-        if come_from.anchor is None:
+            return self._go_live("no-log")
+        if resume_from.anchor is None:
             return self._go_live("unknown")
-        if come_from.anchor.offset > watermark.offset:
-            return self._go_live("unknown")  # Of a log that is no more, or an invention.
+        if resume_from.anchor.offset > watermark.offset:
+            return self._go_live("unknown")  # A cursor of a log that was deleted, or an invented one.
         self.state = State.REPLAYING
-        self.replay = Replay(come_from.anchor.offset, watermark.offset, come_from.anchor.check)
-        self._sent_before = frozenset(come_from.digests + come_from.passed)
-        self._recall = Recall(come_from.unnamed)
-        return None
+        self._replay = Replay(resume_from.anchor.offset, watermark.offset, resume_from.anchor.check)
+        self._sent_by_cursor = frozenset(resume_from.digests + resume_from.passed)
+        self._recall = Recall(resume_from.unnamed)
+        return Step(self._replay)
 
     def _progress_behind_backlog(self) -> Progress:
         progress = self._progress.copy()
@@ -284,45 +364,45 @@ class Session:
             progress.move(item)
         return progress
 
-    def _go_live(self, gap: GapReason | None) -> GapReason | None:
-        """From the watermark on, with what was held; everything before it is told as a gap or was never promised."""
-        self._held_lost = False
+    def _go_live(self, gap: GapReason | None) -> Step:
+        """Live from the watermark on. Everything before it is reported as a gap, or was never promised."""
+        self._buffer_overflowed = False
         self._recall = None
-        # The page fetches its state after this ready or gap, and finds in it whatever was not readable before.
-        self._unreadable_waits = False
-        if not self.greeted:
-            self._progress = Progress(self.live_from)
-            self._greet(self._progress.cursor(self._now_ms), resumed=False)
+        # After this ready or gap the page fetches its state, which has every event that was not readable before.
+        self._unreadable_pending = False
+        if not self.is_ready:
+            self._progress = Progress(self._live_from)
+            self._send_ready(self._progress.cursor(self._now_ms), resumed=False)
             if gap is not None:
                 self._backlog.append(sse.encode_gap(gap))
         else:
-            assert gap is not None, "a stream that is open goes live again by its log, or with a gap"
-            self._tell_gap(gap)
+            assert gap is not None, "an open stream goes live again by its log, or with a gap"
+            self._send_gap(gap)
             self._reset()
-        self._release_held()
-        # The log was not read up to the watermark, so events from before it may still be on their way here. What stands
-        # behind it is not given out before them: the live queue, where it is not missing, brings all in order.
-        self._late = {}
-        return gap
+        self._release_buffered()
+        # The log was not read up to the watermark, so an event from before it may still be on its way to the live
+        # queue. An event that the tail read finds waits, so that it does not overtake that one.
+        self._pending = {}
+        return Step(ReadTail(self._live_from) if self._live_from is not None else None, gap)
 
-    def _tell_gap(self, gap: GapReason) -> None:
-        # In the middle of a stream it is told only once the queues are bound again, not when they were lost: a page
-        # fetches its state when it reads this, and what it fetches must not be older than the new queue.
+    def _send_gap(self, gap: GapReason) -> None:
+        # Sent once the queues are bound again, not when they were lost. The page fetches its state when it reads this,
+        # and that state must not be older than the new queue.
         frame = sse.encode_gap(gap)
-        told = next((item for item in reversed(self._backlog) if not isinstance(item, Silent)), None)
-        if told != frame:  # A client that reads slowly needs to be told once.
+        last = next((item for item in reversed(self._backlog) if not isinstance(item, Silent)), None)
+        if last != frame:  # A client that reads slowly needs it once.
             self._backlog.append(frame)
 
-    def _release_held(self) -> None:
+    def _release_buffered(self) -> None:
         self.state = State.LIVE
-        self.replay = None
-        self._overlapping = self.live_from is not None
-        held, self._held, self._held_bytes = self._held, OrderedDict(), 0
-        for item in held.values():
+        self._replay = None
+        self._overlapping = self._live_from is not None
+        buffered, self._buffered, self._buffered_bytes = self._buffered, OrderedDict(), 0
+        for item in buffered.values():
             self._admit(item.event, item)
 
-    def _greet(self, cursor: Cursor, *, resumed: bool) -> None:
-        self.greeted = True
+    def _send_ready(self, cursor: Cursor, *, resumed: bool) -> None:
+        self.is_ready = True
         self._frames = sse.encode_ready(
             user=self.user,
             identity=self._identity,
@@ -333,46 +413,45 @@ class Session:
         )
 
     def lost(self) -> None:
-        """The queues are gone. What has arrived is still sent; the stream stays open."""
-        if self.state is State.ENDED:
+        """The queues are gone. Events that have arrived are still sent; the stream stays open."""
+        if not self._takes("lost"):
             return
-        self.state = State.DETACHED if self.greeted else State.OPENING
-        self.replay = None
-        # The log has them too, and will be read from before them.
-        self._drop_held()
-        self._held_lost = self._overlapping = False
-        self._late = self._recall = None
-        self._unreadable_waits = False  # The log is read again from before it, or a gap is told.
+        self.state = State.DETACHED if self.is_ready else State.OPENING
+        self._replay = None
+        # The log has the buffered events too, and is read again from before them.
+        self._clear_buffer()
+        self._buffer_overflowed = self._overlapping = False
+        self._pending = self._recall = None
+        self._unreadable_pending = False  # The log is read again from before the event, or a gap is sent.
 
-    # The log is read.
+    # The log.
 
     def found(self) -> None:
-        """The entry at the start of `replay` is the one that it should be: the log reaches back to the client."""
-        if self.state is State.REPLAYING and not self.greeted:
-            assert self._cursor is not None, "only who came with a cursor is replayed before ready"
-            # The place it came with, not a later one: cut off in the middle it must come back to where it really was.
+        """The entry at the start of the read has the right digest: the log reaches back to the client's position."""
+        if self._takes("found") and not self.is_ready:
+            assert self._cursor is not None, "only a client with a cursor is replayed before ready"
+            # The position that the client came with: cut off in the middle, it must return to where it really was.
             self._progress = Progress(self._cursor.anchor, self._cursor, self._now_ms)
-            self._greet(self._cursor, resumed=True)
+            self._send_ready(self._cursor, resumed=True)
 
-    def not_found(self, reason: GapReason) -> GapReason | None:
-        """The log does not reach back to the client, or is another. Returns the gap that is told."""
-        if self.state is not State.REPLAYING:
-            return None
-        return self._go_live(reason)
+    def not_found(self, reason: GapReason) -> Step:
+        """The log does not reach back to the client's position, or it is another log."""
+        return self._go_live(reason) if self._takes("not_found") else _NOTHING
 
     def replayed(self, entry: Entry) -> bool:
-        """Takes an entry of the log that is for this connection, in the log's order.
+        """Takes the next entry of the log that is an event for this connection.
 
-        Returns False when the client does not keep up: nothing was taken, and reading goes on with this very entry once
-        `wants_more` says so.
+        Returns:
+            False when the client reads too slowly: the entry was not taken, and the read has to stop. Once `wants_more`
+            is true, `read_on` goes on with this entry.
         """
-        if self.state is not State.REPLAYING or self.replay is None:
+        if self.state is not State.REPLAYING and not self._takes("replayed"):
             return True
         event = entry.event
         recall = self._recall
         if recall is None:
-            return self._replay(entry, was_sent=event.digest in self._sent_before)
-        recall.see(entry, named=event.digest in self._sent_before)
+            return self._take_entry(entry, was_sent=event.digest in self._sent_by_cursor)
+        recall.see(entry, named=event.digest in self._sent_by_cursor)
         if len(recall.entries) > RECALL_EVENTS or recall.size > RECALL_BYTES:
             recall.give_up()
         if recall.is_over:
@@ -380,7 +459,7 @@ class Session:
         return True
 
     def _end_recall(self) -> None:
-        """It is known by now which of the entries read so far were sent. They follow, each as what it is."""
+        """It is known which of the entries so far were sent. They are taken now, in their order."""
         recall, self._recall = self._recall, None
         if recall is None:
             return
@@ -389,16 +468,16 @@ class Session:
             if not recall.is_sent[shared]:
                 self._append(Forget(shared))
         for entry in recall.entries:
-            named = entry.event.digest in self._sent_before
-            self._replay(entry, was_sent=named or recall.was_sent(entry), fits=True)
+            named = entry.event.digest in self._sent_by_cursor
+            self._take_entry(entry, was_sent=named or recall.was_sent(entry), fits=True)
 
-    def _replay(self, entry: Entry, *, was_sent: bool, fits: bool = False) -> bool:
+    def _take_entry(self, entry: Entry, *, was_sent: bool, fits: bool = False) -> bool:
         event = entry.event
-        # What the log gives is not given again from what is held, however many come between the two.
-        self._unhold(event.id)
-        if was_sent or event.id in self._before:
+        # An event that the log gives is not sent again from the buffer, however many events come between the two.
+        self._unbuffer(event.id)
+        if was_sent or event.id in self._recent_before_log:
             self.duplicates += 1
-            self._recent[event.id] = None  # A publisher's retry may yet come live.
+            self._recent[event.id] = None  # A publisher's retry may yet arrive live.
             self._append(Passed(event, entry.shared))
             return True
         waiting = self._backlog_events
@@ -419,99 +498,102 @@ class Session:
         else:
             self._progress.move(item)
 
-    def read_on(self, offset: int) -> None:
-        """Reading was stopped, and goes on with the entry at `offset`."""
-        if self.replay is not None:
-            self.replay = Replay(offset, self.replay.until, None)
+    def read_on(self, offset: int) -> Step:
+        """The read that stopped at the entry at `offset` goes on with it."""
+        if not self._takes("read_on"):
+            return _NOTHING
+        assert self._replay is not None, "REPLAYING is a read of the log"
+        self._replay = Replay(offset, self._replay.until, None)
+        return Step(self._replay)
 
-    def caught_up(self, now_ms: int) -> bool:
-        """The log has been read up to the watermark.
-
-        Returns False when what came live meanwhile was more than could be held: then `extend` has to follow, with a
-        watermark of this moment.
-        """
-        if self.state is not State.REPLAYING:
-            return True
+    def caught_up(self, now_ms: int) -> Step:
+        """The log has been read up to the watermark. The stream goes live, or needs a later watermark first."""
+        if not self._takes("caught_up"):
+            return _NOTHING
         self._end_recall()
-        if self._held_lost:
-            # The watermark that is asked for now is behind all that came until now, but for events on their way to the
-            # log. From here on events are held, not only from the answer on: it may come by another
-            # connection, later than events that stand behind the watermark.
-            while self._held and (
-                next(iter(self._held.values())).received_ms < now_ms - OVERLAP_MS
-                or self._is_over(2 * len(self._held), 2 * self._held_bytes)
+        if self._buffer_overflowed:
+            # The new watermark is behind all events that arrived until now, except those on their way to the log. From
+            # now on events are buffered, and not from the answer on: the answer comes by another connection, and may be
+            # later than events that are behind the watermark.
+            while self._buffered and (
+                next(iter(self._buffered.values())).received_ms < now_ms - OVERLAP_MS
+                or self._is_over(2 * len(self._buffered), 2 * self._buffered_bytes)
             ):
-                self._unhold(next(iter(self._held)))
-            self._held_lost = False
-            return False
-        assert self.live_from is not None, "there is no replay without one"
+                self._unbuffer(next(iter(self._buffered)))
+            self._buffer_overflowed = False
+            return Step(WriteWatermark())
         self._now_ms = max(self._now_ms, now_ms)
-        if self._unreadable_waits:
-            self._tell_unreadable()  # Before the anchor becomes the watermark, which may stand behind it.
+        if self._unreadable_pending:
+            self._send_unreadable_gap()  # Before the position becomes the watermark, which may be after the event.
         self._reset()
-        self._release_held()
-        return True
+        self._release_buffered()
+        return _NOTHING
 
-    def extend(self, watermark: Anchor) -> None:
-        """Held events had to be dropped: the log is read on, to a later watermark."""
-        if self.state is State.REPLAYING and self.replay is not None:
-            self.replay = Replay(self.replay.until + 1, watermark.offset, None)
-            self.live_from = watermark
-            self._overlapping = True
-            self._unreadable_told_ms = None  # What this part of the log holds may be newer than the page's state.
+    def extend(self, watermark: Anchor) -> Step:
+        """The later watermark that `caught_up` asked for: the log is read on up to it."""
+        if not self._takes("extend"):
+            return _NOTHING
+        assert self._replay is not None, "REPLAYING is a read of the log"
+        self._replay = Replay(self._replay.until + 1, watermark.offset, None)
+        self._live_from = watermark
+        self._overlapping = True
+        self._unreadable_gap_ms = None  # An event in this part of the log may be newer than the page's state.
+        return Step(self._replay)
 
-    def settle(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
-        """Takes an event that stands in the log just behind the watermark. Nearly always it has come live, or will."""
-        if self.state is not State.LIVE or not self._overlapping:
+    def offer_tail(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
+        """Takes an event from just behind the watermark. Nearly always it has arrived live, or will."""
+        if not self._takes("offer_tail") or not self._overlapping:
             return
-        if self._late is None:
+        if self._pending is None:
             self.offer(event, now_ms, shared=shared)
         elif event.id not in self._recent:
-            self._late[event.id] = Live(event, now_ms, shared)
-            if len(self._late) > self._max_events:
-                item = self._late.pop(next(iter(self._late)))
+            self._pending[event.id] = Live(event, now_ms, shared)
+            if len(self._pending) > self._max_events:
+                item = self._pending.pop(next(iter(self._pending)))
                 self.offer(item.event, item.received_ms, shared=item.shared)
 
-    def settled(self) -> None:
-        """What follows comes live, and only live."""
-        late, self._late = self._late, None
-        for item in (late or {}).values():
+    def tail_ended(self) -> None:
+        """From now on events arrive only by the live queues."""
+        if not self._takes("tail_ended"):
+            return
+        pending, self._pending = self._pending, None
+        for item in (pending or {}).values():
             self.offer(item.event, item.received_ms, shared=item.shared)
         self._overlapping = False
 
     def unreadable(self, now_ms: int, *, logged: bool = False) -> None:
-        """Takes notice of an event for this connection that another bridge might show, and this one cannot.
+        """An event for this connection that another bridge may show, and that this bridge's catalogue cannot read.
 
-        The page is told `bridge.gap`, `not-readable`, and fetches its state, in which it finds what the event said. One
-        gap is for all that came before it was told. So a reading of the log tells one, and a live stream one in five
-        seconds; until the next is told, the client's cursor stays before the event.
+        The page is sent `bridge.gap`, `not-readable`. It fetches its state, which has the event's effect. One gap is
+        for all such events before it: one for each read of the log, and one in five seconds for a live stream. Until
+        the gap is sent, the client's cursor stays before the event.
 
         Args:
-            logged: it stands in the log before the watermark.
+            logged: the event is in the log before the watermark.
         """
-        if self.state in (State.ENDED, State.DETACHED):
+        if not self._takes("unreadable"):
             return
         self._now_ms = max(self._now_ms, now_ms)
-        told_ms = self._unreadable_told_ms
-        if logged and told_ms is not None and self.state is State.REPLAYING:
-            return  # It was published before the watermark, and the page has been told to fetch its state since then.
-        self._unreadable_waits = True
-        if self.greeted and (told_ms is None or self._now_ms >= told_ms + UNREADABLE_MS):
-            self._tell_unreadable()
+        gap_ms = self._unreadable_gap_ms
+        if logged and gap_ms is not None and self.state is State.REPLAYING:
+            return  # It was published before the watermark, and the page has fetched its state since then.
+        self._unreadable_pending = True
+        if self.is_ready and (gap_ms is None or self._now_ms >= gap_ms + UNREADABLE_MS):
+            self._send_unreadable_gap()
 
-    def _tell_unreadable(self) -> None:
-        self._unreadable_waits = False
-        self._unreadable_told_ms = self._now_ms
-        self.unreadable_told += 1
-        self._tell_gap("not-readable")
+    def _send_unreadable_gap(self) -> None:
+        self._unreadable_pending = False
+        self._unreadable_gap_ms = self._now_ms
+        self.unreadable_gaps += 1
+        self._send_gap("not-readable")
 
-    # Events.
+    # Live events.
 
     def offer(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
-        """Takes an event that the broker delivered, by the client's own queue or by the shared one.
+        """Takes an event that RabbitMQ delivered, by the client's own queue or by the shared one.
 
-        An event whose id was offered a short while ago is the same event (a publisher's retry, or one that came by two
-        of the connection's audiences) and is dropped. A backlog over its limit ends the stream as `slow`.
+        An event whose id was offered a short while ago is the same event: a publisher's retry, or one that arrived by
+        two of the connection's audiences. It is dropped. A backlog over its limit ends the stream as `slow`.
         """
         if self.state is State.ENDED:
             return
@@ -519,34 +601,34 @@ class Session:
             self._now_ms = now_ms
         item = Live(event, now_ms, shared)
         if self.state is State.LIVE:
-            if self._unreadable_waits and now_ms >= (self._unreadable_told_ms or 0) + UNREADABLE_MS:
-                self._tell_unreadable()
+            if self._unreadable_pending and now_ms >= (self._unreadable_gap_ms or 0) + UNREADABLE_MS:
+                self._send_unreadable_gap()
             self._admit(event, item)
             if self._is_over(self._backlog_events, self._backlog_bytes):
                 self.end("slow", self._retry_ms)
-        elif event.id not in self._held:
-            self._held[event.id] = item
-            self._held_bytes += len(event.named)
-            # Together with what waits from the log, which it will follow: else it would end the stream when it does.
-            while self._held and self._is_over(
-                self._backlog_events + len(self._held), self._backlog_bytes + self._held_bytes
+        elif event.id not in self._buffered:
+            self._buffered[event.id] = item
+            self._buffered_bytes += len(event.named)
+            # Counted together with the backlog, which the buffer joins later: it must not end the stream then.
+            while self._buffered and self._is_over(
+                self._backlog_events + len(self._buffered), self._backlog_bytes + self._buffered_bytes
             ):
-                if not self._has_log or not (self.greeted or self._cursor is not None):
+                if not self._has_log or not (self.is_ready or self._cursor is not None):
                     self.end("slow", self._retry_ms)
                     return
-                self._held_lost = True  # The log has it, and will be read past it.
-                self._unhold(next(iter(self._held)))
+                self._buffer_overflowed = True  # The log has the event, and is read past it.
+                self._unbuffer(next(iter(self._buffered)))
 
-    def _unhold(self, event_id: str) -> None:
-        if (item := self._held.pop(event_id, None)) is not None:
-            self._held_bytes -= len(item.event.named)
+    def _unbuffer(self, event_id: str) -> None:
+        if (item := self._buffered.pop(event_id, None)) is not None:
+            self._buffered_bytes -= len(item.event.named)
 
-    def _drop_held(self) -> None:
-        self._held.clear()
-        self._held_bytes = 0
+    def _clear_buffer(self) -> None:
+        self._buffered.clear()
+        self._buffered_bytes = 0
 
     def _is_over(self, events: int, size: int) -> bool:
-        # One event alone always fits, however small the limit: a client could never get past it otherwise.
+        # One event alone always fits, however small the limit. Otherwise a client could never get past it.
         return events > self._max_events or (size > self._max_bytes and events > 1)
 
     def _admit(self, event: StreamEvent, item: Entry | Live) -> None:
@@ -554,7 +636,7 @@ class Session:
             self.duplicates += 1
             return
         self._recent[event.id] = None
-        # One by one, so that after an overlap those are forgotten last that may still be on their way.
+        # Two for each event, so that after an overlap those that may still be on their way are forgotten last.
         excess = len(self._recent) - (OVERLAP_IDS if self._overlapping else RECENT_IDS)
         for _ in range(min(2, excess)) if excess > 0 else ():
             del self._recent[next(iter(self._recent))]
@@ -562,70 +644,68 @@ class Session:
         self._backlog_events += 1
         self._backlog_bytes += len(event.named)
 
-    # Deadlines.
+    # Positions and deadlines.
+
+    def watermark(self, anchor: Anchor, seen_ms: int) -> None:
+        """The bridge has just written this entry to the log. `prove` may make it the client's position."""
+        if self._takes("watermark"):
+            self._append(Watermark(anchor, seen_ms))
+
+    def prove(self, anchor: Anchor) -> None:
+        """Both queues have delivered everything before this watermark: it may be the client's position."""
+        if self._takes("prove") and not self._unreadable_pending:
+            self._append(Proof(anchor))
+
+    def _reset(self) -> None:
+        """From here on the watermark is the client's position, and nothing behind it has been sent."""
+        self._append(Reset(self._live_from))
+        self._recent_before_log = frozenset(list(self._recent)[-REMEMBERED_IDS:])
+
+    def send_position(self, now_ms: int) -> None:
+        """No event for a while: sends the client its position, so that its cursor does not age."""
+        if self._takes("send_position") and not self._backlog:
+            self._now_ms = max(self._now_ms, now_ms)
+            if self._unreadable_pending:
+                self._send_unreadable_gap()
+            self._frames += sse.encode_position(self._progress.text(self._now_ms))
 
     def heartbeat(self) -> None:
-        """Nothing was sent for a while: a heartbeat."""
-        if not self.greeted or self.has_output or self.state is State.ENDED:
+        """No byte for a while: sends one."""
+        if not self._takes("heartbeat") or not self.is_ready or self.has_output:
             return
-        if self._unreadable_waits:
-            self._tell_unreadable()
+        if self._unreadable_pending:
+            self._send_unreadable_gap()
         elif self.state is State.DETACHED and not self._interrupted:
-            # Also a heartbeat: it is a byte. Said once, since a client that comes later gets `ready` or `busy`.
+            # Also a byte. Sent once: a client that connects later gets `ready` or `busy`.
             self._interrupted = True
             self._frames = sse.encode_status(receiving=False)
         else:
             self._frames = sse.HEARTBEAT
-
-    def watermark(self, anchor: Anchor, seen_ms: int) -> None:
-        """The bridge has just written this entry to the log, and nothing has come since then. It may become the
-        client's anchor when `prove` says so."""
-        if self.state is State.LIVE:
-            self._append(Watermark(anchor, seen_ms))
-
-    def prove(self, anchor: Anchor) -> None:
-        """All that stands before this watermark in the log has come by both queues: it may be the client's anchor."""
-        if self.state is State.LIVE and not self._unreadable_waits:
-            self._append(Proof(anchor))
-
-    def _reset(self) -> None:
-        """From here on the watermark is the anchor, and nothing behind it has been sent."""
-        self._append(Reset(self.live_from))
-        self._before = frozenset(list(self._recent)[-REMEMBERED_IDS:])
-
-    def position(self, now_ms: int) -> None:
-        """No event for a while: the client is sent its position again, if it is certain that nothing is missing."""
-        if self.state is State.LIVE and not self._backlog:
-            self._now_ms = max(self._now_ms, now_ms)
-            if self._unreadable_waits:
-                self._tell_unreadable()
-            self._frames += sse.encode_position(self._progress.text(self._now_ms))
 
     # The end.
 
     def end(self, reason: EndReason, retry_ms: int) -> None:
         """Ends the stream with `bridge.bye`. The first reason counts.
 
-        `rotate` and `drain` send what has already arrived first. The others drop it, and the client finds it again
-        by its cursor: a slow client because it would take for ever, an expired or revoked one because it may not see
-        it any more.
+        `rotate` and `drain` send the backlog first. The other reasons drop it, and the client gets it again by its
+        cursor: a slow client would need too long for it, and an expired or revoked one may not see it any more.
         """
-        if self.state is State.ENDED:
+        if not self._takes("end"):
             return
         if reason not in ("rotate", "drain"):
             self._backlog.clear()
             self._backlog_events = self._backlog_bytes = 0
-        self._drop_held()
+        self._clear_buffer()
         self.state = State.ENDED
-        self.replay = None
+        self._replay = None
         self.end_reason = reason
-        keeps = str(self._cursor) if self._cursor is not None and not self.greeted else None
+        keeps = str(self._cursor) if self._cursor is not None and not self.is_ready else None
         self._backlog.append(sse.encode_bye(reason, retry_ms, cursor=keeps))
 
     def waiting(self) -> list[tuple[StreamEvent, int | None]]:
-        """The events that the next `take`s hand out, in their order, each with when it was received live, in ms.
+        """The events that the next `take`s return, in their order.
 
-        None for what came from the log.
+        Each with when it was received live, in ms; None for an event from the log.
         """
         return [
             (item.event, item.received_ms if isinstance(item, Live) else None)
@@ -634,7 +714,7 @@ class Session:
         ]
 
     def take(self) -> bytes:
-        """Bytes to write now, whole frames, about 64 KiB at most (one frame more than that if it is larger).
+        """Returns the bytes to write now: whole frames, about 64 KiB at most (and one frame more if it is larger).
 
         Each event's `id:` is the cursor of a client that has this event and all that were taken before it.
         """

@@ -169,15 +169,17 @@ class _Stream(asyncio.Protocol):
             self._fail(connection, error)
 
     def _say(self, connection: Connection, now: float) -> None:
+        if connection.fault is not None:
+            raise connection.fault
         session = connection.session
         delivered = session.delivered
         chunk = session.take()
         if chunk:
             metrics = self._streams.metrics
             metrics.events_delivered.value += session.delivered - delivered
-            if session.unreadable_told:
-                metrics.gaps.labels("not-readable").inc(session.unreadable_told)
-                session.unreadable_told = 0
+            if session.unreadable_gaps:
+                metrics.gaps.labels("not-readable").inc(session.unreadable_gaps)
+                session.unreadable_gaps = 0
             if session.oldest_ms is not None:
                 connection.deadlines.moved(now)
                 metrics.delivery_seconds.observe((clock.now_ms() - session.oldest_ms) / 1000)
