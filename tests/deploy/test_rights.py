@@ -81,6 +81,7 @@ async def test_a_log_that_may_no_longer_be_bound_is_named(
     rights.add_exchange("events")
     assert "Bind it with '#'" in (await service.logged("the log may be unbound"))["detail"]
     await service.logged("broker connected", count=2)
+    await stream.until("bridge.gap")  # Its queue is bound again.
     await rights.publish("user.42.job.completed", cloudevent("live"))
     assert await stream.ids(1) == ["live"]
 

@@ -35,6 +35,7 @@ class Log:
 class Broker:
     shared_queue = "bridge.shared.1"
     has_dropped = False
+    exchanges_lost = 0
 
 
 class Limits:

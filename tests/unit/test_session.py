@@ -616,6 +616,12 @@ def test_queues_that_are_back_before_a_heartbeat_are_not_worth_a_word() -> None:
     assert [frame.event for frame in frames(made)] == ["bridge.gap"]
 
 
+@pytest.mark.parametrize(("complete_from", "gap"), [(7, None), (8, "no-log"), (100, "no-log")])
+def test_events_from_before_the_log_was_bound_again_are_a_gap(complete_from: int, gap: GapReason | None) -> None:
+    made = session(has_log=True, last_event_id=str(Cursor(Anchor(7, "abcdef"))))
+    assert made.bound(5000, WATERMARK, complete_from=complete_from).gap == gap
+
+
 # The table of states and events.
 
 

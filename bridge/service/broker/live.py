@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import random
 import secrets
 import time
@@ -79,7 +80,14 @@ COMMAND_SECONDS = 30.0
 """A broker that leaves a command unanswered for this long is as good as gone, though its heartbeats come."""
 
 EXCHANGE_CHECK_SECONDS = 10.0
-"""An exchange that is deleted takes all bindings with it and tells nobody; streams would fall silent."""
+"""How often the bridge checks that the exchange exists. RabbitMQ deletes all bindings with it, and notifies nobody."""
+
+REPLICAS_EXCHANGE = "bridge.replicas"
+"""A fanout exchange, to which each process binds its queue for dropped messages. The process that finds the exchange of
+the events gone notifies the others: they find it there again, and their own bindings are gone all the same."""
+
+EXCHANGE_GONE = "bridge.exchange-gone"
+"""Routing key of that message; its body is the sender's instance."""
 
 DROPPED_SECONDS = 0.5
 """After the first message that RabbitMQ dropped, this long passes before the streams are read from the log: many are
@@ -232,6 +240,12 @@ class Broker:
         """Fewer after RabbitMQ refused so many channels: other connections of the user or the node have them."""
         self.log_may_be_unbound = False
         """Whether the exchange was deleted, and with it the log's binding, and we have not bound it again."""
+        self.exchanges_lost = 0
+        """How often the exchange was deleted. Events published before the log was bound again are not in the log."""
+        self.exchange_gone_at = -math.inf
+        """When that was noticed last (monotonic)."""
+        self.has_to_notify = False
+        """Whether this process noticed it first, and has not notified the other replicas."""
 
     @property
     def connected(self) -> bool:
@@ -304,7 +318,11 @@ class Broker:
             except BrokerError as error:
                 cause = error if epoch is None else await epoch.cause_of(error)
                 self.last_error = cause
-                self.log_may_be_unbound |= isinstance(cause, _ExchangeGone)
+                if isinstance(cause, _ExchangeGone):
+                    self.log_may_be_unbound = True
+                    self.exchanges_lost += 1
+                    self.exchange_gone_at = time.monotonic()
+                    self.has_to_notify = cause.noticed_here
                 if self.connects == 0 and not isinstance(cause, BrokerUnavailable):
                     raise
                 if isinstance(cause, LimitReached) and "channel" in str(cause):
@@ -365,10 +383,11 @@ class Broker:
 
 
 class _ExchangeGone(BrokerUnavailable):
-    """The connection is made anew, and with it the exchange and every queue: nobody's binding is left to trust."""
+    """The exchange was deleted, and all bindings with it. The connection is made again, with every queue."""
 
-    def __init__(self, error: BrokerError) -> None:
-        super().__init__(f"the exchange is gone, and all bindings with it: {error}")
+    def __init__(self, reason: object, *, noticed_here: bool = True) -> None:
+        self.noticed_here = noticed_here
+        super().__init__(f"the exchange is gone, and all bindings with it: {reason}")
 
 
 def _note_differences(what: str, declared: topology.Declared, detail: str = "nothing has to be done") -> None:
@@ -749,6 +768,7 @@ class _Dropped:
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closed = asyncio.Event()
+        self._exchange_gone: _ExchangeGone | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -764,7 +784,7 @@ class _Dropped:
         Raises:
             BrokerError
         """
-        consumer = await Consumer.open(self._epoch.connection, self._note, prefetch=SHARED_PREFETCH)
+        consumer = await Consumer.open(self._epoch.connection, self._on_message, prefetch=SHARED_PREFETCH)
         consumer.channel.closing.add_done_callback(lambda _: self._closed.set())
         consumer.channel.on_consumer_cancel_callbacks.add(lambda _: self._closed.set())
         async with amqp.translating("making the queue for dropped messages"):
@@ -772,6 +792,29 @@ class _Dropped:
             await setup.queue_declare(self._queue, exclusive=True, auto_delete=True)
             await setup.close()
             await consumer.consume(self._queue, "dropped")
+        await self._join_replicas()
+
+    async def _join_replicas(self) -> None:
+        """Hears of a deleted exchange from the other replicas, and notifies them if this process noticed it."""
+        broker = self._epoch.broker
+        try:
+            async with amqp.translating(f"binding to {REPLICAS_EXCHANGE!r}"):
+                channel = await amqp.open_channel(self._epoch.connection)
+                await channel.exchange_declare(REPLICAS_EXCHANGE, exchange_type="fanout", durable=True)
+                await channel.queue_bind(self._queue, REPLICAS_EXCHANGE)
+                if broker.has_to_notify:
+                    await channel.basic_publish(
+                        broker.instance.encode("ascii"), exchange=REPLICAS_EXCHANGE, routing_key=EXCHANGE_GONE
+                    )
+                    broker.has_to_notify = False
+                await channel.close()
+        except (AccessRefused, TopologyMismatch) as error:
+            _log.warning(
+                "replicas not notified",
+                error=str(error),
+                detail=f"if the exchange is deleted, another replica may not notice it. Give the bridge's user the "
+                f"rights to configure, write and read {REPLICAS_EXCHANGE!r}",
+            )
 
     async def run(self) -> None:
         """
@@ -781,14 +824,24 @@ class _Dropped:
         await self._closed.wait()
         if self._timer is not None:
             self._timer.cancel()
-        raise BrokerUnavailable("the queue for dropped messages is gone")
+        raise self._exchange_gone or BrokerUnavailable("the queue for dropped messages is gone")
 
-    def _note(self, _tag: bytes, _key: str, _body: bytes, _offset: int | None) -> None:
+    def _on_message(self, _tag: bytes, key: str, body: bytes, _offset: int | None) -> None:
+        if key == EXCHANGE_GONE:
+            self._on_exchange_gone(body.decode("ascii", "replace"))
+            return
         self._count += 1
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(DROPPED_SECONDS, self._tell)
+            self._timer = asyncio.get_running_loop().call_later(DROPPED_SECONDS, self._report)
 
-    def _tell(self) -> None:
+    def _on_exchange_gone(self, instance: str) -> None:
+        broker = self._epoch.broker
+        # A process that has just noticed it by itself has made its bindings again.
+        if instance != broker.instance and time.monotonic() > broker.exchange_gone_at + 2 * EXCHANGE_CHECK_SECONDS:
+            self._exchange_gone = _ExchangeGone(f"replica {instance:.20} says so", noticed_here=False)
+            self._closed.set()
+
+    def _report(self) -> None:
         self._timer = None
         count, self._count = self._count, 0
         _log.error(

@@ -327,7 +327,7 @@ class Connection:
         if epoch != self._epoch:
             return
         with self._contained():
-            step = self.session.bound(clock.now_ms(), watermark)
+            step = self.session.bound(clock.now_ms(), watermark, complete_from=self._hub.complete_from(watermark))
             self._skip_watermarks()
             self._carry_out(step)
             self.expect(False)
@@ -482,6 +482,8 @@ class Hub:
         self._watermarks: deque[tuple[Anchor, int]] = deque(maxlen=WATERMARKS_KEPT)
         self.shared_fence = 0
         """The newest watermark before which all has come by the shared queue."""
+        self._exchanges_lost = 0
+        self._log_complete_from = 0
         self._fence_secret = secrets.token_hex(8)
         self._copy_logged_at = -COPIES_SECONDS
         self._empty = asyncio.Event()
@@ -612,6 +614,17 @@ class Hub:
         # the newest: since then RabbitMQ has answered, and has had ten seconds for events on their way.
         if self.watermarks > 1 and (queue := self.broker.shared_queue) is not None:
             self.log.fence(queue, self.fence(self.watermarks - 1))
+
+    def complete_from(self, watermark: Anchor | None) -> int:
+        """The offset from which the log has every event. Before that, its binding was gone for a time.
+
+        Args:
+            watermark: was written after the queues were bound, and so after the log was.
+        """
+        if watermark is not None and self._exchanges_lost != self.broker.exchanges_lost:
+            self._exchanges_lost = self.broker.exchanges_lost
+            self._log_complete_from = watermark.offset
+        return self._log_complete_from
 
     def watermarks_since(self, seen: int) -> list[tuple[Anchor, int]]:
         """Each with when it was seen, in ms. `seen`: what `watermarks` was when a stream last asked."""

@@ -324,13 +324,14 @@ class Session:
 
     # The queues.
 
-    def bound(self, now_ms: int, watermark: Anchor | None) -> Step:
+    def bound(self, now_ms: int, watermark: Anchor | None, *, complete_from: int = 0) -> Step:
         """The queues are bound. The stream goes live, or the log is read first.
 
         Args:
             now_ms: the bridge's clock, in ms since 1970.
             watermark: an entry of the log that was written after the queues were bound. None: there is no log, or it
                 does not answer.
+            complete_from: the log has every event from this offset on. Before it, the exchange was deleted for a time.
         """
         if not self._takes("bound"):
             return _NOTHING
@@ -352,6 +353,8 @@ class Session:
             return self._go_live("unknown")
         if resume_from.anchor.offset > watermark.offset:
             return self._go_live("unknown")  # A cursor of a log that was deleted, or an invented one.
+        if resume_from.anchor.offset < complete_from:
+            return self._go_live("no-log")
         self.state = State.REPLAYING
         self._replay = Replay(resume_from.anchor.offset, watermark.offset, resume_from.anchor.check)
         self._sent_by_cursor = frozenset(resume_from.digests + resume_from.passed)
