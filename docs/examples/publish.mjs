@@ -1,4 +1,4 @@
-// Publishes an event with amqplib, as any service in Node can. ../publishing.md says why each line is there.
+// Publishes an event with amqplib, from any Node program. ../publishing.md gives the reason for each step.
 //
 //     npm install amqplib
 //     AMQP_URL=amqp://guest:guest@localhost/ node publish.mjs 42
@@ -9,7 +9,7 @@ import amqp from "amqplib";
 const EXCHANGE = "events";
 const MAX_BYTES = 65_536;
 const PATIENCE_MS = 30_000;
-/** This user may not publish it, or the exchange does not exist: waiting does not help. */
+/** AMQP reply codes: no right to publish, or no such exchange. A retry does not help. */
 const HOPELESS = [403, 404];
 
 /** The id of a user or a group as one word of a routing key. */
@@ -30,15 +30,15 @@ export class Events {
   }
 
   /**
-   * Returns the event's id once RabbitMQ has confirmed it. What got no confirm is published again, for half a minute;
-   * then this throws. With the same `id` it may be tried again later: it is the same event.
+   * Returns the event's id when RabbitMQ has confirmed it. An event without a confirm is published again for 30 seconds;
+   * then this throws. A later retry with the same `id` is safe: it is the same event.
    * @param {string} audience `user.${word(id)}`, `group.${word(id)}` or `all`
    */
   publish(audience, type, data, { id = randomUUID() } = {}) {
     const event = { specversion: "1.0", id, source: this.#source, type, time: new Date().toISOString(), data };
     const body = Buffer.from(JSON.stringify(event));
-    if (body.length > MAX_BYTES) throw new RangeError(`${type}: ${body.length} bytes, at most ${MAX_BYTES} are taken`);
-    // One after the other: they stay in order, and an error is surely about this one.
+    if (body.length > MAX_BYTES) throw new RangeError(`${type}: ${body.length} bytes; the bridge takes at most ${MAX_BYTES}`);
+    // One event after the other keeps the order, and an error is certainly about this event.
     const done = this.#last.then(() => this.#try(`${audience}.${type}`, body, id));
     this.#last = done.catch(() => {});
     return done;
@@ -71,28 +71,28 @@ export class Events {
           channel.publish(EXCHANGE, key, body, options, settle);
         }),
         sleep(deadline - Date.now(), undefined, { signal: timeout.signal }).then(() => {
-          throw new Error("not confirmed in time: has RabbitMQ an alarm of memory or disk?");
+          throw new Error("not confirmed in time: does RabbitMQ have a memory or disk alarm?");
         }),
       ]);
     } finally {
       timeout.abort();
     }
-    if (this.#returned) throw new Error("no queue takes it: is RabbitMQ just starting?");
+    if (this.#returned) throw new Error("no queue takes the event: is RabbitMQ still starting?");
   }
 
   async #connect() {
     this.#connection = await amqp.connect(this.#url, { heartbeat: 10, timeout: 10_000 });
-    this.#connection.on("error", () => {}); // Without a listener Node would end. The channel is closed, too, and says so.
+    this.#connection.on("error", () => {}); // Without a listener, Node exits. The channel fails too, with the reason.
     const channel = await this.#connection.createConfirmChannel();
-    channel.on("error", (error) => (channel.failure = error)); // Before the confirm fails.
-    channel.on("return", () => (this.#returned = true)); // Before its confirm, which comes nevertheless.
+    channel.on("error", (error) => (channel.failure = error)); // Arrives before the confirm fails.
+    channel.on("return", () => (this.#returned = true)); // Arrives before the confirm: RabbitMQ confirms a returned event too.
     return channel;
   }
 
   async close() {
     const connection = this.#connection;
     this.#connection = this.#channel = undefined;
-    await connection?.close().catch(() => {}); // It may be closed already.
+    await connection?.close().catch(() => {}); // May be closed already.
   }
 }
 

@@ -1,4 +1,4 @@
-"""Publishes an event with pika, for programs that cannot have the SDK. ../publishing.md says why each line is there.
+"""Publishes an event with pika, for programs that cannot use the SDK. ../publishing.md gives the reason for each step.
 
 pip install pika
 AMQP_URL=amqp://guest:guest@localhost/ python publish.py 42
@@ -21,7 +21,7 @@ EXCHANGE = "events"
 MAX_BYTES = 65_536
 PATIENCE_SECONDS = 30.0
 HOPELESS = (403, 404)
-"""This user may not publish it, or the exchange does not exist: waiting does not help."""
+"""AMQP reply codes: no right to publish, or no such exchange. A retry does not help."""
 
 
 def word(text: str) -> str:
@@ -30,19 +30,19 @@ def word(text: str) -> str:
 
 
 class Events:
-    """For one thread."""
+    """A publisher for one thread."""
 
     def __init__(self, url: str, *, source: str) -> None:
         self._parameters = pika.URLParameters(url)
-        # Without it an alarm of memory or disk holds a publisher for as long as it lasts.
+        # Without this, a publisher waits for as long as a memory or disk alarm of RabbitMQ lasts.
         self._parameters.blocked_connection_timeout = PATIENCE_SECONDS
         self._source = source
         self._connection: pika.BlockingConnection | None = None
         self._channel: BlockingChannel | None = None
 
     def publish(self, audience: str, event_type: str, data: dict[str, Any], *, event_id: str | None = None) -> str:
-        """Returns the event's id once RabbitMQ has confirmed it. What got no confirm is published again, for half a
-        minute; then this raises. With the same id it may be tried again later: it is the same event.
+        """Returns the event's id when RabbitMQ has confirmed it. An event without a confirm is published again for 30
+        seconds; then this raises. A later retry with the same id is safe: it is the same event.
 
         Args:
             audience: `user.` or `group.` and `word(id)`, or `all`.
@@ -57,7 +57,7 @@ class Events:
         }
         body = json.dumps(event).encode()
         if len(body) > MAX_BYTES:
-            raise ValueError(f"{event_type}: {len(body)} bytes, at most {MAX_BYTES} are taken")
+            raise ValueError(f"{event_type}: {len(body)} bytes; the bridge takes at most {MAX_BYTES}")
         properties = pika.BasicProperties(
             content_type="application/cloudevents+json", message_id=event["id"], delivery_mode=2
         )
@@ -68,7 +68,7 @@ class Events:
                 channel = self._open()
                 channel.basic_publish(EXCHANGE, f"{audience}.{event_type}", body, properties, mandatory=True)
                 return event["id"]
-            except (AMQPError, OSError) as error:  # Also a nack, a return, and a name that does not resolve.
+            except (AMQPError, OSError) as error:  # Includes a nack, a return, and a host name that does not resolve.
                 self.close()
                 hopeless = isinstance(error, ChannelClosedByBroker) and error.reply_code in HOPELESS
                 if hopeless or time.monotonic() + pause > deadline:

@@ -252,8 +252,12 @@ def test_hypothesis_fails_no_test_for_a_slow_moment_or_an_unlucky_draw() -> None
     assert by_chance <= set(now.suppress_health_check)
 
 
-def test_the_code_on_the_page_of_workers_is_that_of_the_examples() -> None:
-    page = (ROOT / "docs/workers.md").read_text()
+def read_pages_of_workers() -> str:
+    return "".join((ROOT / "docs" / name).read_text() for name in ("workers.md", "sdk.md", "test-workers.md"))
+
+
+def test_the_code_on_the_pages_of_workers_is_that_of_the_examples() -> None:
+    page = read_pages_of_workers()
     programs = [path.read_text() for path in (ROOT / "docs/examples/workers").rglob("*.py")]
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 10
@@ -261,8 +265,8 @@ def test_the_code_on_the_page_of_workers_is_that_of_the_examples() -> None:
         assert any(block in program for program in programs), f"in no example:\n{block}"
 
 
-def test_the_page_of_workers_names_each_example() -> None:
-    page = (ROOT / "docs/workers.md").read_text()
+def test_the_pages_of_workers_name_each_example() -> None:
+    page = read_pages_of_workers()
     named = set(re.findall(r"\(examples/workers/([a-z]+)", page))
     assert named == {path.name for path in (ROOT / "docs/examples/workers").iterdir() if path.is_dir()}
     for link in re.findall(r"\]\((examples/[^)#]+)\)", page):

@@ -1,4 +1,4 @@
-"""A worker that has installed acme-events: `AMQP_URL=amqp://... python worker.py`."""
+"""A worker that uses the package acme-events: `AMQP_URL=amqp://... python worker.py`."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A report each morning, by APScheduler: `python scheduler.py`. With `--now` the first one is made at once."""
+"""APScheduler makes a report each morning: `python scheduler.py`. With `--now` it makes the first report at once."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ scheduler = BlockingScheduler(timezone=UTC)
 
 
 def daily_report() -> None:
-    # The day is the job: a second run on the same day, after a crash or by hand, is the same job and the same events.
+    # One job a day: a second run on the same day, after a crash or by hand, has the same job id and event ids.
     job_id = f"daily-report:{datetime.now(UTC).date()}"
     started = time.monotonic()
     publisher.to_group("reports", JobStarted(job_id=job_id), id=f"{job_id}:started")
@@ -34,14 +34,14 @@ def main() -> None:
     scheduler.add_job(
         daily_report,
         CronTrigger.from_crontab("0 6 * * *", timezone=UTC),
-        misfire_grace_time=3600,  # A run that is late by up to an hour is made up for.
+        misfire_grace_time=3600,  # A run that is up to an hour late still starts.
         **({"next_run_time": datetime.now(UTC)} if "--now" in sys.argv else {}),
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         scheduler.start()
     finally:
-        scheduler.shutdown()  # Waits for the job that runs.
+        scheduler.shutdown()  # Waits for the running job.
         publisher.close()
 
 

@@ -1,7 +1,7 @@
-"""Celery tasks that show their progress to the person who started them.
+"""Celery tasks that show their progress to the user who started them.
 
 celery -A tasks worker        runs the tasks
-python tasks.py 42 100        asks for 100 reports for user 42
+python tasks.py 42 100        queues 100 reports for user 42
 """
 
 import os
@@ -15,18 +15,18 @@ from bridge import Publisher, PublishTimeout
 from bridge.samples.jobs import JobCompleted, JobProgress, JobStarted
 
 AMQP_URL = os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/")
-EVENTS_URL = os.environ.get("EVENTS_URL", AMQP_URL)  # Celery may have a broker of its own.
+EVENTS_URL = os.environ.get("EVENTS_URL", AMQP_URL)  # Celery and the events may have different brokers.
 TIMEOUT = float(os.environ.get("TIMEOUT", "30"))
 STEPS = 4
 STEP_SECONDS = float(os.environ.get("STEP_SECONDS", "0.01"))
 
 app = Celery("tasks", broker=AMQP_URL)
 app.conf.update(
-    # A task leaves its queue when it has ended, its events included. One whose worker died runs again.
+    # Celery acks a task when it ends, after its events. If its worker dies before that, the task runs again.
     task_acks_late=True,
     task_reject_on_worker_lost=True,
     worker_prefetch_multiplier=1,
-    # `delay` returns when RabbitMQ has the task. Without it, Celery does not notice a task that is lost.
+    # `delay` returns when RabbitMQ has confirmed the task. Without it, Celery does not notice a lost task.
     broker_transport_options={"confirm_publish": True},
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,

@@ -1,4 +1,4 @@
-"""FastAPI: one async publisher for each process, from start to end: `uvicorn main:app`."""
+"""FastAPI with one async publisher for each process: `uvicorn main:app`."""
 
 import os
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ TIMEOUT = float(os.environ.get("TIMEOUT", "10"))
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    # Connects with the first event, so the program starts while RabbitMQ is away. With `async with` it would not.
+    # Connects with the first event, so the program starts without RabbitMQ. `async with` would need it at the start.
     app.state.publisher = Publisher(AMQP_URL, source="/apis/jobs", timeout=TIMEOUT)
     yield
     await app.state.publisher.close()
@@ -41,5 +41,5 @@ async def run_job(job_id: str, user: str, publisher: Events) -> dict[str, str]:
         done = JobCompleted(job_id=job_id, duration_seconds=3.2)
         return {"event": await publisher.to_user(user, done, id=f"{job_id}:completed")}
     except PublishTimeout as error:
-        # The caller sends the same request again, and the ids are the same.
+        # The caller sends the request again. The second try has the same event ids.
         raise HTTPException(503, f"not published: {error}", {"Retry-After": "5"}) from error

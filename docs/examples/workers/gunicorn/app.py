@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 from bridge import Publisher, PublishTimeout
 from bridge.samples.jobs import JobCompleted
 
-# With --preload this is made in the parent. Each worker connects with its first event.
+# With --preload, the parent makes the publisher. Each worker connects with its first event.
 publisher = Publisher.blocking(
     os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/"),
     source="/sites/reports",

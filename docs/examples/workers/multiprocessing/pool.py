@@ -1,4 +1,4 @@
-"""A batch in several processes: `python pool.py 42 20`. Each process has a connection of its own."""
+"""A batch in several processes: `python pool.py 42 20`. Each process has its own connection."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ import sys
 from bridge import Publisher
 from bridge.samples.jobs import JobCompleted
 
-# A module's global, and never an argument: a connection cannot be sent to another process.
+# A global of the module, never an argument: a connection cannot be sent to another process.
 publisher = Publisher.blocking(
     os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/"),
     source="/batches/reports",

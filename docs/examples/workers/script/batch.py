@@ -1,4 +1,4 @@
-"""Publishes the events of many jobs: `python batch.py jobs.jsonl`. It may be run again: the ids stay the same.
+"""Publishes the events of many jobs: `python batch.py jobs.jsonl`. It is safe to run again: the ids stay the same.
 
 Each line of the file is `{"job": "r-7", "user": "42", "seconds": 3.2}`.
 """
@@ -33,7 +33,7 @@ def publish_all(jobs: Sequence[dict[str, Any]]) -> int:
     """Returns how many events were refused; each is printed.
 
     Raises:
-        PublishTimeout: ten attempts in a row confirmed nothing. Run the program again.
+        PublishTimeout: ten attempts in a row confirmed nothing. Run the program again later.
     """
     start = refused = attempts = 0
     while True:
@@ -41,12 +41,12 @@ def publish_all(jobs: Sequence[dict[str, Any]]) -> int:
             publisher.publish_many(events(jobs[start:]))
             return refused
         except EventRefused as error:
-            # All before it are confirmed. Trying it again does not help: go on after it.
+            # All events before it are confirmed. A retry does not help, so continue after it.
             print(error, file=sys.stderr, flush=True)
             refused += 1
             start += error.index + 1
         except PublishTimeout as error:
-            # Those of `error.unconfirmed` may have arrived. They are published again under their ids.
+            # The events of `error.unconfirmed` may have arrived. They are published again under the same ids.
             attempts = 1 if error.confirmed else attempts + 1
             if attempts == ATTEMPTS:
                 raise

@@ -1,4 +1,4 @@
-"""A program that publishes, and that is ready for a broker that does not confirm."""
+"""A program that publishes, and publishes again if RabbitMQ does not confirm."""
 
 import os
 import time
@@ -17,5 +17,5 @@ def make_report(job_id: str, user: str) -> None:
     try:
         publisher.to_user(user, done, id=f"{job_id}:completed")
     except PublishTimeout as error:
-        # It may have arrived. The same id is the same event, so a second try never shows it twice.
+        # The event may have arrived. The same id is the same event, so a second try never shows it twice.
         publisher.to_user(user, done, id=error.id)

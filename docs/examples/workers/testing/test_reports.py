@@ -1,4 +1,4 @@
-"""The tests of reports.py. They need no RabbitMQ."""
+"""Tests of reports.py. They need no RabbitMQ."""
 
 import pytest
 import reports

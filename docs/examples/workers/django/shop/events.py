@@ -10,7 +10,7 @@ from bridge.publisher import Item
 from bridge.samples.jobs import JobCompleted
 from shop.models import Job
 
-# In a request a person waits: five seconds, then `publish_jobs` takes over.
+# A person waits for the request, so the limit is five seconds. After that, `publish_jobs` publishes the event.
 publisher = Publisher.blocking(settings.AMQP_URL, source="/sites/shop", timeout=settings.EVENTS_TIMEOUT)
 
 
@@ -24,7 +24,7 @@ def announce(job: Job) -> None:
 
 
 def announce_many(jobs: QuerySet[Job]) -> int:
-    """Publishes the events of these jobs and marks those that are confirmed, also when the batch fails."""
+    """Publishes the events of these jobs, and marks the confirmed ones even if the batch fails."""
     taken: list[int] = []
 
     def events() -> Iterator[Item]:

@@ -14,7 +14,7 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
 AMQP_URL = os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/")
 EVENTS_TIMEOUT = float(os.environ.get("TIMEOUT", "5"))
-# Without DEBUG, Django logs nothing to the console by itself: an event that was not published would be a secret.
+# Without DEBUG, Django logs no errors to the console. This shows events that were not published.
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,

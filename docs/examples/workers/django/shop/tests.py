@@ -1,4 +1,4 @@
-"""`python manage.py test`: no RabbitMQ is needed."""
+"""`python manage.py test`. These tests need no RabbitMQ."""
 
 from unittest.mock import patch
 
@@ -20,7 +20,7 @@ class Reports(TestCase):
         assert Job.objects.get().is_announced
 
     @patch("shop.events.publisher", new_callable=FakePublisher.blocking)
-    def test_a_batch_that_times_out_is_taken_up_where_it_stopped(self, fake: FakeBlockingPublisher) -> None:
+    def test_a_batch_that_times_out_continues_where_it_stopped(self, fake: FakeBlockingPublisher) -> None:
         Job.objects.bulk_create(Job(user="42", seconds=1) for _ in range(5))
         fake.fail_next(PublishTimeout, after=3, arrived=True)
         pending = Job.objects.filter(is_announced=False).order_by("pk")

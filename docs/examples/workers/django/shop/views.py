@@ -7,16 +7,16 @@ from shop.events import announce
 from shop.models import Job, Report
 
 
-@csrf_exempt  # For the example: a site takes its user from the session, and checks the token.
+@csrf_exempt  # For the example only: a real site takes the user from the session and checks the CSRF token.
 @require_POST
 def make_report(request: HttpRequest) -> HttpResponse:
     try:
         with transaction.atomic():
             job = Job.objects.create(user=request.POST["user"], seconds=3.2)
-            # Runs after the commit, and never after a rollback. `robust` logs an error and answers the request:
-            # the data is committed, and `publish_jobs` publishes the event later.
+            # Runs after the commit, and never after a rollback. With `robust`, Django logs an error and still answers
+            # the request: the data is committed, and `publish_jobs` publishes the event later.
             transaction.on_commit(lambda: announce(job), robust=True)
             Report.objects.create(job=job, name=request.POST["name"])
     except IntegrityError:
-        return JsonResponse({"error": "there is a report of this name"}, status=409)
+        return JsonResponse({"error": "a report with this name exists"}, status=409)
     return JsonResponse({"event": f"job-{job.pk}:completed"}, status=201)
