@@ -1,4 +1,4 @@
-"""`make demo`: RabbitMQ, the bridge, a sample worker and a page, as processes of one terminal. Ctrl-C ends them all."""
+"""`make demo`: RabbitMQ, the bridge, a sample worker and a page, as processes of one terminal. Ctrl-C ends all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKEN_SECONDS = 3600
 
 
 class DemoFailed(Exception):
-    """A part did not start or ended by itself."""
+    """A process did not start, or ended by itself."""
 
 
 def say(text: str) -> None:
@@ -38,7 +38,7 @@ def say(text: str) -> None:
 
 
 def pick_port(preferred: int) -> int:
-    """The preferred port, so that the address is the same each time; another if it is taken."""
+    """The preferred port, so that the address is the same each time; another port if that one is in use."""
     import socket
 
     with socket.socket() as probe:
@@ -71,7 +71,7 @@ def rabbitmq() -> Iterator[str]:
 
 @contextlib.contextmanager
 def process(name: str, command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    # In a session of its own: Ctrl-C is for the demo, which then ends the others in order.
+    # In its own session: Ctrl-C reaches only the demo, which then ends the other processes in order.
     child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield child
@@ -88,18 +88,18 @@ def wait_ready(child: subprocess.Popen[bytes], url: str) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if child.poll() is not None:
-            raise DemoFailed("the bridge did not start; its lines above say why")
+            raise DemoFailed("the bridge did not start; its log lines above give the reason")
         with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=5):
             return
         time.sleep(0.1)
-    raise DemoFailed("the bridge is not ready after a minute; its lines above say why")
+    raise DemoFailed("the bridge is not ready after 60 s; its log lines above give the reason")
 
 
 @contextlib.contextmanager
 def page(port: int, console_url: str, secret: str, state: Path) -> Iterator[None]:
-    """A page at /jobs, from an origin of its own, with the token in a cookie as an application's login would set it.
+    """Serves a page at /jobs, on its own origin. The token is in a cookie, as an application's login would set it.
 
-    At /state.json it has what an application would read from its database.
+    /state.json has the state that an application would read from its database.
     """
     html = PAGE.read_text(encoding="utf-8").replace("__BRIDGE_URL__", console_url).encode()
 
@@ -122,12 +122,12 @@ def page(port: int, console_url: str, secret: str, state: Path) -> Iterator[None
             cookie["bridge_token"] = auth.mint(
                 secret, user=USER, groups=GROUPS, ttl_seconds=TOKEN_SECONDS, now=time.time()
             )
-            # Cookies know hosts, not ports: the bridge on another port of localhost gets it too.
+            # A cookie belongs to a host, not to a port. So the bridge on another port of localhost gets it too.
             cookie["bridge_token"]["path"] = "/"
             cookie["bridge_token"]["httponly"] = True
             cookie["bridge_token"]["samesite"] = "Lax"
             body = html if path == "/jobs" else b""
-            if path == "/":  # As an application's login would: with the cookie set, on to where the events are.
+            if path == "/":  # As an application's login does: set the cookie, then redirect to the events.
                 self.send_response(303)
                 self.send_header("Location", console_url)
             else:
@@ -177,16 +177,16 @@ def run() -> None:
         worker = stack.enter_context(process("worker", work, environment))
         stack.enter_context(page(page_port, f"http://localhost:{public_port}/", secret, state))
         say(f"Open {page_url} (the console)")
-        say(f"A page that an application might have: {page_url}/jobs")
+        say(f"A sample page of an application: {page_url}/jobs")
         say(f"Metrics: http://127.0.0.1:{internal_port}/metrics")
-        say("Publish an event yourself, in another terminal:")
-        # Yours stands in your environment already, and its password need not stand on the screen.
+        say("To publish an event, run this in another terminal:")
+        # BRIDGE_AMQP_URL is in the user's environment already, and its password must not be on the screen.
         address = "" if "BRIDGE_AMQP_URL" in os.environ else f"BRIDGE_AMQP_URL={amqp_url} "
         command = (
             f"BRIDGE_SCHEMAS=bridge.samples {python} -m bridge publish --to user:{USER} --type notification --data"
         )
         print(f"      {address}{command} " + """'{"title": "Hello"}'""", flush=True)
-        say("Ctrl-C ends everything.")
+        say("Ctrl-C stops everything.")
         asyncio.run(until_signalled({"bridge": bridge, "worker": worker}))
         say("Stopping")
 
@@ -194,7 +194,7 @@ def run() -> None:
 async def until_signalled(children: dict[str, subprocess.Popen[bytes]]) -> None:
     """
     Raises:
-        DemoFailed: a part has ended by itself.
+        DemoFailed: a process ended by itself.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -205,13 +205,13 @@ async def until_signalled(children: dict[str, subprocess.Popen[bytes]]) -> None:
     done, _ = await asyncio.wait({stopped, *waits}, return_when=asyncio.FIRST_COMPLETED)
     ended = [waits[task] for task in done if task is not stopped]
     for child in children.values():
-        child.terminate()  # The threads that wait for them have to end before this loop can.
+        child.terminate()  # The threads that wait for the processes must end before this loop can end.
     if ended:
-        raise DemoFailed(f"the {ended[0]} ended by itself; its lines above say why")
+        raise DemoFailed(f"the {ended[0]} ended by itself; its log lines above give the reason")
 
 
 def main() -> None:
-    # Before the loop is up, a signal must also lead through every `finally`.
+    # A signal before the loop runs must also run every `finally`.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))
     try:

@@ -1,7 +1,7 @@
 """A private RabbitMQ node: its own port, data folder, cookie and epmd, on loopback only, from the installed package.
 
-For the demo and the tests. It never touches a RabbitMQ that the machine runs for others, works as root and as anybody
-else, and leaves nothing running. `make` installs the package where it is missing (deploy/local/ensure).
+For the demo and the tests. It never touches another RabbitMQ of the machine, works as root and as any other user, and
+leaves no process behind. `make` installs the package where it is missing (deploy/local/ensure).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Installation:
     Args:
         home: RabbitMQ's folder. The scripts in its `bin` are used: those in /usr/sbin change the
             user and the home folder.
-        root: a folder with another Debian in it, whose RabbitMQ is used instead of the machine's
+        root: a folder with another Debian in it. Its RabbitMQ is used instead of the machine's
             (`deploy/local/ensure rabbitmq4` makes one). Needs root: the folder is entered by
             chroot, in a mount namespace of its own.
     """
@@ -34,7 +34,7 @@ class Installation:
 
     @property
     def version(self) -> str:
-        """Of its package, without running it; "unknown" where nothing is installed."""
+        """The version of the package, without running it; "unknown" if none is installed."""
         outside = (self.root or Path("/")) / self.home.relative_to("/")
         found = sorted(path.name for path in outside.glob("lib/rabbitmq_server-*"))
         return found[-1].rpartition("-")[2] if found else "unknown"
@@ -48,11 +48,11 @@ MACHINES = Installation(
     Path(os.environ.get("RABBITMQ_HOME", "/usr/lib/rabbitmq")),
     Path(os.environ["RABBITMQ_ROOT"]) if os.environ.get("RABBITMQ_ROOT") else None,
 )
-"""This machine's RabbitMQ, unless RABBITMQ_HOME or RABBITMQ_ROOT name another."""
+"""This machine's RabbitMQ, unless RABBITMQ_HOME or RABBITMQ_ROOT names another."""
 
 _ENTER = """
 set -e
-mount -t tmpfs tmpfs "$1/tmp"  # Several nodes share the folder: leave no mount point behind in it.
+mount -t tmpfs tmpfs "$1/tmp"  # Several nodes share the folder, so leave no mount point in it.
 mkdir -p "$1$2" && mount --bind "$2" "$1$2"
 mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev"
 root=$1; folder=$2; shift 2
@@ -60,20 +60,20 @@ exec chroot "$root" /bin/sh -c 'cd "$0" && exec "$@"' "$folder" "$@"
 """
 
 START_SECONDS = 300
-"""A node starts in four seconds; on a machine that is busy with others it takes many times that."""
+"""A node starts in four seconds. A busy machine needs many times that."""
 
 FIRST_PORT = 10_000
-"""Of those that `free_ports` tries: above what RabbitMQ and others listen on by default."""
+"""`free_ports` begins here, above the default ports of RabbitMQ and other servers."""
 
 
 class NodeFailed(Exception):
-    """The node did not do as told; the text has the end of its log."""
+    """A command of the node failed; the text has the end of its log."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses. Another program may take one before we do; the start then fails, with words.
+    """Ports that no program uses. Another program may take one before the caller does; then the start fails.
 
-    Not from those that the system gives to outgoing connections, where that can be helped: tests open thousands.
+    Where possible, they are outside the range that the system gives to outgoing connections: tests open thousands.
     """
     choice = _first_given_out() - FIRST_PORT
     with contextlib.ExitStack() as stack:
@@ -87,7 +87,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _first_given_out() -> int:
-    """The first port that Linux gives to outgoing connections (ip(7), ip_local_port_range); 0 where it does not say."""
+    """The first port that Linux gives to outgoing connections (ip(7), ip_local_port_range); 0 if it is not known."""
     with contextlib.suppress(OSError):
         return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     return 0
@@ -96,9 +96,9 @@ def _first_given_out() -> int:
 class Node:
     """
     Args:
-        folder: for data, logs and configuration; made if need be. Another `Node` on the same folder is the same node.
+        folder: for data, logs and configuration; made if missing. Another `Node` on the same folder is the same node.
         management: whether to run the management plugin too, for its HTTP API.
-        peer: a node whose cluster this one is to be able to join, by `join`.
+        peer: a node whose cluster this node can join, by `join`.
         rabbitmq: which RabbitMQ to run.
     """
 
@@ -122,11 +122,11 @@ class Node:
         lines = [
             f"listeners.tcp.1 = 127.0.0.1:{self.port}",
             "log.file.level = info",
-            # The machine's memory and disk are not ours alone; an alarm would come from what others do.
+            # Other programs use the machine's memory and disk too, and must not cause an alarm of this node.
             "vm_memory_high_watermark.absolute = 2GB",
             "disk_free_limit.absolute = 50MB",
         ]
-        if management:  # Left alone the plugin listens on every address.
+        if management:  # By default the plugin listens on every address.
             lines += ["management.tcp.ip = 127.0.0.1", f"management.tcp.port = {self.management_port}"]
         (folder / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
 
@@ -189,18 +189,18 @@ class Node:
         return self._run("rabbitmqctl", "-q", *args)
 
     def flush(self) -> None:
-        """Writes to disk which streams there are: killed before that, RabbitMQ 3.10 never finds them again.
+        """Writes the list of streams to disk. A RabbitMQ 3.10 that is killed before that never finds them again.
 
-        It does so by itself up to half a second after a declaration (dets tables, auto_save).
+        RabbitMQ writes the list by itself up to half a second after a declaration (dets tables, auto_save).
         """
         self.ctl("eval", "[ok = dets:sync(Table) || Table <- dets:all()].")
 
     def start(self) -> None:
-        """Returns once the node takes connections. After `kill` it comes back on the same port, with its data."""
+        """Returns when the node accepts connections. After `kill` it starts on the same port, with its data."""
         if not self.rabbitmq.server.exists():
             raise NodeFailed(f"{self.rabbitmq.server} is missing: run deploy/local/ensure rabbitmq (or rabbitmq4)")
         self._pid_file.unlink(missing_ok=True)
-        # Its own session: Ctrl-C in the terminal of the demo is for the demo, which then stops the node in order.
+        # In its own session: Ctrl-C in the terminal reaches only the demo, which then stops the node in order.
         subprocess.run(
             self._command("rabbitmq-server", "-detached"),
             env=self._environment(),
@@ -215,7 +215,7 @@ class Node:
         self.ctl("wait", "--timeout", str(START_SECONDS), str(self._pid_file))
 
     def join(self, peer: Node) -> None:
-        """Makes this node, which runs, one of its peer's cluster; what it held is gone."""
+        """Adds this running node to the cluster of its peer. Its own data is lost."""
         self.ctl("stop_app")
         self.ctl("join_cluster", peer.name)
         self.ctl("start_app")
@@ -225,13 +225,13 @@ class Node:
         return int(self._pid_file.read_text())
 
     def kill(self) -> None:
-        """kill -9, as a crash of its machine would be; returns when the process is gone."""
+        """kill -9, like a crash of the machine. Returns when the process is gone."""
         pid = self.pid
         os.kill(pid, signal.SIGKILL)
         _wait_gone(pid)
 
     def remove(self) -> None:
-        """Kills it, ends its epmd, which would outlive it, and deletes its folder. Harmless if it does not run."""
+        """Kills the node if it runs, ends its epmd, which would outlive it, and deletes its folder."""
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
             self.kill()
         for pid in _epmds(self._epmd_port):
@@ -248,14 +248,14 @@ def _wait_gone(pid: int) -> None:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except (ProcessLookupError, FileNotFoundError):
             return
-        if state == "Z":  # Dead; whoever started it has not looked yet.
+        if state == "Z":  # A zombie: dead, and its parent has not read the exit code yet.
             return
         time.sleep(0.01)
     raise NodeFailed(f"process {pid} does not die")
 
 
 def _epmds(port: int) -> list[int]:
-    """Processes called epmd that were started for this port, which nobody but this node was told."""
+    """Processes named epmd with this port in their environment. Only this node has this port."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):

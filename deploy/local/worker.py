@@ -1,9 +1,9 @@
-"""A sample automation worker: runs jobs that are nothing but time, and publishes what happens to them.
+"""A sample automation worker: its jobs only take time, and it publishes their events.
 
-    python -m deploy.local.worker USER [STATE]      (BRIDGE_AMQP_URL says where)
+    python -m deploy.local.worker USER [STATE]      (BRIDGE_AMQP_URL names the RabbitMQ)
 
 The three lines that matter are `Publisher(...)` and two `to_user(...)`. With STATE, the name of a file, the worker also
-keeps there what a page has to load: see `State`.
+writes the state that a page loads: see `State`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEPS = ["Reading the source", "Comparing", "Writing changes", "Checking the res
 class State:
     """The newest jobs and notices, as an application would have them in its database.
 
-    A page loads this once its stream is live. So the worker writes each change here first, and publishes it then: the
+    A page loads this when its stream is live. So the worker first writes each change here, and then publishes it: the
     state that a page loads is never older than the first event that it gets.
     """
 
@@ -51,7 +51,7 @@ class State:
 
     def change_job(self, job_id: str, **members: Any) -> None:
         self._jobs.setdefault(job_id, {"job_id": job_id}).update(members)
-        # A job that runs stays: a page that gets its next event must know its title.
+        # A running job stays: a page that gets its next event must know its title.
         finished = [job_id for job_id, job in self._jobs.items() if job.get("status") != "running"]
         for old in finished[: max(0, len(self._jobs) - KEPT_JOBS)]:
             del self._jobs[old]
@@ -67,11 +67,11 @@ class State:
         if self._path is not None:
             draft = self._path.with_suffix(".new")
             draft.write_text(json.dumps({"jobs": list(self._jobs.values()), "notices": self._notices}))
-            os.replace(draft, self._path)  # A reader gets the old text or the new one, never half of it.
+            os.replace(draft, self._path)  # A reader gets the old text or the new text, never a part.
 
 
 async def run_job(publisher: Publisher, state: State, user: str, number: int) -> None:
-    """One job from its start to its end, on the user's screen as it goes."""
+    """Runs one job and publishes an event for each step."""
     job_id = f"job-{number}"
     began = time.monotonic()
     title = random.choice(TITLES)
@@ -94,8 +94,8 @@ async def run_job(publisher: Publisher, state: State, user: str, number: int) ->
     await publisher.to_user(user, JobCompleted(job_id=job_id, duration_seconds=seconds))
 
 
-async def tell_of_other_things(publisher: Publisher, state: State, user: str) -> None:
-    """Now and then what else an automation product has to say, to the user, a group and everybody."""
+async def publish_other_events(publisher: Publisher, state: State, user: str) -> None:
+    """Publishes other events of an automation product every five seconds: to the user, a group and everybody."""
     for number in itertools.count(1):
         await asyncio.sleep(5)
         match number % 5:
@@ -126,7 +126,7 @@ async def tell_of_other_things(publisher: Publisher, state: State, user: str) ->
 
 @contextlib.contextmanager
 def going_on() -> Iterator[None]:
-    """A broker that is away for longer than the deadline costs a job's events, not the worker."""
+    """An outage of RabbitMQ longer than the timeout loses a job's events, but does not end the worker."""
     try:
         yield
     except PublishTimeout as error:
@@ -151,7 +151,7 @@ async def main(user: str, path: Path | None = None) -> None:
         async def talk() -> None:
             while True:
                 with going_on():
-                    await tell_of_other_things(publisher, state, user)
+                    await publish_other_events(publisher, state, user)
 
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -167,7 +167,7 @@ async def main(user: str, path: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # It reports each try to connect, several a second; `PublishTimeout` says it once, with the last cause.
+    # aiormq logs each try to connect, several a second. `PublishTimeout` reports the outage once, with the last cause.
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     try:
         asyncio.run(main(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None))
