@@ -13,14 +13,14 @@ class ApprovalRequested(EventData, type="approval.requested"):
 
     approval_id: Annotated[str, Field(min_length=1, max_length=200)]
     job_id: JobId
-    question: Annotated[str, Field(min_length=1, max_length=1_000, description="What is to be decided, for people")]
-    expires_at: Annotated[AwareDatetime | None, Field(description="After this moment the question is closed")] = None
+    question: Annotated[str, Field(min_length=1, max_length=1_000, description="The question, for people")]
+    expires_at: Annotated[AwareDatetime | None, Field(description="The question is closed after this time")] = None
 
 
 class ApprovalDecided(EventData, type="approval.decided"):
-    """Somebody has decided, perhaps on another device: take the question off the screen."""
+    """A person has decided, perhaps on another device. Remove the question from the screen."""
 
     approval_id: Annotated[str, Field(min_length=1, max_length=200)]
     job_id: JobId
     decision: Literal["approved", "rejected", "expired"]
-    decided_by: Annotated[str | None, Field(max_length=200, description="User id; none when it expired")] = None
+    decided_by: Annotated[str | None, Field(max_length=200, description="User id; null if the question expired")] = None

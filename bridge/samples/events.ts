@@ -16,7 +16,7 @@ export interface CloudEvent<Type extends string = string, Data = unknown> {
   data: Data;
 }
 
-/** A part of an event, no event itself. */
+/** An amount of money, as a part of an event. */
 export interface Amount {
   /** Cents, for a currency that has them */
   minor_units: number;
@@ -24,13 +24,13 @@ export interface Amount {
   currency: string;
 }
 
-/** Somebody has decided, perhaps on another device: take the question off the screen. */
+/** A person has decided, perhaps on another device. Remove the question from the screen. */
 export interface ApprovalDecided {
   approval_id: string;
   /** The job, the same in all of its events */
   job_id: string;
   decision: "approved" | "rejected" | "expired";
-  /** User id; none when it expired */
+  /** User id; null if the question expired */
   decided_by: string | null;
 }
 
@@ -39,13 +39,13 @@ export interface ApprovalRequested {
   approval_id: string;
   /** The job, the same in all of its events */
   job_id: string;
-  /** What is to be decided, for people */
+  /** The question, for people */
   question: string;
-  /** After this moment the question is closed */
+  /** The question is closed after this time */
   expires_at: string | null;
 }
 
-/** An invoice is there, was paid, or was not. */
+/** An invoice was issued or paid, a payment failed, or a quota is nearly used up. */
 export interface BillingNotice {
   kind: "invoice_issued" | "payment_received" | "payment_failed" | "quota_warning";
   invoice_id: string | null;
@@ -54,7 +54,7 @@ export interface BillingNotice {
   message: string;
 }
 
-/** Somebody stopped the job. */
+/** A person or a service stopped the job. */
 export interface JobCancelled {
   /** The job, the same in all of its events */
   job_id: string;
@@ -63,43 +63,43 @@ export interface JobCancelled {
   reason: string;
 }
 
-/** The job is done, and well. */
+/** The job has completed with its result. */
 export interface JobCompleted {
   /** The job, the same in all of its events */
   job_id: string;
   /** Seconds since the job started */
   duration_seconds: number;
-  /** Where the result can be fetched */
+  /** Address of the result */
   result_url: string | null;
 }
 
-/** The job has ended without its result. */
+/** The job has ended without a result. */
 export interface JobFailed {
   /** The job, the same in all of its events */
   job_id: string;
-  /** What went wrong, for the person who started the job */
+  /** The error, for the person who started the job */
   error: string;
-  /** Whether starting it again may help */
+  /** Whether a new start may help */
   retryable: boolean;
   duration_seconds: number | null;
 }
 
-/** The job got further. Only the newest matters; a page may skip the others. */
+/** The job's progress. Only the newest event matters; a page may skip older ones. */
 export interface JobProgress {
   /** The job, the same in all of its events */
   job_id: string;
   percent: number;
-  /** What is being done now, for people */
+  /** The current step, for people */
   message: string;
 }
 
-/** A worker has taken the job up. */
+/** A worker has started the job. */
 export interface JobStarted {
   /** The job, the same in all of its events */
   job_id: string;
   /** What the job does, for people */
   title: string;
-  /** Number of steps, where it is known beforehand */
+  /** Number of steps, if it is known at the start */
   steps: number | null;
 }
 
@@ -111,7 +111,7 @@ export interface Notification {
   link: string | null;
 }
 
-/** A report can be fetched. */
+/** A report is ready to fetch. */
 export interface ReportReady {
   report_id: string;
   title: string;

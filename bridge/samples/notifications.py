@@ -1,4 +1,4 @@
-"""A notification, when no other type fits."""
+"""A notification, for events without a type of their own."""
 
 from typing import Annotated, Literal
 

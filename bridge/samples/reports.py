@@ -1,4 +1,4 @@
-"""What jobs make for people to read."""
+"""Reports that jobs make for people."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from bridge.samples.jobs import JobId
 
 
 class ReportReady(EventData, type="report.ready"):
-    """A report can be fetched."""
+    """A report is ready to fetch."""
 
     report_id: Annotated[str, Field(min_length=1, max_length=200)]
     title: Annotated[str, Field(max_length=200)]

@@ -53,7 +53,7 @@ async def test_events_come_are_found_and_are_shown_with_their_schema(
     await page.get_by_role("listbox", name="Events, newest first").focus()
     await page.keyboard.press("ArrowDown")
     detail = page.locator("#detail")
-    await expect(detail).to_contain_text("The job is done, and well.")
+    await expect(detail).to_contain_text("The job has completed with its result.")
     await expect(detail).to_contain_text("Seconds since the job started")
     await expect(detail).to_contain_text("<img src=x onerror=alert(1)>")
     await page.keyboard.press("Escape")
