@@ -1,4 +1,4 @@
-# One-word commands, the same here and in CI. Each sets up what it needs: see deploy/local/ensure.
+# One-word commands, the same here and in CI. Each sets up the programs that it needs: see deploy/local/ensure.
 VENV ?= .venv
 READY := $(VENV)/.ready
 
@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends all of it
+demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends all of them
 	@[ -n "$$BRIDGE_AMQP_URL" ] || deploy/local/ensure rabbitmq
 	@exec $(VENV)/bin/python -m deploy.local.demo
 
@@ -25,10 +25,10 @@ test: $(READY) check ## every test, on private RabbitMQs (this machine's and 4.3
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
 
-unit: $(READY) ## the unit tests alone; needs nothing but the virtual environment
+unit: $(READY) ## the unit tests alone; needs only the virtual environment
 	@$(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 tests/unit
 
-# Packages of npm that tests use: validators, and clients that were not written here. See tests/node/__init__.py.
+# npm packages of the tests: validators, and clients of other projects. See tests/node/__init__.py.
 NODE := .run/node
 $(NODE)/.ready: tests/node/package.json tests/node/package-lock.json
 	@deploy/local/ensure node
@@ -37,27 +37,27 @@ $(NODE)/.ready: tests/node/package.json tests/node/package-lock.json
 	npm ci --prefix $(NODE) --no-audit --no-fund --loglevel=error >/dev/null
 	@touch $@
 
-chaos: $(READY) ## faults of all kinds under load, for LENGTH seconds, on ROUNDS seeds from SEED, NODES, RABBITMQ=4.3 alone
+chaos: $(READY) ## faults of all kinds under load: LENGTH seconds, ROUNDS seeds from SEED, NODES; RABBITMQ=4.3 for one version
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure rabbitmq4 > /dev/null
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m tests.chaos.run --seconds $(or $(LENGTH),120) --rounds $(or $(ROUNDS),4) \
 		$(if $(SEED),--seed $(SEED)) $(if $(NODES),--nodes $(NODES)) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
 
-leaks: $(READY) ## what STREAMS streams, LOSSES lost connections and TOKENS expired tokens leave behind; RABBITMQ=4.3 alone
+leaks: $(READY) ## leaks after STREAMS streams, LOSSES lost connections and TOKENS expired tokens; RABBITMQ=4.3 for one version
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure rabbitmq4 > /dev/null
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m tests.endurance.leaks $(if $(STREAMS),--streams $(STREAMS)) $(if $(LOSSES),--losses $(LOSSES)) \
 		$(if $(TOKENS),--tokens $(TOKENS)) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
 
-soak: $(READY) ## steady load for LENGTH seconds, an hour by default, and a table of what the bridge holds meanwhile
+soak: $(READY) ## steady load for LENGTH seconds, an hour by default, and a table of the bridge's streams, tasks, objects and memory
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure rabbitmq4 > /dev/null
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m tests.endurance.soak --seconds $(or $(LENGTH),3600) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
 
-browser-chaos: $(READY) ## two people and seven tabs in each of three browsers, LENGTH seconds, ROUNDS times, from SEED on; in ENGINE alone
+browser-chaos: $(READY) ## two people and seven tabs in each of three browsers: LENGTH seconds, ROUNDS seeds from SEED; ENGINE for one
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure chromium
 	@deploy/local/ensure firefox
@@ -71,7 +71,7 @@ proxies: $(READY) ## five real proxies in front of the bridge, at length, with f
 	@deploy/local/ensure proxies
 	@$(VENV)/bin/python -m pytest -v -s tests/deploy/test_proxies.py tests/deploy/long_proxies.py $(if $(ONLY),-k $(ONLY))
 
-mutants: $(READY) ## apply each mutant of the code and see that a test fails
+mutants: $(READY) ## apply each mutant of the code and check that a test fails
 	@deploy/local/ensure rabbitmq
 	@$(VENV)/bin/python -m tests.mutants
 
@@ -86,7 +86,7 @@ rollout: $(READY) ## a rolling update of CLIENTS streams with the manifests' own
 	@deploy/local/ensure proxies
 	@$(VENV)/bin/python -m tests.deploy.rollout --clients $(or $(CLIENTS),600)
 
-attacks: $(READY) ## how late an innocent stream's events are during attacks, LENGTH seconds each; ONLY=flood for one
+attacks: $(READY) ## the delay of an innocent stream's events during attacks, LENGTH seconds each; ONLY=flood for one
 	@deploy/local/ensure rabbitmq
 	@$(VENV)/bin/python -m tests.bench.attacks --seconds $(or $(LENGTH),8) $(if $(ONLY),--only $(ONLY))
 
@@ -117,7 +117,7 @@ format: $(READY) ## format the code
 	@$(VENV)/bin/ruff format --quiet .
 	@$(VENV)/bin/ruff check --quiet --fix .
 
-image: $(READY) ## the container image, by Docker or without any engine; then run and tried
+image: $(READY) ## build the container image, with Docker or without any engine, then run and test it
 	@deploy/container/build
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure containers
@@ -126,14 +126,14 @@ image: $(READY) ## the container image, by Docker or without any engine; then ru
 ALERTS := deploy/kubernetes/components/alerts
 FOLDER := bridge/samples
 SAMPLES := BRIDGE_SCHEMAS=bridge.samples $(VENV)/bin/bridge
-exports: $(READY) ## write what is made from the sample event types, the copy of schemas/, and the dashboard
+exports: $(READY) ## write the files made from the sample event types, the copy of schemas/, and the dashboard
 	@$(SAMPLES) schemas export > $(FOLDER)/events.schema.json
 	@$(SAMPLES) schemas export --format typescript > $(FOLDER)/events.ts
 	@$(SAMPLES) schemas export --format asyncapi > $(FOLDER)/asyncapi.json
 	@cp schemas/*.py deploy/kubernetes/base/catalogue/
 	@$(VENV)/bin/python $(ALERTS)/dashboard.py > $(ALERTS)/dashboard.json
 
-# Versions and hashes, and no registry's address.
+# Versions and hashes, without a registry's address.
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-emit-find-links --no-header --no-annotate --upgrade
 lock: $(READY) ## renew the lock files (needs uv, and npm)
@@ -141,7 +141,7 @@ lock: $(READY) ## renew the lock files (needs uv, and npm)
 	@$(LOCK) pyproject.toml --extra server --extra tracing --group dev -o requirements-dev.lock
 	@$(LOCK) --group build -o requirements-build.lock
 	@cd $(PEERS) && $(LOCK) requirements.in --constraint ../../../requirements.lock -o requirements.lock
-	@# Whom to fund is an address too.
+	@# The member "funding" has addresses too.
 	@for folder in $(PEERS) tests/node; do (cd $$folder && \
 		npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error >/dev/null && \
 		$(abspath $(VENV))/bin/python -c "import json, pathlib; lock = pathlib.Path('package-lock.json'); \
@@ -157,5 +157,5 @@ $(READY): requirements-dev.lock pyproject.toml
 	$(VENV)/bin/pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
-clean: ## remove what the others made
+clean: ## remove the files that the other commands made
 	rm -rf $(VENV) .run .mypy_cache .ruff_cache .pytest_cache .hypothesis
