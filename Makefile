@@ -51,7 +51,7 @@ leaks: $(READY) ## leaks after STREAMS streams, LOSSES lost connections and TOKE
 		$(VENV)/bin/python -m tests.endurance.leaks $(if $(STREAMS),--streams $(STREAMS)) $(if $(LOSSES),--losses $(LOSSES)) \
 		$(if $(TOKENS),--tokens $(TOKENS)) $(if $(RABBITMQ),--rabbitmq $(RABBITMQ))
 
-soak: $(READY) ## steady load for LENGTH seconds, an hour by default, and a table of the bridge's streams, tasks, objects and memory
+soak: $(READY) ## steady load for LENGTH seconds, an hour by default, and a table of latency, CPU, queues, tasks and memory
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure rabbitmq4 > /dev/null
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
