@@ -108,10 +108,11 @@ $(BENCH)/.ready: requirements.lock $(PEERS)/requirements.lock $(PEERS)/package-l
 	npm ci --prefix $(BENCH) --no-audit --no-fund --loglevel=error >/dev/null
 	@touch $@
 
-check: $(READY) ## formatting, lint and types
+check: $(READY) $(NODE)/.ready ## formatting, lint, and the types of Python and of the client and the console
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/mypy --no-error-summary
+	@$(NODE)/node_modules/.bin/tsc --project tsconfig.json
 
 format: $(READY) ## format the code
 	@$(VENV)/bin/ruff format --quiet .

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.server
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -28,7 +29,7 @@ from tests.browser.engines import (
 from tests.conftest import StartService
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
-from tests.service import Service, mint
+from tests.service import ROOT, Service, mint
 
 # Playwright's own limit is five seconds.
 expect.set_options(timeout=1000 * PATIENCE)
@@ -182,24 +183,42 @@ def freezer() -> Iterator[Freezer]:
 # Pages with the client.
 
 SUBSCRIBE = """
-async ([client, options]) => {
+async ([client, options, changes]) => {
+  let status = "connecting";
+  const check = (next) => {
+    if (next !== status && !changes[status].includes(next))
+      setTimeout(() => { throw new Error(`docs/states.md has no change from ${status} to ${next}`); });
+    status = next;
+  };
   const { subscribe } = await import(client);
   window.seen = []; window.gaps = []; window.states = []; window.loads = []; window.tokens = []; window.errors = [];
   window.reportError = (error) => errors.push(String(error));
-  window.start = () => window.subscription = subscribe({
+  window.start = () => (status = "connecting", window.subscription = subscribe({
     onEvent: (event) => seen.push(event.id),
     onGap: ({ reason }) => gaps.push(reason),
-    onState: (state) => states.push(state),
+    onState: (state) => { check(state.status); states.push(state); },
     ...options,
     ...(window.extra ?? {}),
-  });
+  }));
   start();
 }
 """
 
 
+@functools.cache
+def status_changes() -> dict[str, list[str]]:
+    """By status, which may follow, from the table in docs/states.md."""
+    lines = (ROOT / "docs" / "states.md").read_text().splitlines()
+    head = next(at for at, line in enumerate(lines) if line.startswith("| from |"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[head : head + 9]]
+    statuses = rows[0][1:]
+    changes = {row[0]: [to for to, why in zip(statuses, row[1:], strict=True) if why] for row in rows[2:]}
+    assert list(changes) == statuses
+    return changes
+
+
 class Tab:
-    """A page with a subscription."""
+    """A page with a subscription. A change of its status that docs/states.md does not have fails the test."""
 
     def __init__(self, page: Page, service_url: str) -> None:
         self.page = page
@@ -208,7 +227,8 @@ class Tab:
     async def subscribe(self, extra: str = "", **options: Any) -> Tab:
         if extra:
             await self.page.evaluate(f"window.extra = {extra}; 0")
-        await self.page.evaluate(SUBSCRIBE, [f"{self._url}/client.js", {"url": f"{self._url}/events", **options}])
+        asked = {"url": f"{self._url}/events", **options}
+        await self.page.evaluate(SUBSCRIBE, [f"{self._url}/client.js", asked, status_changes()])
         return self
 
     async def live(self) -> Tab:
