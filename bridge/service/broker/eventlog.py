@@ -1,4 +1,4 @@
-"""Reads the event log, a RabbitMQ stream, for those who come back.
+"""Reads the event log, a RabbitMQ stream, for clients that resume.
 
 It answers two questions:
 
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     import aio_pika
 
 MOST_SCANS = 6
-"""Scans at once, with those that have come to the end and read on for a second."""
+"""Scans at once, including those that are in their tail read."""
 
 PREFETCH = 1_000
-"""Entries on their way. Also what a scan costs that ends at once: `scans.OPEN_COST`."""
+"""Entries on their way. Also the cost of a scan that ends at once: `scans.OPEN_COST`."""
 
 TAIL_BEHIND = 1_000
-"""A near scan begins up to so many entries earlier for streams that only settle."""
+"""A near scan begins up to this many entries earlier to serve tail reads too."""
 
 TAIL_SECONDS = 1.0
 """A scan reads on for this long after a stream's watermark (the tail read). In a cluster, another node may not yet
@@ -66,21 +66,21 @@ _CONSUMER_TAG = "log"
 _RETRY_SECONDS = 0.5
 
 _LEAST_PAUSE_SECONDS = 0.05
-"""Between two looks at whose turn it is."""
+"""Shortest pause before the schedule is asked again."""
 
 _log = structlog.get_logger("bridge.eventlog")
 
 OnWatermark = Callable[[Anchor | None, int], None]
-"""Called with the entry and when it was written (ms since 1970); None when the log cannot be asked."""
+"""Called with the entry and when it was written (ms since 1970). None: the log does not answer."""
 
 
 class Reader(Protocol):
-    """Whom a replay is for. Called in the log's order; `offset` and `check` are those of the entry."""
+    """The stream that a replay is for. Called in the log's order; `offset` and `check` are those of the entry."""
 
     def found(self) -> None: ...
     def not_found(self, reason: GapReason) -> None: ...
     def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
-        """Takes an entry; False stops the reading, which this entry is then the first of, when it goes on."""
+        """Takes an entry. False stops the read; when it goes on, this entry is the first."""
         ...
 
     def caught_up(self) -> None: ...
@@ -89,7 +89,7 @@ class Reader(Protocol):
 
 
 class Request(Want):
-    """One wish to read. `cancel` ends it at any time; nothing is called after that."""
+    """One request to read. `cancel` ends it at any time; its reader is not called after that."""
 
     __slots__ = ("_on_cancel", "cancelled", "caught_up_at", "has_begun", "prefixes", "reader", "replay", "verified")
 
@@ -132,9 +132,9 @@ class Request(Want):
         self._on_cancel(self)
 
     def begin_again(self, position: int) -> None:
-        """Its scan has ended at this entry, which was not read.
+        """Its scan has ended before this entry.
 
-        A stream that had been brought to the watermark still needs what follows it for a second.
+        A stream that had reached its watermark still needs the tail read.
         """
         if self.caught_up_at is not None:
             self.free = True
@@ -149,8 +149,8 @@ class EventLog:
     Args:
         addresses: AMQP URLs of the cluster's nodes.
         log: the stream.
-        exchange: what it is bound to.
-        write_batch: entered and left around the calls of readers for all entries that come in one packet.
+        exchange: the exchange that the log is bound to.
+        write_batch: entered and left around the calls of readers for all entries of one packet.
         max_body: of larger entries, readers get a `Cut`.
         entries_per_user: the budget of each user, see `scans.Schedule`.
         on_read: called with the seconds that a replay waited for its first entry.
@@ -181,7 +181,7 @@ class EventLog:
         self._watermark_wanted = asyncio.Event()
         self._schedule = Schedule(entries_per_user)
         self._tail_requests: dict[Request, None] = {}
-        """Requests that only settle, and wait for a scan to do so."""
+        """Tail reads that wait for a scan."""
         self._request_made = asyncio.Event()
         self._expected: Counter[str] = Counter()
         self._look_again: asyncio.TimerHandle | None = None
@@ -194,13 +194,13 @@ class EventLog:
         self._entries_read = 0
 
     def write_watermark(self, on_written: OnWatermark) -> None:
-        """Asks for an entry that is written after this call; many who ask at once share one."""
+        """Asks for an entry that is written after this call. Callers that ask at the same time share one."""
         self._watermark_waiters.append((on_written, time.monotonic()))
         self._watermark_wanted.set()
 
     def fence(self, queue: str, body: bytes) -> None:
-        """Puts a message into a queue of the bridge's own, behind all that it holds. If it does not get there, nothing
-        comes back, and nothing is proven by it."""
+        """Puts a message into a queue of the bridge's own, behind everything in it. If it does not get there, nothing
+        comes back, and nothing is proven."""
         task = asyncio.create_task(self._fence(queue, body), name="fence")
         self._fences.add(task)
         task.add_done_callback(self._fences.discard)
@@ -226,7 +226,7 @@ class EventLog:
         Args:
             user: whose budget pays for it.
             since: when the client began to wait, by the monotonic clock.
-            extends: it follows a replay that was read to its end, with what has been published since then.
+            extends: it continues a replay that reached its end, with the events published since then.
         """
         request = Request(replay, prefixes, reader, user=user, since=since, extends=extends, on_cancel=self._forget)
         self._add(request)
@@ -242,13 +242,12 @@ class EventLog:
         return request
 
     def _forget(self, request: Request) -> None:
-        """Takes a request that was cancelled from where it waits; one that is being read to leaves with the next
-        entry."""
+        """Removes a cancelled request from where it waits. A scan drops it at its next entry."""
         self._tail_requests.pop(request, None)
         self._schedule.discard(request)
 
     def expect(self, user: str, count: int) -> None:
-        """So many more streams of this user will ask for a replay soon; below zero, so many have, or never will."""
+        """`count` more streams of this user will ask for a replay soon. Negative: they have asked, or never will."""
         self._expected[user] += count
         if not self._expected[user]:
             del self._expected[user]
@@ -260,10 +259,10 @@ class EventLog:
             self._tail_requests[request] = None
         elif (scan := self._schedule.add(request, time.monotonic())) is not None:
             self._scans[scan].add(request)
-            self._note_begun(request)
+            self._record_begun(request)
         self._request_made.set()
 
-    def _note_begun(self, request: Request) -> None:
+    def _record_begun(self, request: Request) -> None:
         if not request.has_begun and request.queued_at is not None:
             request.has_begun = True
             self._on_read(time.monotonic() - request.queued_at)
@@ -280,11 +279,11 @@ class EventLog:
 
     @property
     def waiting_for_budget(self) -> int:
-        """Those of them whose user has used up the budget."""
+        """Replays that wait because their user has used up the budget."""
         return self._schedule.waiting_for_budget(time.monotonic())
 
     async def run(self) -> None:
-        """Answers, for ever. Cancelling it ends the connections."""
+        """Answers until it is cancelled. Cancelling it ends the connections."""
         tasks = [asyncio.create_task(self._write_watermarks()), asyncio.create_task(self._replay_for_ever())]
         try:
             await asyncio.gather(*tasks)
@@ -322,8 +321,10 @@ class EventLog:
             except BrokerError as error:
                 _log.warning("watermark not written", error=str(error), waiting=len(waiters))
                 overdue = time.monotonic() - PATIENCE_SECONDS
-                # A right that is missing does not come by waiting; nor does a log that cannot be made.
-                if isinstance(error, AccessRefused) or (isinstance(error, NotFound) and not await self._make_anew()):
+                # Waiting does not help against a missing right, or a log that cannot be declared.
+                if isinstance(error, AccessRefused) or (
+                    isinstance(error, NotFound) and not await self._declare_again()
+                ):
                     overdue = time.monotonic()
                 patient = [waiter for waiter in waiters if waiter[1] > overdue]
                 self._answer([waiter for waiter in waiters if waiter[1] <= overdue], None, written_ms)
@@ -341,12 +342,13 @@ class EventLog:
             on_written(anchor, written_ms)
 
     async def _elsewhere(self, error: BrokerError) -> None:
-        """A node that has no replica of the log, or one that is just starting, refuses to read it; another will do."""
+        """Closes the connection, so that the next one is to another node. A node without a replica of the log, or one
+        that is starting, refuses to read it."""
         if isinstance(error, TopologyMismatch) and self._connection is not None:
             await amqp.close(self._connection)
 
-    async def _make_anew(self) -> bool:
-        """Somebody deleted it, or its node is down. What it held is gone; who comes back is told."""
+    async def _declare_again(self) -> bool:
+        """The log was deleted, or its node is down. Its entries are gone; clients that resume are sent a gap."""
         if self._connection is not None:
             try:
                 await topology.declare_log(self._connection, self._log_stream, self._exchange)
@@ -384,10 +386,10 @@ class EventLog:
             return await self._newest()
 
     async def _newest(self) -> Anchor:
-        """The last entry there is.
+        """The last entry of the log.
 
         Raises:
-            BrokerError: it cannot be read, or there is none.
+            BrokerError: the log cannot be read, or is empty.
         """
         newest: list[Anchor] = []
         async with _Consumer(
@@ -396,7 +398,7 @@ class EventLog:
             "last",
             lambda offset, _, body: newest.append(Anchor(offset, digest(body))),
         ):
-            # `last` is the last chunk of entries; how many it has is not told.
+            # `last` is the last chunk of entries. RabbitMQ does not say how many it has.
             await asyncio.sleep(_RETRY_SECONDS)
         if not newest:
             raise BrokerUnavailable("the log gives no entry")
@@ -420,12 +422,12 @@ class EventLog:
             self._no_budget.log(user=user, users=len(self._schedule.without_budget))
             break
         if scan is not None and not scan.is_far:
-            # Streams that settle are not urgent, and cost a scan nothing that reads there anyway.
+            # Tail reads are not urgent. They join a scan that reads there anyway, at no cost.
             for request in [each for each in self._tail_requests if each.next >= scan.start - TAIL_BEHIND]:
                 del self._tail_requests[request]
                 scan.carry(request)
         elif scan is None and self._tail_requests and len(self._scans) < MOST_SCANS // 2 - 1:
-            # They gather, so that streams that open all the time cost one scan after another.
+            # They wait for each other, so that streams that open one after the other share a scan.
             scan = Scan(self._tail_requests, min(request.next for request in self._tail_requests))
             self._tail_requests = {}
         if scan is None:
@@ -433,7 +435,7 @@ class EventLog:
         return scan
 
     def _look_again_in(self, seconds: float | None) -> None:
-        """Looks again when a budget has something left, or at a window."""
+        """Asks the schedule again after this time: when a budget has refilled, or when the batch window may end."""
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None
@@ -445,7 +447,7 @@ class EventLog:
         self.scans += 1
         reading = self._scans[scan] = _Reading(scan, self._may_go_on, self._caught_up)
         for request in reading.active:
-            self._note_begun(request)
+            self._record_begun(request)
         task = asyncio.create_task(self._read(reading), name="log-scan")
         self._tasks.add(task)
         task.add_done_callback(self._end_task)
@@ -454,7 +456,7 @@ class EventLog:
         return self._schedule.may_go_on(scan, time.monotonic(), expected=len(self._expected))
 
     def _caught_up(self, scan: Scan) -> None:
-        """All have been read to. What follows is for those that settle, and takes nobody's place."""
+        """All requests of the scan have reached their end. The tail read that follows takes no slot."""
         self._schedule.end(scan, time.monotonic())
         self._request_made.set()
 
@@ -497,11 +499,11 @@ class EventLog:
 
 
 class _Reading:
-    """Hands the entries of one scan to whom they are for. No I/O of its own.
+    """Gives the entries of one scan to the streams that they are for. No I/O of its own.
 
     Args:
-        may_go_on: asked when the scan is over, whether it reads on.
-        on_caught_up: called when all have been brought to their watermarks; from then on it only settles.
+        may_go_on: asked when the scan has reached its cost limit.
+        on_caught_up: called when all requests have reached their end. From then on the scan is a tail read.
     """
 
     def __init__(
@@ -518,12 +520,12 @@ class _Reading:
         self._has_caught_up = False
         self.entries = 0
         self.is_stopped = False
-        """It reads no more, and what is active is read to by another scan."""
+        """Whether it has ended early. Another scan continues for its active requests."""
         self.changed = asyncio.Event()
-        """Set when it is stopped, or has nobody to read to."""
+        """Set when it is stopped, or has no active request."""
 
     def add(self, request: Request) -> None:
-        """Of one that has joined the scan."""
+        """Adds a request that has joined the scan."""
         self.active[request] = None
 
     def on_entry(self, offset: int, routing_key: str, body: bytes) -> None:
@@ -542,7 +544,7 @@ class _Reading:
             if request.cancelled:
                 self._remove(request)
             elif offset < request.next:
-                continue  # The anchor itself.
+                continue  # The entry at the position itself.
             elif request.tail_only or request.caught_up_at is not None:
                 request.reader.read_tail(routing_key, body)
             else:
@@ -554,9 +556,9 @@ class _Reading:
                     self._remove(request)
         for want in scan.ended(offset):
             self._catch_up(cast("Request", want))
-        self._look_at_the_end()
+        self._check_end()
 
-    def _look_at_the_end(self) -> None:
+    def _check_end(self) -> None:
         scan = self.scan
         if scan.is_done:
             if not self._has_caught_up:
@@ -578,11 +580,11 @@ class _Reading:
             self._remove(request)
             return
         if request.next < offset:
-            # The log begins later by now: what was to be read next is gone, also for one that had begun to read.
+            # Retention has deleted the entries that this request needs next, perhaps while it was read.
             self._refuse(request, "expired")
             return
         if not request.verified:
-            if request.replay.check != check:  # The anchor itself must be there, and be it.
+            if request.replay.check != check:  # The entry at the position must be the one that the cursor names.
                 self._refuse(request, "unknown")
                 return
             request.verified = True
@@ -608,7 +610,7 @@ class _Reading:
                 self._refuse(request, reason)
 
     def end_tails(self, deadline: float) -> None:
-        """Lets go of those who were caught up before `deadline`, and of those who went away."""
+        """Ends the tail reads that began before `deadline`, and drops cancelled requests."""
         for request in list(self.active):
             if request.cancelled:
                 self._remove(request)
@@ -628,9 +630,9 @@ class _Reading:
 
 
 class _Consumer:
-    """Reads a stream from an offset, on a channel of its own, within `async with`.
+    """Reads a RabbitMQ stream from an offset, on a channel of its own, within `async with`.
 
-    On the way out it consumes no more before it closes the channel: an ack behind a closed channel would close the
+    On exit it stops consuming before it closes the channel: an ack after the channel's close would close the
     connection.
     """
 
@@ -651,8 +653,8 @@ class _Consumer:
     async def __aenter__(self) -> _Consumer:
         self._consumer = await Consumer.open(self._connection, self._deliver, prefetch=PREFETCH)
         channel = self._consumer.channel
-        channel.closing.add_done_callback(self._note_closed)
-        channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
+        channel.closing.add_done_callback(self._on_closed)
+        channel.on_consumer_cancel_callbacks.add(self._on_cancelled)
         await self._consumer.consume(self._stream, _CONSUMER_TAG, arguments={"x-stream-offset": self._offset})
         return self
 
@@ -666,7 +668,7 @@ class _Consumer:
                     await channel.close()
 
     async def idle(self, seconds: float, changed: asyncio.Event) -> None:
-        """Waits a little, or until something has changed.
+        """Waits for some seconds, or until something has changed.
 
         Raises:
             BrokerError: the consumer is gone.
@@ -681,9 +683,9 @@ class _Consumer:
         assert offset is not None, "every delivery of a stream carries its offset"
         self._on_entry(offset, routing_key, body)
 
-    def _note_closed(self, closing: asyncio.Future[object]) -> None:
+    def _on_closed(self, closing: asyncio.Future[object]) -> None:
         error = None if closing.cancelled() else closing.exception()
         self._failure = error or Exception("channel closed")
 
-    def _note_cancelled(self, _: Basic.Cancel) -> None:
+    def _on_cancelled(self, _: Basic.Cancel) -> None:
         self._failure = NotFound("the broker cancelled the consumer")

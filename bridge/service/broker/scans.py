@@ -1,20 +1,20 @@
-"""Which part of the log is read next, for whom, and at whose cost.
+"""Decides which part of the log is read next, for which streams, and which user pays.
 
-Pure: no clock and no I/O. `bridge.service.broker.eventlog` reads what is decided here.
+Pure: no clock and no I/O. `bridge.service.broker.eventlog` does the reading.
 
-A *want* is a range of the log that one stream has to read. A *scan* is one reading of the log for many wants. Reading
-is the broker's work and the loop's, so it is shared fairly:
+A *want* is a range of the log that one stream has to read. A *scan* is one read of the log for many wants. Reading
+costs RabbitMQ and the event loop time, so it is shared fairly:
 
-- Wants with the same entries ahead of them share a scan, those of one user as those of several.
+- Wants with the same entries ahead of them share a scan, whether they are of one user or of several.
 - A scan is bounded. When it has cost `SCAN_COST` and other wants wait, it ends, and its wants go back into the queue.
-- The user who was served least is next. Short reads and long ones have queues (lanes) of their own.
-- Each user has a budget. A user without one waits, but may share the scans of others.
+- The least served user is next. Short reads and long reads have separate queues (lanes).
+- Each user has a budget. A user with an empty budget waits, but may share the scans of others.
 
 Worked example: an attacker's streams are 1,000,000 entries behind, an innocent one 60,000. One scan costs 20,000.
 
-    scan 1  attacker, from 0        charged 20,000; the innocent's want arrives meanwhile
+    scan 1  attacker, from 0        charged 20,000; the innocent stream's want arrives meanwhile
     scan 2  innocent, from 940,000  charged 20,000; both are served alike, within `SCAN_COST`
-    scan 3  attacker, from 20,000   of the two, the one that is further behind
+    scan 3  attacker, from 20,000   the one of the two that is further behind
     scan 4  innocent, from 960,000  and so on: each has half of the reading
 """
 
@@ -27,30 +27,30 @@ from collections.abc import Iterable, Sequence
 from bridge.service.budgets import Budgets
 
 NEAR_ENTRIES = 20_000
-"""A want that is less far behind is near: one or two seconds of reading. Near wants never wait for far ones."""
+"""A want with fewer entries to read is near: one or two seconds. Near wants never wait for far ones."""
 
 SCAN_COST = 20_000
 """A scan ends after about this cost if others wait; RabbitMQ delivers 12,000 to 14,000 small entries a second."""
 
 BYTES_OF_ONE = 1_024
-"""An entry costs one, and one more for each of these bytes."""
+"""An entry costs 1, and 1 more for each of this many bytes."""
 
 OPEN_COST = 1_000
-"""What a scan costs besides its entries: as many are on their way, by the prefetch, when it ends."""
+"""Cost of a scan besides its entries. When it ends, this many entries are on their way, by the prefetch."""
 
 FAR_SCANS = 1
 NEAR_SCANS = 2
-"""Scans at once in each lane, of which one user has at most one."""
+"""Scans at once in each lane. One user has at most one of them."""
 
 JOIN_ENTRIES = 1_000
-"""A want joins a scan that runs and has so few entries left to its start: about a tenth of a second."""
+"""A want joins a running scan that is this close before its start: about a tenth of a second."""
 
 MOST_PASSED_OVER = 8
-"""A user, or a want of the chosen users, that was passed over so often is next, whatever others come."""
+"""A user, or a want, that was passed over this often is next, whatever other wants arrive."""
 
 MOST_SCANS_OWED = 3
-"""A user may owe so many scans: those that were begun in both lanes. What is read along with others beyond that is not
-charged, so that nobody is left out for long."""
+"""A user may owe this many scans. What is read along with others beyond that is not charged, so that no user is left
+out for long."""
 
 REFILL_SECONDS = 600.0
 """A user's budget is full again after this long."""
@@ -58,37 +58,37 @@ REFILL_SECONDS = 600.0
 USERS_KEPT = 20_000
 
 WINDOW_SECONDS = 10.0
-"""Far wants wait up to this long for others that will soon ask, too. A scan costs the broker time, of which it has none
-to spare while thousands return; one scan for all is over sooner than the second of two."""
+"""Batch window: far wants wait up to this long for clients that will soon ask too. While thousands return, RabbitMQ is
+busy, and one scan for all ends sooner than the second of two."""
 
 LONGEST_WINDOW_SECONDS = 15.0
-"""The window grows to this if all will be there by then. Both are counted from the stream's opening: a stream without
-`bridge.ready` after twenty seconds is told `busy`, and ready comes once a scan has found the client's position."""
+"""The window grows to this if all expected clients should arrive by then. Both times count from the stream's opening.
+A stream is ready once a scan has found its position, and ends as `busy` if it is not ready after twenty seconds."""
 
 WINDOW_LOOK_SECONDS = 0.1
-"""Pause between two looks at a window, whose end depends on how fast streams come."""
+"""Pause between two checks of a window. Its end depends on how fast streams arrive."""
 
 WINDOW_SECONDS_PER_USER = 0.1
-"""The window is never longer than this for each user who waits or is expected. So a hundred users may make a window of
-ten seconds, and one user who always returns makes nobody wait."""
+"""The window is never longer than this for each waiting or expected user. So a hundred users may cause a window of ten
+seconds, and a single user that always returns lets no other client wait."""
 
 
 def cost(body_bytes: int) -> int:
-    """What it costs to read an entry."""
+    """The cost of reading an entry."""
     return 1 + body_bytes // BYTES_OF_ONE
 
 
 def is_worth_waiting(waited: float, here: int, expected: int) -> bool:
-    """Whether far wants wait for more, or the log is read for those that are here.
+    """Whether far wants wait for more clients, or the log is read for the waiting ones now.
 
     Args:
-        waited: how long the first of them has waited, in seconds.
-        here: how many users wait; at least one.
-        expected: how many users are expected.
+        waited: how long the first want has waited, in seconds.
+        here: users that wait; at least one.
+        expected: users that are expected.
     """
     if not expected or waited >= WINDOW_SECONDS_PER_USER * (here + expected):
         return False
-    left = expected * waited / here  # At the pace at which they have come so far.
+    left = expected * waited / here  # If they arrive as fast as the others did.
     return waited < WINDOW_SECONDS or waited + left < LONGEST_WINDOW_SECONDS
 
 
@@ -96,12 +96,12 @@ class Want:
     """A range of the log that a stream has to read, up to and with `until`.
 
     Args:
-        user: who pays.
+        user: the user that pays.
         since: when the client began to wait, in seconds.
-        extends: it follows a read that was paid for, with what has been published since then. It needs no budget:
-            otherwise a budget that refills more slowly than the log grows would never let a client catch up.
-        free: it reads nothing that others do not read at this moment.
-        returns: its client has just come back, and others may, too.
+        extends: it continues a read that was paid for, with the events published since then. It needs no budget:
+            otherwise, with a budget that refills more slowly than the log grows, a client would never catch up.
+        free: it costs nothing, because other wants read the same entries at this moment.
+        returns: its client has just returned, and others may return too.
     """
 
     __slots__ = (
@@ -130,7 +130,7 @@ class Want:
     ) -> None:
         self.user = user
         self.next = first
-        """The first entry that it has not read."""
+        """The first entry that has not been read for it."""
         self.until = until
         self.since = since
         self.extends = extends
@@ -143,7 +143,7 @@ class Want:
 
 
 class _Seat:
-    """A user on a scan."""
+    """One user's share of a scan."""
 
     __slots__ = ("paid", "pays", "wants")
 
@@ -154,7 +154,7 @@ class _Seat:
 
 
 class Scan:
-    """One reading of the log: from `start` on, entry by entry."""
+    """One read of the log: from `start` on, entry by entry."""
 
     def __init__(self, wants: Iterable[Want], start: int, *, is_far: bool = False, sponsor: str | None = None) -> None:
         self.start = self.position = start
@@ -162,19 +162,19 @@ class Scan:
         self.is_far = is_far
         self.sponsor = sponsor
         self.spent = 0
-        """Cost since the scan began, or was last allowed to go on."""
+        """Cost since the scan began, or since it was last allowed to go on."""
         self._pending = sorted(wants, key=lambda want: -want.next)
         self._reading: dict[Want, None] = {}
         self._by_until: list[tuple[int, int, Want]] = []
         self._seats: dict[str, _Seat] = {}
         self._share = 0.0
-        """What a user who has been here from the beginning has to pay."""
+        """What a user pays whose wants were read from the beginning."""
         self._toll = float(OPEN_COST)
         self._bills: list[tuple[str, float, bool]] = []
 
     @property
     def wants(self) -> list[Want]:
-        """Those that have not been read to their end."""
+        """The wants that have not reached their end."""
         return [*self._pending, *self._reading]
 
     @property
@@ -186,16 +186,16 @@ class Scan:
         bisect.insort(self._pending, want, key=lambda each: -each.next)
 
     def carry(self, want: Want) -> None:
-        """Before the scan begins: takes one that costs nothing along, also from a little before its start."""
+        """Before the scan begins: adds a free want, which may begin a little before the scan's start."""
         assert want.free, "others are chosen"
         self.start = self.position = min(self.start, want.next)
         self._pending.append(want)
         self._pending.sort(key=lambda each: -each.next)
 
     def reach(self, offset: int, entry_cost: int) -> Sequence[Want]:
-        """The entry at `offset` has come. Returns the wants whose reading begins with it.
+        """The entry at `offset` has arrived. Returns the wants whose read begins with it.
 
-        `want.next` is below `offset` where the log no longer has what the want begins with.
+        `want.next` is below `offset` if the log no longer has the entries that the want begins with.
         """
         self.position = offset + 1
         begun: Sequence[Want] = ()
@@ -219,7 +219,7 @@ class Scan:
         return want
 
     def ended(self, offset: int) -> list[Want]:
-        """The wants that end with this entry. They leave."""
+        """Removes and returns the wants that end with this entry."""
         found = []
         while self._by_until and self._by_until[0][0] <= offset:
             want = self._by_until.pop(0)[2]
@@ -229,7 +229,7 @@ class Scan:
         return found
 
     def leave(self, want: Want) -> None:
-        """It reads no more; also one that has left already."""
+        """Removes a want, if it is still there."""
         if want in self._reading:
             del self._reading[want]
             if not want.free:
@@ -247,7 +247,7 @@ class Scan:
             seat.paid = self._share
 
     def bills(self) -> list[tuple[str, float, bool]]:
-        """What was read since the last call: for each user the cost, and whether it is to be paid from the budget."""
+        """By user, the cost of what was read since the last call, and whether the budget pays it."""
         for user, seat in self._seats.items():
             self._bill(user, seat)
         bills, self._bills = self._bills, []
@@ -262,7 +262,7 @@ class Scan:
 
 
 class _Lane:
-    """Wants that wait, and scans that run, of one kind."""
+    """The waiting wants and the running scans of one kind: near or far."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -292,14 +292,14 @@ class Schedule:
     def __init__(self, entries_per_user: int) -> None:
         self._budgets = Budgets(entries_per_user, REFILL_SECONDS / entries_per_user, most=USERS_KEPT)
         self._served: OrderedDict[str, float] = OrderedDict()
-        """What each user was charged, on a scale on which a user who comes begins at `_floor`."""
+        """What each user was charged. A user that is not in it begins at `_floor`."""
         self._floor = 0.0
         self._far = _Lane(FAR_SCANS)
         self._near = _Lane(NEAR_SCANS)
         self._window_from: float | None = None
-        """When the first client began to wait that returned after the last far scan began."""
+        """Start of the batch window: when the first client returned after the last far scan began."""
         self.without_budget: set[str] = set()
-        """Users whose wants were left waiting for that reason, when the schedule last chose."""
+        """Users whose wants waited for budget when the schedule last chose."""
 
     @property
     def waiting(self) -> int:
@@ -309,7 +309,7 @@ class Schedule:
         return sum(not self._may_read(want, now) for lane in (self._far, self._near) for want in lane.waiting)
 
     def add(self, want: Want, now: float) -> Scan | None:
-        """Queues a want. Returns the scan that it has joined instead, if one is about to come to its start."""
+        """Queues a want. Returns the scan that it has joined instead, if one is close before its start."""
         is_new = want.queued_at is None
         if is_new:
             want.queued_at = now
@@ -325,7 +325,7 @@ class Schedule:
         return None
 
     def discard(self, want: Want) -> None:
-        """Takes a want out of the queue, if it is there."""
+        """Removes a want from the queue, if it is there."""
         lane = self._lane(want)
         if want in lane.waiting:
             lane.remove(want)
@@ -339,7 +339,7 @@ class Schedule:
         """The scan that begins now, if one does. Its wants are no longer in the queue.
 
         Args:
-            expected: users who will soon want to read.
+            expected: users that will soon ask to read.
         """
         self.without_budget = set()
         far = self._far
@@ -380,14 +380,14 @@ class Schedule:
         return scan
 
     def _first(self, lane: _Lane, able: list[Want]) -> Want:
-        """Whose turn it is, and of those the want that is furthest behind."""
+        """Of the users whose turn it is, the want that is furthest behind."""
         served = {want.user: max(self._floor, self._served.get(want.user, 0.0)) for want in able}
         self._floor = least = min(served.values())
         longest = max(served, key=lambda user: lane.passed_over[user])
         if lane.passed_over[longest] >= MOST_PASSED_OVER:
             turn = {longest}
         else:
-            # Users who were served about alike count as equal, so that thousands who return read together.
+            # Users that were served about alike count as equal, so that thousands that return read together.
             turn = {user for user, amount in served.items() if amount <= least + SCAN_COST}
         wants = [want for want in able if want.user in turn]
         first = max(wants, key=lambda want: want.passed_over)
@@ -400,7 +400,7 @@ class Schedule:
         return False
 
     def may_go_on(self, scan: Scan, now: float, *, expected: int = 0) -> bool:
-        """Whether a scan that is over goes on, because nobody else waits for its place."""
+        """Whether a scan at its cost limit goes on, because no other want waits for its slot."""
         self._charge(scan, now)
         lane = self._far if scan.is_far else self._near
         window_is_open = scan.is_far and self._window_is_open(now, expected)
@@ -412,7 +412,7 @@ class Schedule:
         return True
 
     def end(self, scan: Scan, now: float) -> None:
-        """A scan is done, or was broken off. Wants that it still has are the caller's to add again."""
+        """A scan has ended or was interrupted. The caller adds its remaining wants again."""
         self._charge(scan, now)
         (self._far if scan.is_far else self._near).scans.pop(scan, None)
 
@@ -429,7 +429,7 @@ class Schedule:
                     del self._served[oldest]
 
     def seconds_until_change(self, now: float) -> float | None:
-        """How long until a want may be read that may not now, if nothing else happens; None if there is none."""
+        """Seconds until a want may be read that may not be read now, if nothing else happens; None if there is none."""
         waits = [
             self._budgets.seconds_until(user, 1.0, now)
             for lane in (self._far, self._near)

@@ -1,19 +1,23 @@
 """A client's position, as the text that it sends back in Last-Event-ID.
 
-Pure. A cursor is an anchor, an entry of the event log with a few bits of its content, and what was sent of the entries
-behind it: the last sixteen events by name, and those before these as a count and a sum for each of its two queues.
+Pure. A cursor has two parts:
+
+- The position (anchor): an entry of the event log, as its offset and a few bits of its content.
+- The events that were sent after the position: the last sixteen by name, and the others as a count and a sum for each
+  of the client's two queues.
+
 Nothing in it depends on a clock or on the order in which the queues delivered. It holds no authority: any site can make
-a browser send any Last-Event-ID, so what comes in is read by a strict grammar and used for nothing but where to begin
-reading; what may be seen comes from the token alone. An invented anchor costs one read
-entry, which does not fit.
+a browser send any Last-Event-ID. So a strict grammar reads it, and the bridge uses it only to begin the read of the
+log. The token alone decides which events a client may see. An invented position costs one entry read, whose digest
+differs.
 
     3.1f4a.q83vEj...RWeJq8EjRWeJ            version . offset . check . own . shared . names, oldest first
     3.1f4a.q83vEj.2a:1b..RWeJq8EjRWeJ       42 more were sent by the client's own queue; their sum is 1b (hexadecimal)
     3.1f4a.q83vEj...RWeJq8EjRWeJ.mZ0_xa     and names from before the anchor, which a publisher's retry may repeat
-    3.1f4a.q83vEj.~.~.RWeJq8                more were sent, and it is not known which
+    3.1f4a.q83vEj.~.~.RWeJq8                more were sent, and the bridge does not know which
     0.19b5f0c2a10                           no position in any log: there is none, or it could not be asked
 
-A cursor of version 2 (`2.offset.check.names`) is still read: with `~`, it was not known which others were sent.
+A cursor of version 2 (`2.offset.check.names`) is still read. Its `~` means that others were sent, too.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ DIGEST_CHARS = 6
 """36 bits: an unsent event is mistaken for one of sixteen sent ones with a probability of 2^-32."""
 
 VALUE_BITS = 48
-"""Size of an event's number in a sum. Another set of events has the same sum with a probability of 2^-48; one set is
+"""Size of an event's number in a sum. Another set of events has the same sum with a probability of 2^-48. One set is
 tried for each cursor."""
 
 VALUE_MASK = (1 << VALUE_BITS) - 1
@@ -58,7 +62,7 @@ _URL_SAFE = bytes.maketrans(b"+/", b"-_")  # RFC 4648, section 5.
 
 
 class InvalidCursor(ValueError):
-    """Text that no bridge wrote. It is answered with `bridge.gap`, `unknown`, never with a status."""
+    """Text that no bridge wrote. The answer is `bridge.gap`, `unknown`, never an HTTP error."""
 
 
 def digest(content: bytes) -> str:
@@ -67,7 +71,7 @@ def digest(content: bytes) -> str:
 
 
 def echo(last_event_id: str | None) -> str | None:
-    """What a client sent, if it is a cursor, to be sent back to it."""
+    """The client's Last-Event-ID, to be sent back to it; None if it is not a cursor."""
     try:
         return str(Cursor.parse(last_event_id)) if last_event_id else None
     except InvalidCursor:
@@ -76,8 +80,8 @@ def echo(last_event_id: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """An entry of the log: its offset, and the digest of its body. A log that was deleted and made again uses the same
-    offsets for other bodies."""
+    """An entry of the log: its offset, and the digest of its body. After a log was deleted and declared again, the same
+    offsets have other bodies."""
 
     offset: int
     check: str
@@ -85,7 +89,7 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Unnamed:
-    """Events that were sent behind the anchor and are not named: how many, and the sum of their values."""
+    """Events that were sent after the position and are not named: how many, and the sum of their values."""
 
     count: int = 0
     total: int = 0
@@ -94,7 +98,8 @@ class Unnamed:
 NONE = Unnamed()
 
 BySource = tuple[Unnamed | None, Unnamed | None]
-"""Of the client's own queue and of the shared one. None: some may have been sent, and it is not known which."""
+"""For the client's own queue and for the shared one. None: events may have been sent, and the bridge does not know
+which."""
 
 
 def value(content: bytes) -> int:
@@ -116,7 +121,7 @@ def _read_unnamed(text: str) -> Unnamed | None:
 
 
 def encode(anchor: Anchor, digests: str, own: str, shared: str, passed: Collection[str]) -> str:
-    """The text of a cursor with an anchor, straight from its parts: a busy stream writes one with every event."""
+    """The text of a cursor with a position. The parts are text already: a busy stream writes one with every event."""
     text = f"3.{anchor.offset:x}.{anchor.check}.{own}.{shared}.{digests}"
     return f"{text}.{''.join(passed)}" if passed else text
 
@@ -125,12 +130,12 @@ def encode(anchor: Anchor, digests: str, own: str, shared: str, passed: Collecti
 class Cursor:
     """
     Args:
-        anchor: what is at or before it in the log needs not to be sent; None for a position in no log.
-        digests: names of events sent from behind the anchor, oldest first.
-        unnamed: what else was sent from behind the anchor, by the queue that brought it.
-        passed: names of the last events up to the anchor: a publisher's retry may be after it again. Together
+        anchor: the position. The client needs no entry of the log up to it. None without a log.
+        digests: names of events that were sent after the position, oldest first.
+        unnamed: the other events that were sent after the position, by the queue that delivered them.
+        passed: names of the last events up to the position, which a publisher's retry may repeat after it. Together
             with `digests` at most MAX_DIGESTS.
-        time_ms: for a position in no log, so that no two ids are the same.
+        time_ms: without a log: when the cursor was made (ms since 1970), so that no two ids are equal.
     """
 
     anchor: Anchor | None
@@ -143,7 +148,7 @@ class Cursor:
     def parse(cls, text: str) -> Self:
         """
         Raises:
-            InvalidCursor: whatever else a client sent.
+            InvalidCursor: the text is not a cursor.
         """
         if (match := _CURSOR.fullmatch(text)) is not None:
             names, passed = match["names"], match["passed"] or ""
@@ -166,5 +171,5 @@ class Cursor:
 
 
 def split(digests: str) -> tuple[str, ...]:
-    """The digests that are joined in one text."""
+    """The digests of a text that joins them."""
     return tuple(digests[at : at + DIGEST_CHARS] for at in range(0, len(digests), DIGEST_CHARS))

@@ -1,16 +1,16 @@
-"""When a stream does what, and how far apart the streams of a process are kept.
+"""The deadlines of a stream, and the random pauses that keep the streams of a process apart.
 
-Pure: `now` is an argument, and so is randomness, as a `draw` from [0, 1). Times are seconds of one monotonic
-clock, a token's expiry too, which the caller has put on that clock; what a client reads as `retry:` is milliseconds.
+Pure: `now` is an argument, and so is randomness, as a `draw` from [0, 1). Times are seconds of one monotonic clock. The
+caller converts a token's expiry to that clock. A `retry:` is in milliseconds.
 """
 
 from __future__ import annotations
 
 POSITION_SECONDS = 60.0
-"""A client without events gets its place renewed this often, so that its cursor does not age out of the log."""
+"""A client without events is sent its position this often, so that its cursor does not age out of the log."""
 
 MIN_RETRY_MS = 100
-"""Below this a browser whose server is gone would spin (Chrome takes `retry: 0` at its word)."""
+"""With a smaller value a browser without a server would retry without a pause (Chrome obeys `retry: 0`)."""
 
 
 def retry_ms(retry_seconds: float, draw: float) -> int:
@@ -19,22 +19,22 @@ def retry_ms(retry_seconds: float, draw: float) -> int:
 
 
 def busy_retry_ms(draw: float) -> int:
-    """5 to 15 s: what is full now is not free in a moment."""
+    """5 to 15 s: a limit that is reached now stays reached for a while."""
     return round((5 + 10 * draw) * 1000)
 
 
 def drain_retry_ms(drain_seconds: float, draw: float) -> int:
-    """Anywhere in the drain's length, so that the next replica gets them one by one."""
+    """A moment within the drain's length, so that the next replica gets the clients one by one."""
     return max(MIN_RETRY_MS, round(drain_seconds * draw * 1000))
 
 
 def lifetime(max_age_seconds: float, draw: float) -> float:
-    """0.8 to 1.0 of the setting: streams that began together must not end together."""
+    """0.8 to 1.0 of the setting, so that streams that began together do not end together."""
     return max_age_seconds * (0.8 + 0.2 * draw)
 
 
 def drain_at(index: int, count: int, drain_seconds: float, draw: float) -> float:
-    """How long after the signal stream `index` of `count` gets its goodbye: one in each equal part."""
+    """Seconds after the signal at which stream `index` of `count` gets its goodbye: one in each equal part."""
     return drain_seconds * (index + draw) / count
 
 
@@ -51,11 +51,11 @@ class Deadlines:
         self._last_event = now
 
     def wrote(self, now: float) -> None:
-        """Bytes went out."""
+        """Bytes were written."""
         self._last_byte = now
 
     def moved(self, now: float) -> None:
-        """The client's cursor moved, or could not move; it is checked again in a minute."""
+        """The client's cursor moved, or could not move. It is checked again after `POSITION_SECONDS`."""
         self._last_event = now
 
     def is_expired(self, now: float) -> bool:
@@ -72,7 +72,7 @@ class Deadlines:
 
     @property
     def end(self) -> float:
-        """When the stream ends in any case."""
+        """When the stream ends at the latest."""
         return min(self._ends_at, self._expires_at)
 
     def deadline(self) -> float:

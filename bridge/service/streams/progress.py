@@ -1,4 +1,4 @@
-"""How far one client is: what its cursor says while a backlog is written, item by item.
+"""The progress of one client: its cursor, while its backlog is written item by item.
 
 Pure. The session appends items to its backlog; `Progress.move` goes past each one when it is written.
 """
@@ -24,19 +24,19 @@ from bridge.service.streams.cursor import (
 from bridge.service.streams.streamevent import StreamEvent
 
 OVERLAP_MS = 1_000
-"""An event may reach its live queue so much earlier than the log: what came in this long before a watermark was written
-may stand behind it, and stays among the names. If it came earlier still, it is sent again; nothing is lost."""
+"""An event may reach its live queue this much earlier than the log. An event that arrived this long before a watermark
+was written may be after it in the log, so its name is kept. An event that was even earlier is sent again, not lost."""
 
 NEAR_MS = 50
-"""An event that came so near to a watermark may stand on either side of it. A stream that cannot name all that followed
-would rather take the next one."""
+"""An event that arrived this close to a watermark may be on either side of it in the log. A stream that cannot name all
+events since then waits for the next watermark."""
 
 MANY_BEHIND = 10_000
-"""A client that was sent this many events behind its anchor takes a watermark although events came near it. Without a
-newer anchor, the bridge could soon not find out which of them the client was sent (`recall.RECALL_EVENTS`)."""
+"""A client that was sent this many events after its position takes a watermark although events arrived close to it.
+Without a newer position, the bridge could soon not find out which events were sent (`recall.RECALL_EVENTS`)."""
 
 MAX_WATERMARKS = 4
-"""Watermarks that may wait for their proof. The next but one proves it, so a fifth means that no proof comes."""
+"""Watermarks that may wait for their proof. The second one after it proves it, so a fifth means that no proof comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +47,19 @@ class Entry:
     check: str
     event: StreamEvent
     shared: bool = False
-    """Whether its audience is one of the shared queue's: a group, or everybody."""
+    """Whether its audience is a group or everybody, which the shared queue serves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """A place in the backlog from which the anchor is this one, and nothing behind it has been sent."""
+    """In the backlog: from here on this is the position, and nothing after it has been sent."""
 
     anchor: Anchor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Watermark:
-    """A place in the backlog at which this entry had just been written to the log."""
+    """In the backlog: this entry was written to the log at this point."""
 
     anchor: Anchor
     seen_ms: int
@@ -67,14 +67,14 @@ class Watermark:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """A place in the backlog at which all that stands before this entry has come."""
+    """In the backlog: everything before this entry of the log has arrived by here."""
 
     anchor: Anchor
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """A place in the backlog at which the log's reading passed an event that had been sent."""
+    """In the backlog: the read of the log passed an event that had been sent."""
 
     event: StreamEvent
     shared: bool
@@ -82,7 +82,7 @@ class Passed:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """A place in the backlog from which events of one queue are sent again: not all that were sent are known."""
+    """In the backlog: from here on events of one queue are sent again. The bridge does not know which were sent."""
 
     shared: bool
 
@@ -99,7 +99,7 @@ Silent = Reset | Watermark | Proof | Passed | Forget
 
 
 class _Sent(NamedTuple):
-    """A named event. `counted`: it was sent behind the anchor, and is added up when its name falls out."""
+    """A named event. `counted`: it was sent after the position, so it is counted when its name is dropped."""
 
     received_ms: int
     shared: bool
@@ -109,7 +109,7 @@ class _Sent(NamedTuple):
 
 @dataclass(slots=True)
 class _Pending:
-    """A watermark that waits for its proof: what had been sent by then, by queue, and what was sent around it."""
+    """A watermark that waits for its proof: the events sent before it, by queue, and when the nearest ones arrived."""
 
     anchor: Anchor
     seen_ms: int
@@ -121,29 +121,29 @@ class _Pending:
 
 
 class Progress:
-    """Where a client is: the anchor, and what was sent of the entries behind it."""
+    """A client's position, and the events that were sent after it."""
 
     __slots__ = ("_before_ms", "_counts", "_digests", "_named", "_pending", "_sent", "_totals", "_unnamed",
                  "anchor", "passed")  # fmt: skip
 
     def __init__(self, anchor: Anchor | None, cursor: Cursor | None = None, now_ms: int = 0) -> None:
         self.anchor = anchor
-        # What was sent from behind the anchor and is named, oldest first. Side by side, and the names as one text,
-        # because they are told with every event.
+        # The named events that were sent after the position, oldest first. The names are one text, because every event
+        # is sent with them.
         self._digests = ""
         self._named: deque[_Sent] = deque(maxlen=MAX_DIGESTS)
-        # And what is not named, by queue: how many and their sum, and whether it is unknown which.
+        # The unnamed events, by queue: how many, and their sum. None: the bridge does not know which.
         self._unnamed: list[Unnamed | None] = [NONE, NONE]
-        # All that was ever sent live, by queue, to know what was sent between two moments.
+        # All events that were ever sent live, by queue. The difference of two moments is what was sent between them.
         self._sent = 0
         self._counts = [0, 0]
         self._totals = [0, 0]
         self._before_ms = 0
         self._pending: deque[_Pending] = deque(maxlen=MAX_WATERMARKS)
         self.passed: deque[str] = deque(maxlen=MAX_DIGESTS)
-        """What was sent from the log, up to the anchor: a publisher's retry may stand behind it once more."""
+        """Names of events up to the position: a publisher's retry may be after it again."""
         if cursor is not None:
-            # The queues that brought these are not known, and need not be: they are only ever met by name.
+            # Which queue delivered these is unknown, and not needed: they are only compared by name.
             for digest in cursor.digests[-MAX_DIGESTS:]:
                 self._digests += digest
                 self._named.append(_Sent(now_ms, False, 0, False))
@@ -164,11 +164,11 @@ class Progress:
         return progress
 
     def move(self, item: Item) -> None:
-        """Past an item of the backlog."""
+        """Goes past an item of the backlog, which is written at this moment."""
         if isinstance(item, Live):
             self._send(item)
         elif isinstance(item, Entry):
-            # Everything up to here has been sent. What was sent live from further behind stays as it is.
+            # Everything up to here has been sent. Live events that were sent from after it stay as they are.
             self.anchor = Anchor(item.offset, item.check)
             self.passed.append(item.event.digest)
         elif isinstance(item, Passed):
@@ -231,12 +231,12 @@ class Progress:
         if all(each.anchor != anchor for each in self._pending):
             return
         while (since := self._pending.popleft()).anchor != anchor:
-            pass  # An older one is of no use any more.
+            pass  # A newer proof replaces an older watermark.
         count = self._sent - since.sent
         is_near = since.seen_ms - since.before_ms < NEAR_MS or (
             since.after_ms is not None and since.after_ms - since.seen_ms < NEAR_MS
         )
-        # What is named is known for certain. Of the others it is known only how many there were after the watermark.
+        # Named events are known. Of the others only their number since the watermark is known.
         if is_near and count > MAX_DIGESTS and self.sent_behind < MANY_BEHIND:
             return
         self.anchor = anchor
@@ -259,13 +259,13 @@ class Progress:
             self._unnamed[shared] = Unnamed(left, total & VALUE_MASK)
 
     def _passed(self) -> tuple[str, ...]:
-        # Those that were sent from behind the anchor are needed; of the others as many as there is room for.
+        # Names of events after the position are needed. The others fill the room that is left.
         room = MAX_DIGESTS - len(self._named)
         return tuple(self.passed)[-room:] if room else ()
 
     @property
     def sent_behind(self) -> int:
-        """Events that were sent behind the anchor, as far as they are known."""
+        """Events that were sent after the position, as far as they are known."""
         return len(self._named) + sum(each.count for each in self._unnamed if each is not None)
 
     def cursor(self, now_ms: int) -> Cursor:
@@ -274,7 +274,7 @@ class Progress:
         return Cursor(self.anchor, split(self._digests), (self._unnamed[0], self._unnamed[1]), self._passed())
 
     def text(self, now_ms: int) -> str:
-        """Of the cursor."""
+        """The cursor's text."""
         if self.anchor is None:
             return str(self.cursor(now_ms))
         own, shared = self._unnamed

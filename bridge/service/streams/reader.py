@@ -1,6 +1,6 @@
-"""Reads each message once for all streams of a process, and puts each refused one into quarantine once.
+"""Reads each message once for all streams of a process, and puts each refused message into quarantine once.
 
-Knows nothing of streams and queues but their numbers.
+Of streams and queues it knows only their numbers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from bridge.service.streams.streamevent import StreamEvent
 
 CACHE_EVENTS = 256
 CACHE_BYTES = 4_194_304
-"""Limits of the cache of read events. It only has to last while one event comes in by several queues."""
+"""Limits of the cache of read events. An entry has to stay only while one event arrives by several queues."""
 
 REFUSALS = 10_000
-"""Refused messages that are remembered, so that each goes to quarantine once, by whatever queue it arrives and however
-often the log is read."""
+"""Refused messages that are remembered. Each goes to quarantine once, by whichever queue it arrives and however often
+the log is read."""
 
 REFUSED_LINES = 50
-"""Refused messages that have a log line each. Of more, one in ten seconds has a line, which counts the others."""
+"""Refused messages with a log line each. After these, one line in ten seconds counts the others."""
 
 _log = structlog.get_logger("bridge.reader")
 
@@ -39,8 +39,8 @@ class _Refusal:
     published: int = 0
 
     def is_new(self, via: int) -> bool:
-        """Whether this delivery shows another publication. A queue delivers each publication once, so the queue with
-        the most deliveries says how many publications there were."""
+        """Whether this delivery shows another publication. A queue delivers each publication once. So the queue with
+        the most deliveries shows how many publications there were."""
         self.came_by[via] += 1
         if self.came_by[via] <= self.published:
             return False
@@ -48,7 +48,7 @@ class _Refusal:
         return True
 
     def is_new_in_log(self) -> bool:
-        """Whether this entry of the log is the first sight of the message."""
+        """Whether this process sees the message for the first time, in this entry of the log."""
         if self.published:
             return False
         self.published = 1
@@ -59,7 +59,7 @@ class EventReader:
     """
     Args:
         models: the event catalogue.
-        max_event_bytes: the largest body that is read at all.
+        max_event_bytes: a larger body is refused unread.
     """
 
     def __init__(self, models: Models, *, max_event_bytes: int, metrics: Metrics, quarantine: Quarantine) -> None:
@@ -109,7 +109,7 @@ class EventReader:
             event = read_event(body, routing_key, self._models, max_bytes=self._max_event_bytes)
             return StreamEvent(event, routing_key)
         except InvalidEvent as error:
-            return type(error)(error.detail)  # To be kept, without the frames that it came through.
+            return type(error)(error.detail)  # Kept in the cache, so without its traceback.
 
     def _refusal(self, routing_key: str, body: bytes) -> _Refusal:
         # By a digest: the body may be as large as the broker takes.
@@ -120,7 +120,7 @@ class EventReader:
         return refusal
 
     def _remember(self, key: tuple[str, bytes], value: StreamEvent | InvalidEvent) -> None:
-        """Of a key that is not known yet."""
+        """Adds a key that is not in the cache."""
         self._cache[key] = value
         self._cache_bytes += len(key[1])
         while len(self._cache) > CACHE_EVENTS or self._cache_bytes > CACHE_BYTES:

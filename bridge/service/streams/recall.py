@@ -1,4 +1,4 @@
-"""Which entries of the log a client was sent behind its anchor, found from the count and the sum in its cursor.
+"""Finds the entries of the log that a client was sent after its position, from the count and the sum in its cursor.
 
 Pure.
 """
@@ -10,20 +10,24 @@ from bridge.service.streams.progress import MANY_BEHIND, Entry
 
 RECALL_EVENTS = 2 * MANY_BEHIND
 RECALL_BYTES = 4_194_304
-"""Most entries, and bytes, that are kept back for a client while it is found out which of them it was sent. Of a client
-that was sent more behind its anchor than this, all but the named ones are sent again."""
+"""Most entries, and bytes, that are kept back for a client until the bridge knows which of them were sent. A client
+that was sent more after its position is sent all of them again, except the named ones."""
 
 MAX_UNSENT = 2
-"""Entries among those that were sent which a cursor's sum can show not to have been sent."""
+"""How many unsent entries among the sent ones a cursor's sum can identify."""
 
 
 class Recall:
-    """Finds in the log what a cursor says was sent behind its anchor and does not name.
+    """Finds the unnamed events of a cursor in the log.
 
-    Each queue alone is in the log's order, but for events of several publishers at the very end, which are named. So
-    the first unnamed entries of a queue, as many as were sent, are the ones that were sent, if their sum is that of the
-    cursor. With one or two entries among them that were not sent, the sum of one or two more is too large by just
-    those. In every other case none is taken as sent. A publisher's retry is in the log twice, and counts once.
+    Each queue delivers in the log's order, except events of several publishers at the very end, and these are named. So
+    the first unnamed entries of a queue, as many as the cursor counts, were sent if their sum is the cursor's.
+
+    One or two entries among them may not have been sent. Then the sum of one or two entries more is too large by
+    exactly those. Example: the cursor has count 3 and sum 60, and the log has the values 10, 20, 5, 30. The first three
+    have the sum 35. All four have 65, which is 5 too large, and one entry has the value 5: it was not sent.
+
+    In every other case the bridge treats none as sent. A publisher's retry is in the log twice and counts once.
     """
 
     __slots__ = ("_ids", "_owed", "_sums", "_unsent", "_values", "entries", "is_sent", "size")
@@ -38,9 +42,9 @@ class Recall:
         self.is_sent: list[bool | None] = [
             False if each is None else True if not each.count else None for each in known
         ]
-        """By queue: whether it is known which of its entries were sent; None while that is open."""
+        """By queue: whether the bridge knows which of its entries were sent; None while it does not know yet."""
         self.entries: list[Entry] = []
-        """Entries that wait for the answer, in the log's order."""
+        """Entries that wait until that is known, in the log's order."""
         self.size = 0
 
     @property
@@ -48,7 +52,7 @@ class Recall:
         return None not in self.is_sent
 
     def see(self, entry: Entry, *, named: bool) -> None:
-        """The next entry. Those that are named are certain already."""
+        """Takes the next entry. A named entry is known to have been sent."""
         self.entries.append(entry)
         self.size += len(entry.event.named)
         shared, event = entry.shared, entry.event
@@ -70,7 +74,7 @@ class Recall:
             self.is_sent[shared] = False
 
     def give_up(self) -> None:
-        """What is not known by now is taken as not sent."""
+        """Ends the search: where nothing is known by now, no entry counts as sent."""
         self.is_sent = [bool(each) for each in self.is_sent]
 
     def was_sent(self, entry: Entry) -> bool:
@@ -83,7 +87,7 @@ class Recall:
 
 
 def _parts(total: int, values: dict[int, None], count: int) -> tuple[int, ...] | None:
-    """So many of the values whose sum is the total, or None: none for 0, and at most two."""
+    """`count` of the values (0, 1 or 2) whose sum is the total; None if there are no such values."""
     if count == 0:
         return () if total == 0 else None
     if count == 1:

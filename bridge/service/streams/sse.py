@@ -1,8 +1,8 @@
 """The bytes of a stream (HTML Living Standard, section 9.2 "Server-sent events").
 
-Pure. Owns framing and nothing else: no clock, no events, no idea who reads. Whatever is put between the line ends is
-checked here, once, so that no text of anybody's can end a line: a field's value may not hold CR, LF or NUL (9.2.6: all
-three of LF, CR and CRLF end a line; an id with NUL is ignored).
+Pure. Owns framing and nothing else. A field's value may not hold CR, LF or NUL (9.2.6: LF, CR and CRLF each end a line;
+an id with NUL is ignored). `encode_type` and `encode_data` check their text. `encode_id` does not: its cursors are
+written by the bridge, and `Cursor.parse` admits no such character.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ END_REASONS: tuple[EndReason, ...] = ("drain", "rotate", "expired", "slow", "bus
 MEDIA_TYPE = "text/event-stream"
 
 HEARTBEAT = b":\n"
-"""A comment (9.2.6: "if the line starts with a colon, ignore the line"). With ONE line feed: a blank line after it ends
-a block, for which fetch-event-source and httpx-sse hand out an empty event."""
+"""A comment (9.2.6: "if the line starts with a colon, ignore the line"). With ONE line feed: after a blank line,
+fetch-event-source and httpx-sse would report an empty event."""
 
 
 def _check(value: bytes) -> bytes:
@@ -31,7 +31,7 @@ def _check(value: bytes) -> bytes:
 
 @lru_cache(maxsize=1024)  # A catalogue has a few dozen.
 def encode_type(event_type: str) -> bytes:
-    """The `event:` line, which stands before `data:`.
+    """The `event:` line. It comes before `data:`.
 
     Raises:
         ValueError: the type holds CR, LF or NUL.
@@ -43,7 +43,7 @@ def encode_data(text: bytes) -> bytes:
     """The `data:` line of one line of UTF-8, and the blank line that ends the frame.
 
     Raises:
-        ValueError: the text holds CR, LF or NUL, which no JSON encoder leaves in.
+        ValueError: the text holds CR, LF or NUL. No JSON encoder writes them.
     """
     return b"data: " + _check(text) + b"\n\n"
 
@@ -59,7 +59,7 @@ def encode_id(cursor: str) -> bytes:
 
 
 def _encode(name: str, data: dict[str, object], *, cursor: str | None = None, retry_ms: int | None = None) -> bytes:
-    # `retry:` stands in the block of an event: alone before a blank line it is an empty event to some clients.
+    # `retry:` is in the block of an event. Alone before a blank line, some clients take it for an empty event.
     head = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
     if cursor is not None:
         head += encode_id(cursor)
@@ -90,12 +90,14 @@ def encode_status(*, receiving: bool) -> bytes:
 
 
 def encode_position(cursor: str) -> bytes:
-    # With data, though it is empty: Safari and Firefox take an id only from a block that has data.
+    # With empty data: Safari and Firefox take an id only from a block that has data.
     return _encode("bridge.position", {}, cursor=cursor)
 
 
 def encode_bye(reason: EndReason, retry_ms: int, *, cursor: str | None = None) -> bytes:
-    """With a cursor where this is the stream's first block and the client came with one: a parser begins each stream
-    with an empty last event id, and by the letter of 9.2.6 a block without `id:` would make that the client's place.
+    """
+    Args:
+        cursor: the client's own, if this is the stream's first block. A parser begins each stream with an empty last
+            event id, and by 9.2.6 a block without `id:` would make that the client's position.
     """
     return _encode("bridge.bye", {"reason": reason}, cursor=cursor, retry_ms=retry_ms)

@@ -1,6 +1,6 @@
-"""An event as all streams of a process share it: its frame, made once, and its names in cursors.
+"""An event as all streams of a process share it: its frame, written once, and its names in cursors.
 
-Pure. Knows nothing of the connections that send it.
+Pure. It does not know which connections send it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bridge.service.streams.cursor import digest, value
 
 
 class StreamEvent:
-    """A validated event with its bytes on the wire. Not to be changed."""
+    """A validated event with its bytes on the wire. Immutable."""
 
     __slots__ = ("_key", "_unnamed_at", "digest", "id", "named", "type", "value")
 
@@ -31,9 +31,9 @@ class StreamEvent:
         self.type = event.type
         name = event.id.encode("ascii")
         self.digest = digest(name)
-        """Of the id: how a cursor names an event that was sent."""
+        """Digest of the id: how a cursor names an event that was sent."""
         self.value = value(name)
-        """Of the id: what a cursor adds up of events that it does not name."""
+        """Number of the id: a cursor has the sum of these for events that it does not name."""
         line = sse.encode_type(event.type)
         self.named = line + sse.encode_data(event.text)
         """The frame after its `id:` line, with an `event:` line."""
@@ -45,7 +45,7 @@ class StreamEvent:
         return self.named[self._unnamed_at :]
 
     def with_audience(self, *, named: bool) -> bytes:
-        """The frame for `audience=true`: the event has one more attribute. Made for each stream, since few ask."""
+        """The frame for `audience=true`: the event has one more attribute. Not cached: few streams ask for it."""
         audience = json.dumps(str(split_key(self._key)[0]), ensure_ascii=False).encode()
         text = b'%b,"audience":%b}' % (self.text[:-1], audience)
         return (sse.encode_type(self.type) if named else b"") + sse.encode_data(text)

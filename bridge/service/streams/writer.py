@@ -1,10 +1,10 @@
-"""The streams of the process, from the moment that their heads are out: sessions' bytes on their way to sockets.
+"""Writes the sessions' bytes to their sockets, after the head of the response has been written.
 
 A stream has no task. Callbacks wake it: its session has output (`wake`), its peer reads again, a deadline has passed,
 or its socket is closed. Streams that are woken together write together (`WriteBatch`), so that ten events that arrived
 in one packet leave in one write.
 
-Whatever a stream holds it has from `open` until its transport says `connection_lost`, which it says exactly once.
+A stream holds its resources from `open` until its transport calls `connection_lost`, which happens exactly once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("bridge.stream")
 
 BLOCKED_SECONDS = 1.0
-"""So often a stream is looked at whose peer reads nothing. All it can do is end, and say so once the peer reads."""
+"""How often the deadlines of a stream are checked whose peer reads nothing. It can only end, and say so later."""
 
 LAST_CHUNK = b"0\r\n\r\n"
 """RFC 9112, section 7.1."""
@@ -71,7 +71,7 @@ class WriteBatch:
 class Streams:
     """
     Args:
-        stall_seconds: a stream whose peer has taken nothing for so long counts as stalled when its socket goes.
+        stall_seconds: a stream whose peer has read nothing for this long counts as stalled when its socket is closed.
         tracing: makes a span of each delivery.
     """
 
@@ -98,14 +98,14 @@ class Streams:
             transport: not closing. It is ours from here on.
             chunked: whether the body is in chunks (HTTP/1.1), or ends with the connection (HTTP/1.0).
         """
-        # A class of its own, so that without tracing not even a question is asked for each event.
+        # A class of its own, so that without tracing an event costs not even a condition.
         stream = (
             _Stream(self, transport, chunked=chunked)
             if self.tracing is None
             else _TracedStream(self, transport, self.tracing, chunked=chunked)
         )
         transport.set_protocol(stream)
-        transport.resume_reading()  # Whoever had it before may have had enough; we have to see its end.
+        transport.resume_reading()  # The HTTP host may have paused it; the stream has to notice the end.
         stream.begin(request)
 
 
@@ -151,13 +151,13 @@ class _Stream(asyncio.Protocol):
         self._arm(time.monotonic())
 
     def wake(self) -> None:
-        """There is something to say, or to end."""
+        """The session has output, or has ended."""
         if not self._woken:
             self._woken = True
             self._streams.write_batch.wake(self)
 
     def serve(self, now: float) -> None:
-        """Writes what there is, as far as the peer reads."""
+        """Writes the session's output, as far as the peer reads."""
         self._woken = False
         connection = self._connection
         if connection is None or self._blocked_since is not None or self._transport.is_closing():
@@ -165,7 +165,7 @@ class _Stream(asyncio.Protocol):
         try:
             self._say(connection, now)
         except Exception as error:  # noqa: BLE001
-            # One stream's fault is that stream's end, not that of the others that are served in the same turn.
+            # A fault in one stream ends that stream, and not the others of this batch.
             self._fail(connection, error)
 
     def _say(self, connection: Connection, now: float) -> None:
@@ -187,7 +187,7 @@ class _Stream(asyncio.Protocol):
             connection.deadlines.wrote(now)
             connection.read_on()
         if session.has_output:
-            self.wake()  # One chunk a turn: whoever has a long way to catch up leaves room to the others.
+            self.wake()  # One chunk a turn: a stream with a long backlog leaves room for the others.
         elif session.state is State.ENDED:
             self._close()
 
@@ -204,8 +204,8 @@ class _Stream(asyncio.Protocol):
             self._transport.write(LAST_CHUNK)
         self._transport.close()  # Once all that was written is out.
 
-    # Deadlines. One timer, always armed: when it comes too early, because bytes have been written meanwhile, it is set
-    # anew. A timer that moved with every write would cost more than the write.
+    # Deadlines. One timer, always armed. If bytes have been written meanwhile it fires too early, and is set again: a
+    # timer that moved with every write would cost more than the write.
 
     def _arm(self, now: float) -> None:
         assert self._connection is not None, "only what is attached has deadlines"
@@ -229,10 +229,10 @@ class _Stream(asyncio.Protocol):
     # asyncio's side (asyncio.Protocol).
 
     def data_received(self, data: bytes) -> None:
-        """A client has nothing more to say on this connection; what it says is dropped."""
+        """Drops the data: a client has nothing to send after its request."""
 
     def eof_received(self) -> None:
-        """It has hung up, or will not read; the transport closes itself."""
+        """The client has closed its side. The transport closes itself."""
 
     def pause_writing(self) -> None:
         self._blocked_since = time.monotonic()
@@ -263,10 +263,10 @@ class _Stream(asyncio.Protocol):
         )
 
     def _why(self, connection: Connection, error: Exception | None) -> str:
-        """Why the stream ended: the reason of its goodbye, or what the client did.
+        """Why the stream ended: the reason of its goodbye, or `client`, `stalled` or `error`.
 
-        The kernel measures the stall by itself (TCP_USER_TIMEOUT) and ends the connection with ETIMEDOUT. On a busy
-        machine it may do so before the bridge has known for as long that its writes wait.
+        The kernel measures a stall by itself (TCP_USER_TIMEOUT) and ends the connection with ETIMEDOUT. On a busy
+        machine it may do so before the bridge has noticed for as long that its writes wait.
         """
         if self._failed:
             return "error"
