@@ -3,24 +3,24 @@
 //
 //   parse         bytes to SSE blocks (WHATWG HTML, section 9.2.6)
 //   Connection    one stream, reconnected until it is stopped: backoff, watchdog, tokens. Knows no tabs and no handlers
-//   Subscription  one page's view: whose stream it is, which tab leads, what has been seen, what the handlers get
+//   Subscription  one page's view: the identity, which tab leads, which events were seen, and the calls of handlers
 //
-// Why not EventSource: it sends no Authorization header, gives up for good after one bad status, does not show why it
-// was refused, and cannot tell a dead connection from a quiet one, because it hides heartbeats.
+// Why not EventSource: it sends no Authorization header, ends for good after one bad status, does not show why it was
+// refused, and hides heartbeats, so that a dead connection looks like a quiet one.
 //
-// Tabs share one connection. docs/contract.md, section 7, is the law of it; docs/decisions/25 has an example with numbers.
+// Tabs share one connection. docs/contract.md, section 7, has the rules, docs/states.md the states, docs/decisions/25 an example.
 
 const CONNECT_MS = 30_000; // The bridge is ready, or says that it is not, within 20 s; a proxy may take longer.
-const TOKEN_MS = 120_000; // Somebody may have to log in.
+const TOKEN_MS = 120_000; // A person may have to log in.
 const LEADER_TOKEN_MS = 5_000; // A tab that waits longer for its token gives the lead to another tab.
-const FRESH_TOKEN_MS = 30_000; // A token that has just been tried is good for the connection that follows.
+const FRESH_TOKEN_MS = 30_000; // A token that a HEAD request has just tried serves the GET request after it.
 const MAX_BACKOFF_MS = 30_000;
 const MAX_SLEEP_MS = 3_600_000; // A browser's timer fires at once above 2^31 ms.
 const DEFAULT_RETRY_MS = 3_000;
-const PING_MS = 5_000; // A leading tab that is silent for this long is asked, and replaced after two questions.
+const PING_MS = 5_000; // A leading tab that is silent for this long is asked, and replaced after two questions without an answer.
 const GATHER_MS = 1_000; // A new leader waits at most this long for the positions of the other tabs.
 const WIDEN_MS = 50; // Subscriptions that begin together cause one reconnect.
-const RECENT_IDS = 10_000; // Ids remembered to drop an event that comes again.
+const RECENT_IDS = 10_000; // Remembered ids, by which an event that arrives twice is dropped.
 const RING_CHARS = 500_000; // Blocks that each tab keeps for a tab that is behind it.
 const UNKNOWN = "unknown"; // The identity of an answer to a token that cannot be judged now.
 const SLICE_MS = 8; // Handlers run for this long before the page may paint and react.
@@ -39,7 +39,7 @@ const sleep = (/** @type {number} */ ms, /** @type {AbortSignal} */ signal) =>
       resolve(undefined);
     };
     const timer = setTimeout(done, Math.min(ms, MAX_SLEEP_MS));
-    addEventListener("online", done); // The network is back: no reason to wait any longer.
+    addEventListener("online", done); // The network is back.
     signal.addEventListener("abort", done);
     if (signal.aborted) done();
   });
@@ -65,17 +65,17 @@ async function within(ms, value, what) {
 }
 
 /**
- * Reads a stream of bytes as SSE blocks until it ends, by the standard's grammar (tests/browser/test_parser.py).
+ * Reads a stream of bytes as SSE blocks until it ends (WHATWG HTML, 9.2.6; tests/browser/test_parser.py).
  * @param {ReadableStream<Uint8Array>} body
  * @param {(block: {name: string, data: string, id: string | null}) => void} onBlock a block with data
  * @param {(retryMs: number) => void} onRetry
- * @param {() => void} onBytes anything came, if only a comment
+ * @param {() => void} onBytes bytes arrived, perhaps only a comment
  */
 export async function parse(body, onBlock, onRetry, onBytes) {
   const reader = body.getReader();
   const decoder = new TextDecoder(); // Removes one byte order mark at the start, as the standard asks.
-  let rest = ""; // The start of a line whose end has not come.
-  let afterCr = false; // The last line ended with CR: a LF that comes next is the second half of that line end.
+  let rest = ""; // The start of a line whose end has not arrived.
+  let afterCr = false; // The last line ended with CR: a LF after it belongs to that line end.
   let name = "";
   /** @type {string[]} */
   let data = [];
@@ -105,7 +105,7 @@ export async function parse(body, onBlock, onRetry, onBytes) {
       onBytes();
       const text = decoder.decode(value, { stream: true });
       if (text === "") continue; // Part of a character.
-      // CR ends a line at once. Waiting for a LF would hold a block back until the next one comes.
+      // CR ends a line at once. Waiting for a LF would delay a block until the next one arrives.
       const end = /\r\n?|\n/g;
       let start = (end.lastIndex = afterCr && text[0] === "\n" ? 1 : 0);
       afterCr = text.endsWith("\r");
@@ -120,7 +120,7 @@ export async function parse(body, onBlock, onRetry, onBytes) {
   }
 }
 
-/** A stream that is reconnected until it is stopped, or refused for good. With HEAD: until an answer says whose it is. */
+/** A stream that is reconnected until it is stopped or refused. With HEAD: until an answer names the identity. */
 class Connection {
   #abort = new AbortController();
 
@@ -161,8 +161,8 @@ class Connection {
         return;
       }
       if (end.wasLive) attempt = 0;
-      // A new token is worth a try at once, the first time. What the server asks for is its own to spread; for
-      // everything else full jitter, so that a thousand pages do not come back in one moment.
+      // The first new token is tried at once. A pause that the server names is random already. Every other pause has
+      // full jitter, so that a thousand pages do not return at the same moment.
       const again = end.unauthorized && refusal === null;
       refusal = end.expired ? "expired" : end.unauthorized ? (end.problem?.code ?? "invalid-token") : null;
       if (refusal === "expired-token") refusal = "expired";
@@ -181,15 +181,15 @@ class Connection {
    */
   async #connect(refusal) {
     const end = {
-      /** Whether nothing is left to do. */
+      /** Whether nothing more has to be done. */
       done: false,
-      /** Whether it got as far as `bridge.ready`. */
+      /** Whether `bridge.ready` arrived. */
       wasLive: false,
       /** @type {string | null} Of the server's goodbye, which named `retryMs`. */
       reason: null,
       retryMs: DEFAULT_RETRY_MS,
       afterMs: 0,
-      /** Whether the token's time was over, and there is a way to a new one. */
+      /** Whether the token has expired and there is a callback for a new one. */
       expired: false,
       fatal: false,
       unauthorized: false,
@@ -232,7 +232,7 @@ class Connection {
       const ask = (/** @type {string} */ how) =>
         fetch(url, { method: how, headers, credentials, cache: "no-store", signal: abort.signal });
       let response = await ask(method);
-      // An answer to HEAD has no body that says why, and not every proxy lets HEAD through.
+      // An answer to HEAD has no body with a reason, and some proxies refuse HEAD.
       if (method === "HEAD" && response.status !== 200) response = await ask("GET");
       if (response.status !== 200) {
         const { ours, ...problem } = await readProblem(response);
@@ -240,7 +240,7 @@ class Connection {
         const seconds = Number(response.headers.get("Retry-After"));
         if (seconds > 0) end.afterMs = seconds * 1000;
         end.unauthorized = response.status === 401 && this.shell.token !== null;
-        // Asking again does not help after a refusal of the bridge's own, or without a login. Every other answer is a
+        // A new request does not help after a refusal by the bridge, or without a login. Every other answer is a
         // proxy's, which may have no bridge behind it for a moment.
         const { status } = response;
         end.fatal = status === 401 ? !end.unauthorized : ours && status < 500 && status !== 408 && status !== 429;
@@ -267,7 +267,7 @@ class Connection {
           if (this.#abort.signal.aborted) return;
           if (block.name === "bridge.ready") {
             end.wasLive = true;
-            // Two heartbeats and a half: one may be late, two are not lost by chance.
+            // Two and a half heartbeats: one may be late, but two are not lost by chance.
             silenceMs = Math.max(5_000, JSON.parse(block.data).heartbeat_seconds * 2_500);
             alive();
           } else if (block.name === "bridge.bye") {
@@ -280,7 +280,7 @@ class Connection {
         alive,
       );
     } catch (error) {
-      // The network or the watchdog. Why a fetch fails a browser does not tell.
+      // The network or the watchdog. A browser does not say why a fetch failed.
       if (!this.#abort.signal.aborted && !end.wasLive) {
         const late = `no answer within ${silenceMs / 1000} s; a browser opens six connections to a host over HTTP/1.1`;
         end.problem = { status: 0, code: "unreachable", detail: abort.signal.aborted ? late : String(error) };
@@ -316,7 +316,7 @@ async function readProblem(response) {
 /** @typedef {{name: string, data: string, id: string | null}} Block */
 
 /**
- * A place in what the tabs of one identity share. `term` rises with each leader, `n` with each block that it posts.
+ * A position in the blocks that the tabs of one identity share. `term` rises with each leader, `n` with each block.
  * @typedef {{term: number, n: number}} Position
  */
 
@@ -329,22 +329,22 @@ class Subscription {
   /** @type {Connection | null} */
   #connection = null;
   /** @type {Connection | null} */
-  #probe = null; // A HEAD request that asks whose stream this tab would get.
+  #probe = null; // A HEAD request that asks for the identity of this tab's stream.
   #probeAgain = false;
   /** @type {BroadcastChannel | null} */
   #channel = null; // For the tabs of this identity.
   /** @type {BroadcastChannel | null} */
-  #hints = null; // For all tabs of this URL: somebody has logged in or out. It carries no event.
+  #hints = null; // For all tabs of this URL: a person has logged in or out. It carries no event.
   /** @type {AbortController | null} */
   #joined = null; // Aborting it leaves: no lock, no channel, no connection.
   /** @type {AbortController | null} */
-  #standing = null; // The request for the lead, or the lead.
+  #candidacy = null; // The request for the lead, or the lead.
   #giveUp = () => {}; // Releases the lead.
   /** @type {string | null} */
   #identity = null;
   /** @type {string | null} */
-  #before = null; // The user before the identity changed, until the page is told.
-  #parted = 0; // Streams in a row that were opened as somebody else than was asked for.
+  #before = null; // The user before the identity changed, until the page has got a gap for it.
+  #parted = 0; // Streams in a row that were opened with another identity than the probe had.
   /** @type {string | null} */
   #cursor = null;
   #attempt = 0;
@@ -358,9 +358,9 @@ class Subscription {
   #synced = false; // Everything up to `#at` has been taken, and the next block of the leader follows.
   /** @type {Position} */
   #at = { term: 0, n: 0 };
-  #term = 0; // The newest leader's. What a leader of a lower term says is ignored.
+  #term = 0; // The newest leader's. Messages of a lower term are ignored.
   /** @type {(Position & {cursor: string | null}) | null} */
-  #start = null; // Where this leader's connection began, told with its next `bridge.ready`.
+  #start = null; // Where this leader's connection began, posted with its next `bridge.ready`.
   /** @type {Entry[]} */
   #ring = [];
   #ringChars = 0;
@@ -369,10 +369,10 @@ class Subscription {
   /** @type {string[] | null | undefined} */
   #open; // The types of this tab's connection.
   /** @type {Set<string> | null} */
-  #behind = null; // Catching up by a connection of its own: events of the leader that have not come by it yet.
+  #behind = null; // Catching up by a connection of its own: events of the leader that it has not delivered yet.
   /** @type {Set<string>} */
-  #own = new Set(); // Events that have come by it.
-  #feed = { at: { term: 0, n: 0 }, cursor: /** @type {string | null} */ (null) }; // The leader's place meanwhile.
+  #own = new Set(); // Events that it has delivered.
+  #feed = { at: { term: 0, n: 0 }, cursor: /** @type {string | null} */ (null) }; // The leader's position meanwhile.
   #missed = 0; // Questions that the leader has not answered.
   /** @type {((answer: any) => void) | null} */
   #gathering = null;
@@ -380,22 +380,22 @@ class Subscription {
   /** @type {Set<string>} */
   #recent = new Set();
   /** @type {Item[]} */
-  #waiting = []; // What the handlers get, in order.
+  #waiting = []; // Items for the handlers, in order.
   #waitingChars = 0;
   #handed = /** @type {string | null} */ (null); // The cursor of the last event that a handler got.
   #handing = false;
   #loading = 0; // Loads that wait or run.
   #fetching = new AbortController(); // The `load` that runs.
-  #generation = 0; // Of the identity: what was fetched for the one before is not waited for.
+  #generation = 0; // Of the identity: a `load` for an earlier one is not waited for.
   #listeners = new Set();
   #over = new AbortController(); // Aborted by `close`.
   #me = `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`;
-  #greeted = false; // It has been live once.
+  #wasLive = false;
   #closed = false;
   /** @type {any} */
   #state = { status: "connecting", attempt: 0 };
   /** @type {any} */
-  #shown; // The same with what the page may know besides. One object until something changes.
+  #shown; // The state as the page sees it, with the user and whether the tab leads. One object until it changes.
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #watch;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -411,9 +411,9 @@ class Subscription {
   constructor(options) {
     this.options = options;
     /** @type {string | null} */
-    this.user = null; // Whose events these are, once known.
+    this.user = null; // The user of these events, once known.
     const url = new URL(options.url, location.href);
-    // The type stands in each event; without `event:` lines they take fewer bytes.
+    // The type is in each event; without `event:` lines events are smaller.
     url.searchParams.set("named", "false");
     /** @type {string[]} */
     this.types = [...new Set(options.types?.length ? options.types : (url.searchParams.get("types")?.split(",") ?? []))];
@@ -428,13 +428,13 @@ class Subscription {
       this.#resolveReady = resolve;
       this.#rejectReady = reject;
     });
-    this.ready.catch(() => {}); // A page that does not ask is not bothered.
+    this.ready.catch(() => {}); // A page that does not use `ready` gets no unhandled rejection.
     if (options.onState) this.#listeners.add(options.onState);
     this.#shown = this.#describe();
     addEventListener("pagehide", this.#onPageHide);
     addEventListener("pageshow", this.#onPageShow);
     document.addEventListener("visibilitychange", this.#onVisibility);
-    // Not before `subscribe` has returned: a handler may want what it returns.
+    // Not before `subscribe` has returned: a handler may use the subscription.
     queueMicrotask(() => this.#join());
   }
 
@@ -470,7 +470,7 @@ class Subscription {
     if (this.#state.status === "refused") this.#join();
   }
 
-  // The page comes and goes.
+  // The page is shown, hidden, cached or restored.
 
   // A page in the back/forward cache must not hold a connection or a lock; browsers would not keep it otherwise.
   #onPageHide = () => {
@@ -502,7 +502,7 @@ class Subscription {
     if (!this.options.keep || this.#handed === null) return;
     const union = this.#union && [...this.#union];
     try {
-      // While the page's state is being fetched there is nothing to go on from.
+      // While the page's state is being fetched there is no position to resume from.
       if (this.#loading) sessionStorage.removeItem(this.keptKey);
       else
         sessionStorage.setItem(
@@ -510,16 +510,16 @@ class Subscription {
           JSON.stringify({ identity: this.#identity, user: this.user, cursor: this.#handed, union }),
         );
     } catch {
-      // Storage may be full or forbidden: the next page begins without a position, and is told so.
+      // Storage may be full or forbidden. The next page begins without a position and calls `load`.
     }
   }
 
   /**
-   * The place that the page before this one kept, if it was of the same identity.
+   * Restores the position that the page before this one kept, if it had the same identity.
    * @param {string | null} identity null: not known yet
    */
   #restore(identity) {
-    if (!this.options.keep || this.#cursor !== null || this.#greeted) return;
+    if (!this.options.keep || this.#cursor !== null || this.#wasLive) return;
     const kept = readKept(this.keptKey);
     if (!kept) return;
     if (identity !== null && kept.identity !== identity) this.#before ??= kept.user;
@@ -564,7 +564,7 @@ class Subscription {
   #leave(all) {
     clearTimeout(this.#watch);
     clearTimeout(this.#widening);
-    this.#standing?.abort();
+    this.#candidacy?.abort();
     this.#joined?.abort();
     this.#joined = null;
     this.#channel?.close();
@@ -589,7 +589,7 @@ class Subscription {
     this.#join();
   }
 
-  // Whose stream it is.
+  // The identity.
 
   /**
    * @param {"GET" | "HEAD"} method
@@ -621,7 +621,7 @@ class Subscription {
     const fresh = this.#fresh;
     if (method === "GET" && reason === null && fresh && Date.now() < fresh.at + FRESH_TOKEN_MS) ({ token } = fresh);
     else {
-      // A callback that waits for a login is not called a second time meanwhile. Its token is kept until it is used.
+      // While a callback waits for a login it is not called a second time. Its token is kept until it is used.
       this.#asked ??= within(TOKEN_MS, this.#callToken(reason), "token").finally(() => (this.#asked = null));
       token = await within(this.#leads && this.shares ? LEADER_TOKEN_MS : TOKEN_MS, this.#asked, "token");
     }
@@ -635,7 +635,7 @@ class Subscription {
     return token;
   }
 
-  /** Asks once more whose stream this tab would get, and follows. A failure on the way changes nothing. */
+  /** Asks again for the identity of this tab's stream, and changes to it. A failed request changes nothing. */
   #recheck() {
     if (this.#probe) this.#probeAgain = true;
     if (!this.#channel || this.#probe) return;
@@ -659,7 +659,7 @@ class Subscription {
     });
   }
 
-  /** @param {string | null} identity somebody's, or null after a refusal */
+  /** @param {string | null} identity of the other tab; null after a refusal */
   #onHint(identity) {
     if (this.#channel && identity !== this.#identity) this.#recheck();
     else if (identity === null) return;
@@ -680,7 +680,7 @@ class Subscription {
     });
   }
 
-  /** Nothing of the identity before is shown, sent or kept any more. */
+  /** Drops everything of the identity before: nothing of it is shown, sent or kept. */
   #become(/** @type {string} */ identity) {
     if (this.#identity === identity) return;
     if (this.#identity !== null && this.user !== null) this.#before ??= this.user;
@@ -708,7 +708,7 @@ class Subscription {
     }
     this.#channel.onmessage = ({ data }) => this.#onMessage(data);
     this.#hints?.postMessage({ identity });
-    this.#stand(false);
+    this.#runForLead(false);
     this.#hello();
     this.#watchLeader();
     if (this.#probeAgain) {
@@ -722,19 +722,19 @@ class Subscription {
     this.#leave();
     this.#attempt = 0;
     this.#setState({ status: "refused", problem });
-    this.#hints?.postMessage({ identity: null }); // A person who logged out here has logged out in all tabs.
+    this.#hints?.postMessage({ identity: null }); // A log-out in this tab is a log-out in all tabs.
     if (!this.#probeAgain) return;
     this.#probeAgain = false;
-    this.#join(); // Somebody has logged in since this tab asked.
+    this.#join(); // A person has logged in since this tab asked.
   }
 
-  // Which tab leads.
+  // The lead.
 
-  /** @param {boolean} steal from a tab that answers nothing */
-  async #stand(steal) {
-    this.#standing?.abort(); // A request that waits would be granted later, beside this one.
-    const { signal } = (this.#standing = new AbortController());
-    // The lock is held until this tab leaves, gives it up, is closed or crashes; the browser then grants it to the next.
+  /** @param {boolean} steal from a tab that does not answer */
+  async #runForLead(steal) {
+    this.#candidacy?.abort(); // A request that waits would be granted later, beside this one.
+    const { signal } = (this.#candidacy = new AbortController());
+    // This tab holds the lock until it leaves, gives it up, is closed or crashes. Then the browser grants it to the next.
     const held = () =>
       new Promise((resolve) => {
         this.#giveUp = () => resolve(undefined);
@@ -745,7 +745,7 @@ class Subscription {
     try {
       await navigator.locks.request(/** @type {string} */ (this.key), steal ? { steal } : { signal }, held);
       if (signal.aborted) return;
-      // Given up. The others come first; when none can serve either, it is this tab's turn again.
+      // Given up. The others come first. If none of them can serve either, it is this tab's turn again.
       const { retryAt } = this.#state;
       await Promise.race([sleep((retryAt ?? 0) - Date.now(), signal), ...(this.#asked ? [this.#asked.catch(() => {})] : [])]);
     } catch (error) {
@@ -756,7 +756,7 @@ class Subscription {
       }
       this.#follow(); // Stolen by a tab that got no answer from this one.
     }
-    if (!signal.aborted) this.#stand(false);
+    if (!signal.aborted) this.#runForLead(false);
   }
 
   #follow() {
@@ -776,7 +776,7 @@ class Subscription {
     this.#leads = true;
     this.#behind = null;
     this.#start = { ...this.#at, cursor: this.#cursor };
-    // By the clock that all tabs have: a tab that has just been opened knows no earlier term.
+    // From the clock, which all tabs share: a tab that has just been opened knows no earlier term.
     this.#term = Math.max(Date.now(), Math.floor(this.#term) + 1) + Math.random();
     this.#at = { term: this.#term, n: 0 };
     this.#synced = true;
@@ -784,7 +784,7 @@ class Subscription {
     else this.#connect();
   }
 
-  /** Before it connects, a new leader takes over what other tabs have got from the old one, and it has not. */
+  /** Before it connects, a new leader takes the blocks that other tabs have got from the old one and it has not. */
   async #gather() {
     const { pending = [] } = await navigator.locks.query().catch(() => ({ pending: [] }));
     let others = pending.filter(({ name }) => name === this.key).length;
@@ -793,7 +793,7 @@ class Subscription {
       const timer = setTimeout(resolve, GATHER_MS); // A frozen tab does not answer.
       this.#gathering = (answer) => {
         if (this.#cursor === null && answer.cursor !== null) {
-          // A tab without a place begins at that of the others, so that they need not part from it.
+          // A tab without a position begins at that of the others, so that they can follow it.
           this.#at = answer.at;
           this.#cursor = answer.cursor;
           this.#rememberAll(answer.recent);
@@ -869,7 +869,7 @@ class Subscription {
     }
   }
 
-  // What the tabs tell each other.
+  // Messages between the tabs. docs/states.md has the table.
 
   /** @param {object} message */
   #post(message) {
@@ -904,11 +904,11 @@ class Subscription {
   #hear(message) {
     const { kind, entry } = message;
     const term = entry?.term ?? message.term;
-    if (term < this.#term) return; // Of a leader that was replaced, and does not know it yet.
+    if (term < this.#term) return; // From a leader that was replaced and does not know it yet.
     if (term > this.#term) {
       this.#term = term;
       if (this.#leads) {
-        // It is this tab that was replaced: it was frozen, and its lock was stolen.
+        // This tab was replaced: it was frozen, and its lock was stolen.
         this.#follow();
         return;
       }
@@ -944,7 +944,7 @@ class Subscription {
         this.#hello();
       }
     } else if (block.name === "bridge.ready" && (types === null || covers(types, this.types))) {
-      // It asks for what lies between, or, without a place, for where to begin.
+      // It asks for the blocks between, or, without a position, for where to begin.
       if (start && this.#has(start)) {
         this.#synced = true;
         this.#takeEntry(entry);
@@ -956,14 +956,14 @@ class Subscription {
     return term === this.#at.term && n === this.#at.n + 1;
   }
 
-  /** Whether everything up to a place has been taken here. @param {Position & {cursor: string | null}} place */
+  /** Whether this tab has taken everything up to a position. @param {Position & {cursor: string | null}} place */
   #has({ term, n, cursor }) {
     if (term && term === this.#at.term) return n <= this.#at.n;
     return cursor !== null && (cursor === this.#cursor || this.#ring.some((entry) => entry.block.id === cursor));
   }
 
   /**
-   * What was taken after a place; null if this tab cannot say.
+   * The entries that were taken after a position; null if this tab does not know.
    * @param {{at: Position, cursor: string | null}} place
    */
   #after({ at, cursor }) {
@@ -976,7 +976,7 @@ class Subscription {
   }
 
   /**
-   * Answers a tab that joins, or that has missed something.
+   * Answers a tab that joins, or that has missed a block.
    * @param {{from: string, at: Position, cursor: string | null, types: string[]}} tab
    * @param {boolean} grows
    */
@@ -1001,9 +1001,9 @@ class Subscription {
       ready: { name: "bridge.ready", id: tab.cursor ?? this.#cursor, data: JSON.stringify(told) },
       cursor: this.#cursor,
       entries,
-      // The bridge may send again what lies before the place where this tab begins.
+      // The bridge may send events from before the position where this tab begins again.
       recent: entries ? [...this.#recent] : [],
-      // What a tab that is too far behind has to see on a connection of its own before it can follow.
+      // The events that a tab too far behind has to get by a connection of its own before it can follow.
       ids: entries ? [] : this.#ring.flatMap((entry) => entry.eventId ?? []),
       types: this.#open,
       state: this.#state,
@@ -1032,8 +1032,8 @@ class Subscription {
   }
 
   /**
-   * Once an event has come by both, and all that the leader has sent has come by this tab's own connection, that
-   * connection is not needed any more. Until then nothing of the leader's is shown, so that the order is right.
+   * Once this tab's own connection has delivered all events of the leader, it is not needed any more. Until then no
+   * event of the leader is shown, so that the order is right.
    * @param {string | null} id
    */
   #catchUp(id) {
@@ -1069,7 +1069,7 @@ class Subscription {
     this.#ringChars = 0;
   }
 
-  /** A leader that is frozen holds its lock and answers nothing. */
+  /** A frozen leader keeps its lock and answers nothing. */
   #watchLeader() {
     clearTimeout(this.#watch);
     this.#missed = 0;
@@ -1079,7 +1079,7 @@ class Subscription {
       // The timers of a hidden page may be a minute late. A page that is seen does not wait for them.
       const late = status === "waiting" && this.#synced && Date.now() > retryAt + PING_MS;
       if (this.#missed >= 2 || (late && document.visibilityState === "visible")) {
-        this.#stand(true);
+        this.#runForLead(true);
         return;
       }
       this.#missed++;
@@ -1089,12 +1089,12 @@ class Subscription {
     this.#watch = setTimeout(ask, PING_MS);
   }
 
-  // What comes.
+  // Blocks of the stream.
 
   /** @param {Entry} entry @param {boolean} [shared] whether its position is one of the tabs' */
   #takeEntry(entry, shared = true) {
     if (shared) this.#at = { term: entry.term, n: entry.n };
-    if (entry.block.name === "bridge.gap") this.#forget(); // What lies before a hole leads nobody on.
+    if (entry.block.name === "bridge.gap") this.#forget(); // No tab can continue from before a gap.
     this.#ring.push(entry);
     this.#ringChars += entry.block.data.length;
     while (this.#ringChars > RING_CHARS) this.#ringChars -= this.#ring.shift()?.block.data.length ?? 0;
@@ -1117,12 +1117,12 @@ class Subscription {
     this.#waitingChars += data.length;
     this.#wait({ kind: "event", event, cursor: this.#cursor, size: data.length });
     if (this.#waiting.length <= (this.options.maxWaiting ?? WAITING_EVENTS) && this.#waitingChars <= WAITING_CHARS) return;
-    // Rather a gap that is told than a page without memory.
+    // A gap is better than a page without memory.
     this.#empty();
     this.#wait({ kind: "gap", reason: "overflow" });
   }
 
-  /** What other tabs have had from before the place where this one begins. @param {string[]} [ids] */
+  /** Remembers what other tabs got before the position where this one begins. @param {string[]} [ids] */
   #rememberAll(ids = []) {
     for (const id of ids) this.#remember(id);
   }
@@ -1137,22 +1137,22 @@ class Subscription {
    * @param {string | null} id
    */
   #onReady(told, id) {
-    const first = !this.#greeted;
+    const first = !this.#wasLive;
     const placed = this.#cursor !== null;
-    // By a bridge that names no identity another user shows only here.
+    // A bridge of the version before names no identity: another user is noticed only here.
     const before = this.#before ?? (this.user !== told.user ? this.user : null);
     this.#before = null;
-    this.#greeted = true;
+    this.#wasLive = true;
     this.user = told.user;
     this.#cursor = id ?? this.#cursor;
     this.#setState({ status: "live" });
     if (first) this.#resolveReady({ user: told.user });
-    // What was shown is another person's, or of other groups: the page must fetch its state again.
+    // The page shows the state of another person, or of other groups, and must fetch it again.
     if (before !== null) this.#wait({ kind: "gap", reason: before === told.user ? "other-groups" : "other-user" });
     else if (first && this.options.load && !(this.options.keep && told.resumed && placed)) this.#wait({ kind: "load" });
   }
 
-  // What the handlers get: one after the other, in the order in which it came.
+  // Calls of the handlers: one after the other, in the order of the stream.
 
   /** @param {Item} item */
   #wait(item) {
@@ -1180,8 +1180,8 @@ class Subscription {
   }
 
   /**
-   * A page is fetched its state before it gets the events that follow: each of them is newer than the state, or in it
-   * already. Between events the page may paint and react.
+   * `load` ends before the events that follow are handed out: each of them is newer than the state that it fetched, or
+   * is in it already. Between events the page may paint and react.
    */
   async #handOut() {
     this.#handing = true;
@@ -1259,7 +1259,7 @@ class Subscription {
 }
 
 /**
- * The page's other tasks come first; `scheduler.yield` would go before them. A timer would be slow in a hidden page.
+ * After the page's other tasks: `scheduler.yield` would go before them, and a timer is slow in a hidden page.
  * @returns {Promise<void>}
  */
 function nextTask() {
@@ -1274,7 +1274,7 @@ function nextTask() {
 }
 
 /**
- * A handler's fault is the page's, and must not end the stream: it goes where uncaught errors go.
+ * An error in a handler does not end the stream. It is reported like an uncaught error.
  * @param {() => void} handler
  */
 function call(handler) {
@@ -1305,7 +1305,7 @@ function isOpen(state) {
 }
 
 /**
- * Whether a stream of these patterns carries all that others ask for; null asks for every type.
+ * Whether a stream of these patterns carries every type that others ask for; null asks for every type.
  * @param {string[]} open
  * @param {string[] | null} wanted
  */
@@ -1319,7 +1319,7 @@ function covers(open, wanted) {
  * @returns {(type: string) => boolean}
  */
 export function matcher(patterns) {
-  // Each word takes the dot before it along, so that `#` may be no word at all.
+  // Each word includes the dot before it, so that `#` may match no word.
   const word = (/** @type {string} */ word) =>
     word === "#" ? "(\\.[^.]+)*" : word === "*" ? "\\.[^.]+" : "\\." + word.replace(/[^\w-]/g, "\\$&");
   const whole = patterns.map((pattern) => pattern.split(".").map(word).join(""));
