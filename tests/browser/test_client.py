@@ -18,6 +18,7 @@ from tests.service import Service, mint
 pytestmark = pytest.mark.any_rabbitmq
 
 
+@pytest.mark.contract("2.72")
 async def test_one_function_or_one_for_each_type(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await (await tab(bridge)).subscribe(
         """{ onEvent: { "job.completed": (event) => seen.push(event.data.job_id),
@@ -40,6 +41,7 @@ async def test_only_the_types_that_were_asked_for(bridge: Service, vhost: Vhost,
     assert await one.seen(1) == ["n1"]
 
 
+@pytest.mark.contract("7.12", "7.13")
 async def test_seven_tabs_share_one_connection_and_outlive_their_leader(
     bridge: Service, vhost: Vhost, tab: OpenTab
 ) -> None:
@@ -58,6 +60,7 @@ async def test_seven_tabs_share_one_connection_and_outlive_their_leader(
     assert sum([await each.leads() for each in tabs[3:]]) == 1
 
 
+@pytest.mark.contract("7.15")
 async def test_a_leader_that_says_nothing_is_replaced(
     start: StartService, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
@@ -171,6 +174,7 @@ async def test_a_token_that_is_refused_is_asked_for_anew(bridge: Service, tab: O
     assert await one.get("asked") == [None, "invalid-token"]
 
 
+@pytest.mark.contract("7.27")
 async def test_who_is_refused_is_told_why_and_may_try_again(bridge: Service, tab: OpenTab, origin: str) -> None:
     one = await (await tab(bridge, None)).subscribe()
     two = await (await tab(bridge, None)).subscribe()
@@ -184,6 +188,7 @@ async def test_who_is_refused_is_told_why_and_may_try_again(bridge: Service, tab
     await one.live()
 
 
+@pytest.mark.contract("7.21", "7.22")
 async def test_a_page_is_loaded_once_live_and_again_after_a_gap(
     start: StartService, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
@@ -211,6 +216,7 @@ async def test_a_page_is_loaded_once_live_and_again_after_a_gap(
         assert (await one.seen(6))[5] == "e2"
 
 
+@pytest.mark.contract("7.24")
 async def test_a_reload_keeps_the_place_if_asked(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await (await (await tab(bridge)).subscribe(keep=True)).live()
     await publish(vhost, 0, 2)
@@ -223,6 +229,7 @@ async def test_a_reload_keeps_the_place_if_asked(bridge: Service, vhost: Vhost, 
     assert await one.get("gaps") == []
 
 
+@pytest.mark.contract("7.17")
 async def test_a_follower_that_comes_back_is_given_what_it_missed(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     leader = await (await (await tab(bridge)).subscribe()).live()
     follower = await (await (await tab(bridge)).subscribe(keep=True)).live()
@@ -263,6 +270,7 @@ async def test_a_hidden_page_pauses_and_resumes(bridge: Service, vhost: Vhost, t
     assert await one.get("gaps") == []
 
 
+@pytest.mark.contract("7.5")
 async def test_another_person_on_the_same_page_is_a_gap(start: StartService, tab: OpenTab, origin: str) -> None:
     service = await start(ALLOWED_ORIGINS=origin, MAX_AGE_SECONDS="2", RETRY_SECONDS="0.2")
     one = await (await (await tab(service)).subscribe(keep=True)).live()
@@ -277,6 +285,7 @@ async def test_another_person_on_the_same_page_is_a_gap(start: StartService, tab
     assert await one.get("gaps") == ["other-user"], "also where the page was left in between"
 
 
+@pytest.mark.contract("7.24")
 async def test_a_reload_before_the_state_is_there_begins_anew(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     load = "{ load: ({ reason }) => { loads.push(reason); return new Promise(() => {}) } }"
     one = await (await (await tab(bridge)).subscribe(load, keep=True)).live()
@@ -287,6 +296,7 @@ async def test_a_reload_before_the_state_is_there_begins_anew(bridge: Service, v
     await one.page.wait_for_function("loads.length === 1")
 
 
+@pytest.mark.contract("7.21")
 async def test_a_gap_while_the_state_is_fetched(start: StartService, vhost: Vhost, tab: OpenTab, origin: str) -> None:
     service = await start(ALLOWED_ORIGINS=origin, LOG="", RETRY_SECONDS="0.2", HEARTBEAT_SECONDS="1")
     async with Proxy(int(service.public.rpartition(":")[2])) as proxy:
@@ -318,6 +328,7 @@ async def test_a_gap_while_the_state_is_fetched(start: StartService, vhost: Vhos
         assert (await one.get("seen")).index("load 2") > 1 or "e0" not in await one.get("seen")
 
 
+@pytest.mark.contract("7.8")
 async def test_closing_in_a_handler_ends_everything(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await tab(bridge)
     await one.subscribe("{ onEvent: (event) => { seen.push(event.id); subscription.close() } }")

@@ -75,6 +75,7 @@ async def pages(engine: Engine, start: StartService, vhost: Vhost, origin: str) 
         yield Pages(engine, origin, site, vhost)
 
 
+@pytest.mark.contract("7.13")
 async def test_tabs_share_a_stream_and_outlive_leaders_that_crash(pages: Pages) -> None:
     one, two, three = [await pages.open() for _ in range(3)]
     assert len(pages.site.streams) == 1
@@ -106,6 +107,7 @@ ADD_HEADERS = """
 """As the packages of Sentry and OpenTelemetry do in a page."""
 
 
+@pytest.mark.contract("2.16")
 async def test_a_page_whose_fetch_adds_headers_of_its_own_connects(pages: Pages) -> None:
     tab = await pages.open(ADD_HEADERS)
     await pages.publish()
@@ -114,6 +116,7 @@ async def test_a_page_whose_fetch_adds_headers_of_its_own_connects(pages: Pages)
     assert stream.headers["baggage"] == "a=1"
 
 
+@pytest.mark.contract("7.15")
 async def test_a_frozen_leader_is_replaced_and_catches_up(pages: Pages) -> None:
     one, two = [await pages.open() for _ in range(2)]
     await one.freeze()

@@ -36,6 +36,7 @@ async def visit(page: Page, service: Service, user: str | None = "42", *groups: 
     await page.goto(url)
 
 
+@pytest.mark.contract("5.63")
 async def test_events_come_are_found_and_are_shown_with_their_schema(
     console: Service, vhost: Vhost, page: Page
 ) -> None:
@@ -60,6 +61,7 @@ async def test_events_come_are_found_and_are_shown_with_their_schema(
     await expect(detail).to_be_hidden()
 
 
+@pytest.mark.contract("5.65")
 async def test_a_sample_of_every_type_can_be_published(console: Service, vhost: Vhost, page: Page) -> None:
     await visit(page, console)
     await expect(page.locator("#sample-to")).to_have_value("user:42")
@@ -85,6 +87,7 @@ async def test_who_has_no_token_pastes_one(console: Service, page: Page) -> None
     await expect(page.locator("#state")).to_have_text("live for user “7”")
 
 
+@pytest.mark.contract("2.73")
 async def test_a_gap_and_a_cut_are_shown(start: StartService, page: Page, vhost: Vhost) -> None:
     service = await start(CONSOLE="true", LOG="", RETRY_SECONDS="0.2", MAX_AGE_SECONDS="1")
     await visit(page, service)
@@ -93,11 +96,13 @@ async def test_a_gap_and_a_cut_are_shown(start: StartService, page: Page, vhost:
     assert (await service.get("/console/publish")).status_code == 404
 
 
+@pytest.mark.contract("2.73", "5.63")
 async def test_it_is_not_there_unless_asked_for(service: Service) -> None:
     for path in ("/", "/console/app.js", "/console/publish"):
         assert (await service.get(path)).status_code == 404
 
 
+@pytest.mark.contract("5.64", "5.65")
 @pytest.mark.parametrize(
     ("status", "changes"),
     [

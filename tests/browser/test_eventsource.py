@@ -49,6 +49,7 @@ def told(ready: list[object]) -> dict[str, object]:
     return {name: value for name, value in ready[1].items() if name != "identity"}
 
 
+@pytest.mark.contract("2.15")
 async def test_typed_events_across_origins_with_the_cookie(
     start: StartService, vhost: Vhost, page: Page, origin: str
 ) -> None:
@@ -69,6 +70,7 @@ async def test_typed_events_across_origins_with_the_cookie(
     assert len(await seen(page, 3)) == 3
 
 
+@pytest.mark.contract("2.15")
 async def test_an_origin_that_is_not_allowed_reads_nothing(
     service: Service, page: Page, origin: str, vhost: Vhost
 ) -> None:
@@ -106,6 +108,7 @@ async def test_a_page_lives_through_a_drain_and_comes_back_with_its_cursor(
     ]
 
 
+@pytest.mark.contract("2.12")
 async def test_busy_does_not_silence_a_page_for_good(
     start: StartService, vhost: Vhost, page: Page, origin: str
 ) -> None:

@@ -35,6 +35,7 @@ def token(user: str, *groups: str) -> str:
 # Whose stream it is.
 
 
+@pytest.mark.contract("7.2", "7.4", "7.5")
 async def test_a_person_who_logs_in_after_another_gets_their_own_events(
     bridge: Service, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
@@ -57,6 +58,7 @@ async def test_a_person_who_logs_in_after_another_gets_their_own_events(
     assert await bridge.metric("bridge_connections") == 1
 
 
+@pytest.mark.contract("7.2")
 async def test_a_tab_that_is_looked_at_again_asks_who_it_is(
     bridge: Service, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
@@ -70,6 +72,7 @@ async def test_a_tab_that_is_looked_at_again_asks_who_it_is(
         assert await each.get("gaps") == ["other-user"]
 
 
+@pytest.mark.contract("7.3", "7.4", "7.5")
 async def test_another_set_of_groups_is_another_stream(
     bridge: Service, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
@@ -87,6 +90,7 @@ async def test_another_set_of_groups_is_another_stream(
     assert await one.get("gaps") == ["other-groups"]
 
 
+@pytest.mark.contract("7.1", "7.3")
 async def test_tabs_with_tokens_of_two_people_share_nothing(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await (await (await tab(bridge, None)).subscribe(token("42"))).live()
     two = await (await (await tab(bridge, None)).subscribe(token("43"))).live()
@@ -99,6 +103,7 @@ async def test_tabs_with_tokens_of_two_people_share_nothing(bridge: Service, vho
     assert await two.seen(2) == await again.seen(2) == ids(0, 2, prefix="b")
 
 
+@pytest.mark.contract("7.9")
 async def test_two_subscriptions_of_one_page_are_two_people(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await (await (await tab(bridge, None)).subscribe(token("42"))).live()
     await one.get(
@@ -118,6 +123,7 @@ async def test_two_subscriptions_of_one_page_are_two_people(bridge: Service, vho
     assert await one.get("[subscription.state.user, second.state.user]") == ["42", "43"]
 
 
+@pytest.mark.contract("7.7")
 async def test_a_log_out_in_one_tab_is_one_in_all(bridge: Service, vhost: Vhost, tab: OpenTab, origin: str) -> None:
     tabs = [await (await (await tab(bridge, "42")).subscribe()).live() for _ in range(3)]
     await tabs[2].page.context.clear_cookies()
@@ -138,6 +144,7 @@ async def test_a_log_out_in_one_tab_is_one_in_all(bridge: Service, vhost: Vhost,
 # Who leads.
 
 
+@pytest.mark.contract("7.14")
 @pytest.mark.parametrize(
     "later",
     ["null", "(() => { throw new Error('offline') })()", "new Promise(() => {})"],
@@ -163,6 +170,7 @@ async def test_a_leader_without_a_token_hands_the_lead_on(
     assert await two.get("gaps") == await three.get("gaps") == []
 
 
+@pytest.mark.contract("7.6")
 async def test_a_refused_leader_decides_nothing_for_a_new_tab(
     bridge: Service, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
@@ -174,6 +182,7 @@ async def test_a_refused_leader_decides_nothing_for_a_new_tab(
     assert await one.seen(1) == await two.seen(1) == ["e0"]
 
 
+@pytest.mark.contract("7.15")
 async def test_a_frozen_leader_is_replaced_and_follows_when_it_thaws(
     bridge: Service, vhost: Vhost, tab: OpenTab, freezer: Freezer
 ) -> None:
@@ -193,6 +202,7 @@ async def test_a_frozen_leader_is_replaced_and_follows_when_it_thaws(
     assert await one.get("gaps") == await two.get("gaps") == []
 
 
+@pytest.mark.contract("7.13")
 async def test_a_leader_that_crashes_is_followed_by_the_next(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await (await (await tab(bridge)).subscribe()).live()
     two = await (await (await tab(bridge)).subscribe()).live()
@@ -224,6 +234,7 @@ LAGGING = """
 """
 
 
+@pytest.mark.contract("7.16", "7.17")
 @pytest.mark.parametrize("lag", [2, 20])
 async def test_a_leader_that_is_closed_in_a_burst_leaves_no_gap(
     bridge: Service, vhost: Vhost, tab: OpenTab, lag: int
@@ -249,6 +260,7 @@ async def test_a_leader_that_is_closed_in_a_burst_leaves_no_gap(
     assert await tabs[4].seen(total) == ids(0, total)
 
 
+@pytest.mark.contract("7.18")
 async def test_a_tab_that_was_away_for_long_catches_up_from_the_log(
     bridge: Service, vhost: Vhost, tab: OpenTab
 ) -> None:
@@ -278,6 +290,7 @@ async def test_a_tab_that_was_away_for_long_catches_up_from_the_log(
 # One connection for all filters.
 
 
+@pytest.mark.contract("7.30")
 async def test_eight_widgets_have_one_connection(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     kinds = ["job.completed", "job.failed", "job.started", "job.progress", "notification", "report.ready", "job.*", "#"]
     one = await (await (await tab(bridge)).subscribe(types=["job.completed"])).live()
@@ -300,6 +313,7 @@ async def test_eight_widgets_have_one_connection(bridge: Service, vhost: Vhost, 
     assert await one.seen(2) == ["c1", "c2"]
 
 
+@pytest.mark.contract("7.31")
 async def test_a_filter_that_is_added_in_a_burst_costs_the_others_nothing(
     bridge: Service, vhost: Vhost, tab: OpenTab
 ) -> None:
@@ -320,6 +334,7 @@ async def test_a_filter_that_is_added_in_a_burst_costs_the_others_nothing(
         assert len(set(seen)) == len(seen)
 
 
+@pytest.mark.contract("7.10")
 async def test_a_tab_is_not_shown_what_came_before_it_joined(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     """A stream that comes back with another filter is sent some events again, which the bridge cannot know to have been
     sent. Tabs that were there know them by their ids; those that came later learn these when they join."""
@@ -340,6 +355,7 @@ async def test_a_tab_is_not_shown_what_came_before_it_joined(bridge: Service, vh
     assert await bridge.metric("bridge_connections") == 1
 
 
+@pytest.mark.contract("7.30")
 async def test_the_client_filters_as_the_bridge_does(bridge: Service, tab: OpenTab) -> None:
     patterns = [
         "a",

@@ -17,6 +17,7 @@ from tests.service import Service
 pytestmark = pytest.mark.any_rabbitmq
 
 
+@pytest.mark.contract("7.19")
 async def test_a_page_gets_its_turn_between_slow_handlers(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await tab(bridge)
     # `turns` counts the page's own tasks; a handler notes how many there were before it.
@@ -41,6 +42,7 @@ async def test_a_page_gets_its_turn_between_slow_handlers(bridge: Service, vhost
     assert all(earlier < later for earlier, later in itertools.pairwise(before)), before
 
 
+@pytest.mark.contract("7.20")
 async def test_a_page_may_take_events_as_batches(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await tab(bridge)
     await one.subscribe(
@@ -53,6 +55,7 @@ async def test_a_page_may_take_events_as_batches(bridge: Service, vhost: Vhost, 
     assert len(await one.get("loads")) < 300
 
 
+@pytest.mark.contract("7.25")
 async def test_a_page_sees_that_the_broker_is_away(
     start: StartService, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
@@ -72,12 +75,14 @@ async def test_a_page_sees_that_the_broker_is_away(
         assert await each.get("gaps") == []
 
 
+@pytest.mark.contract("7.26")
 async def test_why_the_bridge_ended_a_stream_is_in_the_state(start: StartService, tab: OpenTab, origin: str) -> None:
     service = await start(ALLOWED_ORIGINS=origin, MAX_AGE_SECONDS="1", RETRY_SECONDS="0.2")
     one = await (await (await tab(service)).subscribe()).live()
     await one.page.wait_for_function("states.some(({ status, reason }) => status === 'waiting' && reason === 'rotate')")
 
 
+@pytest.mark.contract("7.28")
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
@@ -108,12 +113,14 @@ async def test_the_answer_of_a_proxy_is_a_problem_that_passes(
     assert await one.seen(1) == ["e0"]
 
 
+@pytest.mark.contract("7.27")
 async def test_what_the_bridge_refuses_is_not_tried_again(bridge: Service, tab: OpenTab) -> None:
     one = await (await tab(bridge)).subscribe(types=["no pattern"])
     await one.status("refused")
     assert (await one.get("subscription.state.problem"))["code"] == "invalid-types"
 
 
+@pytest.mark.contract("7.22")
 async def test_a_load_that_never_ends_is_tried_again(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await tab(bridge)
     await one.subscribe(
@@ -130,6 +137,7 @@ async def test_a_load_that_never_ends_is_tried_again(bridge: Service, vhost: Vho
     assert await one.get("subscription.state.loading") is False
 
 
+@pytest.mark.contract("7.23")
 async def test_what_waits_for_a_load_has_a_bound(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await tab(bridge)
     await one.subscribe(
@@ -151,6 +159,7 @@ async def test_what_waits_for_a_load_has_a_bound(bridge: Service, vhost: Vhost, 
     assert await one.get("gaps") == ["overflow"]
 
 
+@pytest.mark.contract("7.29")
 async def test_a_state_is_one_object_until_it_changes(bridge: Service, tab: OpenTab) -> None:
     one = await (await (await tab(bridge)).subscribe()).live()
     assert await one.get("subscription.state === subscription.state && Object.isFrozen(subscription.state)")

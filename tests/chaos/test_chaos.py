@@ -9,6 +9,7 @@ from tests.chaos.run import LEAST_EVENTS, LEAST_PAUSE, chaos
 
 
 # Clients that are cut leave sockets to the collector: that is what being cut is.
+@pytest.mark.contract("2.39")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_minute_of_everything_loses_nothing(rabbitmq: Installation) -> None:
     report, verdict, storm = await chaos(seed=7, seconds=25, rabbitmq=rabbitmq, longest=LEAST_PAUSE)

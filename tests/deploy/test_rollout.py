@@ -13,6 +13,7 @@ pytestmark = pytest.mark.any_rabbitmq
 
 
 # What a drained replica closes leaves its clients' sockets to the collector.
+@pytest.mark.contract("2.39")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_rolling_update_costs_nobody_an_event(node: Node) -> None:
     report, verdict = await rehearse(node, scale=0.05, replicas=2, clients=40)

@@ -82,6 +82,7 @@ async def test_hostile_patterns_are_taken_and_mean_what_they_say(
     assert "at most 16 patterns in `types`, these are 10001" in commas.json()["detail"]
 
 
+@pytest.mark.contract("1.23", "5.26")
 async def test_large_bodies_to_many_streams_are_not_gathered(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -113,6 +114,7 @@ async def test_large_bodies_to_many_streams_are_not_gathered(
     check_not_gathered(service, before)
 
 
+@pytest.mark.contract("1.23", "5.26")
 async def test_a_large_body_in_the_log_is_not_gathered_either(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -132,6 +134,7 @@ async def test_a_large_body_in_the_log_is_not_gathered_either(
     check_not_gathered(service, before)
 
 
+@pytest.mark.contract("5.28")
 async def test_a_frame_larger_than_agreed_ends_the_connection_and_nothing_is_lost(
     start: StartService, vhost: Vhost, connect: OpenStream, proxy: Proxy
 ) -> None:
@@ -154,6 +157,7 @@ FLOOD = 5_000
 """Fewer than the quarantine holds, so that it drops none by itself, however slow the machine is."""
 
 
+@pytest.mark.contract("5.22")
 async def test_of_a_flood_of_refused_messages_a_part_is_kept_and_the_rest_is_counted_and_told(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import pytest
+
 from tests.bench.publish import close as close_publisher
 from tests.bench.publish import connect as raw_publisher
 from tests.bench.publish import message
@@ -43,6 +45,7 @@ async def come_back(service: Service, connect: OpenStream, user: str, cursor: st
     return await connect(service, user, headers={"Last-Event-ID": cursor}, ready=False)
 
 
+@pytest.mark.contract("2.45", "5.57")
 async def test_a_token_that_connects_again_and_again_costs_the_broker_nothing(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -72,6 +75,7 @@ async def test_a_token_that_connects_again_and_again_costs_the_broker_nothing(
     assert await innocent.ids(1) == ["e1"]
 
 
+@pytest.mark.contract("2.46", "2.48", "2.50")
 async def test_a_user_without_budget_waits_with_heartbeats_while_others_are_served(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -105,6 +109,7 @@ async def test_a_user_without_budget_waits_with_heartbeats_while_others_are_serv
     assert await service.metric("bridge_log_waiting_for_budget") >= 1
 
 
+@pytest.mark.contract("2.49")
 async def test_replays_take_turns_and_each_is_whole_and_in_order(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:

@@ -96,6 +96,7 @@ publisher.close()
 """
 
 
+@pytest.mark.contract("4.10")
 @pytest.mark.parametrize("when", ["used", "unused"])
 def test_a_publisher_that_was_made_before_a_fork_works_in_the_child(vhost: Vhost, when: str) -> None:
     vhost.add_everything()
@@ -128,6 +129,7 @@ asyncio.run(parent())
 """
 
 
+@pytest.mark.contract("4.11")
 def test_the_async_publisher_says_that_it_was_forked(vhost: Vhost) -> None:
     vhost.add_everything()
     done = run(ASYNC_FORK, vhost.url)
@@ -152,6 +154,7 @@ publisher.to_user("42", JobCompleted(job_id="r-7", duration_seconds=3.2))
 # A broker that is away, silent, or says no
 
 
+@pytest.mark.contract("4.8", "4.16")
 async def test_it_connects_when_the_broker_is_there_at_last(vhost: Vhost, proxy: Proxy) -> None:
     vhost.add_everything()
     await proxy.refuse()
@@ -177,6 +180,7 @@ async def test_it_connects_when_the_broker_is_there_at_last(vhost: Vhost, proxy:
     await asyncio.to_thread(publisher.close)
 
 
+@pytest.mark.contract("4.9")
 def test_every_call_ends_at_a_listener_that_says_nothing(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Without the limit of one try to connect: that the calls end at all shows whose limit it was.
     monkeypatch.setattr("bridge.amqp.CONNECT_SECONDS", 10 * PATIENCE)
@@ -189,6 +193,7 @@ def test_every_call_ends_at_a_listener_that_says_nothing(silent: str, monkeypatc
     publisher.close()
 
 
+@pytest.mark.contract("4.9")
 def test_closing_ends_the_calls_of_other_threads(silent: str) -> None:
     publisher = Publisher.blocking(silent, source="/t", timeout=10 * PATIENCE)
     errors: list[BaseException] = []
@@ -215,6 +220,7 @@ def test_closing_ends_the_calls_of_other_threads(silent: str) -> None:
             assert len(error.id) == 36
 
 
+@pytest.mark.contract("4.9")
 async def test_closing_ends_the_tasks_of_the_async_form(silent: str) -> None:
     publisher = Publisher(silent, source="/t", timeout=10 * PATIENCE)
     tasks = [asyncio.create_task(publisher.to_user("42", DONE)) for _ in range(5)]
@@ -265,6 +271,7 @@ def messages(url: str, *commands: list[str]) -> list[str]:
     return found
 
 
+@pytest.mark.contract("5.33")
 def test_a_virtual_host_that_is_none(vhost: Vhost, user: str) -> None:
     url = url_of(vhost, user, "no-such-place")
     # Waiting would not help, so nothing waits: the test ends.
@@ -274,6 +281,7 @@ def test_a_virtual_host_that_is_none(vhost: Vhost, user: str) -> None:
         assert "NOT_ALLOWED - vhost no-such-place not found" in text
 
 
+@pytest.mark.contract("5.33")
 def test_no_right_on_the_virtual_host(vhost: Vhost, user: str) -> None:
     vhost.revoke(user)
     with pytest.raises(PublishForbidden, match=f"access to vhost '{vhost.name}' refused for user '{user}'"):

@@ -47,6 +47,7 @@ async def flows_again(stream: Stream, vhost: Vhost, event_id: str, *, gaps: int 
     assert [frame.event for frame in stream.frames].count("bridge.gap") == gaps
 
 
+@pytest.mark.contract("2.12", "2.30", "2.52", "2.74")
 async def test_a_broker_killed_and_started_again_is_invisible(
     own_vhost: Vhost, start: StartService, connect: OpenStream
 ) -> None:
@@ -80,6 +81,7 @@ async def test_a_broker_killed_and_started_again_is_invisible(
     assert await service.metric("bridge_connections") == 20
 
 
+@pytest.mark.contract("2.31")
 async def test_a_connection_cut_by_the_network(
     vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
 ) -> None:
@@ -98,6 +100,7 @@ async def test_a_connection_closed_by_an_operator(service: Service, vhost: Vhost
     await flows_again(stream, vhost, "e1")
 
 
+@pytest.mark.contract("2.31")
 async def test_a_network_that_swallows_everything_is_noticed_by_heartbeats(
     vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
 ) -> None:
@@ -173,6 +176,7 @@ ODD = {
 }
 
 
+@pytest.mark.contract("1.15")
 async def test_no_property_of_a_message_breaks_the_connection_nor_the_log(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -256,6 +260,7 @@ async def test_a_broker_that_is_not_there_yet_is_waited_for(
     assert "guest:guest" not in service.text
 
 
+@pytest.mark.contract("1.16")
 async def test_queues_go_with_their_streams(
     service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:
@@ -312,6 +317,7 @@ async def test_streams_do_not_wait_for_a_queue_that_does_not_answer(
         await tell_process("resume")
 
 
+@pytest.mark.contract("5.14")
 @pytest.mark.parametrize("what", ["exchange", "quarantine", "log"])
 async def test_topology_that_differs_stops_the_start_with_what_to_do(
     vhost: Vhost, start: StartService, what: str

@@ -44,6 +44,7 @@ def limit(vhost: Vhost, what: str, value: int | None) -> None:
         vhost.node.ctl("set_vhost_limits", "-p", vhost.name, f'{{"{what}": {value}}}')
 
 
+@pytest.mark.contract("5.35")
 async def test_a_new_stream_beyond_the_limit_of_queues_is_busy(
     start: StartService, connect: OpenStream, vhost: Vhost
 ) -> None:
@@ -65,6 +66,7 @@ async def test_a_new_stream_beyond_the_limit_of_queues_is_busy(
     assert "Traceback" not in service.text
 
 
+@pytest.mark.contract("5.34")
 async def test_the_limit_of_queues_is_waited_for_at_the_start(start: StartService, vhost: Vhost) -> None:
     limit(vhost, "max-queues", 0)
     service = await start(ready=False)
@@ -80,6 +82,7 @@ async def test_the_limit_of_queues_is_waited_for_at_the_start(start: StartServic
     assert await reason(service) is None
 
 
+@pytest.mark.contract("5.35")
 async def test_an_open_stream_waits_for_its_queue(start: StartService, connect: OpenStream, vhost: Vhost) -> None:
     service = await start(deadlines=SOON)
     streams = {str(user): await connect(service, str(user)) for user in range(30)}
@@ -119,6 +122,7 @@ def channel_max(node: Node) -> Iterator[None]:
     node.ctl("eval", "application:set_env(rabbit, channel_max, 2047).")
 
 
+@pytest.mark.contract("5.34")
 @pytest.mark.usefixtures("channel_max")
 async def test_a_bridge_fits_into_few_channels(
     start: StartService, connect: OpenStream, vhost: Vhost, node: Node
@@ -163,6 +167,7 @@ async def test_a_bridge_fits_into_its_users_channels(
     assert await service.metric("bridge_broker_connects") == 1
 
 
+@pytest.mark.contract("5.34")
 async def test_a_limit_of_connections_is_waited_for(start: StartService, connect: OpenStream, vhost: Vhost) -> None:
     limit(vhost, "max-connections", 0)
     service = await start(ready=False, BROKER_GRACE_SECONDS="0")

@@ -85,6 +85,7 @@ def said(frames: list[Frame]) -> list[object]:
     return [frame.json if frame.event == "bridge.gap" else frame.json["id"] for frame in frames]
 
 
+@pytest.mark.contract("5.58", "5.60")
 @pytest.mark.parametrize("key", ["user.42", "group.ops", "all"])
 async def test_a_worker_is_ahead_of_the_replica(
     fleet: Callable[[], Awaitable[Fleet]], connect: OpenStream, key: str
@@ -116,6 +117,7 @@ async def test_a_worker_is_ahead_of_the_replica(
     assert await replicas.new.metric('bridge_gaps_total{reason="not-readable"}') == 0
 
 
+@pytest.mark.contract("5.25", "5.59")
 async def test_a_model_became_narrower_and_a_worker_is_behind(
     fleet: Callable[[], Awaitable[Fleet]], connect: OpenStream, vhost: Vhost
 ) -> None:
@@ -137,6 +139,7 @@ async def test_a_model_became_narrower_and_a_worker_is_behind(
     assert await replicas.new.metric('bridge_log_unreadable_total{reason="schema"}') >= 20
 
 
+@pytest.mark.contract("5.62")
 async def test_a_message_that_no_catalogue_can_read_is_no_gap(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -151,6 +154,7 @@ async def test_a_message_that_no_catalogue_can_read_is_no_gap(
     assert (await come_back(connect, service, start_id))[0] == ["last"]
 
 
+@pytest.mark.contract("5.58")
 async def test_an_event_over_the_limit_of_this_replica_is_a_gap(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:

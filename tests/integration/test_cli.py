@@ -57,6 +57,7 @@ async def run(
     return Result(process.returncode or 0, out.decode(), err.decode())
 
 
+@pytest.mark.contract("3.2")
 async def test_publish_one(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "a b", "ops")
     for to in ["user:a b", "group:ops", "all"]:
@@ -65,6 +66,7 @@ async def test_publish_one(service: Service, vhost: Vhost, connect: OpenStream) 
         assert (await stream.next_event())["id"] == done.out.strip()
 
 
+@pytest.mark.contract("3.2")
 async def test_publish_one_a_line(service: Service, vhost: Vhost, connect: OpenStream, tmp_path: Path) -> None:
     stream = await connect(service)
     lines = "\n".join(json.dumps({"job_id": str(n), "duration_seconds": n}) for n in range(5)) + "\n\n"
@@ -106,6 +108,7 @@ async def test_bad_input_is_named_and_nothing_is_published(args: list[str], stdi
     assert done.out == ""
 
 
+@pytest.mark.contract("3.2")
 async def test_publish_without_a_confirm_fails(vhost: Vhost) -> None:
     args = ["publish", "--to", "all", "--type", "job.completed", "--data", ONE]
     done = await run(*args, "--timeout", "1", amqp_url="amqp://u:s3cret@127.0.0.1:1/")
@@ -118,6 +121,7 @@ async def test_publish_without_a_confirm_fails(vhost: Vhost) -> None:
     assert "no exchange 'events'" in done.err
 
 
+@pytest.mark.contract("4.2")
 async def test_a_team_brings_its_own_catalogue(vhost: Vhost, service: Service, tmp_path: Path) -> None:
     (tmp_path / "our_events").mkdir()
     (tmp_path / "our_events/__init__.py").write_text(
@@ -130,6 +134,7 @@ async def test_a_team_brings_its_own_catalogue(vhost: Vhost, service: Service, t
     assert done.code == 0, done.err
 
 
+@pytest.mark.contract("3.7", "3.13", "3.15", "3.18")
 async def test_schemas_diff_names_what_breaks(tmp_path: Path) -> None:
     package = tmp_path / "our_events"
     package.mkdir()
@@ -151,6 +156,7 @@ async def test_schemas_diff_names_what_breaks(tmp_path: Path) -> None:
     assert "not JSON" in done.err
 
 
+@pytest.mark.contract("3.1")
 async def test_serve_names_every_bad_setting_and_exits_2() -> None:
     done = await run("serve", HEARTBEAT_SECONDS="soon", BIND="x", JWT_SECRET="too-short-s3cret")
     assert done.code == 2
@@ -174,6 +180,7 @@ async def test_serve_names_every_fault_of_the_catalogue_and_exits_2(tmp_path: Pa
     assert "C names no type" in done.err
 
 
+@pytest.mark.contract("3.5")
 async def test_a_token_from_the_command_line_opens_a_stream(service: Service) -> None:
     from tests.client import Stream
 
@@ -183,6 +190,7 @@ async def test_a_token_from_the_command_line_opens_a_stream(service: Service) ->
         assert (await stream.ready()).json["user"] == "42"
 
 
+@pytest.mark.contract("3.3")
 async def test_listen_prints_events_and_comes_back_after_a_cut(service: Service, vhost: Vhost, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(mint("42") + "\n")
@@ -208,6 +216,7 @@ async def _publish_until_delivered(service: Service, vhost: Vhost, event_id: str
             await vhost.publish("user.42.job.completed", cloudevent(event_id))
 
 
+@pytest.mark.contract("3.8")
 async def test_check_says_what_is_right_and_what_is_not(vhost: Vhost) -> None:
     done = await run("check", amqp_url=vhost.url, JWT_SECRET=SECRET, ALLOWED_ORIGIN="x")
     assert done.code == 0, done.out
@@ -234,6 +243,7 @@ async def test_check_says_what_is_right_and_what_is_not(vhost: Vhost) -> None:
     assert "/no/such/file cannot be used" in done.out
 
 
+@pytest.mark.contract("3.9")
 async def test_quarantine_is_listed_and_replayed(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service)
     good = cloudevent("fixed")
@@ -289,6 +299,7 @@ async def test_check_says_how_many_streams_there_are_descriptors_for(vhost: Vhos
     assert "!! the limit of file descriptors is 60" in done.out
 
 
+@pytest.mark.contract("5.75")
 async def test_check_says_where_the_catalogue_is_and_what_is_not_in_it(vhost: Vhost, tmp_path: Path) -> None:
     (tmp_path / "our_events").mkdir()
     (tmp_path / "our_events/__init__.py").write_text(

@@ -84,6 +84,7 @@ async def resumed(service: Service, cursor: str) -> list[str]:
     return ids[1:]
 
 
+@pytest.mark.contract("2.39", "5.49")
 @pytest.mark.parametrize("process", ["running", "stopped"])
 async def test_every_cursor_of_a_burst_brings_all_that_came_after_it(
     start: StartService, vhost: Vhost, connect: OpenStream, process: str
@@ -142,6 +143,7 @@ async def cut_off_while_it_works_off(service: Service, streams: list[Stream]) ->
     return found
 
 
+@pytest.mark.contract("5.49")
 @pytest.mark.parametrize("connection", ["open", "closed"])
 async def test_a_pause_of_the_process_loses_nothing(
     start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually, connection: str
@@ -179,6 +181,7 @@ async def test_a_pause_of_the_process_loses_nothing(
     print(f"sent twice: {twice}")
 
 
+@pytest.mark.contract("2.37")
 async def test_a_cursor_of_another_user_discloses_nothing(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42")
     await publish_burst(vhost, 40)

@@ -26,6 +26,7 @@ async def publish_burst(vhost: Vhost, **properties: Any) -> None:
             await target.publish(message, f"{key}.job.completed", mandatory=False)
 
 
+@pytest.mark.contract("1.18", "5.29")
 @pytest.mark.parametrize("cause", ["max-length", "max-length-bytes", "message-ttl", "expiration"])
 async def test_what_is_dropped_while_the_bridge_is_slow_comes_from_the_log(
     start: StartService, vhost: Vhost, connect: OpenStream, cause: str
@@ -54,6 +55,7 @@ async def test_what_is_dropped_while_the_bridge_is_slow_comes_from_the_log(
     assert await service.metric("bridge_broker_dropped") > 0
 
 
+@pytest.mark.contract("5.29")
 async def test_without_a_log_it_is_a_gap(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start(LOG="", BACKLOG_EVENTS="10000", BACKLOG_BYTES="10000000")
     stream = await connect(service, "42", "ops")

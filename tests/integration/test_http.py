@@ -40,6 +40,7 @@ async def problem(service: Service, status: int, code: str, path: str = "/events
     return {**document, "headers": response.headers}
 
 
+@pytest.mark.contract("2.1", "2.10", "5.44")
 async def test_no_token_and_bad_tokens(service: Service) -> None:
     document = await problem(service, 401, "missing-token")
     assert document["headers"]["www-authenticate"] == 'Bearer realm="bridge"'
@@ -53,6 +54,7 @@ async def test_no_token_and_bad_tokens(service: Service) -> None:
     await problem(service, 401, "missing-token", f"/events?access_token={mint('42')}")
 
 
+@pytest.mark.contract("2.1")
 async def test_the_first_of_header_cookie_and_query_counts(start: StartService) -> None:
     service = await start(QUERY_TOKEN="true", COOKIE="session")
     query = f"access_token={mint('query')}"
@@ -70,6 +72,7 @@ async def test_the_first_of_header_cookie_and_query_counts(start: StartService) 
     assert "access_token" not in service.text
 
 
+@pytest.mark.contract("2.10", "5.37")
 @pytest.mark.parametrize(
     "types", ["", ",", "job.*,", "A", "job.**", "a b", "x" * 129, ",".join("abcdefghijklmnopq"), "%23.a.%23.b.%23"]
 )
@@ -77,28 +80,33 @@ async def test_bad_types(service: Service, types: str) -> None:
     await problem(service, 400, "invalid-types", f"/events?types={types}", headers=TOKEN)
 
 
+@pytest.mark.contract("5.38")
 @pytest.mark.parametrize("name", ["named", "audience"])
 async def test_a_bad_word_for_a_flag(service: Service, name: str) -> None:
     await problem(service, 400, f"invalid-{name}", f"/events?{name}=maybe", headers=TOKEN)
 
 
+@pytest.mark.contract("2.10", "5.40")
 @pytest.mark.parametrize("user", ["x" * 249, "x" * 300, "😀" * 75])
 async def test_a_user_id_too_long_for_a_key(service: Service, user: str) -> None:
     await problem(service, 403, "id-too-long", headers={"Authorization": f"Bearer {mint(user)}"})
     await problem(service, 403, "id-too-long", headers={"Authorization": f"Bearer {mint('42', user)}"})
 
 
+@pytest.mark.contract("5.37")
 async def test_a_pattern_too_long_together_with_the_id(service: Service) -> None:
     token = {"Authorization": f"Bearer {mint('x' * 200)}"}
     await problem(service, 400, "invalid-types", f"/events?types={'y' * 60}", headers=token)
 
 
+@pytest.mark.contract("2.10", "6.38")
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 async def test_other_methods(service: Service, method: str) -> None:
     document = await problem(service, 405, "method-not-allowed", method=method, headers=TOKEN)
     assert {"GET", "HEAD", "OPTIONS"} <= set(document["headers"]["allow"].split(", "))
 
 
+@pytest.mark.contract("2.10", "6.27")
 async def test_an_accept_that_does_not_admit_a_stream(service: Service, connect: OpenStream) -> None:
     for accept in ["application/json", "text/html, application/json;q=0.9", "text/event-stream;q=0"]:
         await problem(service, 406, "not-acceptable", headers={**TOKEN, "Accept": accept})
@@ -112,6 +120,7 @@ async def test_two_lines_of_accept_count_together(service: Service) -> None:
     assert (await service.get("/events", method="HEAD", headers=accept)).status_code == 200
 
 
+@pytest.mark.contract("6.25")
 async def test_each_cookie_of_our_name_is_tried(service: Service) -> None:
     good = f"bridge_token={mint('42')}"
     for cookie in [
@@ -129,6 +138,7 @@ async def test_each_cookie_of_our_name_is_tried(service: Service) -> None:
     await problem(service, 401, "expired-token", headers=both)
 
 
+@pytest.mark.contract("6.24", "6.26")
 async def test_forms_of_the_authorization_line(start: StartService) -> None:
     service = await start(QUERY_TOKEN="true")
     for scheme in ["bearer", "BEARER", "Bearer  "]:
@@ -143,6 +153,7 @@ async def test_forms_of_the_authorization_line(start: StartService) -> None:
     assert (await service.get(path, method="HEAD")).status_code == 200
 
 
+@pytest.mark.contract("6.26")
 async def test_forms_of_the_query_and_the_path(service: Service, connect: OpenStream, vhost: Vhost) -> None:
     for path in ["/events/", "/%65vents", "/events?types=job.*&types=billing.%23", "/events?types=job.*,+billing.x"]:
         assert (await service.get(path, method="HEAD", headers=TOKEN)).status_code == 200, path
@@ -152,6 +163,7 @@ async def test_forms_of_the_query_and_the_path(service: Service, connect: OpenSt
     assert await stream.ids(1) == ["e1"]
 
 
+@pytest.mark.contract("6.28")
 async def test_ports_that_a_scheme_implies(start: StartService) -> None:
     service = await start(ALLOWED_ORIGINS=f"{APP}:443")
     for origin, host in [(APP, "x"), (APP + ":443", "x"), ("https://x", "x:443"), ("http://x", "x:80"), ("", "x")]:
@@ -161,6 +173,7 @@ async def test_ports_that_a_scheme_implies(start: StartService) -> None:
         await problem(service, 403, "origin-not-allowed", headers={**TOKEN, "Origin": origin, "Host": host})
 
 
+@pytest.mark.contract("2.10", "6.20", "6.21")
 async def test_groups_that_the_token_leaves_out_are_a_403(start: StartService) -> None:
     import jwt
 
@@ -174,6 +187,7 @@ async def test_groups_that_the_token_leaves_out_are_a_403(start: StartService) -
     assert (await service.get("/events", method="HEAD", headers=headers)).status_code == 200
 
 
+@pytest.mark.contract("2.3")
 async def test_claims_of_another_name(start: StartService, connect: OpenStream, vhost: Vhost) -> None:
     import jwt
 
@@ -185,12 +199,14 @@ async def test_claims_of_another_name(start: StartService, connect: OpenStream, 
         assert await stream.ids(1) == ["e1"]
 
 
+@pytest.mark.contract("5.44")
 async def test_no_such_page(service: Service) -> None:
     await problem(service, 404, "not-found", "/nothing")
     await problem(service, 404, "not-found", "/metrics")
     await problem(service, 404, "unknown-type", "/schemas/no.such")
 
 
+@pytest.mark.contract("2.13")
 async def test_head_gives_the_headers_and_no_stream(service: Service, vhost: Vhost) -> None:
     response = await service.get("/events", method="HEAD", headers=TOKEN)
     assert response.status_code == 200
@@ -201,6 +217,7 @@ async def test_head_gives_the_headers_and_no_stream(service: Service, vhost: Vho
     assert (await service.get("/events", method="HEAD")).status_code == 401
 
 
+@pytest.mark.contract("2.10", "2.15", "5.39")
 async def test_cors_for_exactly_the_origins_allowed(start: StartService, connect: OpenStream) -> None:
     service = await start(ALLOWED_ORIGINS=f"{APP},http://localhost:3000")
     stream = await connect(service, headers={"Origin": APP})
@@ -224,6 +241,7 @@ async def test_cors_for_exactly_the_origins_allowed(start: StartService, connect
     assert document["headers"]["access-control-allow-origin"] == APP
 
 
+@pytest.mark.contract("5.39")
 async def test_a_page_of_the_bridges_own_host_needs_no_leave(service: Service, connect: OpenStream) -> None:
     stream = await connect(service, headers={"Origin": service.public})
     assert "access-control-allow-origin" not in stream.headers
@@ -241,6 +259,7 @@ async def test_a_preflight_admits_the_headers_of_fetching_clients(start: StartSe
     await problem(service, 403, "origin-not-allowed", method="OPTIONS", headers={**ask, "Origin": "https://evil"})
 
 
+@pytest.mark.contract("2.16", "6.30")
 @pytest.mark.parametrize("path", ["/events", "/schemas", "/client.js"])
 async def test_a_preflight_admits_what_the_browser_asks_for(start: StartService, path: str) -> None:
     """Sentry and OpenTelemetry add headers of their own to each request of a page."""
@@ -259,6 +278,7 @@ async def test_a_preflight_admits_what_the_browser_asks_for(start: StartService,
     assert not [name for name in stranger.headers if name.startswith("access-control-")]
 
 
+@pytest.mark.contract("2.68", "2.69", "2.70")
 async def test_the_catalogue_can_be_read(service: Service) -> None:
     schemas = (await service.get("/schemas")).json()
     assert {"job.started", "job.progress", "job.completed"} <= set(schemas)
@@ -270,6 +290,7 @@ async def test_the_catalogue_can_be_read(service: Service) -> None:
     assert set(document["channels"]["events"]["messages"]) == set(schemas)
 
 
+@pytest.mark.contract("2.74", "2.76")
 async def test_probes_and_metrics_are_on_the_internal_port(service: Service, connect: OpenStream, vhost: Vhost) -> None:
     assert (await service.get("/livez", internal=True)).status_code == 200
     assert (await service.get("/readyz", internal=True)).status_code == 200
@@ -295,6 +316,7 @@ async def test_probes_and_metrics_are_on_the_internal_port(service: Service, con
         assert await service.metric(series) == 0
 
 
+@pytest.mark.contract("2.1")
 async def test_a_stream_is_two_log_lines_and_no_token_stands_in_them(
     start: StartService, connect: OpenStream, vhost: Vhost
 ) -> None:
@@ -314,6 +336,7 @@ async def test_a_stream_is_two_log_lines_and_no_token_stands_in_them(
     assert "guest:guest" not in service.text
 
 
+@pytest.mark.contract("2.4")
 async def test_keys_from_a_jwks_file_beside_the_secret(start: StartService, tmp_path: Path) -> None:
     import jwt
     from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -329,6 +352,7 @@ async def test_keys_from_a_jwks_file_beside_the_secret(start: StartService, tmp_
         assert (await stream.ready()).json["user"] == "hs"
 
 
+@pytest.mark.contract("5.41")
 async def test_who_cannot_be_judged_for_now_is_busy_and_counted(start: StartService) -> None:
     import jwt
     from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -344,6 +368,7 @@ async def test_who_cannot_be_judged_for_now_is_busy_and_counted(start: StartServ
     assert math.isnan(await service.metric("bridge_log_answers"))  # There is no log that could.
 
 
+@pytest.mark.contract("5.43")
 async def test_an_upgrade_to_http_2_is_ignored(service: Service, vhost: Vhost) -> None:
     """As Java's HttpClient and curl ask for it, unasked (RFC 9110, section 7.8)."""
     upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
@@ -357,6 +382,7 @@ async def test_an_upgrade_to_http_2_is_ignored(service: Service, vhost: Vhost) -
     assert (await service.get("/schemas", headers={**upgrade, "Upgrade": "TLS/1.0, h2c"})).status_code == 200
 
 
+@pytest.mark.contract("5.43")
 async def test_http_2_in_the_clear_is_refused(service: Service) -> None:
     reader, writer = await asyncio.open_connection(*service.public.removeprefix("http://").split(":"))
     # The preface, empty SETTINGS, and HEADERS of GET http://x/events: whole, and encoded by the static table.
@@ -387,6 +413,7 @@ async def test_a_client_that_hangs_up_after_an_answer_leaves_no_connection(
     await eventually(lambda: len(os.listdir(f"/proc/{service.pid}/fd")) <= before)
 
 
+@pytest.mark.contract("6.4")
 async def test_a_rotated_key_is_busy_until_it_is_known_and_a_strangers_is_refused(
     start: StartService, tmp_path: Path
 ) -> None:
@@ -421,6 +448,7 @@ async def test_a_rotated_key_is_busy_until_it_is_known_and_a_strangers_is_refuse
         await stream.ready()
 
 
+@pytest.mark.contract("2.75", "6.10")
 @pytest.mark.parametrize(
     "first", [b"404 Not Found\r\n\r\n", b"200 OK\r\n\r\n<html>", b'200 OK\r\n\r\n{"keys": []}', None]
 )
@@ -466,6 +494,7 @@ async def test_not_ready_before_a_key_set_was_read_once(start: StartService, fir
     server.close()
 
 
+@pytest.mark.contract("2.17", "2.18", "2.20", "2.21")
 async def test_the_identity_names_what_the_stream_may_show(start: StartService, connect: OpenStream) -> None:
     service = await start(ALLOWED_ORIGINS=APP)
 
@@ -486,6 +515,7 @@ async def test_the_identity_names_what_the_stream_may_show(start: StartService, 
     assert "bridge-identity" not in refused.headers
 
 
+@pytest.mark.contract("2.21")
 async def test_a_token_that_cannot_be_judged_has_no_identity_yet(service: Service) -> None:
     now = int(time.time())
     # Good in a while: `busy` until then.

@@ -162,6 +162,7 @@ BAD: dict[str, tuple[bytes, int]] = {
 """Each with the status that answers it; 0 where an answer may have been given before the fault came."""
 
 
+@pytest.mark.contract("6.31", "6.32", "6.33", "6.34", "6.35", "6.36", "6.37")
 async def test_what_is_refused_and_that_the_connection_closes(service: Service) -> None:
     for name, (request, status) in BAD.items():
         # Behind a good request, and with another one behind it, which must not be answered.
@@ -205,6 +206,7 @@ TAKEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.contract("5.43", "6.38", "6.39")
 async def test_what_is_taken(service: Service) -> None:
     for request, status in TAKEN:
         said = await asyncio.to_thread(talk, address_of(service), request)

@@ -101,6 +101,7 @@ async def test_too_few_descriptors_stop_the_start(start: StartService) -> None:
         await start(descriptors=(64, 64))
 
 
+@pytest.mark.contract("2.40", "2.55", "2.56")
 async def test_at_the_limit_of_descriptors_everybody_is_answered(
     start: StartService, connect: OpenStream, vhost: Vhost, eventually: Eventually
 ) -> None:
@@ -130,6 +131,7 @@ async def test_at_the_limit_of_descriptors_everybody_is_answered(
     assert "Traceback" not in service.text
 
 
+@pytest.mark.contract("2.57")
 @pytest.mark.parametrize("first_words", [b"", b"G", b"GET /events HTTP/1.1\r\nHost: x\r\nX: "])
 async def test_silent_clients_shut_nobody_out(start: StartService, connect: OpenStream, first_words: bytes) -> None:
     service = await start(descriptors=(256, 256))
@@ -143,6 +145,7 @@ async def test_silent_clients_shut_nobody_out(start: StartService, connect: Open
     assert not innocent.ended
 
 
+@pytest.mark.contract("2.57")
 async def test_idle_connections_shut_nobody_out(start: StartService, connect: OpenStream) -> None:
     service = await start(descriptors=(256, 256))
     guests = int(await service.metric("bridge_guests_limit"))
@@ -152,6 +155,7 @@ async def test_idle_connections_shut_nobody_out(start: StartService, connect: Op
         await as_a_browser(lambda: connect(service))
 
 
+@pytest.mark.contract("2.58")
 async def test_a_head_has_a_deadline(start: StartService, connect: OpenStream) -> None:
     service = await start(deadlines={"service.http.entrance.HEADER_SECONDS": 1.0})
     innocent = await connect(service)
@@ -180,6 +184,7 @@ async def drip(client: Mute, data: bytes) -> None:
         await asyncio.sleep(0.05)  # The slow client that is tried here.
 
 
+@pytest.mark.contract("2.62")
 async def test_without_descriptors_clients_wait_and_a_line_says_so(
     start: StartService, connect: OpenStream, eventually: Eventually
 ) -> None:

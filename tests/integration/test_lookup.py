@@ -46,6 +46,7 @@ def ids(answer: dict[str, Any]) -> list[str]:
     return [entry["body"].partition('"id": "')[2].partition('"')[0] for entry in answer["entries"]]
 
 
+@pytest.mark.contract("5.23", "5.66", "5.67")
 async def test_entries_of_the_log_are_found_the_newest_first(development: Service, vhost: Vhost) -> None:
     assert await ask_log(development) == {"entries": [], "further": None}
     await vhost.publish_all(
@@ -86,6 +87,7 @@ async def test_entries_of_the_log_are_found_the_newest_first(development: Servic
     assert ids(await ask_log(development, before=str(page["further"]))) == ["e2", "e1"]
 
 
+@pytest.mark.contract("5.68")
 async def test_refused_messages_are_shown_and_stay(development: Service, vhost: Vhost, connect: OpenStream) -> None:
     await connect(development, "42")
     await vhost.publish("user.42.job.completed", b"\xff{")
@@ -101,6 +103,7 @@ async def test_refused_messages_are_shown_and_stay(development: Service, vhost: 
     assert (message["body"], message["audience"]) == ("\\xff{", "user:42")
 
 
+@pytest.mark.contract("5.64", "5.66")
 @pytest.mark.any_rabbitmq
 @pytest.mark.parametrize("path", ["log", "quarantine"])
 async def test_who_may_look(development: Service, start: StartService, path: str) -> None:
@@ -126,6 +129,7 @@ async def test_who_may_look(development: Service, start: StartService, path: str
     assert (await ask(shown, path)).status_code == 404
 
 
+@pytest.mark.contract("5.64")
 @pytest.mark.any_rabbitmq
 async def test_an_origin_that_may_listen_may_not_look(start: StartService) -> None:
     service = await start(CONSOLE="development", ALLOWED_ORIGINS="https://app.example.com")
@@ -150,6 +154,7 @@ async def test_without_a_log_it_says_so(start: StartService) -> None:
     assert (answer.status_code, answer.json()["type"]) == (404, "urn:bridge:problem:no-log")
 
 
+@pytest.mark.contract("5.68")
 async def test_a_user_without_the_right_is_told_which_one_is_missing(
     start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
+import pytest
 
 from tests.conftest import OpenStream, StartService
 from tests.decoder import Frame
@@ -41,6 +42,7 @@ async def test_it_is_served_as_the_other_documents_are(start: StartService) -> N
     assert (await service.get("/openapi.json", method="HEAD")).status_code == 200
 
 
+@pytest.mark.contract("2.71")
 async def test_frames_are_as_the_document_says(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start()
     document = (await service.get("/openapi.json")).json()

@@ -79,6 +79,7 @@ def write(folder: Path, name: str, event_type: str) -> Path:
     return file
 
 
+@pytest.mark.contract("4.3")
 def test_the_wheel_takes_one_name(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -89,6 +90,7 @@ def test_the_wheel_takes_one_name(wheel: Path) -> None:
     assert "bridge/py.typed" in names
 
 
+@pytest.mark.contract("5.73")
 def test_what_the_user_has_is_found_and_survives(installed: Installed, tmp_path: Path) -> None:
     """In the target folder itself, where an installed `schemas` would overwrite it."""
     file = write(installed.site / "schemas", "Jobs", "mine.installed")
@@ -123,6 +125,7 @@ def test_without_a_catalogue_it_says_what_to_do(installed: Installed, tmp_path: 
     assert "BRIDGE_SCHEMAS=bridge.samples" in done.stderr
 
 
+@pytest.mark.contract("5.73")
 def test_files_in_the_working_directory_replace_no_module_of_ours(installed: Installed, tmp_path: Path) -> None:
     """The command imports its own modules first. What it does not need the catalogue for, it does without."""
     for name in ["secrets", "hmac", "quart", "jwt", "structlog", "bridge"]:

@@ -52,6 +52,7 @@ async def arrived(queue: aio_pika.abc.AbstractQueue) -> list[int]:
     return found
 
 
+@pytest.mark.contract("4.14")
 async def test_a_bad_event_leaves_all_before_it_confirmed(vhost: Vhost, queue: aio_pika.abc.AbstractQueue) -> None:
     def bad() -> Iterator[Item]:
         yield from items(100)
@@ -66,6 +67,7 @@ async def test_a_bad_event_leaves_all_before_it_confirmed(vhost: Vhost, queue: a
     assert await arrived(queue) == list(range(100))
 
 
+@pytest.mark.contract("4.15")
 async def test_an_iterable_that_raises_leaves_all_before_it_confirmed(
     vhost: Vhost, queue: aio_pika.abc.AbstractQueue
 ) -> None:
@@ -82,6 +84,7 @@ async def test_an_iterable_that_raises_leaves_all_before_it_confirmed(
     assert await arrived(queue) == list(range(100))
 
 
+@pytest.mark.contract("4.15")
 async def test_a_cancelled_batch_says_what_is_confirmed(vhost: Vhost, queue: aio_pika.abc.AbstractQueue) -> None:
     reached = asyncio.Event()
 
@@ -102,6 +105,7 @@ async def test_a_cancelled_batch_says_what_is_confirmed(vhost: Vhost, queue: aio
     assert await arrived(queue) == list(range(101))
 
 
+@pytest.mark.contract("4.14")
 async def test_a_batch_that_times_out_is_taken_up_where_it_stopped(
     vhost: Vhost, proxy: Proxy, queue: aio_pika.abc.AbstractQueue
 ) -> None:
@@ -132,6 +136,7 @@ async def test_a_batch_that_times_out_is_taken_up_where_it_stopped(
     assert seen == list(range(2_000))
 
 
+@pytest.mark.contract("4.13")
 async def test_the_order_is_kept_over_lost_connections(
     vhost: Vhost, proxy: Proxy, queue: aio_pika.abc.AbstractQueue
 ) -> None:
@@ -148,6 +153,7 @@ async def test_the_order_is_kept_over_lost_connections(
     assert list(dict.fromkeys(numbers)) == list(range(3_000)), "a reader that drops repeats sees the order"
 
 
+@pytest.mark.contract("4.14")
 async def test_a_forbidden_event_is_found_among_those_on_their_way(
     vhost: Vhost, node: Node, queue: aio_pika.abc.AbstractQueue
 ) -> None:
@@ -174,6 +180,7 @@ async def test_a_forbidden_event_is_found_among_those_on_their_way(
 # The blocking form
 
 
+@pytest.mark.contract("4.10")
 def test_the_iterable_runs_in_the_callers_thread(vhost: Vhost) -> None:
     vhost.add_everything()
     rows = sqlite3.connect(":memory:")  # Its cursors refuse any other thread.

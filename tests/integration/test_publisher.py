@@ -64,6 +64,7 @@ async def take_all(queue: aio_pika.abc.AbstractQueue) -> list[aio_pika.abc.Abstr
     return found
 
 
+@pytest.mark.contract("4.1")
 async def test_three_lines_reach_a_browser(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops")
     async with Publisher(vhost.url, source="/workers/reports") as publisher:
@@ -73,6 +74,7 @@ async def test_three_lines_reach_a_browser(service: Service, vhost: Vhost, conne
     assert set(await stream.ids(3)) == {one, two, three}
 
 
+@pytest.mark.contract("1.14")
 async def test_a_message_is_a_cloudevent_with_its_properties(vhost: Vhost, queue: aio_pika.abc.AbstractQueue) -> None:
     async with Publisher(vhost.url, source="/workers/reports") as publisher:
         event_id = await publisher.to_user(
@@ -100,6 +102,7 @@ async def test_a_message_is_a_cloudevent_with_its_properties(vhost: Vhost, queue
     }
 
 
+@pytest.mark.contract("1.11")
 def test_ids_are_uuid_7_and_sort_by_time() -> None:
     ids = []
     for _ in range(3):
@@ -115,6 +118,7 @@ class Undeclared(EventData):
     job_id: str
 
 
+@pytest.mark.contract("4.4")
 async def test_what_the_bridge_would_refuse_is_refused_before_it_is_sent(
     vhost: Vhost, queue: aio_pika.abc.AbstractQueue
 ) -> None:
@@ -147,12 +151,14 @@ def test_a_bad_address_is_told_when_it_is_given() -> None:
         Publisher("amqp://localhost", source="")
 
 
+@pytest.mark.contract("4.16")
 async def test_the_exchange_is_missing(vhost: Vhost) -> None:
     async with Publisher(vhost.url, source="/t") as publisher:
         with pytest.raises(ExchangeMissing, match="NOT_FOUND - no exchange 'events'"):
             await publisher.to_user("42", DONE)
 
 
+@pytest.mark.contract("4.16")
 async def test_credentials_are_refused(vhost: Vhost, node: Node) -> None:
     with pytest.raises(PublishForbidden, match="ACCESS_REFUSED") as caught:
         async with Publisher(vhost.url_at(node.port, password="s3cret"), source="/t"):
@@ -183,6 +189,7 @@ async def test_one_forbidden_event_does_not_take_the_others_with_it(
         vhost.delete_user("publisher-test")
 
 
+@pytest.mark.contract("4.8", "4.9")
 async def test_a_broker_away_past_the_deadline(vhost: Vhost, proxy: Proxy, queue: aio_pika.abc.AbstractQueue) -> None:
     async with Publisher(vhost.url_at(proxy.port), source="/t", timeout=1) as publisher:
         await publisher.to_user("42", DONE)
@@ -246,6 +253,7 @@ async def test_closing_while_blocked_does_not_hang(vhost: Vhost, node: Node, que
             node.ctl("set_vm_memory_high_watermark", "absolute", "2GB")
 
 
+@pytest.mark.contract("4.12")
 async def test_many_events_in_order(vhost: Vhost, queue: aio_pika.abc.AbstractQueue) -> None:
     events = [(Audience.user("42"), JobProgress(job_id=str(n), percent=1)) for n in range(2000)]
     async with Publisher(vhost.url, source="/t") as publisher:
@@ -289,6 +297,7 @@ async def test_cancelling_a_publish_leaves_the_others_alone(vhost: Vhost, queue:
             assert await other
 
 
+@pytest.mark.contract("4.1", "4.10")
 def test_the_blocking_form_in_plain_scripts_and_threads(vhost: Vhost) -> None:
     vhost.add_exchange("events")
     with Publisher.blocking(vhost.url, source="/cron/backup") as publisher:

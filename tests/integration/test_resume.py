@@ -33,6 +33,7 @@ async def come_back(service: Service, connect: OpenStream, cursor: str, *, query
     return await connect(service, "42", "ops", query=query, headers={"Last-Event-ID": cursor}, ready=False)
 
 
+@pytest.mark.contract("2.33")
 async def test_what_was_missed_comes_in_order_and_then_live(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -54,6 +55,7 @@ async def test_what_was_missed_comes_in_order_and_then_live(
     assert await service.metric('bridge_replays_total{outcome="complete"}') == 1
 
 
+@pytest.mark.contract("2.39")
 async def test_a_client_can_be_cut_after_every_single_event(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -69,6 +71,7 @@ async def test_a_client_can_be_cut_after_every_single_event(
         await stream.close()
 
 
+@pytest.mark.contract("2.39")
 async def test_any_replica_will_do(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     one, two = await start(), await start()
     stream = await connect(one, "42", "ops")
@@ -94,6 +97,7 @@ async def test_types_are_filtered_in_the_log_as_they_are_live(
     assert await again.ids(1) == ["n"]
 
 
+@pytest.mark.contract("2.37")
 @pytest.mark.parametrize(
     ("cursor", "reason"),
     [
@@ -116,6 +120,7 @@ async def test_hostile_cursors_are_told_a_gap_and_stream_on(
     assert await stream.ids(1) == ["e1"]
 
 
+@pytest.mark.contract("2.37")
 async def test_a_cursor_of_another_user_discloses_nothing(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     victim = await connect(service, "43", "dev")
     cursor = victim.frames[0].id
@@ -150,6 +155,7 @@ async def test_a_log_that_no_longer_reaches_back_says_so(
     assert await last.ids(1) == ["e1"]
 
 
+@pytest.mark.contract("1.19")
 async def test_without_a_log_every_return_is_a_gap(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start(LOG="")
     assert "events.log" not in vhost.queues()
@@ -197,6 +203,7 @@ async def test_ten_at_once_share_a_pass(start: StartService, vhost: Vhost, proxy
     assert await service.metric("bridge_log_passes") <= 6
 
 
+@pytest.mark.contract("5.46")
 @pytest.mark.parametrize("fault", ["cut", "operator", "queue"])
 async def test_a_lost_queue_is_invisible(
     vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream, eventually: Eventually, fault: str
@@ -243,6 +250,7 @@ async def test_a_memory_alarm_stops_publishers_and_no_stream(
     assert await fresh.ids(2) == ["e5", "e6"]
 
 
+@pytest.mark.contract("5.30")
 async def test_what_is_confirmed_while_a_broker_starts_is_in_the_log(
     service: Service, vhost: Vhost, node: Node, connect: OpenStream, eventually: Eventually
 ) -> None:
@@ -279,6 +287,7 @@ async def test_what_is_confirmed_while_a_broker_starts_is_in_the_log(
     assert [frame.event for frame in again.frames].count("bridge.gap") == 0
 
 
+@pytest.mark.contract("5.32")
 async def test_a_page_that_leaves_costs_no_publisher_an_event(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:

@@ -34,6 +34,7 @@ def work(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
+@pytest.mark.contract("4.2")
 async def test_workers_and_bridge_install_one_catalogue(
     vhost: Vhost, start: StartService, connect: OpenStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

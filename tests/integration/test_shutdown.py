@@ -18,6 +18,7 @@ FOR_EVER = {"service.main.STOP_SECONDS": 10 * PATIENCE, "amqp.CLOSE_SECONDS": 10
 """With these a service that waits for something that does not come is still there when the test gives up."""
 
 
+@pytest.mark.contract("2.12", "2.34", "2.54")
 async def test_a_drain_says_goodbye_to_each_stream_at_its_own_time(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -112,6 +113,7 @@ async def test_a_drain_while_the_broker_is_away(
     assert await service.ended() == 0
 
 
+@pytest.mark.contract("1.16", "1.17", "1.18")
 async def test_killed_outright_its_queues_go_too(
     start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:

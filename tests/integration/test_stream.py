@@ -18,6 +18,7 @@ from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
 
 
+@pytest.mark.contract("1.2", "2.14", "2.23")
 async def test_ready_then_events_of_the_users_audiences_and_no_others(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -52,6 +53,7 @@ async def test_ready_then_events_of_the_users_audiences_and_no_others(
     assert not stream.decoder.phantoms
 
 
+@pytest.mark.contract("2.24", "2.35", "2.36")
 async def test_every_id_is_a_cursor_and_every_line_ends_with_lf(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -65,6 +67,7 @@ async def test_every_id_is_a_cursor_and_every_line_ends_with_lf(
     assert b"\r" not in stream.raw
 
 
+@pytest.mark.contract("1.3")
 @pytest.mark.parametrize("user", ["*", "#", "a.b", "😀", "a b", "%2A", "x" * 248, "../..", "user.42"])
 async def test_user_ids_are_one_word_whatever_they_are(
     service: Service, vhost: Vhost, connect: OpenStream, user: str
@@ -78,6 +81,7 @@ async def test_user_ids_are_one_word_whatever_they_are(
     assert stream.frames[0].json["user"] == user
 
 
+@pytest.mark.contract("1.16", "2.6")
 async def test_the_broker_filters_types_by_the_bindings(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops", query="types=job.*,billing.%23")
     live = [key for queue, key in vhost.bindings() if queue.startswith("bridge.live.")]
@@ -94,6 +98,7 @@ async def test_the_broker_filters_types_by_the_bindings(service: Service, vhost:
     assert await stream.ids(2) == ["j1", "b1"]
 
 
+@pytest.mark.contract("2.8")
 async def test_unnamed_events_reach_a_plain_onmessage(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, query="named=false")
     await vhost.publish("user.42.job.completed", cloudevent("e1"))
@@ -102,6 +107,7 @@ async def test_unnamed_events_reach_a_plain_onmessage(service: Service, vhost: V
     assert frame.json["type"] == "job.completed"
 
 
+@pytest.mark.contract("2.9")
 async def test_each_event_says_for_whom_it_is(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     """Live and from the log, with and without the `event:` line; ids of any characters."""
     user = 'ö "x"\\.#'
@@ -124,6 +130,7 @@ async def test_each_event_says_for_whom_it_is(service: Service, vhost: Vhost, co
         assert (frame.event, frame.json["audience"]) == ("message", audience)
 
 
+@pytest.mark.contract("1.10")
 async def test_the_same_id_is_the_same_event(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops", "dev")
     again = cloudevent("again")
@@ -142,6 +149,7 @@ async def test_the_same_id_is_the_same_event(service: Service, vhost: Vhost, con
     assert await stream.ids(2) == ["both", "e3"]
 
 
+@pytest.mark.contract("5.13")
 async def test_a_copy_is_for_whom_the_routing_key_names_and_for_nobody_else(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
@@ -164,6 +172,7 @@ async def test_a_copy_is_for_whom_the_routing_key_names_and_for_nobody_else(
     await service.logged("copy dropped", routing_key="user.42.job.completed")
 
 
+@pytest.mark.contract("1.17")
 async def test_a_broadcast_costs_one_delivery_a_process(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     streams = [await connect(service, str(n), "ops") for n in range(5)]
     await vhost.publish("all.job.completed", cloudevent("a"))
@@ -174,6 +183,7 @@ async def test_a_broadcast_costs_one_delivery_a_process(service: Service, vhost:
     assert await service.metric("bridge_events_delivered_total") == 10
 
 
+@pytest.mark.contract("1.17")
 async def test_a_groups_binding_comes_with_the_first_and_goes_with_the_last(
     service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:
@@ -200,6 +210,7 @@ async def test_queues_are_exclusive_and_never_named_after_a_user(
     assert not [name for name in vhost.queues() if "alice" in name]
 
 
+@pytest.mark.contract("2.28")
 async def test_a_heartbeat_is_a_colon_and_one_line_feed(start: StartService, connect: OpenStream) -> None:
     service = await start(HEARTBEAT_SECONDS="0.2")
     stream = await connect(service)
@@ -210,6 +221,7 @@ async def test_a_heartbeat_is_a_colon_and_one_line_feed(start: StartService, con
     assert beats == b":\n" * (len(beats) // 2)
 
 
+@pytest.mark.contract("2.53")
 async def test_a_stream_rotates_and_says_when_to_come_back(start: StartService, connect: OpenStream) -> None:
     service = await start(MAX_AGE_SECONDS="1.5", RETRY_SECONDS="2")
     stream = await connect(service)
@@ -221,6 +233,7 @@ async def test_a_stream_rotates_and_says_when_to_come_back(start: StartService, 
     assert ended["seconds"] >= 1.2, "0.8 of its age at the least"
 
 
+@pytest.mark.contract("2.53")
 async def test_a_stream_never_outlives_its_token(service: Service) -> None:
     for ttl in (2, 10, 50):  # On a slow machine a token may have expired before the bridge reads it.
         async with Stream(service.public, mint("42", ttl=ttl)) as stream:
@@ -233,6 +246,7 @@ async def test_a_stream_never_outlives_its_token(service: Service) -> None:
     raise AssertionError("no token was in time")
 
 
+@pytest.mark.contract("2.12", "2.40", "2.41", "5.57")
 async def test_too_many_are_told_busy_with_a_status_that_lets_browsers_come_back(
     start: StartService, connect: OpenStream
 ) -> None:
@@ -270,6 +284,7 @@ async def assert_busy(stream: Stream) -> None:
     assert stream.ended
 
 
+@pytest.mark.contract("2.42")
 async def test_a_client_that_falls_behind_is_told_slow(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start(BACKLOG_EVENTS="50")
     stream = await connect(service, receive_buffer=4096)
@@ -283,6 +298,7 @@ async def test_a_client_that_falls_behind_is_told_slow(start: StartService, vhos
     await service.logged("stream ended", reason="slow")
 
 
+@pytest.mark.contract("2.43")
 async def test_a_client_that_reads_nothing_is_let_go(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start(STALL_SECONDS="1", BACKLOG_EVENTS="100000", BACKLOG_BYTES="100000000")
     await connect(service, receive_buffer=4096)
@@ -292,6 +308,7 @@ async def test_a_client_that_reads_nothing_is_let_go(start: StartService, vhost:
     assert await service.metric("bridge_connections") == 0
 
 
+@pytest.mark.contract("2.7", "2.11")
 @pytest.mark.parametrize("last_event_id", ["garbage", "é", "x" * 8000, "2.0.AAAAAA."])
 @pytest.mark.parametrize("by", ["header", "query"])
 async def test_a_cursor_that_nobody_can_place_is_a_gap_and_no_error(
@@ -305,12 +322,14 @@ async def test_a_cursor_that_nobody_can_place_is_a_gap_and_no_error(
     assert (gap.event, gap.json) == ("bridge.gap", {"reason": "unknown"})
 
 
+@pytest.mark.contract("2.7")
 async def test_the_header_wins_over_the_query(service: Service, connect: OpenStream) -> None:
     cursor = (await connect(service)).frames[0].id
     stream = await connect(service, query="lastEventId=garbage", headers={"Last-Event-ID": cursor}, ready=False)
     assert (await stream.ready()).json["resumed"] is True
 
 
+@pytest.mark.contract("1.21", "1.22", "1.23", "5.24")
 @pytest.mark.parametrize(
     ("reason", "key", "body"),
     [
@@ -369,6 +388,7 @@ async def test_no_text_breaks_the_framing(service: Service, vhost: Vhost, connec
     assert [frame.event for frame in stream.frames] == ["bridge.ready", "job.completed", "job.completed"]
 
 
+@pytest.mark.contract("1.7")
 async def test_an_event_of_the_largest_size_streams(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service)
     event = cloudevent("big", "notification", title="x", body="")
@@ -406,6 +426,7 @@ async def test_http_1_0_gets_the_events_without_chunks(service: Service, vhost: 
     writer.close()
 
 
+@pytest.mark.contract("5.42")
 async def test_what_a_client_says_after_its_request_changes_nothing(
     service: Service, vhost: Vhost, eventually: Eventually
 ) -> None:

@@ -37,6 +37,7 @@ async def connection(vhost: Vhost) -> AsyncIterator[aio_pika.abc.AbstractConnect
     await amqp.close(made)
 
 
+@pytest.mark.contract("5.15")
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -58,6 +59,7 @@ async def test_an_exchange_that_fits(
     assert [str(each).partition(",")[0] for each in declared.differences] == named
 
 
+@pytest.mark.contract("1.1", "5.15")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -85,6 +87,7 @@ def says_what_to_do(error: TopologyMismatch, setting: str) -> None:
     assert "asking what" not in str(error)
 
 
+@pytest.mark.contract("1.20", "5.16")
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -121,6 +124,7 @@ async def test_a_quarantine_that_fits(
     assert vhost.queues() == ["events.invalid"]
 
 
+@pytest.mark.contract("5.16")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -143,6 +147,7 @@ async def test_a_quarantine_that_does_not_fit(
     says_what_to_do(caught.value, "BRIDGE_QUARANTINE")
 
 
+@pytest.mark.contract("1.19", "5.17")
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -170,6 +175,7 @@ async def test_a_log_that_fits_is_bound(
     assert vhost.bindings() == [("events.log", "#")]
 
 
+@pytest.mark.contract("5.17")
 @pytest.mark.parametrize("arguments", [{}, {"x-queue-type": "quorum"}, {"x-max-length-bytes": 1_000_000_000}])
 async def test_a_log_that_is_not_a_stream(
     operator: aio_pika.abc.AbstractChannel,
@@ -194,6 +200,7 @@ async def test_asking_what_a_queue_is_makes_none(connection: aio_pika.abc.Abstra
     assert vhost.queues() == []
 
 
+@pytest.mark.contract("5.14", "5.18")
 async def test_check_and_the_bridge_say_what_differs_and_work_with_it(
     operator: aio_pika.abc.AbstractChannel, vhost: Vhost, start: StartService, connect: OpenStream
 ) -> None:
@@ -217,6 +224,7 @@ async def test_check_and_the_bridge_say_what_differs_and_work_with_it(
     assert refused[0].body == b"bad"
 
 
+@pytest.mark.contract("5.19")
 @pytest.mark.parametrize("kind", ["quorum", "stream"])
 async def test_a_virtual_host_with_another_default_queue_type(
     vhost: Vhost, start: StartService, connect: OpenStream, kind: str

@@ -43,6 +43,7 @@ async def parents(stream: Stream, count: int) -> list[str | None]:
     return [(await stream.next_event()).get("traceparent") for _ in range(count)]
 
 
+@pytest.mark.contract("4.7")
 async def test_the_async_publisher_names_the_active_span(vhost: Vhost, stream: Stream) -> None:
     async with Publisher(vhost.url, source="/t") as publisher:
         await publisher.to_user("42", DONE)
@@ -72,6 +73,7 @@ async def test_tasks_have_spans_of_their_own(vhost: Vhost, stream: Stream) -> No
     assert {event["data"]["job_id"]: event["traceparent"] for event in events} == spans
 
 
+@pytest.mark.contract("4.7")
 async def test_the_blocking_publisher_names_the_span_of_the_calling_thread(vhost: Vhost, stream: Stream) -> None:
     publisher = Publisher.blocking(vhost.url, source="/t")
     spans: dict[str, str] = {}

@@ -544,6 +544,7 @@ async def test_the_processes_of_multiprocessing_publish(
 # Without an event log
 
 
+@pytest.mark.contract("5.30")
 @pytest.mark.any_rabbitmq
 def test_an_event_that_no_queue_takes_times_out_where_a_log_is_expected(vhost: Vhost) -> None:
     vhost.add_exchange("events")

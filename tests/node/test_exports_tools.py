@@ -38,6 +38,7 @@ def test_the_parser_of_asyncapi_finds_no_fault(catalogue: Catalogue, tmp_path: P
     assert answer == {"errors": [], "messages": list(catalogue)}
 
 
+@pytest.mark.contract("2.67")
 def test_the_payloads_of_asyncapi_take_what_browsers_get_and_no_less(tmp_path: Path) -> None:
     document = exports.asyncapi(CATALOGUE, version="1.2.3")
     questions = {}
@@ -56,6 +57,7 @@ def test_the_payloads_of_asyncapi_take_what_browsers_get_and_no_less(tmp_path: P
         assert answers[kind] == {"verdicts": [number < good for number in range(len(question["cases"]))]}
 
 
+@pytest.mark.contract("2.63", "2.65", "2.66")
 def test_ajv_accepts_what_pydantic_accepts_and_refuses_what_it_refuses(tmp_path: Path) -> None:
     cases = {kind: VALID[kind] + INVALID[kind] for kind in CATALOGUE}
     expected = {kind: [takes(CATALOGUE[kind], data) for data in cases[kind]] for kind in CATALOGUE}
@@ -82,6 +84,7 @@ def events_in_typescript(catalogue: Catalogue) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.contract("2.67")
 def test_the_compiler_takes_the_types_and_what_browsers_get(tmp_path: Path) -> None:
     narrowing = """
 import type { BridgeEvent, EventType } from "./events";

@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import Field
@@ -218,6 +219,7 @@ class NumbersAlone(EventData, type="numbers"):
     either: int | float = 0
 
 
+@pytest.mark.contract("5.10")
 @settings(max_examples=500)
 @given(st.dictionaries(st.sampled_from(["anything", "number", "whole", "exact", "either", "other"]), numerals))
 def test_a_page_gets_the_number_that_was_validated(numbers: dict[str, str]) -> None:
@@ -241,6 +243,7 @@ def test_a_page_gets_the_number_that_was_validated(numbers: dict[str, str]) -> N
     assert shown[0] == shown[1], "the quick and the careful way show different numbers"
 
 
+@pytest.mark.contract("5.3")
 @settings(max_examples=500)
 @given(times)
 def test_a_time_is_one_of_the_calendar(time: str) -> None:
@@ -263,6 +266,7 @@ def test_a_time_is_one_of_the_calendar(time: str) -> None:
         assert (try_to_read(body) is not None) == good
 
 
+@pytest.mark.contract("5.5", "5.6")
 @settings(max_examples=500)
 @given(traceparents | json_values, tracestates | json_values)
 def test_a_trace_context_is_shown_as_it_is_or_not_at_all(parent: Any, state: Any) -> None:

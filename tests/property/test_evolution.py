@@ -13,6 +13,7 @@ from uuid import UUID
 
 import hypothesis.strategies as st
 import jsonschema  # type: ignore[import-untyped]
+import pytest
 from hypothesis import given
 from pydantic import (
     AfterValidator,
@@ -357,6 +358,7 @@ def described(export: dict[str, Any]) -> Any:
     return jsonschema.Draft202012Validator({"$ref": "#/$defs/:received", "$defs": definitions})
 
 
+@pytest.mark.contract("3.14", "3.15", "3.16")
 @given(pairs())
 def test_what_is_called_compatible_is(pair: tuple[Spec, Spec, list[Any], list[Any]]) -> None:
     one, other, for_old, for_new = pair

@@ -3,6 +3,7 @@
 import re
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
 from bridge.routing import (
@@ -26,6 +27,7 @@ pattern_words = st.one_of(words, st.just("*"), st.just("#"))
 patterns = st.lists(pattern_words, min_size=1, max_size=5).filter(lambda p: p.count("#") <= MAX_HASHES).map(".".join)
 
 
+@pytest.mark.contract("1.3")
 @given(ids)
 def test_an_id_is_one_word_without_an_operator(identity: str) -> None:
     word = encode_id(identity)
@@ -33,6 +35,7 @@ def test_an_id_is_one_word_without_an_operator(identity: str) -> None:
     assert decode_id(word) == identity
 
 
+@pytest.mark.contract("1.3")
 @given(ids, ids)
 def test_two_ids_never_share_a_word(one: str, other: str) -> None:
     assert (encode_id(one) == encode_id(other)) == (one == other)

@@ -204,6 +204,7 @@ TestWorld = World.TestCase
 TestWorld.settings = settings(max_examples=150, stateful_step_count=40)
 
 
+@pytest.mark.contract("2.48")
 @given(st.integers(1, 20), st.integers(0, 90))
 def test_streams_that_want_the_same_cost_one_scan_of_it(count: int, behind: int) -> None:
     log = Log()
@@ -228,6 +229,7 @@ def test_streams_that_come_one_after_another_are_soon_read_to_together(count: in
     assert log.entries <= behind + 1 + SCAN + 1, "the first scan, and then one for all"
 
 
+@pytest.mark.contract("2.49")
 @given(st.integers(1, 20), st.integers(20, 90), st.integers(20, 90))
 def test_an_innocent_user_is_next_however_many_streams_another_has(count: int, behind: int, own: int) -> None:
     log = Log(budget=10_000)
@@ -251,6 +253,7 @@ def test_an_innocent_user_is_next_however_many_streams_another_has(count: int, b
         assert len(log.carried) - with_it <= with_it + 2
 
 
+@pytest.mark.contract("2.49")
 @given(st.integers(1, 19), st.integers(1, 20))
 def test_short_reads_never_wait_for_long_ones(own: int, count: int) -> None:
     log = Log()
@@ -269,6 +272,7 @@ def test_short_reads_never_wait_for_long_ones(own: int, count: int) -> None:
                 log.step(scan)
 
 
+@pytest.mark.contract("2.46")
 @given(st.lists(st.tuples(st.floats(0, 50), st.integers(0, 90)), min_size=1, max_size=40))
 def test_nobody_has_more_read_than_the_budget_allows(wants: list[tuple[float, int]]) -> None:
     log = Log()
@@ -288,6 +292,7 @@ def test_nobody_has_more_read_than_the_budget_allows(wants: list[tuple[float, in
     log.read_all()
 
 
+@pytest.mark.contract("2.51")
 def test_a_user_without_budget_waits_and_others_do_not() -> None:
     log = Log(end=200)
     greedy = log.want("attacker", 190)

@@ -60,6 +60,7 @@ def signed(key: Any = SECRET, algorithm: str = "HS256", **changes: Any) -> str:
     return jwt.encode({k: v for k, v in values.items() if v is not ...}, key, algorithm=algorithm, headers=headers)
 
 
+@pytest.mark.contract("2.2")
 async def test_a_good_token() -> None:
     subscriber = await authenticate(signed(groups=["ops", "dev", "ops"]))
     assert (subscriber.user, subscriber.groups, subscriber.expires_at) == ("42", ("ops", "dev"), NOW + 60)
@@ -82,6 +83,7 @@ async def test_an_expired_token_says_since_when() -> None:
         await authenticate(signed(), now=NOW + 60)
 
 
+@pytest.mark.contract("2.2")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -113,6 +115,7 @@ async def test_the_wrong_key_and_a_changed_token() -> None:
         await authenticate(f"{head}.{payload}.{tail}")
 
 
+@pytest.mark.contract("2.5")
 @pytest.mark.parametrize("algorithm", ["none", "None", "HS384", "RS256", None, 7, ["HS256"]])
 async def test_an_algorithm_of_the_tokens_choosing(algorithm: Any) -> None:
     head = base64.urlsafe_b64encode(json.dumps({"alg": algorithm}).encode()).decode().rstrip("=")
@@ -121,6 +124,7 @@ async def test_an_algorithm_of_the_tokens_choosing(algorithm: Any) -> None:
         await authenticate(f"{head}.{payload}.")
 
 
+@pytest.mark.contract("2.2")
 async def test_audience_and_issuer_where_configured() -> None:
     options: dict[str, Any] = {"audience": "bridge", "issuer": "https://issuer"}
     good: dict[str, Any] = {"aud": ["bridge", "other"], "iss": "https://issuer"}
@@ -189,6 +193,7 @@ def url(server: KeyServer) -> str:
     return f"http://127.0.0.1:{server.server_port}/keys"
 
 
+@pytest.mark.contract("2.4")
 @pytest.mark.parametrize(("key", "algorithm"), [(RSA, "RS256"), (EC, "ES256"), (ED, "EdDSA")])
 async def test_each_algorithm_of_a_key_set(key_server: KeyServer, key: Any, algorithm: str) -> None:
     key_server.document = {"keys": [public(RSA, "r"), public(EC, "e"), public(ED, "d")]}
@@ -202,6 +207,7 @@ async def test_each_algorithm_of_a_key_set(key_server: KeyServer, key: Any, algo
         await authenticate(signed(key=key, algorithm=algorithm, kid=wrong), **options)
 
 
+@pytest.mark.contract("2.5")
 async def test_a_public_key_is_no_secret(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(RSA, "r")]}
     pem = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -215,6 +221,7 @@ async def test_a_public_key_is_no_secret(key_server: KeyServer) -> None:
             await authenticate(token, jwks=url(key_server), **options)
 
 
+@pytest.mark.contract("6.12")
 @pytest.mark.parametrize(
     "change", [{"use": "enc"}, {"alg": "RS512"}, {"key_ops": ["sign"]}, {"kty": "oct", "k": "AAAA"}, {"kid": "other"}]
 )
@@ -230,6 +237,7 @@ def by(key: Any, kid: Any = ..., **claims: Any) -> str:
     return signed(key, algorithm, **{"exp": NOW + 86_400, "kid": kid, **claims})
 
 
+@pytest.mark.contract("6.2")
 async def test_a_rotated_key_is_found_at_once(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "old")]}
     authenticator = Authenticator(jwks=url(key_server))
@@ -259,6 +267,7 @@ async def test_a_strangers_key_id_does_not_keep_a_rotated_key_out(key_server: Ke
     assert (await authenticator.authenticate(by(ED, "next"), NOW)).user == "42"
 
 
+@pytest.mark.contract("6.5")
 async def test_strangers_cannot_spend_more_than_the_budget_nor_have_anybody_refused(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "old")]}
     authenticator = Authenticator(jwks=url(key_server))
@@ -282,6 +291,7 @@ async def test_strangers_cannot_spend_more_than_the_budget_nor_have_anybody_refu
     assert key_server.hits == 2 + FETCH_BURST
 
 
+@pytest.mark.contract("6.1")
 @pytest.mark.parametrize(
     "claims",
     [
@@ -305,6 +315,7 @@ async def test_a_token_whose_claims_do_not_fit_costs_nothing(key_server: KeyServ
     assert key_server.hits == 1
 
 
+@pytest.mark.contract("6.6")
 async def test_what_is_forgotten_is_busy_and_never_refused(
     key_server: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +333,7 @@ async def test_what_is_forgotten_is_busy_and_never_refused(
         await authenticator.authenticate(tokens[0], NOW)
 
 
+@pytest.mark.contract("6.3")
 async def test_a_verdict_is_looked_up_again_after_a_while(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "old")]}
     authenticator = Authenticator(jwks=url(key_server))
@@ -335,6 +347,7 @@ async def test_a_verdict_is_looked_up_again_after_a_while(key_server: KeyServer)
     assert (await authenticator.authenticate(token, NOW + VERDICT_SECONDS + 1)).user == "42"
 
 
+@pytest.mark.contract("6.7")
 @pytest.mark.parametrize("kid", ["same", ...])
 async def test_another_key_under_the_same_name_is_found(key_server: KeyServer, kid: Any) -> None:
     other = ed25519.Ed25519PrivateKey.generate()
@@ -348,6 +361,7 @@ async def test_another_key_under_the_same_name_is_found(key_server: KeyServer, k
     assert (await authenticator.authenticate(token, NOW + VERDICT_SECONDS + 1)).user == "42"
 
 
+@pytest.mark.contract("6.14")
 @pytest.mark.parametrize("kid", ["same", ...])
 async def test_of_two_keys_with_one_name_each_is_tried(key_server: KeyServer, kid: Any) -> None:
     other = ed25519.Ed25519PrivateKey.generate()
@@ -359,6 +373,7 @@ async def test_of_two_keys_with_one_name_each_is_tried(key_server: KeyServer, ki
     assert key_server.hits == 1
 
 
+@pytest.mark.contract("6.14")
 @pytest.mark.parametrize(
     ("in_the_set", "in_the_token"),
     [(7, 7), ("7", 7), (7, "7"), ("k", None), ("k", ["k"]), ("k", {"a": 1}), ("k", 1.5), ("k", True), ("k", ""),
@@ -375,6 +390,7 @@ async def test_a_kid_of_another_type(tmp_path: Path, in_the_set: Any, in_the_tok
     assert (await authenticator.authenticate(b".".join([head, payload, tail]).decode(), NOW)).user == "42"
 
 
+@pytest.mark.contract("5.41", "6.4")
 async def test_a_key_set_that_does_not_answer_judges_nobody(key_server: KeyServer) -> None:
     key_server.document, key_server.status = {}, 500
     authenticator = Authenticator(jwks=url(key_server))
@@ -390,6 +406,7 @@ async def test_a_key_set_that_does_not_answer_judges_nobody(key_server: KeyServe
     assert (await authenticator.authenticate(by(EC, "e"), NOW + REFRESH_SECONDS + 100)).user == "42"
 
 
+@pytest.mark.contract("6.9")
 @pytest.mark.parametrize(
     ("answer", "why"),
     [(b"<!doctype html><p>Sign in", "it is an HTML page"), (b"", "it is not JSON"), ([], "not a JSON Web Key Set"),
@@ -410,11 +427,13 @@ async def test_an_answer_that_is_no_key_set_keeps_the_last_good_one(
         await Authenticator(jwks=url(key_server)).start(strict=True)
 
 
+@pytest.mark.contract("6.13")
 async def test_a_byte_order_mark_before_a_key_set(key_server: KeyServer) -> None:
     key_server.document = b"\xef\xbb\xbf" + json.dumps({"keys": [public(EC, "e")]}).encode()
     await Authenticator(jwks=url(key_server)).start(strict=True)
 
 
+@pytest.mark.contract("6.4", "6.8")
 async def test_a_slow_endpoint_delays_nobody_whose_key_is_known(
     key_server: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +456,7 @@ async def test_a_slow_endpoint_delays_nobody_whose_key_is_known(
     assert (await authenticator.authenticate(by(ED, "new"), NOW + REFRESH_SECONDS + 2)).user == "42"
 
 
+@pytest.mark.contract("6.3")
 async def test_a_reading_that_began_before_the_token_came_does_not_refuse_it(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "old")]}
     authenticator = Authenticator(jwks=url(key_server))
@@ -465,6 +485,7 @@ async def test_a_clock_that_is_set_back_neither_ages_nor_keeps_a_set(key_server:
     assert (await authenticator.authenticate(by(ED, "new"), NOW - 10_000)).user == "42"
 
 
+@pytest.mark.contract("6.25")
 async def test_of_several_tokens_the_first_good_one_counts(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "e")]}
     authenticator = Authenticator(secret=SECRET, jwks=url(key_server))
@@ -488,6 +509,7 @@ async def test_of_several_tokens_the_first_good_one_counts(key_server: KeyServer
         await authenticator.authenticate_any([bad, by(ED, "x"), old], NOW)
 
 
+@pytest.mark.contract("6.11")
 async def test_a_token_that_is_valid_soon_is_not_refused() -> None:
     assert (await authenticate(signed(nbf=NOW + 30))).user == "42"
     with pytest.raises(NotYetValid, match="another 31 s"):
@@ -503,6 +525,7 @@ async def test_groups_elsewhere_need_a_good_signature(key_server: KeyServer) -> 
         await authenticate(by(ED, "x", **overage), jwks=url(key_server))
 
 
+@pytest.mark.contract("6.15")
 async def test_the_name_of_an_algorithm_by_rfc_9864(tmp_path: Path) -> None:
     (tmp_path / "keys.json").write_text(json.dumps({"keys": [public(ED, "d", alg="Ed25519")]}))
     authenticator = Authenticator(jwks=str(tmp_path / "keys.json"))
@@ -512,6 +535,7 @@ async def test_the_name_of_an_algorithm_by_rfc_9864(tmp_path: Path) -> None:
     assert (await authenticator.authenticate(b".".join([head, payload, tail]).decode(), NOW)).user == "42"
 
 
+@pytest.mark.contract("6.12")
 @pytest.mark.parametrize(
     "bad", [{"kty": "RSA", "kid": "x"}, {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"}, None, "x", {"kty": "OKP"},
             {"kty": "OKP", "crv": "Ed25519", "x": "AA"}, {"kty": "AKP", "alg": "ML-DSA-65"}, {"kty": ["EC"]}, [], 7,
@@ -549,6 +573,7 @@ async def test_a_key_set_in_a_file(tmp_path: Path) -> None:
     assert (await authenticator.authenticate(signed(key=ED, algorithm="EdDSA", kid="d"), NOW)).user == "42"
 
 
+@pytest.mark.contract("6.13")
 async def test_a_private_key_in_a_set_verifies_by_its_public_half(tmp_path: Path) -> None:
     private = json.loads(jwt.get_algorithm_by_name("RS256").to_jwk(RSA))
     assert "d" in private
@@ -557,6 +582,7 @@ async def test_a_private_key_in_a_set_verifies_by_its_public_half(tmp_path: Path
     assert (await authenticate(by(RSA, "r"), jwks=str(tmp_path / "keys.json"))).user == "42"
 
 
+@pytest.mark.contract("2.3")
 async def test_user_and_groups_by_other_claims() -> None:
     options: dict[str, Any] = {"user_claim": "email", "groups_claim": "realm_access.roles"}
     token = signed(email="a@b.example", realm_access={"roles": ["ops"]}, sub=...)

@@ -38,6 +38,7 @@ def test_the_catalogue_that_comes_with_the_bridge() -> None:
     assert schema["$schema"].startswith("https://json-schema.org/")
 
 
+@pytest.mark.contract("4.2", "5.69")
 def test_a_class_in_any_module_is_found(package: tuple[str, Path]) -> None:
     name, folder = package
     write(folder, "a.py", 'class A(EventData, type="a"):\n  x: int')
@@ -54,6 +55,7 @@ def test_a_base_without_a_type_is_no_event(package: tuple[str, Path]) -> None:
     assert list(load_catalogue(name)) == ["a"]
 
 
+@pytest.mark.contract("5.70", "5.71")
 def test_all_faults_are_named_at_once(package: tuple[str, Path]) -> None:
     name, folder = package
     write(
@@ -122,6 +124,7 @@ def test_a_name_that_python_cannot_import(name: str) -> None:
 MODEL = 'class {0}(EventData, type="{1}"): pass'
 
 
+@pytest.mark.contract("5.74")
 def test_a_plain_folder_is_a_package(package: tuple[str, Path]) -> None:
     name, folder = package
     (folder / "__init__.py").unlink()
@@ -130,6 +133,7 @@ def test_a_plain_folder_is_a_package(package: tuple[str, Path]) -> None:
     assert (list(catalogue), catalogue.places, catalogue.notes) == (["a"], (str(folder),), ())
 
 
+@pytest.mark.contract("5.74")
 def test_a_single_module_is_a_catalogue(package: tuple[str, Path]) -> None:
     name, folder = package
     (folder / "__init__.py").unlink()
@@ -140,6 +144,7 @@ def test_a_single_module_is_a_catalogue(package: tuple[str, Path]) -> None:
     assert f"'{name}.jobs' not found, in {folder}.py" in faults(f"{name}.jobs")[0]
 
 
+@pytest.mark.contract("5.75")
 def test_a_plain_folder_that_python_does_not_use_is_named(
     package: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +182,7 @@ def test_a_plain_folder_inside_is_named(package: tuple[str, Path]) -> None:
     assert f"the folder {folder / 'billing'} is not in the catalogue" in note
 
 
+@pytest.mark.contract("5.74")
 def test_a_class_from_elsewhere_counts_when_all_lists_it(package: tuple[str, Path]) -> None:
     name, folder = package
     write(
@@ -201,6 +207,7 @@ def test_classes_from_elsewhere_alone_are_named_with_what_to_do(package: tuple[s
     assert f"list 'Done' in `__all__` of {name}" in note
 
 
+@pytest.mark.contract("5.75")
 def test_a_base_from_elsewhere_does_not_count(package: tuple[str, Path]) -> None:
     name, folder = package
     write(
@@ -222,6 +229,7 @@ def test_an_empty_package(package: tuple[str, Path]) -> None:
     assert "has no event model" in faults(package[0])[0]
 
 
+@pytest.mark.contract("5.72")
 def test_a_model_that_does_not_read_what_it_writes_is_a_fault(package: tuple[str, Path]) -> None:
     name, folder = package
     write(

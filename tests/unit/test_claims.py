@@ -31,6 +31,7 @@ def encode(value: object) -> str:
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
 
 
+@pytest.mark.contract("6.19")
 @pytest.mark.parametrize(
     ("given", "groups"),
     [
@@ -49,6 +50,7 @@ def test_groups(given: Any, groups: Any) -> None:
         assert read(groups=given).groups == groups
 
 
+@pytest.mark.contract("6.18")
 @pytest.mark.parametrize(
     ("given", "user"),
     [("42", "42"), (42, "42"), (-1, "-1"), (0, "0"), (2**70, str(2**70)), ("a b", "a b"), ("", None), (4.2, None),
@@ -62,6 +64,7 @@ def test_the_user(given: Any, user: str | None) -> None:
         assert read(sub=given).user == user
 
 
+@pytest.mark.contract("6.11", "6.23")
 def test_times() -> None:
     assert read(exp=NOW + 0.5).expires_at == NOW + 0.5  # RFC 7519, section 2: a fraction is allowed.
     assert read(iat=NOW + 10_000, jti=7).user == "42"  # Neither decides anything.
@@ -80,6 +83,7 @@ def test_times() -> None:
             read(exp=bad)
 
 
+@pytest.mark.contract("6.22")
 @pytest.mark.parametrize(
     ("audience", "fits"),
     [("bridge", True), (["bridge"], True), (["x", "bridge", 7, None], True), ("Bridge", False), ("bridge/", False),
@@ -95,6 +99,7 @@ def test_the_audience(audience: Any, fits: bool) -> None:
             read(reader=reader, aud=audience)
 
 
+@pytest.mark.contract("6.22")
 @pytest.mark.parametrize("issuer", ["https://issuer/", "HTTPS://issuer", ["https://issuer"], None, ..., 7])
 def test_an_issuer_is_compared_exactly(issuer: Any) -> None:
     reader = ClaimsReader(issuer="https://issuer")
@@ -103,6 +108,7 @@ def test_an_issuer_is_compared_exactly(issuer: Any) -> None:
         read(reader=reader, iss=issuer)
 
 
+@pytest.mark.contract("6.17")
 @pytest.mark.parametrize(
     ("claims", "path", "value"),
     [
@@ -121,6 +127,7 @@ def test_claims_by_path(claims: dict[str, Any], path: str, value: Any) -> None:
     assert claim_at(claims, path) == value
 
 
+@pytest.mark.contract("6.20")
 @pytest.mark.parametrize(
     ("claims", "name", "elsewhere"),
     [
@@ -143,10 +150,12 @@ def test_groups_that_are_elsewhere_are_never_no_groups(claims: dict[str, Any], n
         assert read(reader=reader, **claims).user == "42"
 
 
+@pytest.mark.contract("6.21")
 def test_without_a_groups_claim_none_is_read() -> None:
     assert read(reader=ClaimsReader(groups=""), groups={"no": "list"}).groups == ()
 
 
+@pytest.mark.contract("6.14")
 @pytest.mark.parametrize(
     ("given", "text"), [("a", "a"), (7, "7"), ("", None), (None, None), (True, None), (1.0, None), ([], None)]
 )
@@ -154,6 +163,7 @@ def test_key_ids(given: object, text: str | None) -> None:
     assert key_id(given) == text
 
 
+@pytest.mark.contract("6.16", "6.23")
 def test_the_compact_form() -> None:
     head, claims = encode({"alg": "HS256", "typ": "at+jwt", "kid": 7, "x": 1}), encode({"sub": "42"})
     token = parse(f"{head}.{claims}.AAAA")
@@ -163,6 +173,7 @@ def test_the_compact_form() -> None:
     assert parse(f"{head}==.{claims}.AA==").signed == f"{head}==.{claims}".encode()
 
 
+@pytest.mark.contract("6.16")
 @pytest.mark.parametrize(
     ("text", "why"),
     [
@@ -181,6 +192,7 @@ def test_what_is_no_signed_token(text: str, why: str) -> None:
         parse(text)
 
 
+@pytest.mark.contract("2.18", "2.19")
 def test_an_identity_is_of_the_user_and_the_set_of_groups() -> None:
     key = b"k"
 

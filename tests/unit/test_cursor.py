@@ -7,6 +7,7 @@ import pytest
 from bridge.service.streams.cursor import MAX_CHARS, NONE, Anchor, Cursor, InvalidCursor, Unnamed, digest
 
 
+@pytest.mark.contract("2.36")
 @pytest.mark.parametrize(
     "cursor",
     [
@@ -32,6 +33,7 @@ def test_more_than_can_be_told_is_told_as_unknown() -> None:
     assert Cursor.parse(str(cursor)).unnamed == (None, NONE)
 
 
+@pytest.mark.contract("5.55")
 @pytest.mark.parametrize(
     ("text", "cursor"),
     [
@@ -49,6 +51,7 @@ def test_a_digest_is_of_the_content() -> None:
     assert re.fullmatch(r"[A-Za-z0-9_-]{6}", digest(b""))
 
 
+@pytest.mark.contract("2.37")
 @pytest.mark.parametrize(
     "text",
     ["", "2", "2.", "2.0.AAAAAA", "1.0.AAAAAA.", "2.-1.AAAAAA.", "2.0.AAAAA.", "2.0.AAAAAA.abc", "2.0.AAAAAA.\n",

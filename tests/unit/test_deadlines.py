@@ -8,6 +8,7 @@ from bridge.service.streams.deadlines import Deadlines
 DRAWS = [0.0, 0.25, 0.5, 0.999999]
 
 
+@pytest.mark.contract("2.34", "2.53")
 @pytest.mark.parametrize("draw", DRAWS)
 def test_draws_stay_in_their_bounds(draw: float) -> None:
     assert 1500 <= deadlines.retry_ms(3, draw) <= 4500
@@ -17,6 +18,7 @@ def test_draws_stay_in_their_bounds(draw: float) -> None:
     assert 2880 <= deadlines.lifetime(3600, draw) <= 3600
 
 
+@pytest.mark.contract("2.54")
 def test_goodbyes_are_spread_evenly_over_the_drain() -> None:
     times = [deadlines.drain_at(index, 100, 10, 0.5) for index in range(100)]
     assert times == sorted(times)
@@ -29,6 +31,7 @@ def due(**changes: float) -> Deadlines:
     return Deadlines(100.0, **values)
 
 
+@pytest.mark.contract("2.28")
 def test_a_heartbeat_is_due_after_silence() -> None:
     stream = due()
     assert stream.deadline() == 115
@@ -39,6 +42,7 @@ def test_a_heartbeat_is_due_after_silence() -> None:
     assert stream.deadline() == 129
 
 
+@pytest.mark.contract("2.26")
 def test_a_position_is_due_after_a_minute_without_an_event() -> None:
     stream = due()
     for now in range(110, 170, 10):
@@ -49,6 +53,7 @@ def test_a_position_is_due_after_a_minute_without_an_event() -> None:
     assert not stream.position_due(219)
 
 
+@pytest.mark.contract("2.53")
 def test_the_end_of_the_token_counts_as_well_as_of_the_stream() -> None:
     assert due().is_rotated(3000)
     assert not due().is_rotated(2999)

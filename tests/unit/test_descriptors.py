@@ -18,6 +18,7 @@ def test_containerds_soft_limit_allows_some_eight_hundred_streams() -> None:
     assert plan.streams > 800
 
 
+@pytest.mark.contract("2.55", "2.57")
 @given(st.integers(0, 100_000), st.integers(0, 500), st.integers(1, 100_000))
 def test_what_is_reserved_is_never_given_away(limit: int, used: int, streams: int) -> None:
     try:

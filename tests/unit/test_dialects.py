@@ -15,6 +15,7 @@ from bridge.event import EventData
 HERE = "#/components/schemas/"
 
 
+@pytest.mark.contract("2.67")
 @pytest.mark.parametrize(
     ("schema", "expected"),
     [
@@ -47,6 +48,7 @@ def test_draft_07(schema: dict[str, Any], expected: dict[str, Any]) -> None:
     assert draft_07(schema, HERE) == expected
 
 
+@pytest.mark.contract("2.63")
 def test_openapi_keeps_a_discriminator_and_moves_its_mapping() -> None:
     mapping = {"a": "#/$defs/A", "b": {"oneOf": []}}
     union = {"oneOf": [], "discriminator": {"propertyName": "k", "mapping": mapping}}
@@ -55,6 +57,7 @@ def test_openapi_keeps_a_discriminator_and_moves_its_mapping() -> None:
     assert standard({"items": union}) == {"items": {"oneOf": []}}
 
 
+@pytest.mark.contract("2.64")
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [

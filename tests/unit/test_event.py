@@ -72,6 +72,7 @@ def refusal(body: bytes | dict[str, Any], key: str = "user.42.test.done", **opti
     return caught.value
 
 
+@pytest.mark.contract("1.8", "2.24")
 def test_an_event_comes_out_as_one_line_with_its_frame() -> None:
     event = read(envelope(time="2026-01-31T12:00:00Z", subject="s"))
     assert json.loads(line_of(event)) == {
@@ -83,6 +84,7 @@ def test_an_event_comes_out_as_one_line_with_its_frame() -> None:
     assert len(event.digest) == 6
 
 
+@pytest.mark.contract("1.13", "5.1")
 def test_what_no_model_declares_stays_inside() -> None:
     data = {"job_id": "r", "password": "s3cret", "part": {"name": "n", "secret": "s3cret"}}
     event = read(
@@ -114,6 +116,7 @@ def test_no_text_ends_a_line(text: str) -> None:
     assert json.loads(line_of(event))["data"]["job_id"] == text
 
 
+@pytest.mark.contract("1.7", "5.9")
 @pytest.mark.parametrize(
     "body",
     [
@@ -145,6 +148,7 @@ def test_malformed(body: bytes) -> None:
     assert refusal(body).reason == "malformed"
 
 
+@pytest.mark.contract("1.8", "1.9", "5.1", "5.2", "5.3", "5.6")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -194,6 +198,7 @@ def test_json_that_is_no_cloudevent(body: bytes) -> None:
     assert refusal(body).reason == "not-a-cloudevent"
 
 
+@pytest.mark.contract("5.3", "5.4")
 @pytest.mark.parametrize(
     "time",
     [
@@ -213,6 +218,7 @@ def test_times_go_on_as_they_are(time: str) -> None:
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
+@pytest.mark.contract("5.5")
 @pytest.mark.parametrize(
     ("given", "shown"),
     [
@@ -243,11 +249,13 @@ def test_a_trace_context_that_cannot_be_read_is_left_out(given: dict[str, Any], 
         assert {name: found[name] for name in ("traceparent", "tracestate") if name in found} == shown
 
 
+@pytest.mark.contract("5.8")
 def test_optional_attributes_may_be_null() -> None:
     event = read(envelope(time=None, subject=None, traceparent=None, tenant=None, data_base64=None))
     assert set(json.loads(line_of(event))) == {"specversion", "id", "source", "type", "data"}
 
 
+@pytest.mark.contract("1.12")
 @pytest.mark.parametrize("key", ["user.42.test.other", "user.42", "", "user.42.Test.done", "team.x.test.done"])
 def test_type_unlike_its_key(key: str) -> None:
     assert refusal(envelope(), key).reason == "type-mismatch"
@@ -257,6 +265,7 @@ def test_unknown_type() -> None:
     assert refusal(envelope(type="test.new"), "all.test.new").reason == "unknown-type"
 
 
+@pytest.mark.contract("1.13", "5.9")
 @pytest.mark.parametrize(
     ("data", "where"),
     [
@@ -285,6 +294,7 @@ def test_a_model_that_raises_is_a_refusal_too() -> None:
     assert "Grumpy raised KeyError" in error.detail
 
 
+@pytest.mark.contract("1.7")
 def test_size_is_looked_at_first() -> None:
     body = json.dumps(envelope(data={"job_id": "x" * 65_536})).encode()
     assert refusal(body).reason == "too-large"
@@ -301,6 +311,7 @@ def test_of_a_body_that_was_cut_the_detail_has_the_whole_size() -> None:
     assert f"first {len(whole)}" in error.detail
 
 
+@pytest.mark.contract("1.22")
 def test_the_detail_is_bounded() -> None:
     assert len(refusal(envelope(**{"X" * 5000: 1})).detail) <= MAX_DETAIL_CHARS
     assert len(refusal(envelope(data={f"k{n}": 1 for n in range(2000)} | {"part": {}})).detail) <= MAX_DETAIL_CHARS
@@ -393,6 +404,7 @@ class Number(EventData, type="test.number"):
     whole: int = 0
 
 
+@pytest.mark.contract("5.10", "5.11")
 @pytest.mark.parametrize(
     ("member", "given", "shown"),
     [
@@ -433,6 +445,7 @@ def test_infinity_is_not_written_as_null() -> None:
         write({"id": "e", "source": "/t"}, Done(job_id="r", seconds=float("inf")))
 
 
+@pytest.mark.contract("5.71")
 def test_a_reserved_type_cannot_be_declared() -> None:
     with pytest.raises(InvalidType, match="reserved"):
         type("Mine", (EventData,), {"__module__": __name__}, type="bridge.mine")

@@ -170,6 +170,7 @@ def limited(**limits: Any) -> Any:
     return Field(**limits)
 
 
+@pytest.mark.contract("3.14", "3.15", "3.16", "3.17", "3.19")
 @pytest.mark.parametrize(
     ("old", "new", "verdict", "words"),
     [
@@ -365,6 +366,7 @@ def test_another_process_writes_the_same() -> None:
     assert compare(json.loads(texts.pop()), schemas(x=Checked)) == []
 
 
+@pytest.mark.contract("3.20")
 @pytest.mark.parametrize("change", ["FACTOR", "halved"])
 def test_what_a_validator_calls_belongs_to_it(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old = schemas(x=Checked)
@@ -387,6 +389,7 @@ def without_facts(value: Any) -> Any:
     return [without_facts(part) for part in value] if isinstance(value, list) else value
 
 
+@pytest.mark.contract("3.21")
 def test_an_old_export_is_read_and_what_it_does_not_say_is_not_guessed() -> None:
     old = without_facts(schemas(x=str))
     assert [change.verdict for change in compare(old, schemas(x=str))] == [UNKNOWN]
@@ -410,6 +413,7 @@ def test_a_file_that_makes_no_sense_is_no_change_of_nothing(break_it: Callable[[
     assert {change.verdict for change in compare(old, new)} == {UNKNOWN}
 
 
+@pytest.mark.contract("2.63", "3.11", "3.12")
 def test_an_export_is_a_schema_for_others_too() -> None:
     schema = schemas(x=tagged(Cat, Dog), y=Leaf, z=AwareDatetime)["job.done"]
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -421,6 +425,7 @@ def test_an_export_is_a_schema_for_others_too() -> None:
     jsonschema.validate({**data, "y": {"leaf": "a", "children": []}}, received)
 
 
+@pytest.mark.contract("3.13", "3.14", "3.16", "3.17")
 @pytest.mark.parametrize(
     ("new", "exit_code", "output"),
     [

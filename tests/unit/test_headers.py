@@ -17,6 +17,7 @@ JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
 """What java.net.HttpURLConnection sends unless it is told otherwise."""
 
 
+@pytest.mark.contract("6.27")
 @pytest.mark.parametrize(
     ("lines", "admitted"),
     [
@@ -39,6 +40,7 @@ def test_accept(lines: list[str], admitted: bool) -> None:
     assert admits_stream(lines) is admitted
 
 
+@pytest.mark.contract("6.24")
 @pytest.mark.parametrize(
     ("lines", "token"),
     [
@@ -51,6 +53,7 @@ def test_bearer(lines: list[str], token: str | None) -> None:
     assert bearer_token(lines) == token
 
 
+@pytest.mark.contract("6.28")
 @pytest.mark.parametrize(
     ("origin", "normal"),
     [
@@ -64,6 +67,7 @@ def test_origins(origin: str, normal: str) -> None:
     assert normal_origin(origin) == normal
 
 
+@pytest.mark.contract("5.39", "6.28")
 @pytest.mark.parametrize(
     ("origin", "host", "own"),
     [
@@ -85,6 +89,7 @@ def test_own_origin(origin: str, host: str, own: bool) -> None:
 OURS = ", ".join(STREAM_REQUEST_HEADERS)
 
 
+@pytest.mark.contract("6.29")
 @pytest.mark.parametrize(
     ("asked", "more"),
     [

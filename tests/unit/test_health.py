@@ -9,11 +9,13 @@ from bridge.service.health import Status, why_not_ready
 GOOD = Status(started=True, draining=False, connections=5, max_connections=10, broker_away_seconds=None)
 
 
+@pytest.mark.contract("2.75")
 def test_ready() -> None:
     assert why_not_ready(GOOD, grace_seconds=30) is None
     assert why_not_ready(replace(GOOD, broker_away_seconds=29), grace_seconds=30) is None
 
 
+@pytest.mark.contract("2.75")
 @pytest.mark.parametrize(
     ("status", "word"),
     [
@@ -30,6 +32,7 @@ def test_not_ready(status: Status, word: str) -> None:
     assert word in reason
 
 
+@pytest.mark.contract("2.75")
 def test_what_is_left_out_does_not_count() -> None:
     full = replace(GOOD, connections=10, broker_away_seconds=31)
     assert why_not_ready(full, grace_seconds=30, exclude={"broker", "connections"}) is None

@@ -105,6 +105,7 @@ def send(connection: Connection, first: int, count: int = 6) -> None:
         connection.session.take()
 
 
+@pytest.mark.contract("5.51")
 def test_an_anchor_is_taken_once_a_fence_has_come_by_both_queues() -> None:
     hub, log, connection = make()
     send(connection, 100)
@@ -125,6 +126,7 @@ def test_an_anchor_is_taken_once_a_fence_has_come_by_both_queues() -> None:
     assert offset_of(connection) == 100
 
 
+@pytest.mark.contract("5.51")
 def test_a_fence_that_somebody_else_made_proves_nothing() -> None:
     hub, log, connection = make()
     for number in (1, 2):
@@ -189,6 +191,7 @@ def test_a_fence_proves_nothing_while_messages_were_dropped() -> None:
 BODY = b'{"specversion":"1.0","id":"1","source":"/t","type":"test.done","data":{}}'
 
 
+@pytest.mark.contract("5.58", "5.62")
 def test_a_live_event_that_cannot_be_read_is_a_gap_for_those_who_asked_for_its_type() -> None:
     quarantine: Any = Quarantine([], queue="q", on_dropped=lambda: None)
     hub, _, connection = make(quarantine)
@@ -235,6 +238,7 @@ class Openings:
         return "opened"
 
 
+@pytest.mark.contract("2.44", "2.45")
 def test_a_user_who_opens_streams_without_a_pause_is_refused_before_the_broker_is_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -258,6 +262,7 @@ def test_streams_that_return_after_restarts_in_a_row_are_let_in(monkeypatch: pyt
         assert {to.open("42") for _ in range(20)} == {"opened"}
 
 
+@pytest.mark.contract("2.44")
 @pytest.mark.parametrize(
     ("connections", "given", "at_once"), [(1, None, 60), (20, None, 60), (100, None, 300), (20, 5, 5)]
 )

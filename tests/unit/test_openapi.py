@@ -21,6 +21,7 @@ SAMPLE = load_catalogue("bridge.samples")
 FULL = openapi(CATALOGUE, version="1.2.3", cookie="who", query_token=True, console="development")
 
 
+@pytest.mark.contract("2.71")
 @pytest.mark.parametrize("console", ["false", "true", "development"])
 @pytest.mark.parametrize("catalogue", [CATALOGUE, SAMPLE], ids=["features", "sample"])
 def test_it_is_valid(catalogue: Catalogue, console: str) -> None:
@@ -43,6 +44,7 @@ def test_a_token_has_every_way_that_the_settings_allow() -> None:
     assert "/" not in closed["paths"]
 
 
+@pytest.mark.contract("2.71")
 @pytest.mark.parametrize("console", ["false", "true", "development"])
 def test_it_has_every_public_route_and_no_other(console: Literal["false", "true", "development"]) -> None:
     nothing: Any = None

@@ -41,6 +41,7 @@ def refused(audience: Any = USER, data: Any = DONE, **attributes: Any) -> EventR
     return caught.value
 
 
+@pytest.mark.contract("4.6")
 def test_attributes_in_the_types_that_programs_have() -> None:
     identity = UUID("0192f3a4-5b6c-7d8e-9f00-112233445566")
     assert written(id=identity)["id"] == str(identity)
@@ -58,6 +59,7 @@ def test_attributes_in_the_types_that_programs_have() -> None:
     )
 
 
+@pytest.mark.contract("4.6")
 def test_an_attribute_that_is_none_is_not_given() -> None:
     event = written(id=None, time=None, subject=None, traceparent=None)
     assert len(event["id"]) == 36
@@ -65,6 +67,7 @@ def test_an_attribute_that_is_none_is_not_given() -> None:
     assert not event.keys() & {"subject", "traceparent"}
 
 
+@pytest.mark.contract("4.6", "5.7")
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
@@ -93,6 +96,7 @@ def test_an_attribute_that_cannot_be_taken(attributes: dict[str, Any], words: st
     assert str(error).startswith("test.done for user:42: ")
 
 
+@pytest.mark.contract("4.6")
 def test_ids_of_users_and_groups() -> None:
     assert [as_text(value) for value in ("42", 42, UUID(int=1))] == ["42", "42", str(UUID(int=1))]
     for value in (True, None, 1.0, b"42", ["42"]):
@@ -110,6 +114,7 @@ def test_an_audience_and_an_event_of_the_wrong_kind() -> None:
     assert naive.id == "e-1"
 
 
+@pytest.mark.contract("4.12")
 def test_an_item_of_a_batch_that_is_none() -> None:
     bad: list[Any] = [DONE, (USER,), (USER, DONE, {}, 1), [USER, DONE]]
     for item in bad:
@@ -132,6 +137,7 @@ async def test_a_closed_publisher_says_so() -> None:
         await publisher.to_user("42", DONE)
 
 
+@pytest.mark.contract("4.11")
 def test_a_publisher_in_a_second_event_loop_says_so() -> None:
     publisher = Publisher("amqp://127.0.0.1:1/", source="/t", timeout=0.1)
 

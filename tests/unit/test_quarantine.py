@@ -40,6 +40,7 @@ def flooded() -> Flooded:
     return Flooded()
 
 
+@pytest.mark.contract("5.21", "5.22")
 def test_a_flood_is_kept_in_part_and_the_rest_is_counted(flooded: Flooded) -> None:
     with capture_logs() as lines:
         assert flooded.put(100_000) == BURST < MAX_PENDING
@@ -63,6 +64,7 @@ def test_a_flood_of_one_reason_hides_no_other(flooded: Flooded) -> None:
     assert flooded.put(10, reason="schema") == 10
 
 
+@pytest.mark.contract("5.21")
 def test_what_waits_is_bounded_in_number_and_in_bytes(flooded: Flooded) -> None:
     kept = sum(flooded.put(100_000, reason=reason) for reason in ("malformed", "schema", "too-large"))
     assert kept == MAX_PENDING

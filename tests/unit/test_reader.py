@@ -70,6 +70,7 @@ def test_an_event_that_one_queue_brings_is_not_kept(reads: list[bytes]) -> None:
     assert len(reads) == 2
 
 
+@pytest.mark.contract("5.25")
 def test_a_refused_entry_is_read_and_put_aside_once_for_all_clients(reads: list[bytes]) -> None:
     reader, refused, metrics = make()
     for _ in range(200):
@@ -79,6 +80,7 @@ def test_a_refused_entry_is_read_and_put_aside_once_for_all_clients(reads: list[
     assert metrics.log_unreadable.labels("unknown-type")._value.get() == 1
 
 
+@pytest.mark.contract("5.24")
 def test_a_message_that_was_refused_live_is_not_put_aside_again_from_the_log() -> None:
     reader, refused, _ = make()
     for queue in range(3):
@@ -89,6 +91,7 @@ def test_a_message_that_was_refused_live_is_not_put_aside_again_from_the_log() -
     assert len(refused) == 2, "the same queue brought it again, so it was published again"
 
 
+@pytest.mark.contract("5.25")
 def test_refusals_are_remembered_within_a_bound() -> None:
     reader, refused, _ = make()
     for number in range(REFUSALS + 1):

@@ -20,6 +20,7 @@ def test_a_usual_request_is_good() -> None:
     assert refused(method=b"PRI", version=b"2.0") is None  # HTTP/2's preface is not judged here.
 
 
+@pytest.mark.contract("6.33")
 @pytest.mark.parametrize(
     "head",
     [
@@ -36,11 +37,13 @@ def test_lines_end_with_cr_lf_and_are_not_folded(head: bytes) -> None:
     assert refused(head) == 400
 
 
+@pytest.mark.contract("6.35")
 @pytest.mark.parametrize("method", [b"get", b"Get", b"GETS", b"PROPFIND", b"BREW"])
 def test_methods_are_case_sensitive(method: bytes) -> None:
     assert refused(method=method) == 501
 
 
+@pytest.mark.contract("6.32")
 def test_two_framings_are_none() -> None:
     assert refused(content_length=b"5", transfer_encoding=b"chunked") == 400
     assert refused(version=b"1.0", transfer_encoding=b"chunked") == 400
@@ -53,6 +56,7 @@ def test_a_good_host(host: bytes) -> None:
     assert refused(host=host) is None
 
 
+@pytest.mark.contract("6.34")
 @pytest.mark.parametrize(
     "host", [b"x/y", b"a b", b"a,b:c", b"me@x", b"x:y", b"x:80:80", b"[::1", b"a%4", b"x?y", b"\xe9"]
 )
@@ -60,6 +64,7 @@ def test_a_bad_host(host: bytes) -> None:
     assert refused(host=host) == 400
 
 
+@pytest.mark.contract("6.34")
 @pytest.mark.parametrize(
     ("version", "status"), [(b"1.0", None), (b"1.1", 400), (b"1.2", 400), (b"1.9", 400), (b"2.0", None)]
 )
@@ -74,6 +79,7 @@ def test_lines_of_a_body_in_chunks() -> None:
     assert fault_of_lines(b"0\r\nX: y\n\r\n") is not None
 
 
+@pytest.mark.contract("6.39")
 @pytest.mark.parametrize(
     ("target", "read"),
     [

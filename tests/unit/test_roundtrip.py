@@ -230,6 +230,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.contract("5.72")
 @pytest.mark.parametrize(("make", "words"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_a_model_that_does_not_read_what_it_writes_is_a_fault(make: Make, words: str) -> None:
     faults = check_model(make())
@@ -318,6 +319,7 @@ def test_members_that_take_a_time_without_a_zone_are_found() -> None:
 # Values
 
 
+@pytest.mark.contract("4.5")
 def test_values_that_a_page_gets_as_they_were_passed() -> None:
     now = datetime(2026, 1, 31, 12, tzinfo=UTC)
     whole = Whole(
@@ -385,6 +387,7 @@ def broken(**values: Any) -> Shipped:
 NAIVE = datetime(2026, 1, 31, 12)
 
 
+@pytest.mark.contract("4.4", "5.12")
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -492,6 +495,7 @@ def from_private() -> EventData:
 AMSTERDAM_1850 = datetime(1850, 6, 1, tzinfo=timezone(timedelta(minutes=19, seconds=32)))
 
 
+@pytest.mark.contract("4.4")
 @pytest.mark.parametrize(
     ("data", "words"),
     [

@@ -16,6 +16,7 @@ from bridge.routing import (
 )
 
 
+@pytest.mark.contract("1.3")
 @pytest.mark.parametrize(
     ("identity", "word"),
     [
@@ -36,6 +37,7 @@ def test_an_id_is_one_word_and_comes_back(identity: str, word: str) -> None:
     assert decode_id(word) == identity
 
 
+@pytest.mark.contract("1.3")
 @pytest.mark.parametrize("identity", ["", "\ud800"])
 def test_an_id_without_a_word_is_refused(identity: str) -> None:
     with pytest.raises(InvalidId):
@@ -48,11 +50,13 @@ def test_a_word_that_no_id_has_is_refused(word: str) -> None:
         decode_id(word)
 
 
+@pytest.mark.contract("1.5")
 @pytest.mark.parametrize("event_type", ["a", "job.progress", "a-b_c.0", "x" * 128])
 def test_a_type_is_lower_case_words(event_type: str) -> None:
     assert Audience.everyone().routing_key(event_type) == f"all.{event_type}"
 
 
+@pytest.mark.contract("1.5")
 @pytest.mark.parametrize(
     "event_type", ["", ".", "a.", ".a", "a..b", "A", "a b", "a*", "#", "a\n", "ä", "x" * 129, "bridge.ready"]
 )
@@ -61,6 +65,7 @@ def test_a_type_outside_the_grammar_or_reserved_is_refused(event_type: str) -> N
         Audience.everyone().routing_key(event_type)
 
 
+@pytest.mark.contract("1.4")
 def test_a_key_has_at_most_255_bytes() -> None:
     longest = "x" * (255 - len("user.") - len(".a.b"))
     assert len(Audience.user(longest).routing_key("a.b")) == 255
@@ -70,6 +75,7 @@ def test_a_key_has_at_most_255_bytes() -> None:
         Audience.user("😀" * 25).binding_key()  # Twelve characters each.
 
 
+@pytest.mark.contract("1.2")
 @pytest.mark.parametrize(
     ("key", "audience", "event_type"),
     [
@@ -108,6 +114,7 @@ def test_no_audience_on_the_command_line(text: str) -> None:
         Audience.parse(text)
 
 
+@pytest.mark.contract("2.6")
 @pytest.mark.parametrize(
     "text",
     ["", ",", "job.*,", "a b", "A", "a..b", ".", "job.**", "a#", "x" * 129, "#.a.#.b.#", ",".join("abcdefghijklmnopq"),
@@ -129,6 +136,7 @@ def test_each_pattern_is_a_binding() -> None:
     assert TypeFilter().binding_keys(Audience.user("42")) == ("user.42.#",)
 
 
+@pytest.mark.contract("2.6")
 def test_the_words_of_a_pattern() -> None:
     types = TypeFilter.parse("job.*,billing.#,report.ready")
     taken = ["job.done", "billing", "billing.a", "billing.a.b", "report.ready"]

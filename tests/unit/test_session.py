@@ -62,6 +62,7 @@ def frames(made: Session) -> list[Frame]:
     return found
 
 
+@pytest.mark.contract("2.23")
 def test_ready_comes_first_and_what_was_held_after_it() -> None:
     made = session()
     made.offer(make_event(1), 990)
@@ -73,6 +74,7 @@ def test_ready_comes_first_and_what_was_held_after_it() -> None:
     assert event.json["id"] == "e1"
 
 
+@pytest.mark.contract("2.25", "5.45")
 @pytest.mark.parametrize(
     ("last_event_id", "reason"),
     [("2.0.AAAAAA.", "no-log"), ("garbage", "unknown"), ("\0", "unknown"), ("é" * 500, "unknown")],
@@ -91,6 +93,7 @@ def test_a_client_that_comes_for_the_first_time_has_no_gap(last_event_id: str | 
     assert [frame.event for frame in frames(made)] == ["bridge.ready"]
 
 
+@pytest.mark.contract("2.8")
 def test_without_names_a_plain_onmessage_gets_events_and_the_bridges_frames_keep_theirs() -> None:
     made = session(named=False)
     made.bound(1000, None)
@@ -99,6 +102,7 @@ def test_without_names_a_plain_onmessage_gets_events_and_the_bridges_frames_keep
     assert [frame.event for frame in frames(made)] == ["bridge.ready", "message", "bridge.bye"]
 
 
+@pytest.mark.contract("1.10")
 def test_an_id_that_was_just_offered_is_not_sent_again() -> None:
     made = live()
     for number in [1, 2, 1, 3, 2]:
@@ -109,6 +113,7 @@ def test_an_id_that_was_just_offered_is_not_sent_again() -> None:
     assert (made.delivered, made.duplicates) == (3, 3)
 
 
+@pytest.mark.contract("5.52")
 def test_the_window_of_ids_is_as_long_as_it_says() -> None:
     made = live()
     for number in range(RECENT_IDS + 1):
@@ -120,6 +125,7 @@ def test_the_window_of_ids_is_as_long_as_it_says() -> None:
     assert frames(made)[0].json["id"] == "e0"
 
 
+@pytest.mark.contract("2.42")
 def test_more_events_than_the_backlog_takes_end_it_as_slow() -> None:
     made = live(max_events=3)
     for number in range(3):
@@ -130,6 +136,7 @@ def test_more_events_than_the_backlog_takes_end_it_as_slow() -> None:
     assert [(frame.event, frame.json) for frame in frames(made)] == [("bridge.bye", {"reason": "slow"})]
 
 
+@pytest.mark.contract("2.42")
 def test_more_bytes_than_the_backlog_takes_end_it_as_slow() -> None:
     made = live(max_bytes=10_000)
     made.offer(make_event(1, size=9000), 2000)
@@ -137,6 +144,7 @@ def test_more_bytes_than_the_backlog_takes_end_it_as_slow() -> None:
     assert made.end_reason == "slow"
 
 
+@pytest.mark.contract("5.56")
 def test_one_event_alone_always_fits() -> None:
     made = live(max_bytes=10_000)
     made.offer(make_event(1, size=20_000), 2000)
@@ -151,6 +159,7 @@ def test_bytes_that_were_taken_no_longer_count() -> None:
     assert made.state is State.LIVE
 
 
+@pytest.mark.contract("2.29")
 @pytest.mark.parametrize(
     ("reason", "flushed"), [("drain", True), ("rotate", True), ("expired", False), ("busy", False)]
 )
@@ -173,6 +182,7 @@ def test_an_end_before_ready_is_only_goodbye() -> None:
     assert [frame.event for frame in frames(made)] == ["bridge.bye"]
 
 
+@pytest.mark.contract("2.25", "5.45", "5.46")
 def test_a_loss_is_told_once_the_queues_are_back_and_not_before() -> None:
     made = live()
     made.offer(make_event(1), 2000)
@@ -193,6 +203,7 @@ def test_losses_that_a_slow_client_has_not_read_of_do_not_pile_up() -> None:
     assert [frame.event for frame in frames(made)] == ["bridge.gap"]
 
 
+@pytest.mark.contract("2.26")
 def test_a_position_moves_the_cursor_of_a_quiet_client() -> None:
     made = live()
     made.offer(make_event(1), 2000)
@@ -231,6 +242,7 @@ def test_one_take_is_bounded_and_ends_with_a_whole_frame() -> None:
     assert chunk.endswith(b"\n\n")
 
 
+@pytest.mark.contract("2.52", "5.57")
 def test_a_goodbye_before_ready_leaves_the_client_its_place() -> None:
     made = session(has_log=True, last_event_id="2.7.abcdef.")
     made.end("busy", 5)
@@ -255,6 +267,7 @@ def returning(cursor: Cursor, **changes: Any) -> Session:
     return made
 
 
+@pytest.mark.contract("5.48")
 def test_a_new_client_begins_at_the_watermark() -> None:
     made = session(has_log=True)
     made.offer(make_event(1), 900)
@@ -264,6 +277,7 @@ def test_a_new_client_begins_at_the_watermark() -> None:
     assert event.id == f"3.64.TICKTI...{make_event(1).digest}"
 
 
+@pytest.mark.contract("2.33")
 def test_ready_of_a_resumed_stream_has_the_place_that_the_client_came_with() -> None:
     cursor = Cursor(Anchor(7, "abcdef"), (make_event(1).digest,))
     made = session(has_log=True, last_event_id=str(cursor))
@@ -276,6 +290,7 @@ def test_ready_of_a_resumed_stream_has_the_place_that_the_client_came_with() -> 
     assert (ready.id, ready.json["resumed"]) == (str(cursor), True)
 
 
+@pytest.mark.contract("2.38")
 def test_log_then_held_then_live_each_once() -> None:
     made = returning(Cursor(Anchor(7, "abcdef"), (make_event(1).digest,)))
     made.offer(make_event(4), 5001)
@@ -304,6 +319,7 @@ def shared(number: int, offset: int) -> Entry:
     return Entry(offset, f"ck{offset:04}", make_event(number), shared=True)
 
 
+@pytest.mark.contract("5.50")
 def test_what_was_sent_and_is_not_named_is_told_by_its_count_and_sum() -> None:
     named = (make_event(5).digest, make_event(6).digest)
     made = returning(Cursor(Anchor(7, "abcdef"), named, (unnamed(1, 2, 3), unnamed(101))))
@@ -319,6 +335,7 @@ def test_what_was_sent_and_is_not_named_is_told_by_its_count_and_sum() -> None:
     assert Cursor.parse(found[1].id).unnamed == (NONE, NONE)
 
 
+@pytest.mark.contract("5.53")
 @pytest.mark.parametrize("unsent", [(), (1,), (3,), (5,), (1, 2), (2, 5)])
 def test_one_or_two_that_were_overtaken_are_found_by_what_the_sum_lacks(unsent: tuple[int, ...]) -> None:
     sent = [number for number in range(1, 6) if number not in unsent]
@@ -329,6 +346,7 @@ def test_one_or_two_that_were_overtaken_are_found_by_what_the_sum_lacks(unsent: 
     assert [frame.json["id"] for frame in frames(made)[1:]] == [f"e{number}" for number in (*unsent, 6, 7, 8)]
 
 
+@pytest.mark.contract("5.50")
 @pytest.mark.parametrize("told", [unnamed(1, 2, 4), unnamed(1, 2, 3, 4, 5), None])
 def test_what_the_log_does_not_bear_out_is_sent_again(told: Unnamed | None) -> None:
     """Rather twice than never: an event among them was not sent, or the log has too few, or nothing is known."""
@@ -489,6 +507,7 @@ def test_a_watermark_that_was_never_written_here_is_not_taken() -> None:
     assert cursor_of(made).anchor == Anchor(50, "BBBBBB")
 
 
+@pytest.mark.contract("5.49")
 def test_what_falls_out_of_the_names_is_added_up_by_queue() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
@@ -516,6 +535,7 @@ def test_what_was_sent_since_a_watermark_is_known_when_it_becomes_the_anchor() -
     assert cursor.unnamed == (unnamed(100, 102), unnamed(101, 103))
 
 
+@pytest.mark.contract("5.54")
 @pytest.mark.parametrize(("count", "taken"), [(20, False), (MANY_BEHIND, True)])
 def test_a_watermark_with_events_near_it_is_left_out_while_that_can_be_afforded(count: int, taken: bool) -> None:
     made = session(has_log=True, max_events=2 * MANY_BEHIND, max_bytes=10**8)
@@ -540,6 +560,7 @@ def test_a_watermark_is_forgotten_with_the_queues() -> None:
     assert cursor_of(made).anchor == Anchor(90, "BBBBBB")
 
 
+@pytest.mark.contract("5.52")
 def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is() -> None:
     made = session(has_log=True, max_events=3000)
     made.bound(1000, WATERMARK)
@@ -585,6 +606,7 @@ def test_who_has_just_caught_up_is_not_ended_for_what_came_meanwhile() -> None:
     assert [frame.json["id"] for frame in frames(made)] == [f"e{100 + number}" for number in range(6)]
 
 
+@pytest.mark.contract("5.53")
 def test_a_retry_of_what_the_cursor_names_is_not_sent_again() -> None:
     made = returning(Cursor(Anchor(7, "abcdef"), (make_event(1).digest,)))
     assert made.replayed(entry(1, 8))
@@ -594,6 +616,7 @@ def test_a_retry_of_what_the_cursor_names_is_not_sent_again() -> None:
     assert [frame.json["id"] for frame in frames(made)[1:]] == ["e2"]
 
 
+@pytest.mark.contract("2.27", "2.30")
 def test_a_client_is_told_once_that_nothing_can_arrive_and_when_it_can_again() -> None:
     made = live()
     made.heartbeat()
@@ -609,6 +632,7 @@ def test_a_client_is_told_once_that_nothing_can_arrive_and_when_it_can_again() -
     assert gap.event == "bridge.gap"
 
 
+@pytest.mark.contract("2.27")
 def test_queues_that_are_back_before_a_heartbeat_are_not_worth_a_word() -> None:
     made = live()
     made.lost()

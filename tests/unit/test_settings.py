@@ -27,6 +27,7 @@ def faults() -> list[str]:
     return caught.value.faults
 
 
+@pytest.mark.contract("1.1", "1.20", "2.3", "2.28", "2.40", "2.41", "2.42", "2.43", "2.77")
 def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, JWT_SECRET=SECRET)
     loaded = load(Settings)
@@ -41,6 +42,7 @@ def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None
     assert (loaded.backlog_events, loaded.backlog_bytes, loaded.max_event_bytes) == (1000, 1_048_576, 65_536)
 
 
+@pytest.mark.contract("2.4")
 def test_without_any_key_it_does_not_start() -> None:
     assert "BRIDGE_JWT_SECRET or BRIDGE_JWKS" in faults()[0]
     assert load(BrokerSettings).exchange == "events"  # Publishing needs none.
@@ -65,6 +67,7 @@ def test_all_faults_are_named_with_what_was_given(monkeypatch: pytest.MonkeyPatc
     assert len(found) == 7
 
 
+@pytest.mark.contract("2.4")
 def test_no_secret_stands_in_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, JWT_SECRET="short-s3cret", AMQP_URL="http://user:s3cret@host/")
     text = "\n".join(faults())
@@ -85,6 +88,7 @@ def test_origins_are_split_and_compared_without_case(monkeypatch: pytest.MonkeyP
     assert load(Settings).allowed_origins == ("https://app.example", "http://localhost:3000")
 
 
+@pytest.mark.contract("6.28")
 def test_a_port_that_a_scheme_implies_is_no_part_of_an_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, JWT_SECRET=SECRET, ALLOWED_ORIGINS="https://a.example:443,http://b:80,http://c:443")
     assert load(Settings).allowed_origins == ("https://a.example", "http://b", "http://c:443")
@@ -122,6 +126,7 @@ def test_no_bind_address(text: str) -> None:
         parse_bind(text)
 
 
+@pytest.mark.contract("2.19")
 def test_replicas_have_one_key_for_identities(monkeypatch: pytest.MonkeyPatch) -> None:
     def key(**given: str) -> bytes:
         for name in ("JWT_SECRET", "JWKS", "AMQP_URL", "BIND"):

@@ -5,6 +5,7 @@ import pytest
 from bridge.service.streams import sse
 
 
+@pytest.mark.contract("2.23", "2.25", "2.26", "2.28", "2.29", "2.34")
 def test_the_bridges_own_frames() -> None:
     assert (
         sse.encode_ready(user="a.b", identity="i", resumed=False, heartbeat_seconds=15.0, cursor="1.0.", retry_ms=3000)

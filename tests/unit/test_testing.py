@@ -70,6 +70,7 @@ async def made(request: pytest.FixtureRequest) -> AsyncIterator[Fake]:
 METHODS = ["__init__", "open", "close", "to_user", "to_group", "to_all", "publish", "publish_many"]
 
 
+@pytest.mark.contract("4.17")
 @pytest.mark.parametrize(
     ("real", "fake"),
     [(Publisher, FakePublisher), (BlockingPublisher, FakeBlockingPublisher)],
@@ -96,6 +97,7 @@ def test_a_fake_may_be_passed_where_the_real_one_is_declared() -> None:
     assert isinstance(FakePublisher.blocking(), BlockingPublisher)
 
 
+@pytest.mark.contract("4.17")
 async def test_what_was_published_is_recorded(made: Fake) -> None:
     at = datetime(2026, 11, 26, 1, 2, 3, tzinfo=UTC)
     assert await made.call("to_user", 42, DONE, id="task:completed", time=at, subject="r-7") == "task:completed"
@@ -145,6 +147,7 @@ async def test_events_are_found_by_type_user_and_group(made: Fake) -> None:
     assert fake.published == []
 
 
+@pytest.mark.contract("4.17")
 async def test_the_same_id_twice_is_seen_once(made: Fake) -> None:
     await made.call("to_user", "42", DONE, id="one")
     await made.call("to_user", "42", JobCompleted(job_id="other", duration_seconds=1), id="one")
@@ -179,6 +182,7 @@ REFUSED: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.contract("4.17")
 @pytest.mark.parametrize(("name", "arguments", "attributes"), REFUSED)
 async def test_it_refuses_what_the_real_one_refuses_in_the_same_words(
     made: Fake, name: str, arguments: tuple[Any, ...], attributes: dict[str, Any]
@@ -192,6 +196,7 @@ async def test_it_refuses_what_the_real_one_refuses_in_the_same_words(
     assert made.fake.published == []
 
 
+@pytest.mark.contract("4.17")
 @pytest.mark.parametrize("kind", [PublishTimeout, PublishForbidden, ExchangeMissing])
 async def test_the_next_publish_raises(made: Fake, kind: type[PublishError]) -> None:
     made.fake.fail_next(kind, times=2)
@@ -382,6 +387,7 @@ def test_a_bad_construction_raises_as_the_real_one() -> None:
 # What a program's suite loads
 
 
+@pytest.mark.contract("4.18")
 def test_the_fakes_do_not_import_pytest_and_pytest_does_not_load_the_fixtures_unasked() -> None:
     code = "import sys, bridge.testing; sys.exit('pytest' in sys.modules or 'quart' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -54,6 +54,7 @@ def test_words_for_something_else(text: str) -> None:
     assert read_difference(text) is None
 
 
+@pytest.mark.contract("5.15", "5.16", "5.17")
 @pytest.mark.parametrize(
     ("fits", "name", "current", "good"),
     [
