@@ -1,8 +1,8 @@
-"""From the bytes of a message to an event that may be shown, or to the named reason why not.
+"""Reads a message's bytes into an event for pages, or raises the reason for a refusal.
 
 Pure. Owns the CloudEvents envelope (CloudEvents 1.0.2, JSON event format 1.0.2, structured mode) and the base class of
-the event catalogue. What leaves here is written anew from what was validated: members that no model declares, and
-extension attributes other than those of W3C Trace Context, stay inside.
+the event catalogue. An event contains only validated data: members that no model declares are dropped, and so are
+extension attributes other than those of W3C Trace Context.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pydantic import BaseModel, ValidationError
 from bridge.routing import check_type, is_key_of, split_key
 
 MAX_EVENT_BYTES = 65_536
-"""Default limit of a message's body. Larger data belongs behind a link: WebKit scans an unfinished line anew for every
-network chunk, and several clients refuse lines over 128 KiB."""
+"""Default limit of a message's body in bytes. Send a link to larger data: WebKit scans an unfinished line again for
+each network chunk, and several clients refuse lines over 128 KiB."""
 
 MAX_ID_CHARS = 128
 
 MAX_DETAIL_CHARS = 1_000
-"""Limit of the quarantine's `x-detail` header."""
+"""Limit of a refusal's detail in characters, for the quarantine's `x-detail` header."""
 
 SPECVERSION = "1.0"
 CONTENT_TYPE = "application/cloudevents+json"
@@ -41,51 +41,51 @@ _RFC3339 = re.compile(
 )
 _PARENT = r"-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 _TRACEPARENT = re.compile(rf"00{_PARENT}|(?!00|ff)[0-9a-f]{{2}}{_PARENT}(?:-[ !#-\[\]-~]*+)?")
-"""W3C Trace Context, sections 3.2.2 and 4.3. A version after 00 may add to it."""
+"""W3C Trace Context, sections 3.2.2 and 4.3. Versions after 00 may append fields."""
 _TRACESTATE_MEMBER = re.compile(r"([a-z0-9][a-z0-9_*/@-]{0,255})=[ !-+\x2d-<>-~]{0,255}[!-+\x2d-<>-~]")
 _MAX_TRACESTATE_MEMBERS = 32
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""A body without this has no lone surrogate: UTF-8 itself cannot carry one."""
-# JSON may escape half of a surrogate pair (RFC 8259, section 8.2); no UTF-8 can carry it on.
-_LONE_SURROGATE = "a string holds a lone surrogate (\\ud800 to \\udfff), which is not Unicode text"
+"""A body without this match has no lone surrogate, because UTF-8 cannot encode one."""
+# JSON may escape half of a surrogate pair (RFC 8259, section 8.2), which cannot be written as UTF-8.
+_LONE_SURROGATE = "a string contains a lone surrogate (\\ud800 to \\udfff), which is not Unicode text"
 _OPTIONAL = ("time", "subject", "datacontenttype", "dataschema")
 _TRACE_CONTEXT = ("traceparent", "tracestate")
 _REQUIRED = ("specversion", "id", "source", "type")
 _ORDER = (*_REQUIRED, *_OPTIONAL, *_TRACE_CONTEXT)
 ATTRIBUTES = _ORDER
-"""The attributes that leave the bridge, in the order in which they are written."""
+"""The attributes that pages get, in the order in which they are written."""
 
 _OWN = frozenset({*_REQUIRED, *_OPTIONAL, "data", "data_base64"})
 
-_PLAIN = r"[ !#-\[\]-~]"  # What stands in JSON's strings as it is, of ASCII.
+_PLAIN = r"[ !#-\[\]-~]"  # The ASCII characters that JSON strings contain without an escape.
 _HEAD_AS_WRITTEN = re.compile(
     rf'\{{"specversion":"1\.0","id":"({_ID.pattern})","source":"{_PLAIN}++","type":"([a-z0-9_.-]++)"'
     rf'(?:,"time":"({_RFC3339.pattern})")?(?:,"subject":"{_PLAIN}++")?(?:,"datacontenttype":"application/json")?'
     rf'(?:,"dataschema":"{_PLAIN}++")?(?:,"traceparent":"(?:{_TRACEPARENT.pattern})"(?:,"tracestate":"({_PLAIN}++)")?)?'
     rf',"data":'.encode()
 )
-"""An envelope up to its data, in the very text that `_read_attributes` would write for it."""
+"""An envelope up to its data, byte for byte as `_read_attributes` would write it."""
 
 Reason = Literal["malformed", "not-a-cloudevent", "unknown-type", "schema", "type-mismatch", "too-large"]
 
 
 class EventData(BaseModel):
-    """Base class of an event's `data`: one subclass an event type, in the package that `BRIDGE_SCHEMAS` names.
+    """Base class of an event's `data`: one subclass for each event type, in the package that `BRIDGE_SCHEMAS` names.
 
         class JobCompleted(EventData, type="job.completed"):
             job_id: str
             duration_seconds: float
 
-    A subclass without `type` is a base for others. Parts of an event that are models themselves (an address, a line of
-    an invoice) are plain `pydantic.BaseModel`.
+    A subclass without `type` is a base class for others. Models inside an event (an address, a line of an invoice) are
+    plain subclasses of `pydantic.BaseModel`.
 
     Raises:
-        InvalidType: when the class is made, for a type outside the grammar or a reserved one.
+        InvalidType: when the class is defined, for a type that is reserved or does not match the grammar.
     """
 
     event_type: ClassVar[str]
 
-    # Pydantic takes its own keywords (`frozen=True`) out before either of these two is called, and calls both.
+    # Pydantic calls both of these methods, after it has removed its own keywords (`frozen=True`).
     def __init_subclass__(cls, *, type: str | None = None) -> None:
         super().__init_subclass__()
         if type is not None:
@@ -97,7 +97,7 @@ class EventData(BaseModel):
 
     @classmethod
     def declares_type(cls) -> bool:
-        """Whether this very class names a type; a type is never inherited."""
+        """Whether this class itself names a type. A type is never inherited."""
         return "event_type" in cls.__dict__
 
 
@@ -107,7 +107,7 @@ _Data = TypeVar("_Data", bound=EventData)
 
 
 class Cut(bytes):
-    """The beginning of a body that was too large to be gathered. `size` is that of the whole body."""
+    """The beginning of a body that was too large to keep. `size` is the whole body's size in bytes."""
 
     size: int
 
@@ -118,11 +118,16 @@ class Cut(bytes):
 
 
 class InvalidEvent(ValueError):
-    """A message that reaches no browser. `reason` is the word in the quarantine, `detail` says where and why."""
+    """A message is refused and reaches no page.
+
+    Attributes:
+        reason: the word for the reason, as in the quarantine.
+        detail: where and why, at most 1,000 characters.
+    """
 
     reason: ClassVar[Reason]
     depends_on_catalogue: ClassVar[bool] = False
-    """Whether a bridge with another catalogue, or with other settings, might read the same message."""
+    """Whether a bridge with another catalogue or other settings may accept the same message."""
 
     def __init__(self, detail: str) -> None:
         self.detail = detail if len(detail) <= MAX_DETAIL_CHARS else detail[: MAX_DETAIL_CHARS - 3] + "..."
@@ -162,7 +167,7 @@ REASONS: tuple[Reason, ...] = tuple(
 
 
 class Event:
-    """A validated event. Not to be changed.
+    """A validated event. Do not change it: streams share it.
 
     Args:
         text: the CloudEvent as one line of JSON, UTF-8.
@@ -180,16 +185,16 @@ class Event:
 
 
 def read_event(body: bytes, routing_key: str, models: Models, *, max_bytes: int = MAX_EVENT_BYTES) -> Event:
-    """Reads one message.
+    """Reads and validates one message.
 
     Args:
-        body: the message's body, a CloudEvent in JSON structured mode. A `Cut` is too large, whatever the limit is.
-        routing_key: the key it was published with; its type must be the event's.
+        body: the message's body, a CloudEvent in JSON structured mode. A `Cut` is always too large.
+        routing_key: the key that it was published with. The key's type must be the event's type.
         models: the catalogue, event type to model.
-        max_bytes: the largest body that is read at all.
+        max_bytes: the largest body that is accepted.
 
     Raises:
-        InvalidEvent: one of its six subclasses. Any other exception is a bug here.
+        InvalidEvent: one of its six subclasses. Any other exception is a bug in this module.
     """
     if isinstance(body, Cut):
         raise TooLarge(
@@ -202,21 +207,21 @@ def read_event(body: bytes, routing_key: str, models: Models, *, max_bytes: int 
     except RecursionError:
         raise Malformed("the JSON is nested too deeply") from None
     except UnicodeEncodeError:
-        raise Malformed(_LONE_SURROGATE) from None  # Made by the model itself.
+        raise Malformed(_LONE_SURROGATE) from None  # The model itself made it.
 
 
 def _read_as_written(body: bytes, routing_key: str, models: Models) -> Event | None:
-    """The event of a body that is, byte for byte, what would be written of it anew: as the SDK publishes them.
+    """A fast path: the event of a body that the bridge would write again byte for byte. The SDK publishes such bodies.
 
-    None of any other, good or bad. Nothing is taken for granted here: the attributes are what the pattern lets through,
-    the data is one JSON value that the model takes, and since the model writes the very same text, no member stands in
-    it twice, none is undeclared, and no number is read in two ways.
+    Returns None for any other body, valid or not. Everything is still checked: the pattern checks the attributes, and
+    the model validates the data. The model also writes the same text, which proves that no member is repeated or
+    undeclared, and that no number can be read in two ways.
     """
     head = _HEAD_AS_WRITTEN.match(body)
     if head is None or body[-1:] != b"}":
         return None
     at = head.start(3)
-    # The day and the second show of nearly every time that it exists; -1 says that there is none.
+    # Only a day above 28 or a second of 60 needs the calendar. `at` is -1 if there is no time.
     is_rare = at > 0 and (body[at + 8 : at + 10] > b"28" or body[at + 17 : at + 19] == b"60")
     if is_rare and not _is_in_calendar(head[3].decode()):
         return None
@@ -229,9 +234,9 @@ def _read_as_written(body: bytes, routing_key: str, models: Models) -> Event | N
     data = body[head.end() : -1]
     try:
         text = model.__pydantic_serializer__.to_json(model.__pydantic_validator__.validate_json(data), by_alias=True)
-    except Exception:  # noqa: BLE001 - Whatever it is, the careful way meets it again, and says it.
+    except Exception:  # noqa: BLE001 - `_read` raises the error again, with its reason.
         return None
-    # Pydantic reads and writes these two, and they are no JSON.
+    # Pydantic reads and writes these two, but they are not JSON.
     if text != data or b"NaN" in text or b"Infinity" in text:
         return None
     return Event(id=head[1].decode("ascii"), type=event_type, text=body)
@@ -253,16 +258,16 @@ def _read(body: bytes, routing_key: str, models: Models) -> Event:
 
 
 class _Refused(ValueError):
-    """What JSON's grammar or Python would let through, or read in more than one way."""
+    """The body contains JSON that Python accepts, but that is invalid or that parsers read in different ways."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        # Which of the two counts differs between parsers (RFC 8259, section 4): what one validated another could show.
+        # Parsers differ in which of the two they use (RFC 8259, section 4): a page could show the unvalidated one.
         seen: set[str] = set()
         name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise _Refused(f"the member {name[:100]!r} stands twice in one object")
+        raise _Refused(f"the member {name[:100]!r} occurs twice in one object")
     return members
 
 
@@ -282,7 +287,7 @@ _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", "
 
 
 def _decode(text: str) -> object:
-    if text[:1] == "{" and text[-1:] == "}":  # No white space around it, for which `decode` looks with two patterns.
+    if text[:1] == "{" and text[-1:] == "}":  # No white space around it, so skip the two patterns of `decode`.
         value, end = _DECODER.raw_decode(text)
         if end == len(text):
             return value
@@ -302,7 +307,7 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise Malformed(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except _Refused as error:
         raise Malformed(str(error)) from None
-    except ValueError:  # sys.set_int_max_str_digits: reading such a number costs the square of its length.
+    except ValueError:  # Python's limit (sys.set_int_max_str_digits): the time to read a number grows with its square.
         raise Malformed("a number has more than 4,300 digits") from None
     if _SURROGATE.search(body):
         try:
@@ -310,12 +315,16 @@ def _parse(body: bytes) -> dict[str, Any]:
         except UnicodeEncodeError:
             raise Malformed(_LONE_SURROGATE) from None
     if not isinstance(value, dict):
-        raise NotACloudEvent("the body is JSON, but no object")
+        raise NotACloudEvent("the body is JSON, but not an object")
     return value
 
 
 def _read_attributes(envelope: dict[str, Any]) -> str:
-    """The attributes that go out, as members of a JSON object."""
+    """Checks all attributes. Returns those that pages get, as the beginning of a JSON object without its brace.
+
+    Raises:
+        NotACloudEvent
+    """
     for name in _REQUIRED:
         value = envelope.get(name)
         if not isinstance(value, str) or not value:
@@ -326,10 +335,10 @@ def _read_attributes(envelope: dict[str, Any]) -> str:
     if not _ID.fullmatch(envelope["id"]):
         raise NotACloudEvent(f"id must be 1 to {MAX_ID_CHARS} characters of A-Z a-z 0-9 . _ : ~ -")
     if "data" not in envelope:
-        hint = " (data_base64 is not taken: data must be JSON)" if "data_base64" in envelope else ""
+        hint = " (data_base64 is not supported: data must be JSON)" if "data_base64" in envelope else ""
         raise NotACloudEvent(f"the member 'data' is missing{hint}")
     if envelope.get("data_base64") is not None:
-        # JSON event format, section 3.1.1: an event has one of them. Readers differ in which they take.
+        # JSON event format, section 3.1.1: an event has only one of them. Readers differ in which they use.
         raise NotACloudEvent("the event has 'data' and 'data_base64': leave out data_base64, data must be JSON")
     extensions = envelope.keys() - _OWN
     for name in sorted(extensions):
@@ -346,8 +355,8 @@ def _read_attributes(envelope: dict[str, Any]) -> str:
             raise NotACloudEvent(f"time must be RFC 3339 (2026-01-31T12:00:00Z), not {value[:60]!r}")
         if name == "time" and not _is_in_calendar(value):
             raise NotACloudEvent(
-                f"time is {value[:60]!r}: the day does not exist, or the second 60 is not the last of a month in UTC "
-                "(RFC 3339, section 5.7)"
+                f"time is {value[:60]!r}: the day does not exist, or its second 60 is not the last second of a month "
+                "in UTC (RFC 3339, section 5.7)"
             )
         if name == "datacontenttype" and value != "application/json":
             raise NotACloudEvent(f"datacontenttype must be application/json, not {value[:100]!r}")
@@ -359,7 +368,7 @@ def _read_attributes(envelope: dict[str, Any]) -> str:
 
 
 def _is_in_calendar(time: str) -> bool:
-    """Whether a time of the pattern is one: its day exists, and a second 60 ends a month in UTC (RFC 3339, 5.7)."""
+    """Whether the day of a time exists, and a second 60 is the last of a month in UTC (RFC 3339, section 5.7)."""
     is_leap_second = time[17:19] == "60"
     if time[8:10] <= "28" and not is_leap_second:
         return True
@@ -372,15 +381,15 @@ def _is_in_calendar(time: str) -> bool:
         offset = int(time[-5:-3]) * 60 + int(time[-2:])
         minutes += offset if time[-6] == "-" else -offset
     days_on, minute = divmod(minutes, 24 * 60)
-    # Day 0 is the last one of the month before.
+    # Day 0 is the last day of the previous month.
     return minute == 24 * 60 - 1 and day + days_on in (0, days)
 
 
 def read_trace_context(attributes: Mapping[str, object]) -> dict[str, str]:
-    """`traceparent` and `tracestate`, as far as they leave the bridge.
+    """Returns the valid ones of `traceparent` and `tracestate`; pages get these.
 
-    A receiver ignores a `traceparent` that it cannot read, and with it the `tracestate`; it ignores a `tracestate` that
-    it cannot read by itself (W3C Trace Context, sections 3.3 and 4.3). The event is as good as one without.
+    An invalid `traceparent` is ignored together with the `tracestate`. An invalid `tracestate` is ignored alone (W3C
+    Trace Context, sections 3.3 and 4.3). The event is still valid.
     """
     parent, state = (attributes.get(name) for name in _TRACE_CONTEXT)
     if not isinstance(parent, str) or not _TRACEPARENT.fullmatch(parent):
@@ -400,7 +409,7 @@ def _is_tracestate(text: str) -> bool:
 
 def _check_extension(name: str, value: object) -> None:
     if not _EXTENSION_NAME.fullmatch(name):
-        raise NotACloudEvent(f"the attribute name {name[:100]!r} is not of a-z and 0-9 only")
+        raise NotACloudEvent(f"the attribute name {name[:100]!r} must have only the characters a-z and 0-9")
     # CloudEvents 1.0.2, "Type system": in JSON an attribute is a string, a boolean or an integer.
     if value is not None and not isinstance(value, str | bool | int):
         raise NotACloudEvent(f"the extension attribute {name[:100]!r} must be a string, a boolean or an integer")
@@ -410,13 +419,13 @@ def _check_type_in_key(event_type: str, routing_key: str) -> None:
     try:
         _, key_type = split_key(routing_key)
     except ValueError as error:
-        raise TypeMismatch(f"the routing key names no event type: {error}") from None
+        raise TypeMismatch(f"the routing key has no valid event type: {error}") from None
     if key_type != event_type:
         raise TypeMismatch(f"the event's type is {event_type[:150]!r}, the routing key's is {key_type!r}")
 
 
 class _Envelope(BaseModel, Generic[_Data]):
-    """Of an envelope the data alone, for a body that has been read before: the rest is not looked at."""
+    """Validates only the data of an envelope: `_parse` and `_read_attributes` have checked the rest."""
 
     data: _Data
 
@@ -427,33 +436,37 @@ def _envelope_of(model: type[EventData]) -> type[_Envelope[Any]]:
 
 
 def _pass_through(body: bytes, model: type[EventData]) -> bytes | None:
-    """What `_revalidate` would return, all of it made by pydantic's own parser and writer, in a third of the time.
+    """A fast path of `_revalidate`: pydantic's own parser and writer take a third of the time.
 
-    None where there is any doubt: then it is done again with care, for the same text or the words of a refusal.
+    Returns None in doubtful cases. `_revalidate` then returns the same text, or raises the reason.
     """
     try:
         envelope = _envelope_of(model).__pydantic_validator__.validate_json(body)
         text: bytes = model.__pydantic_serializer__.to_json(envelope.data, by_alias=True)
-    except Exception:  # noqa: BLE001 - Whatever it is, `_revalidate` meets it again, and says it.
+    except Exception:  # noqa: BLE001 - `_revalidate` raises the error again, with its reason.
         return None
-    # Where pydantic wrote what is no JSON, or `null` for it. If it stands in a text, the doubt was for nothing.
+    # Pydantic writes an infinite number or NaN as one of these. If a string contains them, `_revalidate` decides.
     return None if b"null" in text or b"NaN" in text or b"Infinity" in text else text
 
 
 def _revalidate(body: bytes, model: type[EventData]) -> bytes:
-    """The data as its model writes it out again, as JSON: what the model does not declare is gone.
+    """The data as JSON, written again by its model. Members that the model does not declare are dropped.
 
     Args:
-        body: the whole body, which has been read before.
+        body: the whole body, which `_parse` has checked.
+
+    Raises:
+        SchemaViolation: the model refuses the data, or its code raised an error.
+        RecursionError, UnicodeEncodeError: faults of the body; the caller tells them apart.
     """
-    # Validated as JSON, not as Python values: under `strict=True` a model takes a time as text only from JSON. The same
-    # bytes and the same parser as in `_pass_through`, so that the two cannot read a number in different ways.
+    # Validated as JSON, not as Python values: with `strict=True` a model accepts a time as text only from JSON. The
+    # bytes and the parser are those of `_pass_through`, so both read each number in the same way.
     try:
         return encode_data(_envelope_of(model).__pydantic_validator__.validate_json(body).data).encode()
     except ValidationError as error:
         raise SchemaViolation(describe_faults(error, ())) from None
     except (RecursionError, UnicodeEncodeError):
-        raise  # Faults of the body, told apart by the caller.
+        raise
     except ValueError as error:
         raise SchemaViolation(str(error)) from None
     except Exception as error:
@@ -461,20 +474,20 @@ def _revalidate(body: bytes, model: type[EventData]) -> bytes:
 
 
 def encode_data(data: EventData) -> str:
-    """The data as JSON, as its model writes it.
+    """The data as JSON, written by its model.
 
     Raises:
-        ValueError: it holds an infinite number.
+        ValueError: the data contains an infinite number or NaN.
     """
     value = data.model_dump(mode="json", by_alias=True)
     try:
         return _JSON.encode(value)
     except ValueError:
-        # A model takes the text "inf" as a float and would write it as null.
+        # A model reads the text "inf" as a float and would write it as null. Name the member.
         where = _find_infinite(value, "data")
         if where is None:
             raise
-        raise ValueError(f"{where} is infinite or NaN, for which JSON has no form") from None
+        raise ValueError(f"{where} is infinite or NaN, which JSON cannot express") from None
 
 
 def _find_infinite(value: object, where: str) -> str | None:
@@ -489,10 +502,10 @@ def _find_infinite(value: object, where: str) -> str | None:
 
 
 def describe_faults(error: ValidationError, within: tuple[str, ...] = ("data",)) -> str:
-    """What is wrong with which member of an event's data, without its value: texts go to logs, values are people's.
+    """Describes each fault with the path of its member, but without the value: texts go to logs, values may be private.
 
     Args:
-        within: where in the event the validated value is; () for the whole event.
+        within: the path of the validated value in the event; () for the whole event.
     """
     faults = [
         ".".join([*within, *(str(part) for part in fault["loc"])] or ["data"]) + ": " + fault["msg"]
@@ -502,16 +515,16 @@ def describe_faults(error: ValidationError, within: tuple[str, ...] = ("data",))
 
 
 def write_event(attributes: Mapping[str, str], event_type: str, data: bytes) -> bytes:
-    """The body of a message for an event that is to be published.
+    """The body of a message that publishes an event.
 
     Args:
-        attributes: the CloudEvents attributes but `specversion`, `type` and `data`.
+        attributes: the CloudEvents attributes, without `specversion` and `type`.
         data: the event's data as JSON, as `encode_data` writes it.
 
     Raises:
-        ValueError: an attribute holds text that is not Unicode.
+        ValueError: an attribute is not Unicode text.
     """
-    # In the order in which a bridge writes them, so that it need not write the event again.
+    # In the bridge's order, so that the bridge can take its fast path (`_read_as_written`).
     given = {"specversion": SPECVERSION, **attributes, "type": event_type}
     envelope = {name: given[name] for name in _ORDER if name in given} | given
     return b'%b,"data":%b}' % (_JSON.encode(envelope)[:-1].encode(), data)

@@ -1,8 +1,8 @@
-"""Whether a page gets what a publisher passed: the written form of a model, read back by the same model.
+"""Checks that a page gets the data that a publisher passed: a model's JSON is read back by the same model.
 
-Pure. A publisher writes an event by its model, and the bridge reads it and writes it again for pages. Names, validators
-and serializers of one model can disagree with each other: then a page gets other data, and no error says so. The SDK
-asks `find_loss` before it sends; the catalogue asks `check_model` when it is loaded.
+Pure. A publisher writes an event with its model. The bridge reads it and writes it again for pages. If the names,
+validators and serializers of a model disagree, a page gets other data and no error is raised. The SDK calls `find_loss`
+before it sends; the catalogue calls `check_model` when it is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bridge.event import EventData, describe_faults
 from bridge.trial import samples
 
 MAX_SAFE_INTEGER = 2**53 - 1
-"""JavaScript reads a larger integer as another number (ECMA-262, Number.MAX_SAFE_INTEGER; RFC 7493, section 2.2)."""
+"""JavaScript may read a larger integer as another number (ECMA-262, Number.MAX_SAFE_INTEGER; RFC 7493, section 2.2)."""
 
 _LONG_NUMBER = re.compile(rb"\d{16}")
 
@@ -33,19 +33,19 @@ _SEQUENCES = (list, tuple, deque)
 
 
 def declaring_class(kind: type[EventData]) -> type[EventData]:
-    """The class that names the type: the one that the catalogue, and so the bridge, has. A subclass may add members."""
+    """The base class that declares the type: the class in the catalogue. A subclass of it may add members."""
     return next(found for found in kind.__mro__ if issubclass(found, EventData) and found.declares_type())
 
 
 def find_loss(passed: EventData, text: bytes) -> str | None:
-    """What a page would get otherwise than it was passed, and how to fix it. None: nothing.
+    """Returns the first difference between the passed data and a page's data, and how to fix it. None: no difference.
 
     Args:
         passed: the event's data.
-        text: its written form, JSON in UTF-8.
+        text: the same data as JSON in UTF-8.
 
     Raises:
-        pydantic.ValidationError: the written form cannot be read back.
+        pydantic.ValidationError: the model cannot read the JSON back.
     """
     model = declaring_class(type(passed))
     read = model.__pydantic_validator__.validate_json(text)
@@ -54,10 +54,10 @@ def find_loss(passed: EventData, text: bytes) -> str | None:
 
 
 def _find_unsafe(value: Any, where: str, *, naive: bool) -> str | None:
-    """A value that has another meaning for a page, however it is written.
+    """Returns the first value that a page would misread in any written form, and how to fix it.
 
     Args:
-        naive: whether the model declares times without a zone, so that they are meant.
+        naive: whether the model declares times without a zone, which are then allowed.
     """
     if isinstance(value, SecretStr | SecretBytes | Secret):
         return f"{where} is a {type(value).__name__}, which is written as asterisks: declare it as a plain type"
@@ -95,7 +95,7 @@ def _takes_naive(model: type[EventData]) -> bool:
 
 
 def _compare(passed: Any, read: Any, where: str) -> str | None:
-    """The first difference between a value and the same value read back."""
+    """Returns the first difference between a value and the same value read back."""
     if isinstance(passed, BaseModel):
         return _compare_models(passed, read, where)
     members: Iterable[tuple[Any, Any, str]]
@@ -116,12 +116,12 @@ def _compare(passed: Any, read: Any, where: str) -> str | None:
 
 
 def _key(name: Any) -> str:
-    """The text of a key in JSON."""
+    """A dict's key as JSON writes it."""
     return str(next(iter(to_jsonable_python({name: None}))))
 
 
 def _compare_written(text: bytes, read: EventData, model: type[EventData]) -> str | None:
-    """The first difference between what is sent and what the bridge writes for pages."""
+    """Returns the first difference between the sent JSON and the JSON that the bridge writes for pages."""
     shown = model.__pydantic_serializer__.to_json(read, by_alias=True)
     if shown == text:
         return None
@@ -149,7 +149,7 @@ def _compare_json(sent: Any, shown: Any, where: str) -> str | None:
 
 def _compare_models(passed: BaseModel, read: Any, where: str) -> str | None:
     if not isinstance(read, BaseModel):
-        # A member that takes anything: it is written by its own class, so nothing of it is left out.
+        # The member takes any type. Its own class writes it, so no part of it is lost.
         return None if _is_same(passed, read) else _differs(passed, read, where)
     own, fields = type(passed).model_fields, type(read).model_fields
     lost = [name for name, field in own.items() if name not in fields and not field.exclude]
@@ -171,16 +171,16 @@ def _compare_models(passed: BaseModel, read: Any, where: str) -> str | None:
 
 
 def _is_same(passed: Any, read: Any) -> bool:
-    with contextlib.suppress(Exception):  # A comparison of the user's own; then their written forms decide.
+    with contextlib.suppress(Exception):  # A custom `__eq__` may raise; then the JSON forms are compared.
         if passed == read:
             return True
     if isinstance(passed, datetime) and isinstance(read, datetime):
-        return False  # Their texts may be equal: an offset is written without its seconds.
+        return False  # Different times can have equal texts, because an offset is written without its seconds.
     try:
-        # A member that takes anything reads a tuple as a list and a time as its text. To a page they are equal.
+        # A member that takes any type reads a tuple as a list and a time as text. For a page they are equal.
         return bool(to_jsonable_python(passed) == to_jsonable_python(read))
     except PydanticSerializationError:
-        # Written by a serializer of its member's own. Without `==` there is nothing left to compare.
+        # Only the member's own serializer can write it. Without `__eq__`, equal types are all that can be compared.
         return type(passed) is type(read) and "__eq__" not in _names_defined_by(type(passed))
 
 
@@ -205,7 +205,7 @@ def _find_long_integer(text: bytes) -> str | None:
         return None
     where, number = found
     return (
-        f"{where} is {number}, beyond 2^53 - 1: JavaScript would read another number. Declare it as str, "
+        f"{where} is {number}, beyond 2^53 - 1: JavaScript may read another number. Declare it as str, "
         "and pass its text"
     )
 
@@ -225,17 +225,20 @@ def _long_integers(value: Any, where: str) -> Iterator[tuple[str, int]]:
 
 
 def check_model(model: type[EventData]) -> list[str]:
-    """Why a model does not read what it writes; a line for each fault, with how to fix it. Empty: none was found.
+    """Returns why a model does not read back its own JSON: one line for each fault, with how to fix it.
 
-    Names are compared one by one. Validators and serializers cannot be looked into, so they are tried with samples.
+    Names are compared one by one. Validators and serializers are code, so they are tried with samples. An empty list
+    means that no fault was found.
     """
     faults = list(dict.fromkeys(_check_names(model.__pydantic_core_schema__, "")))
     return faults or _try_samples(model)
 
 
 def zoneless_times(model: type[EventData]) -> list[str]:
-    """Members that take a time without a zone, which each browser reads in its own zone. Not a fault: a publisher may
-    give the zone nevertheless."""
+    """The members that accept a time without a zone, as `Class.member`. Each browser reads such a time in its own zone.
+
+    This is a warning, not a fault: a publisher may still pass the zone.
+    """
     return sorted(set(_zoneless(model.__pydantic_core_schema__, "", "")))
 
 
@@ -259,7 +262,7 @@ def _zoneless(schema: Any, owner: str, member: str) -> Iterator[str]:
 
 
 def _check_names(schema: Any, owner: str) -> Iterator[str]:
-    """Faults of all models, dataclasses and typed dicts in a pydantic core schema, nested ones included."""
+    """Yields the faults of all models, dataclasses and typed dicts in a pydantic core schema, including nested ones."""
     if isinstance(schema, list | tuple):
         for part in schema:
             yield from _check_names(part, owner)
@@ -280,10 +283,10 @@ def _check_fields(schema: Mapping[str, Any], owner: str) -> Iterator[str]:
     config = schema.get("config", {})
     inner = schema if schema["type"] == "typed-dict" else schema["schema"]
     if "serialization" in schema:
-        return  # A serializer of the whole model names its members by itself; samples try it.
+        return  # The serializer of the whole model chooses the names; samples try it.
     while "fields" not in inner and isinstance(inner.get("schema"), Mapping):
         if inner.get("type") in ("function-before", "function-wrap", "function-plain"):
-            return  # A validator of the whole model may read other names; samples try it.
+            return  # The validator of the whole model may read other names; samples try it.
         inner = inner["schema"]
     fields = inner.get("fields", {})
     pairs = fields.items() if isinstance(fields, Mapping) else ((field["name"], field) for field in fields)
@@ -293,13 +296,13 @@ def _check_fields(schema: Mapping[str, Any], owner: str) -> Iterator[str]:
         is_required = field.get("required", field.get("schema", {}).get("type") != "default")
         if field.get("serialization_exclude"):
             if is_required:
-                yield f"{where} is required, and exclude=True leaves it out of what is written: give it a default"
+                yield f"{where} is required, but exclude=True leaves it out of the JSON: give it a default"
             continue
         if field.get("serialization_exclude_if") and is_required:
-            yield f"{where} is required, and exclude_if may leave it out of what is written: give it a default"
+            yield f"{where} is required, but exclude_if may leave it out of the JSON: give it a default"
         written = field.get("serialization_alias", name)
         if written in written_by:
-            yield f"{where} and {owner}.{written_by[written]} are both written as {written!r}: name one otherwise"
+            yield f"{where} and {owner}.{written_by[written]} are both written as {written!r}: rename one of them"
         written_by[written] = name
         names = _names_read(name, field.get("validation_alias"), config)
         if written not in names:
@@ -307,7 +310,7 @@ def _check_fields(schema: Mapping[str, Any], owner: str) -> Iterator[str]:
     forbids = "forbid" in (inner.get("extra_behavior"), config.get("extra_fields_behavior"))
     for computed in inner.get("computed_fields", ()) if forbids else ():
         name = computed.get("alias", computed["property_name"])
-        yield f"{owner}.{name} is computed and written, and extra='forbid' refuses it when it is read: drop one of them"
+        yield f"{owner}.{name} is computed and written, but extra='forbid' refuses it on reading: remove one of the two"
 
 
 def _names_read(name: str, alias: Any, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -322,7 +325,7 @@ def _of_alias(alias: Any) -> dict[str, None]:
         return {alias: None}
     if alias and not isinstance(alias[0], list):
         alias = [alias]  # One path.
-    # A path of several steps reads from inside another member, under which nothing is ever written.
+    # A path of several steps reads a member of another member. No field is ever written there.
     return {path[0]: None for path in alias if len(path) == 1}
 
 
@@ -348,12 +351,12 @@ def _unread(name: str, written: str, names: tuple[str, ...]) -> str:
 def _try_samples(model: type[EventData]) -> list[str]:
     try:
         schema = model.model_json_schema(by_alias=True, mode="validation")
-    except Exception as error:  # noqa: BLE001 - pydantic has no single class for what has no JSON Schema.
+    except Exception as error:  # noqa: BLE001 - pydantic raises several classes for a type without a JSON Schema.
         return [f"it has no JSON Schema: {error}"]
     for sample in samples(schema):
         try:
             data = model.model_validate_json(json.dumps(sample))
-        except Exception:  # noqa: BLE001 - a validator of the team's own may want more than a sample can guess.
+        except Exception:  # noqa: BLE001 - a validator of the team may refuse the sample, with any error.
             continue
         if fault := _try(model, data, sample):
             return [fault]
@@ -364,12 +367,12 @@ def _try(model: type[EventData], data: EventData, sample: Any) -> str | None:
     given = f"; tried with {_shown(sample)}"
     try:
         text = model.__pydantic_serializer__.to_json(data, by_alias=True)
-    except Exception as error:  # noqa: BLE001 - a serializer of the team's own may raise anything.
-        return f"what it reads it cannot write: {error}{given}"
+    except Exception as error:  # noqa: BLE001 - a serializer of the team may raise any error.
+        return f"the model cannot write the data that it read: {error}{given}"
     try:
         loss = find_loss(data, text)
     except ValidationError as error:
-        return f"what it writes it does not read back: {describe_faults(error)}{given}"
-    except Exception as error:  # noqa: BLE001 - a validator of the team's own may raise anything.
-        return f"what it writes it does not read back: {type(error).__name__}: {error}{given}"
-    return None if loss is None else f"what it writes it does not read back the same: {loss}{given}"
+        return f"the model cannot read back its own JSON: {describe_faults(error)}{given}"
+    except Exception as error:  # noqa: BLE001 - a validator of the team may raise any error.
+        return f"the model cannot read back its own JSON: {type(error).__name__}: {error}{given}"
+    return None if loss is None else f"the model reads back other data than it wrote: {loss}{given}"

@@ -1,7 +1,7 @@
-"""Who an event is for, as AMQP routing and binding keys (docs/contract.md, "Exchange and routing keys").
+"""The audience of an event, as AMQP routing and binding keys (docs/contract.md, "Exchange and routing keys").
 
-Pure. Owns the words of a topic key: ids become one word each, types stay words, and nothing that a user or a
-publisher chose can act as a topic operator. Knows nothing of queues, tokens or HTTP.
+Pure. Owns the words of a topic key: an id becomes one word, a type keeps its words. No text of a user or a publisher
+can act as a topic operator. Knows nothing about queues, tokens or HTTP.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ MAX_KEY_BYTES = 255
 MAX_TYPE_CHARS = 128
 
 MAX_PATTERNS = 16
-"""Patterns in one `types` member; each is a binding of its own on the broker."""
+"""The most patterns in one `types` member; each is a separate binding in RabbitMQ."""
 
 FILTERS_KEPT: Final = 1_024
-"""Filters that are remembered by their text, because pages ask for the same few. About 6 MB, when all of them have 16
-patterns of 128 characters."""
+"""Size of the cache of filters by their text: pages request the same few. About 6 MB if each filter has 16 patterns of
+128 characters."""
 
 TYPES_KEPT: Final = 32
-"""Event types for which a filter, and places of types for which the process, remembers the answer."""
+"""Size of two caches: each filter's results by event type, and the process's word places by event type."""
 
 MAX_HASHES = 2
 """RabbitMQ 4.3.5 refuses a binding key with more than two `#`."""
 
 RESERVED_PREFIX = "bridge."
-"""Types that the bridge itself sends: a publisher may not use them."""
+"""Prefix of the types that the bridge itself sends. A publisher may not use them."""
 
 _WORD = r"[a-z0-9_-]+"
 _TYPE = re.compile(rf"{_WORD}(?:\.{_WORD})*")
@@ -44,32 +44,32 @@ AudienceKind = Literal["user", "group", "all"]
 
 
 class RoutingError(ValueError):
-    """An id, a type, a pattern or a key that cannot stand in a topic key; the message says which and why."""
+    """An id, a type, a pattern or a key is not valid in a topic key. The message names it and the reason."""
 
 
 class InvalidId(RoutingError):
-    """A user or group id that is empty or is no Unicode text."""
+    """A user or group id is empty or not Unicode text, or a text does not have the form of an id or an audience."""
 
 
 class InvalidType(RoutingError):
-    """An event type outside the grammar, or a reserved one."""
+    """An event type does not match the grammar, or is reserved."""
 
 
 class InvalidPattern(RoutingError):
-    """A `types` pattern outside the grammar."""
+    """A `types` pattern does not match the grammar, or there are too many patterns."""
 
 
 class KeyTooLong(RoutingError):
-    """A routing or binding key of more than 255 bytes."""
+    """A routing or binding key has more than 255 bytes."""
 
 
 def encode_id(identity: str) -> str:
-    """The one topic word for a user or group id.
+    """Returns the topic word for a user or group id. Each id has exactly one.
 
     Every UTF-8 byte other than `A-Z a-z 0-9 - _ ~` is written `%XX`, so `a.b` is `a%2Eb` and `*` is `%2A`.
 
     Raises:
-        InvalidId: the id is empty, or holds a lone surrogate and so has no UTF-8 form.
+        InvalidId: the id is empty, or contains a lone surrogate, which has no UTF-8 form.
     """
     if not identity:
         raise InvalidId("an id must not be empty")
@@ -81,10 +81,10 @@ def encode_id(identity: str) -> str:
 
 
 def decode_id(word: str) -> str:
-    """The id that `encode_id` made this word from.
+    """Returns the id from which `encode_id` makes this word.
 
     Raises:
-        InvalidId: no id has this word, because it is not written as `encode_id` writes.
+        InvalidId: `encode_id` makes this word from no id.
     """
     if not _ENCODED_WORD.fullmatch(word):
         raise InvalidId(f"{word[:80]!r} is not an encoded id")
@@ -94,16 +94,16 @@ def decode_id(word: str) -> str:
     except UnicodeDecodeError:
         raise InvalidId(f"{word[:80]!r} does not decode to UTF-8") from None
     if encode_id(identity) != word:
-        # `%41` is `A` spelled another way. Two words for one id would be two queues for one person.
+        # `%41` decodes to `A`, whose word is `A`. With two words, one user's events would have two routing keys.
         raise InvalidId(f"{word[:80]!r} is not the canonical form of its id")
     return identity
 
 
 def check_type(event_type: str) -> str:
-    """The type itself, once it is known to be one that a publisher may use.
+    """Returns the type if a publisher may use it.
 
     Raises:
-        InvalidType: not lower-case words joined by dots, over 128 characters, or reserved (`bridge.`).
+        InvalidType: not lower-case words joined by dots, over 128 characters, or reserved (begins with `bridge.`).
     """
     if len(event_type) > MAX_TYPE_CHARS:
         raise InvalidType(f"a type has at most {MAX_TYPE_CHARS} characters, this one has {len(event_type)}")
@@ -112,12 +112,12 @@ def check_type(event_type: str) -> str:
             f"type {event_type!r} is not lower-case words of a-z, 0-9, _ and - joined by dots (as in job.progress)"
         )
     if event_type.startswith(RESERVED_PREFIX):
-        raise InvalidType(f"type {event_type!r} is reserved: types that begin with 'bridge.' are the bridge's own")
+        raise InvalidType(f"type {event_type!r} is reserved: 'bridge.' is for the bridge; choose another prefix")
     return event_type
 
 
 def _check_key(key: str) -> str:
-    # Every part of a key is ASCII by now, so characters are bytes.
+    # Every part of a key is ASCII here, so characters are bytes.
     if len(key) > MAX_KEY_BYTES:
         raise KeyTooLong(f"the key has {len(key)} bytes, AMQP allows {MAX_KEY_BYTES}: {key[:60]}...")
     return key
@@ -125,7 +125,7 @@ def _check_key(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Audience:
-    """Who may see an event: one user, one group, or everybody."""
+    """The users who may see an event: one user, the members of one group, or everybody."""
 
     kind: AudienceKind
     id: str = ""
@@ -147,13 +147,13 @@ class Audience:
         """Reads `user:<id>`, `group:<id>` or `all`, as the command line writes an audience.
 
         Raises:
-            InvalidId: none of the three forms, or an empty id.
+            InvalidId: the text has none of the three forms, or the id is empty or not Unicode text.
         """
         kind, colon, identity = text.partition(":")
         if text == "all":
             return cls.everyone()
         if not colon or kind not in ("user", "group"):
-            raise InvalidId(f"{text!r} is no audience: write user:<id>, group:<id> or all")
+            raise InvalidId(f"{text!r} is not an audience: write user:<id>, group:<id> or all")
         encode_id(identity)
         return cls.user(identity) if kind == "user" else cls.group(identity)
 
@@ -162,11 +162,11 @@ class Audience:
 
     @property
     def prefix(self) -> str:
-        """What every routing key of this audience begins with, the last dot included."""
+        """The beginning of every routing key of this audience, including the dot."""
         return "all." if self.kind == "all" else f"{self.kind}.{encode_id(self.id)}."
 
     def routing_key(self, event_type: str) -> str:
-        """The key that an event of this type is published with.
+        """The routing key for an event of this type.
 
         Raises:
             InvalidId, InvalidType, KeyTooLong
@@ -174,7 +174,7 @@ class Audience:
         return _check_key(self.prefix + check_type(event_type))
 
     def binding_key(self, pattern: str = "#") -> str:
-        """The key that binds a queue to this audience, for all types or for those that `pattern` matches.
+        """The binding key of a queue for this audience, for the types that `pattern` matches. The default is all types.
 
         Raises:
             InvalidId, KeyTooLong
@@ -183,10 +183,10 @@ class Audience:
 
 
 def split_key(key: str) -> tuple[Audience, str]:
-    """The audience and the type that a routing key names.
+    """Returns the audience and the event type of a routing key.
 
     Raises:
-        RoutingError: no publisher that keeps to the contract sends this key.
+        RoutingError: the key breaks the contract: its first word, its id or its type is invalid.
     """
     kind, _, rest = key.partition(".")
     if kind == "all":
@@ -198,30 +198,30 @@ def split_key(key: str) -> tuple[Audience, str]:
     return (Audience.user if kind == "user" else Audience.group)(identity), check_type(event_type)
 
 
-# The audience of a key without escapes: what `split_key` would find in it can be read off.
+# An audience without escapes, which needs no decoding by `split_key`.
 _PLAIN_AUDIENCE = re.compile(r"all\.|(?:user|group)\.[A-Za-z0-9_~-]+\.")
 
 
 def is_key_of(key: str, event_type: str) -> bool:
-    """Whether the key surely names this type, which is a good one. False says nothing: then `split_key` has to tell."""
+    """Whether the key certainly has a valid audience and this type, which must be valid. If False, call `split_key`."""
     match = _PLAIN_AUDIENCE.match(key)
     return match is not None and key[match.end() :] == event_type
 
 
 class TypeFilter:
-    """The types that a browser asked for. Without patterns it is every type.
+    """The event types that a client requested. Without patterns it matches every type.
 
-    Patterns are those of a topic exchange (AMQP 0-9-1, section 3.1.3.3): `*` is exactly one word, `#` none or more.
-    RabbitMQ filters a user's own queue by binding key. Events of the shared queue and of the log are filtered here, by
-    the same rules.
+    Patterns are those of a topic exchange (AMQP 0-9-1, section 3.1.3.3): `*` is exactly one word, `#` is zero or more.
+    RabbitMQ filters a user's live queue by binding key. Events of the shared queue and of the log are filtered here,
+    with the same rules.
 
-    Streams that ask for the same share one filter.
+    Streams that request the same `types` text share one filter.
     """
 
     __slots__ = ("_known", "_takes_all", "patterns")
 
     def __init__(self, patterns: Iterable[str] = ()) -> None:
-        # The order does not matter to anybody, a repeated pattern would be a binding made twice.
+        # A repeated pattern would be declared as a binding twice. The order has no effect.
         self.patterns = tuple(dict.fromkeys(patterns))
         self._takes_all = not self.patterns or "#" in self.patterns
         self._known: dict[str, bool] = {}
@@ -233,7 +233,7 @@ class TypeFilter:
         Raises:
             InvalidPattern: an empty pattern, one outside the grammar, or more than 16.
         """
-        # Counted before anything is cut: a query of 16 KB can hold as many commas.
+        # Counted before the split: a query of 16 KB can contain 16,000 commas.
         if text.count(",") >= MAX_PATTERNS:
             raise InvalidPattern(f"at most {MAX_PATTERNS} patterns in `types`, these are {text.count(',') + 1}")
         return _parse(text)
@@ -251,12 +251,11 @@ class TypeFilter:
         return known
 
     def binding_keys(self, audience: Audience) -> tuple[str, ...]:
-        """The binding keys of the live queue for this audience: one a pattern, or one for everything.
+        """The binding keys of the live queue for this audience: one for each pattern, or one for every type.
 
         Raises:
             InvalidId: the audience's id has no topic word.
-            KeyTooLong: a key is over 255 bytes. For the pattern `#` this says that no event at all can have this
-                audience.
+            KeyTooLong: a key is over 255 bytes. With the pattern `#`, no event can have this audience.
         """
         return tuple(audience.binding_key(pattern) for pattern in self.patterns or ("#",))
 
@@ -281,19 +280,19 @@ def _parse(text: str) -> TypeFilter:
 
 
 def takes(pattern: str, places: Mapping[str, int], end: int) -> bool:
-    """Whether a pattern takes an event type, in one step for each word of the pattern.
+    """Whether a pattern matches an event type, in one step for each word of the pattern.
 
-    `reached` is a set of places in the type, as the bits of a number: the pattern's words so far take exactly the
-    type's words before that place. So nothing is tried twice. For the type `a.b.a` and the pattern `#.a`:
+    `reached` is a set of places in the type, as bits. Bit n is set if the pattern's words so far match the type's first
+    n words. So the match needs no backtracking. For the type `a.b.a` and the pattern `#.a`:
 
         places = {"a": 0b101, "b": 0b010}, end = 0b1000
-        before       0b0001  no word yet
-        after `#`    0b1111  none or more: this place and all behind it
-        after `a`    0b1010  behind the first word and behind the third, which is the end
+        start        0b0001  no word matched
+        after `#`    0b1111  zero or more words: this place and all later ones
+        after `a`    0b1010  after the first word, and after the third, which is the end
 
     Args:
         places: for each word of the type, the bits of the places at which it begins.
-        end: the bit behind the last word.
+        end: the bit of the place after the last word.
     """
     reached = 1
     for word in pattern.split("."):

@@ -1,7 +1,7 @@
-"""Sample values for a JSON Schema, to try a model before its first use.
+"""Makes sample values for a JSON Schema, to try a model before its first use.
 
-Pure. A sample is a guess: it need not fit a pattern or a validator of the model's own. The caller tries each one and
-leaves out those that the model refuses.
+Pure. A sample is a guess: it may not match a pattern or pass a validator of the model. The caller tries each sample
+and skips those that the model refuses.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 Schema = dict[str, Any]
 
 MAX_SAMPLES = 32
-"""Samples of one schema. Enough for a dozen members with two or three options each."""
+"""The most samples of one schema: enough for a dozen members with two or three options each."""
 
 _MAX_DEPTH = 6
-"""A recursive model is followed this far; optional members below are left out."""
+"""A recursive model is followed to this depth. Below it, samples have no optional members."""
 
 _BY_FORMAT = {
     "date-time": "2026-01-31T12:00:00.5Z",
@@ -37,7 +37,7 @@ class _NoSample(Exception):
 
 
 def samples(schema: Schema) -> Iterator[Any]:
-    """At most `MAX_SAMPLES` values: required members only, all members, then each option of each member.
+    """Yields at most `MAX_SAMPLES` values: required members only, all members, then each option of each member.
 
     Args:
         schema: JSON Schema (draft 2020-12) as pydantic writes it, with its `$defs`.
@@ -67,7 +67,7 @@ def _options(schema: Schema) -> list[Any]:
 
 
 class _Choice:
-    """One way to choose: which members, and which option of one of them; the first option everywhere else."""
+    """One selection: required or all members, and an option of one member. All other members use their first option."""
 
     def __init__(
         self, definitions: dict[str, Schema], *, only_required: bool = False, member: str = "", option: int = 0

@@ -349,7 +349,7 @@ async def test_log_and_quarantine_are_looked_up(console: Service, vhost: Vhost, 
     await expect(page.locator("#log-entries")).to_contain_text("<b>somebody else's</b>")
     await page.locator("#log-audience").fill("nobody")
     await page.get_by_role("button", name="Look up").click()
-    await expect(page.locator("#log-status")).to_contain_text("is no audience")
+    await expect(page.locator("#log-status")).to_contain_text("is not an audience")
     await page.get_by_role("tab", name="Quarantine").click()
     await expect(page.locator("#quarantine-status")).to_contain_text("All 1")
     await expect(page.locator("#quarantine-messages")).to_contain_text("malformed")
