@@ -1,6 +1,6 @@
 """Streams typed events from a RabbitMQ topic exchange to browsers as Server-Sent Events.
 
-What workers need is named here; importing it imports nothing of the server's.
+This package exports the names that workers need. Importing it does not import the server's dependencies.
 """
 
 from bridge.blocking import BlockingPublisher

@@ -1,4 +1,4 @@
-"""`python -m bridge` is `bridge`."""
+"""`python -m bridge` runs the command `bridge`."""
 
 from bridge.cli import main
 

@@ -1,12 +1,12 @@
-"""A connection to RabbitMQ and what can go wrong with it, in words of our own.
+"""Connects to RabbitMQ, and translates the errors of aio-pika into the bridge's own.
 
-Only this file and `sender.py` know errors of aio-pika. The SDK and the quarantine publish through `sender.Sender`; the
-service consumes through `consumer.py`. Needs aio-pika and nothing of the service.
+Only this file and `sender.py` know errors of aio-pika. The SDK and the quarantine publish through `sender.Sender`. The
+service consumes through `consumer.py`. This file needs aio-pika, but no module of the service.
 
     BrokerError
-    ├─ BrokerUnavailable    cannot be reached, went away, or did not answer in time: trying again may help
+    ├─ BrokerUnavailable    unreachable, disconnected, or no answer in time: another try may succeed
     │  └─ LimitReached      a limit of connections, channels or queues
-    ├─ AccessRefused        credentials, virtual host or a permission: an operator has to change something
+    ├─ AccessRefused        credentials, virtual host or a permission: an operator must change them
     ├─ TopologyMismatch     an exchange or queue exists with other properties
     ├─ NotFound             an exchange or queue does not exist
     └─ Unroutable           the broker has no queue for a message that must have one
@@ -44,19 +44,19 @@ from pamqp.exceptions import PAMQPException
 from yarl import URL
 
 CONNECT_SECONDS = 10.0
-"""aiormq has no limit of its own for connecting: a listener that never answers would hold us for ever."""
+"""Limit of one connection attempt. aiormq has none: a listener that never answers would block the caller forever."""
 
 HEARTBEAT_SECONDS = 10
-"""With aiormq's default of 60 a dead broker is noticed after (60 + 1) * 3 = 183 s; with this after 33."""
+"""With aiormq's default of 60, the loss of a broker is noticed after (60 + 1) * 3 = 183 s. With 10 it takes 33 s."""
 
 CLOSE_SECONDS = 5.0
-"""A broker that is blocked or gone never answers a close."""
+"""Limit of a close: a broker that is blocked or gone never answers it."""
 
 _ACCESS_REFUSED = 403
-"""AMQP 0-9-1, section 1.2, "access-refused": at the start of a connection these are its credentials."""
+"""AMQP 0-9-1, section 1.2, "access-refused". While a connection opens, it refers to the user or the virtual host."""
 
 _LIMIT = re.compile(r"limit .*reached|reached the maximum")
-"""In RabbitMQ's words for a limit of connections, channels or queues, which may pass."""
+"""Occurs in RabbitMQ's texts for a limit of connections, channels or queues. Such a limit may be temporary."""
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
@@ -70,7 +70,7 @@ ERRORS = (
     OSError,
     asyncio.IncompleteReadError,
     PAMQPException,
-    StopAsyncIteration,  # A connection that ends in the middle of its handshake.
+    StopAsyncIteration,  # The connection ended during its handshake.
 )
 
 
@@ -79,10 +79,10 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 class _Quiet(logging.Filter):
-    """Keeps what the library says about our connections out of the log of the program that we are part of.
+    """Drops the library's warnings about connections that `connect` made; they go to the debug log instead.
 
-    It reports each lost connection several times, with tracebacks; whoever called `connect` reports it once, with its
-    cause. Connections that the program made by itself keep their log lines.
+    The library reports each lost connection several times, with tracebacks. The caller of `connect` reports it once,
+    with its cause. Other connections of the same program keep their log lines.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -97,15 +97,15 @@ for _name in ("aiormq.connection", "aiormq.channel", "aio_pika.connection", "aio
 
 
 class BrokerError(Exception):
-    """Something between us and RabbitMQ; one of the five below."""
+    """An operation with RabbitMQ failed: one of the five classes below."""
 
 
 class BrokerUnavailable(BrokerError):
-    """The broker cannot be reached, the connection broke, or no answer came in time."""
+    """The broker cannot be reached, the connection was lost, or no answer arrived in time."""
 
 
 class LimitReached(BrokerUnavailable):
-    """RabbitMQ has a limit of connections, channels or queues, and it is reached. It may pass."""
+    """A limit of RabbitMQ for connections, channels or queues is reached. This may be temporary."""
 
 
 class AccessRefused(BrokerError):
@@ -128,11 +128,11 @@ def parse_urls(text: str) -> tuple[str, ...]:
     """Reads one or several AMQP addresses, joined by commas (the nodes of a cluster).
 
     Raises:
-        ValueError: not an `amqp://` or `amqps://` address with a host; the password does not stand in the message.
+        ValueError: not an `amqp://` or `amqps://` address with a host. The message does not contain the password.
     """
     addresses = tuple(part.strip() for part in text.split(",") if part.strip())
     if not addresses:
-        raise ValueError("no address; write amqp://user:password@host:5672/")
+        raise ValueError("no address is given; write amqp://user:password@host:5672/")
     for address in addresses:
         try:
             url = URL(address)
@@ -140,12 +140,12 @@ def parse_urls(text: str) -> tuple[str, ...]:
         except ValueError:
             good = False
         if not good:
-            raise ValueError(f"{redact(address)!r} is no AMQP address; write amqp://user:password@host:5672/vhost")
+            raise ValueError(f"{redact(address)!r} is not an AMQP address; write amqp://user:password@host:5672/vhost")
     return addresses
 
 
 def credentials(address: str) -> str:
-    """The user and the password of an address."""
+    """The `user:password` of an address; AMQP's default for each is `guest`."""
     url = URL(address)
     return f"{url.user or 'guest'}:{url.password or 'guest'}"
 
@@ -160,13 +160,13 @@ def redact(address: str) -> str:
 
 
 def address(connection: aio_pika.abc.AbstractConnection) -> str:
-    """Where a connection leads, without its password and its options."""
+    """The address of a connection, without its password and its query."""
     assert isinstance(connection, aio_pika.Connection)
     return redact(str(connection.url.with_query(None)))
 
 
 def translate(error: BaseException, doing: str) -> BrokerError:
-    """A foreign error as one of ours; `doing` says what was tried, for the message."""
+    """Translates an error of aio-pika into a BrokerError. `doing` names the operation, for the message."""
     if isinstance(error, BrokerError):
         return error
     text = f"{doing}: {_text(error)}"
@@ -195,18 +195,18 @@ def _text(error: BaseException) -> str:
 async def connect(
     addresses: Sequence[str], *, name: str, make: Callable[[URL], Connection] | None = None
 ) -> Connection:
-    """A plain connection to the first address that takes one, tried in random order.
+    """Opens a connection to the first address that accepts one. The order of the addresses is random.
 
-    Plain, not robust: a robust connection restores its queues one after another, and one refused queue keeps all others
-    down. Who calls this has a supervisor of their own.
+    The connection is plain, not robust: a robust one restores its queues one after another, and one refused queue
+    blocks all others. Each caller reconnects by itself.
 
     Args:
-        addresses: AMQP URLs. `heartbeat` in the URL wins over our 10 s.
+        addresses: AMQP URLs. A `heartbeat` in the URL replaces the default of 10 s.
         name: shown in RabbitMQ's list of connections.
-        make: makes the connection of a URL, not yet open. By default a `Connection`, which publishes.
+        make: creates the connection for a URL, not yet open. The default is `Connection`.
 
     Raises:
-        BrokerError: none of the addresses took it; the error of the last one tried, which names it.
+        BrokerError: no address accepted the connection. It is the error of the last address tried, and names it.
 
     Cancelling leaves no connection behind.
     """
@@ -233,7 +233,10 @@ async def connect(
 
 
 async def open_channel(connection: aio_pika.abc.AbstractConnection, *, confirms: bool = False) -> AbstractChannel:
-    """A channel of the protocol itself, without aio-pika's objects for exchanges and queues around it.
+    """Opens a channel of aiormq, without aio-pika's objects for exchanges and queues.
+
+    Args:
+        confirms: RabbitMQ confirms each message, and a returned message raises an error.
 
     Raises:
         BrokerError
@@ -244,29 +247,29 @@ async def open_channel(connection: aio_pika.abc.AbstractConnection, *, confirms:
             raise BrokerUnavailable("opening a channel: the connection is closed")
         try:
             return await transport.connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
-        except RuntimeError as error:  # What aiormq says of a connection that has just gone.
+        except RuntimeError as error:  # aiormq raises it for a connection that was lost a moment ago.
             raise BrokerUnavailable(f"opening a channel: {error}") from error
 
 
 def most_channels(connection: aio_pika.abc.AbstractConnection) -> int:
-    """As many channels RabbitMQ lets this connection have (`channel_max`). Beyond it RabbitMQ closes the connection."""
+    """The most channels that this connection may have (`channel_max`). RabbitMQ closes a connection that exceeds it."""
     transport = connection.transport
     negotiated = 0 if transport is None else transport.connection.connection_tune.channel_max
-    return negotiated or 65_535  # 0 is no limit; the number of a channel has 16 bits.
+    return negotiated or 65_535  # 0 means no limit; a channel number has 16 bits.
 
 
 async def close(connection: aio_pika.abc.AbstractConnection) -> None:
-    """Closes within five seconds, or gives the connection up. Never raises an error of the broker's."""
+    """Closes the connection, or gives up after 5 s. Raises no error of the broker."""
     with contextlib.suppress(*ERRORS, TimeoutError):
         async with asyncio.timeout(CLOSE_SECONDS):
             await connection.close()
 
 
 def is_rejection(error: BaseException) -> bool:
-    """Whether this is aiormq's way to tell a waiter that its connection is gone.
+    """Whether aiormq raised this error because the connection closed.
 
-    It rejects the futures of a connection that closes with whatever the reader ended with: a bare `Exception`, or a
-    CancelledError in a task that nobody has cancelled.
+    On close, aiormq fails the pending futures with the error that ended its reader. That is a bare `Exception`, or a
+    CancelledError in a task that was not cancelled.
     """
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
@@ -276,7 +279,7 @@ def is_rejection(error: BaseException) -> bool:
 
 @contextlib.asynccontextmanager
 async def translating(doing: str) -> AsyncIterator[None]:
-    """Errors of aio-pika that pass become ours."""
+    """Translates errors of aio-pika in its body into BrokerError. `doing` names the operation."""
     try:
         yield
     except ERRORS as error:
@@ -288,7 +291,7 @@ async def translating(doing: str) -> AsyncIterator[None]:
 
 
 def pauses() -> Callable[[], float]:
-    """Pauses between tries, in seconds: at most 0.1, 0.2, 0.4, ... 5, each drawn anew from zero up ("full jitter")."""
+    """Returns the backoff between tries: each call draws seconds from 0 up to 0.1, 0.2, 0.4, ... 5 ("full jitter")."""
     ceiling = _FIRST_PAUSE_SECONDS
 
     def draw() -> float:
@@ -301,14 +304,14 @@ def pauses() -> Callable[[], float]:
 
 
 class _Protocol(aiormq.connection.Connection):
-    """The library's connection, but with RabbitMQ's own words for a connection that it refuses."""
+    """aiormq's connection, which also reports RabbitMQ's text when RabbitMQ refuses the connection."""
 
     @staticmethod
     async def _rpc(
         request: Any, writer: asyncio.StreamWriter, frame_receiver: FrameReceiver, wait_response: bool = True
     ) -> Any:
-        # RabbitMQ answers Connection.Open with Connection.Close for a virtual host or a limit. The library expects
-        # Open-Ok only, and hides the reason behind "got <Connection.Close object at 0x...>".
+        # To refuse a virtual host or enforce a limit, RabbitMQ answers Connection.Open with Connection.Close. aiormq
+        # expects only Open-Ok, and reports "got <Connection.Close object at 0x...>" instead of the reason.
         writer.write(pamqp.frame.marshal(request, 0))
         await writer.drain()
         if not wait_response:
@@ -333,13 +336,13 @@ class _Underlay(UnderlayConnection):
 
 
 class Connection(aio_pika.Connection):
-    """A plain connection of the library, without its close by the garbage collector. Made by `connect`."""
+    """A plain connection of aio-pika that the garbage collector does not close. Made by `connect`."""
 
     def __del__(self) -> None:
-        """Nothing: whoever called `connect` closes.
+        """Does nothing: the caller of `connect` closes the connection.
 
-        The library's own makes a task that closes, in whatever thread collects the garbage, where no loop may run. A
-        connection that is open is never collected: the tasks that read and write it hold it.
+        aio-pika's version creates a task in the thread that collects the garbage, where no event loop may run. An open
+        connection is never collected: the tasks that read and write it refer to it.
         """
 
     async def connect(self, timeout: Any = None) -> None:

@@ -1,6 +1,6 @@
-"""`Publisher` for programs without an event loop: an event loop in a thread of its own, made with the first call.
+"""`Publisher` for programs without an event loop. The first call starts an event loop in a separate thread.
 
-Owns threads and forks: any thread may call, and a process that was forked gets a connection of its own.
+Owns threads and forks: any thread may call, and a forked process opens its own connection.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from bridge.routing import Audience
 from bridge.sender import PIPELINE_EVENTS, Message, Progress
 
 MARGIN_SECONDS = 2.0
-"""A call that has not returned this long after its timeout raises: the thread of the event loop does not answer."""
+"""A call raises this long after its timeout, if the thread of the event loop does not answer."""
 
 LAST_TURNS = 4
-"""Times that the tasks of a closing publisher are waited for, together half of `MARGIN_SECONDS`."""
+"""How often a closing publisher waits for its tasks; all waits together take half of `MARGIN_SECONDS`."""
 
 Result = TypeVar("Result")
 
 _forks = 0
-"""How many forks lie between the first process and this one. Unlike a process id it is never used again."""
+"""The number of forks from the first process to this one. Unlike a process id, no ancestor has the same number."""
 
 
 def _count_fork() -> None:
@@ -55,10 +55,11 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 class BlockingPublisher:
-    """`Publisher` for programs without an event loop. Made by `Publisher.blocking`; threads may share one.
+    """`Publisher` for programs without an event loop. Made by `Publisher.blocking`; threads may share it.
 
-    Connects with the first event, so it may be a module's global: made before a fork (Celery's prefork pool, gunicorn
-    with `--preload`), it connects again in each child. Every call ends within its timeout, but for two seconds.
+    It connects with the first event, so it may be a module's global. If it is made before a fork (Celery's prefork
+    pool, gunicorn with `--preload`), each child opens its own connection. A call for one event ends at most two
+    seconds after its timeout.
     """
 
     def __init__(
@@ -73,21 +74,21 @@ class BlockingPublisher:
             max_event_bytes=max_event_bytes,
             log=log,
         )
-        self._make()  # Raises for a bad address now, and not with the first event.
+        self._make()  # Raises for an invalid address now, not with the first event.
         self._writer = EventWriter(source=source, exchange=exchange, max_event_bytes=max_event_bytes, log=log)
         self._timeout = timeout
         self._is_closed = False
-        # By number of forks. What a parent left behind is kept and never touched: its sockets and its selector are
-        # shared with the parent, and to close them would cut the parent's connection off.
+        # By number of forks. A parent's worker is kept and never used: its sockets and its selector are shared with
+        # the parent. Closing them would close the parent's connection.
         self._workers: dict[int, _Worker] = {}
-        self._finalizer = weakref.finalize(self, _stop_all, self._workers)  # Also at the end of the program.
+        self._finalizer = weakref.finalize(self, _stop_all, self._workers)  # Also runs when the program ends.
 
     def __enter__(self) -> Self:
         """As `open`."""
         try:
             self.open()
         except BaseException:
-            self._stop()  # `__exit__` is not called then. A later event starts again.
+            self._stop()  # Python does not call `__exit__` after this. A later event connects again.
             raise
         return self
 
@@ -97,16 +98,16 @@ class BlockingPublisher:
         self.close()
 
     def open(self) -> None:
-        """Connects, within the timeout. Not needed: the first event connects too. Also opens again after `close`.
+        """Connects within the timeout. Optional: the first event connects too. After `close`, it opens again.
 
         Raises:
-            as `Publisher.open`. A later event tries again.
+            As `Publisher.open`. A later event tries again.
         """
         self._is_closed = False
         self._call(lambda publisher: publisher.open(), "")
 
     def close(self) -> None:
-        """Closes the connection, within five seconds. Threads that still wait for a confirm get PublishTimeout."""
+        """Closes the connection, within seven seconds. Threads that wait for a confirm get PublishTimeout."""
         self._is_closed = True
         self._stop()
 
@@ -136,7 +137,7 @@ class BlockingPublisher:
     def publish_many(self, events: Iterable[Item]) -> int:
         """As `Publisher.publish_many`; returns when all are confirmed.
 
-        The iterable runs in the calling thread: it may be a queryset or a cursor, and may publish by itself.
+        The iterable runs in the calling thread. It may be a queryset or a database cursor, and may itself publish.
         """
         worker = self._worker()
         batch = _Batch(worker, self._timeout)
@@ -149,7 +150,7 @@ class BlockingPublisher:
         except _BatchFailed as failed:
             raise batch_error(failed.error, batch.progress()) from failed.error
         except BaseException as error:
-            # Of the event or the iterable, or Ctrl-C: nothing is wrong with what was taken before.
+            # An event, the iterable or Ctrl-C raised this. Earlier events are not affected: wait for their confirms.
             failure = batch.settle(self._timeout if isinstance(error, Exception) else SETTLE_SECONDS)
             if failure is not None and isinstance(error, Exception):
                 raise batch_error(failure, batch.progress()) from failure
@@ -164,7 +165,7 @@ class BlockingPublisher:
             raise RuntimeError("this publisher is closed: call open() to use it again")
         worker = self._workers.get(_forks)
         if worker is None:
-            # Of two threads that come here at once, the one whose worker is in the dictionary wins; it is atomic.
+            # `setdefault` is atomic: two threads that arrive here at once both get the same worker.
             worker = self._workers.setdefault(_forks, _Worker(self._make))
         worker.start(self._timeout)
         return worker
@@ -179,9 +180,9 @@ class BlockingPublisher:
             text = f"the publisher's thread did not answer within {self._timeout:g} s"
             raise PublishTimeout(text, id=event_id) from None
         except concurrent.futures.CancelledError:
-            raise PublishTimeout("this publisher was closed before the confirm came", id=event_id) from None
+            raise PublishTimeout("this publisher was closed before the confirm arrived", id=event_id) from None
         except BaseException:
-            future.cancel()  # Ctrl-C in the caller must not leave the publish running behind its back.
+            future.cancel()  # After Ctrl-C the publish must not continue in the other thread.
             raise
 
 
@@ -192,19 +193,23 @@ def _stop_all(workers: dict[int, _Worker]) -> None:
 
 
 class _Worker:
-    """The thread and the event loop of one process, and the publisher in it."""
+    """One process's thread and event loop, and the publisher that runs in them."""
 
     def __init__(self, make: Callable[[], Publisher]) -> None:
         self.publisher = make()
         self.loop: asyncio.AbstractEventLoop
         self._running = threading.Event()
-        # A signal's handler may publish too, and interrupts its own thread within `submit`.
+        # Reentrant: a signal handler may publish too, and may interrupt its own thread inside `submit`.
         self._lock = threading.RLock()
         self._is_stopped = False
         self._thread: threading.Thread | None = None
 
     def start(self, timeout: float) -> None:
-        """Starts the thread, once. Any thread may call this, any number of times."""
+        """Starts the thread once. Any thread may call this, any number of times.
+
+        Raises:
+            PublishTimeout: the thread did not start within `timeout` seconds.
+        """
         if self._running.is_set():
             return
         with self._lock:
@@ -241,7 +246,7 @@ class _Worker:
         with self._lock:
             if self._thread is None or self._is_stopped:
                 return
-            # Nothing is submitted after this, so `_finish` finds every task that there is.
+            # After this nothing is submitted, so `_finish` finds every task.
             self._is_stopped = True
             finished = asyncio.run_coroutine_threadsafe(self._finish(), self.loop)
         with contextlib.suppress(concurrent.futures.TimeoutError):
@@ -252,15 +257,15 @@ class _Worker:
 
     async def _finish(self) -> None:
         await self.publisher.close()
-        # Tasks that still wait for a confirm have their error now, and need a turn of the loop to pass it on. The
-        # library starts more tasks while a connection ends; one left behind would be reported as never awaited.
+        # `close` has failed the tasks that wait for a confirm; they need a loop iteration to raise their errors.
+        # aio-pika starts more tasks while a connection closes. Python would report an unfinished one as never awaited.
         for _ in range(LAST_TURNS):
             await asyncio.sleep(0)
             rest = asyncio.all_tasks() - {asyncio.current_task()}
             if not rest:
                 return
-            _, late = await asyncio.wait(rest, timeout=MARGIN_SECONDS / 2 / LAST_TURNS)
-            for task in late:
+            _, unfinished = await asyncio.wait(rest, timeout=MARGIN_SECONDS / 2 / LAST_TURNS)
+            for task in unfinished:
                 task.cancel()
 
 
@@ -271,7 +276,7 @@ class _BatchFailed(Exception):
 
 
 class _Batch:
-    """Hands messages from the caller's thread to a pipeline in the loop's, at most 256 ahead."""
+    """Passes messages from the caller's thread to a pipeline in the loop's thread, at most 256 ahead of it."""
 
     def __init__(self, worker: _Worker, timeout: float) -> None:
         self._worker = worker
@@ -280,7 +285,7 @@ class _Batch:
         self._inbox: asyncio.Queue[Message | None] = asyncio.Queue()
         self._pipeline = worker.publisher.pipeline()
         self._done = worker.submit(self._send_all())
-        # Whatever the result, a caller that waits for a slot must continue.
+        # Release all slots whatever the result: a caller that waits for a slot must continue.
         self._done.add_done_callback(lambda _: self._slots.release(PIPELINE_EVENTS))
 
     async def _send_all(self) -> None:
@@ -294,6 +299,7 @@ class _Batch:
         """
         Raises:
             _BatchFailed: an earlier message has failed.
+            PublishTimeout: the loop's thread gave no slot within the timeout and two seconds.
         """
         if not self._slots.acquire(timeout=self._timeout + MARGIN_SECONDS):
             raise PublishTimeout(f"the publisher's thread did not answer within {self._timeout:g} s", id=message.id)
@@ -302,13 +308,13 @@ class _Batch:
         self._hand_over(message)
 
     def finish(self) -> None:
-        """Returns once everything is confirmed. Raises as `put`."""
+        """Returns once all messages are confirmed. Raises as `put`."""
         self._hand_over(None)
         self._wait(None)
         self._raise()
 
     def settle(self, limit: float) -> BaseException | None:
-        """Waits `limit` seconds at most for the confirms, and returns what went wrong."""
+        """Waits at most `limit` seconds for the confirms. Returns the error, or None."""
         self._hand_over(None)
         try:
             self._wait(limit)
@@ -318,7 +324,7 @@ class _Batch:
         return None
 
     def progress(self) -> Progress:
-        """How far it is, asked in the loop's thread, which may still be at it."""
+        """The progress of the pipeline, read in the loop's thread because the pipeline may still be running there."""
 
         async def ask() -> Progress:
             return self._pipeline.progress()
@@ -326,14 +332,14 @@ class _Batch:
         try:
             return self._worker.submit(ask()).result(MARGIN_SECONDS)
         except (RuntimeError, concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            return self._pipeline.progress()  # The loop has ended, and changes nothing any more.
+            return self._pipeline.progress()  # The loop has ended: the progress no longer changes.
 
     def _hand_over(self, message: Message | None) -> None:
-        with contextlib.suppress(RuntimeError):  # The loop is closed; then `_done` has the error.
+        with contextlib.suppress(RuntimeError):  # The loop is closed, and `_done` has the error.
             self._worker.loop.call_soon_threadsafe(self._inbox.put_nowait, message)
 
     def _wait(self, limit: float | None) -> None:
-        # Without a limit the pipeline's own deadlines end it: each message has one.
+        # Without a limit the wait still ends: each message in the pipeline has a deadline.
         with contextlib.suppress(concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
             self._done.exception(limit)
         if not self._done.done():
@@ -341,6 +347,7 @@ class _Batch:
 
     def _raise(self) -> None:
         if self._done.cancelled():
-            raise _BatchFailed(amqp.BrokerUnavailable("this publisher was closed, or ended, before all were confirmed"))
+            text = "this publisher was closed, or its timeout ended, before all events were confirmed"
+            raise _BatchFailed(amqp.BrokerUnavailable(text))
         if (error := self._done.exception()) is not None:
             raise _BatchFailed(error)

@@ -4,10 +4,10 @@ async with Publisher("amqp://...", source="/workers/reports") as publisher:
     await publisher.to_user("42", JobCompleted(job_id="r-7", duration_seconds=3.2))
 
 PublishError
-├─ EventRefused         a page would not get what was passed: fix the event. Nothing was sent
-├─ ExchangeMissing      the exchange does not exist: start the bridge once, or name the right one
-├─ PublishForbidden     RabbitMQ refuses the user, or this user this audience or type
-└─ PublishTimeout       not confirmed in time: publish again, with the same id
+├─ EventRefused         a page would not get the event as it was passed: fix the event. Nothing was sent
+├─ ExchangeMissing      the exchange does not exist: start the bridge once, or fix the exchange's name
+├─ PublishForbidden     RabbitMQ refuses the user, or refuses this user the audience or the type
+└─ PublishTimeout       not confirmed in time: publish again with the same id
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ if TYPE_CHECKING:
     from bridge.blocking import BlockingPublisher
 
 RECOVERY_SECONDS = 5.0
-"""On a connection as young as this, an event that no queue takes is published again: RabbitMQ 3.10 takes connections up
-to half a second before it has recovered the log, confirms, and loses (measured). With the log there, every event has a
-queue."""
+"""On a connection younger than this, an event that no queue takes is published again. RabbitMQ 3.10 accepts
+connections up to 0.5 s before it has recovered the log; it confirms events and loses them (measured). Once the log is
+recovered, every event has a queue."""
 
 TIMEOUT_SECONDS = 30.0
-"""Default deadline for a confirm, reconnects included: a restart of the broker fits in."""
+"""Default limit for a confirm, reconnects included: long enough for a restart of RabbitMQ."""
 
 SETTLE_SECONDS = 5.0
-"""A `publish_many` that is cancelled waits this long for the confirms of what it has sent."""
+"""A `publish_many` that is cancelled waits at most this long for the confirms of the events that it has sent."""
 
 Id: TypeAlias = str | int | UUID
-"""A user, a group or an event by its id. A number and a UUID are taken as their text."""
+"""The id of a user, a group or an event. A number or a UUID is converted to its text."""
 
 Attribute: TypeAlias = str | int | UUID | datetime | None
-"""A CloudEvents attribute: `time` takes an aware datetime, `id` a UUID or a number. None counts as not given."""
+"""A CloudEvents attribute: `time` takes an aware datetime, `id` a UUID or a number. None means not given."""
 
 Item: TypeAlias = tuple[Audience, EventData] | tuple[Audience, EventData, Mapping[str, Attribute]]
-"""An event of `publish_many`: for whom, what, and its attributes by name (`{"id": f"{task_id}:completed"}`)."""
+"""An event of `publish_many`: audience, data, and attributes by name (`{"id": f"{task_id}:completed"}`)."""
 
 _log = logging.getLogger("bridge.publisher")
 
@@ -74,14 +74,14 @@ _NAMES = frozenset(ATTRIBUTES) - {"specversion", "type"}
 
 
 class PublishError(Exception):
-    """An event was not published, or not surely; one of the four below.
+    """An event was not published, or it is unknown whether it was: one of the four classes below.
 
     Attributes:
-        id: of the event that failed; empty when there is no event, as in `open`, or when the event has no valid id.
-        index: in `publish_many`, its place in the iterable, counted from 0; otherwise None.
-        confirmed: in `publish_many`, how many events are certainly confirmed: all before `index`.
-        unconfirmed: in `publish_many`, index to id of those that were sent and not confirmed. They may arrive: publish
-            each again under its id.
+        id: the id of the failed event. Empty if there is no event, as in `open`, or if the event has no valid id.
+        index: in `publish_many`, the failed event's place in the iterable, counted from 0. Otherwise None.
+        confirmed: in `publish_many`, the number of events that are certainly confirmed: all before `index`.
+        unconfirmed: in `publish_many`, index to id of the events that were sent and not confirmed. They may arrive:
+            publish each again with its id.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class PublishError(Exception):
 
 
 class EventRefused(PublishError):
-    """The event, its audience or its attributes are not as the contract says, or a page would get something else than
-    was passed. Nothing was sent."""
+    """The event, its audience or its attributes break the contract, or a page would get other data than was passed.
+    Nothing was sent."""
 
 
 class ExchangeMissing(PublishError):
@@ -114,16 +114,17 @@ class PublishForbidden(PublishError):
 
 
 class PublishTimeout(PublishError):
-    """No confirm within the deadline: the broker is away, blocked by an alarm, or keeps answering nack. Or the
-    publisher was closed meanwhile.
+    """No confirm arrived in time, or the publisher was closed.
 
-    The event may have arrived nevertheless. Publish it again with `id=error.id`: the same id is the same event, and a
-    stream that has just shown it does not show it again.
+    Causes: RabbitMQ cannot be reached, an alarm blocks publishers, or RabbitMQ answers each try with a nack.
+
+    The event may have arrived anyway. Publish it again with `id=error.id`: the same id is the same event, and a stream
+    that has just shown it does not show it again.
     """
 
 
 def new_id() -> str:
-    """A UUIDv7 (RFC 9562, section 5.7): 48 bits of ms since 1970, then 74 random bits. Sorts by creation time."""
+    """Makes a UUIDv7 (RFC 9562, section 5.7): 48 bits of ms since 1970, then 74 random bits. Sorts by creation time."""
     value = (time.time_ns() // 1_000_000 & (1 << 48) - 1) << 80 | secrets.randbits(80)
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
@@ -131,20 +132,21 @@ def new_id() -> str:
 
 
 class Publisher:
-    """Publishes events, each confirmed by the broker. Connects with the first event, or with `open` or `async with`,
-    and reconnects by itself; any number of tasks of one event loop may share one.
+    """Publishes events; RabbitMQ confirms each one. Any number of tasks of one event loop may share a publisher.
+
+    It connects with the first event, with `open` or with `async with`, and reconnects by itself.
 
     Args:
-        url: AMQP address; several, joined by commas, for the nodes of a cluster.
-        source: who publishes, a URI reference such as `/workers/reports` (CloudEvents `source`).
-        exchange: the topic exchange; the bridge's default.
-        timeout: seconds until a call without a confirm raises PublishTimeout, connecting included.
-        max_event_bytes: largest message, as the bridge is set.
-        log: whether the exchange has an event log, which takes every event. False for a bridge without one
-            (`BRIDGE_LOG` empty), where an event for somebody who is away reaches no queue, as it should.
+        url: AMQP address. For a cluster, the addresses of several nodes, joined by commas.
+        source: the publishing program, a URI reference such as `/workers/reports` (CloudEvents `source`).
+        exchange: the topic exchange. The default is the bridge's default.
+        timeout: seconds until a call without a confirm raises PublishTimeout. This includes the time to connect.
+        max_event_bytes: the largest message in bytes. Use the bridge's value (`BRIDGE_MAX_EVENT_BYTES`).
+        log: whether the exchange has an event log, which takes every event. Pass False for a bridge without a log
+            (`BRIDGE_LOG` empty). There, an event for an absent user reaches no queue, and this is no fault.
 
     Raises:
-        ValueError: the url is no AMQP address, or the source is empty.
+        ValueError: the url is not an AMQP address, or the source is empty.
     """
 
     def __init__(
@@ -175,7 +177,11 @@ class Publisher:
         max_event_bytes: int = MAX_EVENT_BYTES,
         log: bool = True,
     ) -> BlockingPublisher:
-        """The same for programs without an event loop: scripts, Celery tasks, web workers with threads."""
+        """A publisher for programs without an event loop: scripts, Celery tasks, web workers with threads.
+
+        Args and Raises:
+            As `Publisher`.
+        """
         from bridge.blocking import BlockingPublisher
 
         return BlockingPublisher(
@@ -193,10 +199,10 @@ class Publisher:
         await self.close()
 
     async def open(self) -> None:
-        """Connects, within the timeout. Not needed: the first event connects too. Also opens again after `close`.
+        """Connects within the timeout. Optional: the first event connects too. After `close`, it opens again.
 
         Raises:
-            PublishForbidden: the credentials or the virtual host are refused, with RabbitMQ's own words.
+            PublishForbidden: RabbitMQ refuses the credentials or the virtual host. The message has RabbitMQ's text.
             PublishTimeout: no node can be reached in time. A later event tries again.
             RuntimeError: this publisher belongs to another event loop.
         """
@@ -206,7 +212,7 @@ class Publisher:
             await self._sender.open(self._timeout)
 
     async def close(self) -> None:
-        """Closes the connection, within five seconds. Publishes still waiting raise PublishTimeout at once."""
+        """Closes the connection within 5 s. Calls that wait for a confirm raise PublishTimeout at once."""
         self._is_closed = True
         if self._loop is not None:
             self.use_here()
@@ -226,29 +232,29 @@ class Publisher:
         return await self.publish(Audience.everyone(), data, **attributes)
 
     async def publish(self, audience: Audience, data: EventData, **attributes: Attribute) -> str:
-        """Publishes one event and returns its id once the broker has confirmed it.
+        """Publishes one event, and returns its id once RabbitMQ has confirmed it.
 
         Args:
-            audience: who may see it.
-            data: an instance of a class of the event catalogue; its class is the type.
-            attributes: of the CloudEvents envelope, by name: `id` to publish an event again, `time`, `subject`,
-                `source`, `dataschema`, `traceparent`, `tracestate`. `id` and `time` are made when they are not given,
-                `traceparent` is that of the active OpenTelemetry span, if there is one.
+            audience: the user or the group that may see the event, or everyone.
+            data: an instance of a class of the event catalogue. The class determines the event type.
+            attributes: CloudEvents attributes by name: `id` to publish an event again, `time`, `subject`, `source`,
+                `dataschema`, `datacontenttype`, `traceparent`, `tracestate`. The defaults of `id` and `time` are a new
+                id and the current time. The default of `traceparent` is the active OpenTelemetry span, if any.
 
         Raises:
-            EventRefused: before anything is sent.
+            EventRefused: nothing was sent.
             ExchangeMissing, PublishForbidden, PublishTimeout
             RuntimeError: this publisher is closed, or belongs to another event loop.
 
-        Awaiting one after another keeps the order. Cancelling leaves the publisher in order; whether the event was
-        published is then not known.
+        Await each call before the next to keep the order. Cancelling leaves the publisher usable. It is then unknown
+        whether the event was published.
         """
         message = self._writer.message(audience, data, attributes)
         await self.publish_message(message)
         return message.id
 
     async def publish_message(self, message: Message) -> None:
-        """As `publish`, of a message that `EventWriter` has made. Internal."""
+        """As `publish`, for a message that `EventWriter` has made. Internal."""
         self.use_here()
         with _translated(message.id):
             try:
@@ -257,21 +263,22 @@ class Publisher:
                 self._warn_unroutable(message, error)
 
     async def publish_many(self, events: Iterable[Item] | AsyncIterable[Item]) -> int:
-        """Publishes many events, in order, without waiting for one confirm before sending the next.
+        """Publishes many events in order, without waiting for each confirm before the next event.
 
-        Events are taken from the iterable as confirms come in, at most 256 ahead. Returns their number once all are
-        confirmed. Each is `(audience, data)` or `(audience, data, attributes)`; with an `id` of its own in the
-        attributes, publishing the whole batch again after a failure is safe.
+        Takes events from the iterable as confirms arrive, at most 256 ahead of them. Returns the number of events once
+        all are confirmed. An event is `(audience, data)` or `(audience, data, attributes)`. If the attributes give
+        each event its `id`, it is safe to publish the whole batch again after a failure.
 
-        After a lost connection, all that were unconfirmed are sent again in order, under the same ids: pages see the
-        order of the iterable. An event that the broker nacks comes after up to 255 that followed it; RabbitMQ does so
-        when a queue or its node dies.
+        After a lost connection, all unconfirmed events are sent again, in order and with the same ids: pages see the
+        order of the iterable. Only an event that RabbitMQ nacks may arrive after up to 255 later events. RabbitMQ
+        sends nacks when a queue or its node dies.
 
         Raises:
-            as `publish`, for the first event that fails: `error.index` and `error.id` name it, and all before it are
-            confirmed (`error.confirmed`). Those after it that were on their way are in `error.unconfirmed`.
-            What the iterable raises is raised as it is, once all before it are confirmed. So is a cancellation, which
-            waits for confirms for five seconds at most. Both carry the number as `error.confirmed`, and in a note.
+            As `publish`, for the first event that fails: `error.index` and `error.id` name it, and all events before
+            it are confirmed (`error.confirmed`). Later events that were sent are in `error.unconfirmed`.
+            An error of the iterable is raised unchanged, once all events before it are confirmed. So is a
+            cancellation, which waits at most 5 s for confirms. Both carry the number as `error.confirmed` and in a
+            note.
         """
         self.use_here()
         pipeline = self.pipeline()
@@ -286,7 +293,7 @@ class Publisher:
             pipeline.abandon()
             raise batch_error(error, pipeline.progress()) from error
         except BaseException as error:
-            # Of the event or the iterable, or a cancellation: nothing is wrong with what was taken before.
+            # An event, the iterable or a cancellation raised this. Earlier events are not affected: wait for confirms.
             limit = SETTLE_SECONDS if isinstance(error, asyncio.CancelledError) else self._timeout
             failure = await settle(pipeline, limit)
             if failure is not None and isinstance(error, Exception):
@@ -298,49 +305,50 @@ class Publisher:
         return count
 
     def pipeline(self) -> Pipeline:
-        """For many events; see `publish_many`. Internal."""
+        """A pipeline for many events; see `publish_many`. Internal."""
         return Pipeline(self._sender, timeout=self._timeout, on_unroutable=self._warn_unroutable)
 
     def use_here(self) -> None:
-        """Binds the publisher to the running loop of this process with the first call. Internal.
+        """Binds the publisher to the running loop and to this process, with the first call. Internal.
 
         Raises:
-            RuntimeError: it is closed, or belongs to another loop or another process.
+            RuntimeError: this publisher is closed, or belongs to another loop or another process.
         """
         if self._is_closed and self._loop is None:
             raise RuntimeError("this publisher is closed: call open() to use it again")
-        # A process that was forked inside of its loop has no running loop, so this is asked first.
+        # A process that was forked inside its loop has no running loop, so the process is checked first.
         if self._loop is not None and self._process != os.getpid():
             raise RuntimeError(
-                "this publisher connected before the process was forked, and a connection cannot be shared: "
-                "make it, or use it first, in the child (Publisher.blocking reconnects by itself)"
+                "this publisher connected before the process was forked, and processes cannot share a connection: "
+                "create it, or use it first, in the child (Publisher.blocking reconnects by itself)"
             )
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop, self._process = loop, os.getpid()
         elif self._loop is not loop:
             raise RuntimeError(
-                "this publisher belongs to another event loop, and its connection with it: make one publisher for each "
-                "loop, close() it at the end of its loop, or use Publisher.blocking, which any thread may call"
+                "this publisher belongs to another event loop, and so does its connection: create one publisher for "
+                "each loop and close() it before its loop ends, or use Publisher.blocking, which any thread may call"
             )
 
     def _warn_unroutable(self, message: Message, _: amqp.Unroutable) -> None:
-        # RabbitMQ has confirmed the event, and no queue has it: no client is connected, and there is no log.
+        # RabbitMQ has confirmed the event, and no queue took it: no client is connected, and there is no log.
         if not self._warned:
             self._warned = True
-            _log.warning("%s reached no queue: is there no event log? (Publisher(log=False))", message.routing_key)
+            text = "%s reached no queue: the exchange has no event log. If that is right, pass Publisher(log=False)"
+            _log.warning(text, message.routing_key)
 
 
 class EventWriter:
-    """Makes messages of events, and refuses each that a page would not get as it was passed. Needs no connection.
+    """Makes a message of each event, and refuses events that a page would not get as passed. Needs no connection.
 
     Args:
-        as `Publisher`.
+        As `Publisher`.
     """
 
     def __init__(self, *, source: str, exchange: str, max_event_bytes: int, log: bool) -> None:
         if not isinstance(source, str) or not source:
-            raise ValueError("source must be a text that is not empty: name the program, as in '/workers/reports'")
+            raise ValueError("source must be a str that is not empty: name the program, as in '/workers/reports'")
         self._source = source
         self._exchange = exchange
         self._max_event_bytes = max_event_bytes
@@ -348,9 +356,10 @@ class EventWriter:
         self._app_id = source.encode()[:255].decode(errors="ignore")
 
     def message(self, audience: Audience, data: EventData, attributes: Mapping[str, Attribute]) -> Message:
-        """
+        """Makes the message for one event.
+
         Raises:
-            EventRefused: says what is wrong, and how to fix it.
+            EventRefused: the message says what is wrong, and how to fix it.
         """
         if not isinstance(data, EventData) or not hasattr(data, "event_type"):
             raise EventRefused(
@@ -368,7 +377,7 @@ class EventWriter:
             key = audience.routing_key(event_type)
             text = encode_data(data).encode()
             body = write_event(envelope, event_type, text)
-            # Read as the bridge will read it, so that what is accepted here is shown there.
+            # Read it as the bridge will, so that the bridge accepts every event that is accepted here.
             event = read_event(body, key, {event_type: declaring_class(type(data))}, max_bytes=self._max_event_bytes)
             loss = find_loss(data, text)
         except InvalidEvent as error:
@@ -378,7 +387,7 @@ class EventWriter:
         except ValidationError as error:
             raise EventRefused(f"{event_type} for {audience}: {describe_faults(error)}") from error
         except (ValueError, TypeError) as error:
-            raise EventRefused(f"{event_type} for {audience}: it has no JSON form: {error}") from error
+            raise EventRefused(f"{event_type} for {audience}: it cannot be written as JSON: {error}") from error
         if loss is not None:
             raise EventRefused(f"{event_type} for {audience}: {loss}", id=event.id)
         properties = Basic.Properties(
@@ -389,14 +398,14 @@ class EventWriter:
             delivery_mode=2,
             app_id=self._app_id,
         )
-        # Without a log, RabbitMQ confirms an event that no client waits for. With a log, every event has a queue.
+        # `mandatory` only with a log: there every event has a queue. Without a log, an event may rightly have none.
         return Message(event.id, body, self._exchange, key, properties, self._log, RECOVERY_SECONDS)
 
     def item(self, item: Item, index: int) -> Message:
         """The message of one event of `publish_many`.
 
         Raises:
-            ItemRefused: with an EventRefused that has its index.
+            ItemRefused: contains an EventRefused that has the index.
         """
         try:
             if not isinstance(item, tuple) or len(item) not in (2, 3):
@@ -407,7 +416,8 @@ class EventWriter:
 
 
 class ItemRefused(Exception):
-    """Around an EventRefused of `publish_many` itself: the iterable may raise one of its own. Never leaves the SDK."""
+    """Wraps an EventRefused of `publish_many`, because the iterable may raise an EventRefused too. Never leaves the
+    SDK."""
 
     def __init__(self, error: EventRefused) -> None:
         self.error = error
@@ -415,14 +425,14 @@ class ItemRefused(Exception):
 
 
 class _Refused(ValueError):
-    """An attribute or an id that cannot be taken; the text says which, and how to fix it."""
+    """An attribute is invalid. The message names it and says how to fix it."""
 
 
 def as_text(identity: Id) -> str:
     """The id of a user or a group as text.
 
     Raises:
-        EventRefused: not a text, a whole number or a UUID.
+        EventRefused: not a str, an int or a UUID.
     """
     if isinstance(identity, str):
         return identity
@@ -435,10 +445,8 @@ def _read_attributes(attributes: Mapping[str, Attribute]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in attributes.items():
         if name not in _NAMES:
-            hint = "its class says the type" if name == "type" else "pages get no others; put it into the data"
-            raise _Refused(
-                f"{name[:100]!r} is not an attribute that can be given ({', '.join(sorted(_NAMES))}): {hint}"
-            )
+            hint = "its class gives the type" if name == "type" else "pages get only these; put it into the data"
+            raise _Refused(f"{name[:100]!r} is not an attribute to pass ({', '.join(sorted(_NAMES))}): {hint}")
         if value is None:
             continue
         if name == "time" and isinstance(value, datetime):
@@ -464,27 +472,27 @@ def _rfc3339(time: datetime) -> str:
 def _check_trace_context(envelope: Mapping[str, str]) -> None:
     """
     Raises:
-        _Refused: a page would not get it; see `read_trace_context`.
+        _Refused: the bridge would drop one of the two; see `read_trace_context`.
     """
     kept = read_trace_context(envelope)
     if "traceparent" in envelope.keys() - kept.keys():
         raise _Refused(
-            f"traceparent is {envelope['traceparent']!r:.80}, which is not one of W3C Trace Context: leave it out, or "
-            "pass it as in 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+            f"traceparent is {envelope['traceparent']!r:.80}, which is not valid in W3C Trace Context: leave it out, "
+            "or pass it as in 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
         )
     if "tracestate" in envelope.keys() - kept.keys():
         if not kept:
             raise _Refused(
-                "tracestate is given without a traceparent, and means nothing alone: pass both, or leave it out"
+                "tracestate is given without a traceparent, and has no meaning alone: pass both, or leave it out"
             )
         raise _Refused(
-            f"tracestate is {envelope['tracestate']!r:.80}, which is not one of W3C Trace Context: leave it out, or "
-            "pass key=value pairs joined by commas"
+            f"tracestate is {envelope['tracestate']!r:.80}, which is not valid in W3C Trace Context: leave it out, "
+            "or pass key=value pairs joined by commas"
         )
 
 
 def _trace_context() -> dict[str, str]:
-    """`traceparent` and `tracestate` of the active span. A program that has one has imported OpenTelemetry already."""
+    """`traceparent` and `tracestate` of the active span. Only for programs that have imported OpenTelemetry."""
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     found: dict[str, str] = {}
@@ -494,7 +502,7 @@ def _trace_context() -> dict[str, str]:
 
 def _as_publish_error(error: BaseException, event_id: str) -> PublishError:
     if isinstance(error, amqp.NotFound):
-        hint = "The bridge makes its exchange when it starts; is this the right virtual host and exchange?"
+        hint = "Start the bridge, which declares the exchange, or fix the virtual host or the exchange's name"
         return ExchangeMissing(f"{error}. {hint}", id=event_id)
     if isinstance(error, amqp.BrokerUnavailable):
         return PublishTimeout(str(error), id=event_id)
@@ -519,7 +527,7 @@ async def _each(events: Iterable[Item] | AsyncIterable[Item]) -> AsyncGenerator[
 
 
 async def settle(pipeline: Pipeline, limit: float) -> BaseException | None:
-    """Waits until all that was put in is confirmed, `limit` seconds at most, and returns what went wrong with it."""
+    """Waits at most `limit` seconds for the confirms of all messages. Returns the error, or None."""
     try:
         async with asyncio.timeout(limit):
             await pipeline.drain()
@@ -530,7 +538,7 @@ async def settle(pipeline: Pipeline, limit: float) -> BaseException | None:
 
 
 def batch_error(error: BaseException, progress: Progress) -> PublishError:
-    """What went wrong with the first unconfirmed event of a batch."""
+    """The PublishError for a failed batch. It names the first unconfirmed event."""
     rest = {entry.index: entry.message.id for entry in progress.unconfirmed}
     if not progress.unconfirmed:
         made = _as_publish_error(error, "")
@@ -548,7 +556,7 @@ def batch_error(error: BaseException, progress: Progress) -> PublishError:
 
 
 def report_progress(error: BaseException, progress: Progress) -> BaseException:
-    """The error that ended a batch, with the number of events that are confirmed."""
+    """Adds the number of confirmed events to the error that ended a batch, and returns the error to raise."""
     confirmed, rest = progress.confirmed, {entry.index: entry.message.id for entry in progress.unconfirmed}
     if isinstance(error, ItemRefused):
         refused = error.error
@@ -560,7 +568,7 @@ def report_progress(error: BaseException, progress: Progress) -> BaseException:
             unconfirmed=rest,
         )
     unclear = f"; {len(rest)} more were sent and may arrive" if rest else ""
-    with contextlib.suppress(Exception):  # An exception class of the caller's own may have slots, or other rules.
+    with contextlib.suppress(Exception):  # The caller's exception class may not allow new attributes.
         error.add_note(f"publish_many: {confirmed} events are confirmed{unclear}")
         error.confirmed = confirmed  # type: ignore[attr-defined]
         error.unconfirmed = rest  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Fixtures for pytest. A program's conftest.py names this file; nothing loads it unasked.
+"""Fixtures for pytest. pytest loads them only if a program's conftest.py names this module:
 
 pytest_plugins = ["bridge.pytest_plugin"]
 """
@@ -14,12 +14,12 @@ from bridge.testing import FakeBlockingPublisher, FakePublisher
 
 @pytest.fixture
 def fake_publisher() -> FakePublisher:
-    """A fake of `Publisher`, a new one for each test."""
+    """A fake `Publisher`, new for each test."""
     return FakePublisher()
 
 
 @pytest.fixture
 def fake_blocking_publisher() -> Iterator[FakeBlockingPublisher]:
-    """A fake of `Publisher.blocking(...)`, a new one for each test; closed with the test."""
+    """A fake `Publisher.blocking(...)`, new for each test and closed after it."""
     with FakePublisher.blocking() as fake:
         yield fake

@@ -1,7 +1,7 @@
-"""Publishing with confirms: one connection that comes back by itself, and a window for many messages in order.
+"""Publishes with confirms: one connection that reconnects by itself, and a window for many messages in order.
 
-`Sender` is used by the SDK and by the service. `Window` is the pure part of `Pipeline`: which of many messages are on
-their way, which are confirmed, and which must be sent again after a loss.
+The SDK and the service use `Sender`. `Window` is the pure part of `Pipeline`: it knows which messages are sent, which
+are confirmed, and which must be sent again after a loss.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel
 
 PIPELINE_EVENTS = 256
-"""Messages of a `Pipeline` that may wait for their confirms at once. A confirm takes about a millisecond, so this many
-keep a connection busy; more would only be more to send again after a loss."""
+"""The most messages of a `Pipeline` that wait for their confirms at once. A confirm takes about 1 ms, so 256 keep a
+connection busy. A larger window only means more messages to send again after a loss."""
 
 _log = logging.getLogger("bridge.publisher")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """What is published. `mandatory`: a queue must take it. `recovery`: see `Sender.send`."""
+    """A message to publish. `mandatory`: a queue must take it. `recovery`: seconds, see `Sender.send`."""
 
     id: str
     body: bytes
@@ -51,7 +51,7 @@ class Message:
 
 
 class _Unclear(Exception):
-    """RabbitMQ closed a channel on which several messages were on their way: one of them was refused."""
+    """RabbitMQ refused one message and closed its channel, on which other messages may wait for confirms too."""
 
     def __init__(self, failure: BrokerError) -> None:
         self.failure = failure
@@ -59,14 +59,14 @@ class _Unclear(Exception):
 
 
 class Sender:
-    """A connection for publishing that comes back by itself; every message is confirmed or an error is raised.
+    """A connection for publishing that reconnects by itself. Each send returns after the confirm, or raises an error.
 
-    Any number of tasks may send at once; their messages share one channel and go out in the order of the calls.
+    Any number of tasks may send at once. Their messages share one channel and are sent in the order of the calls.
 
     Args:
         addresses: AMQP URLs of the cluster's nodes.
         name: shown in RabbitMQ's list of connections.
-        announce: whether a lost connection and its return are logged, one line each.
+        announce: whether the loss of the connection and the reconnect are logged, one line each.
     """
 
     def __init__(self, addresses: Sequence[str], *, name: str, announce: bool = False) -> None:
@@ -84,12 +84,12 @@ class Sender:
 
     @property
     def channel(self) -> AbstractChannel | None:
-        """The channel that all share, while it is open."""
+        """The shared channel, or None while it is not open."""
         return None if self._channel is None or self._channel.is_closed else self._channel
 
     @property
     def is_closed(self) -> bool:
-        """Whether `close` was called. A connection that was lost comes back; it is not meant."""
+        """Whether `close` was called. False after a lost connection, because the sender reconnects."""
         return self._closed
 
     @contextlib.asynccontextmanager
@@ -103,11 +103,11 @@ class Sender:
                 self._limits.discard(limit)
 
     async def open(self, timeout: float) -> None:
-        """Connects now rather than with the first message. Tries again until `timeout` (seconds) is over.
+        """Connects now rather than with the first message. Tries for at most `timeout` seconds.
 
         Raises:
-            BrokerUnavailable: no node could be reached in time; the text has the last reason.
-            AccessRefused: the user or the virtual host is refused. Trying again would not help.
+            BrokerUnavailable: no node could be reached in time. The text has the last reason.
+            AccessRefused: the user or the virtual host is refused. Another try would fail too.
         """
         self._closed = False
         next_pause = amqp.pauses()
@@ -123,7 +123,7 @@ class Sender:
                         failure = error
                     await asyncio.sleep(next_pause())
         except TimeoutError:
-            reason = "this publisher was closed" if self._closed else f"last: {failure or 'no answer'}"
+            reason = "this publisher was closed" if self._closed else f"last error: {failure or 'no answer'}"
             raise BrokerUnavailable(f"no connection within {timeout:g} s; {reason}") from failure
 
     async def send(
@@ -137,24 +137,24 @@ class Sender:
         recovery: float = 0.0,
         timeout: float,
     ) -> None:
-        """Returns once the broker has confirmed the message: every queue and stream it is routed to has taken it.
+        """Returns once RabbitMQ has confirmed the message: every queue and stream that it is routed to has it.
 
-        A lost connection and a nack are answered by sending the same message again, until `timeout` (seconds) is over.
-        RabbitMQ 4.3 nacks what was on its way to a queue that died, although the others have it.
+        After a lost connection or a nack, the same message is sent again, for at most `timeout` seconds. RabbitMQ 4.3
+        nacks a message on its way to a queue that died, although the other queues have it.
 
         Args:
-            recovery: on a connection younger than this (seconds), `mandatory` is taken as "not yet": RabbitMQ 3.10
-                takes connections for up to half a second before it has recovered its streams, and would confirm what
-                reaches none.
+            recovery: seconds. On a younger connection, a returned `mandatory` message is sent again. RabbitMQ 3.10
+                accepts connections up to 0.5 s before it has recovered its streams. Without `mandatory` it would
+                confirm a message that reaches none of them.
 
         Raises:
-            BrokerUnavailable: not confirmed in time, or this sender was closed. The message may still have arrived, or
-                arrive yet: send it again with the same id, never with a new one.
+            BrokerUnavailable: not confirmed in time, or this sender was closed. The message may have arrived, or may
+                still arrive: send it again with the same id, never with a new one.
             NotFound: the exchange does not exist.
-            AccessRefused: the user may not publish this.
-            Unroutable: `mandatory`, and no queue takes it.
+            AccessRefused: the user may not publish this message.
+            Unroutable: the message is `mandatory`, and no queue takes it.
 
-        Cancelling leaves the channel in order; whether the message was sent is then not known.
+        Cancelling leaves the channel usable. It is then unknown whether the message was sent.
         """
         message = Message("", body, exchange, routing_key, properties, mandatory, recovery)
         await self.deliver(message, timeout)
@@ -163,7 +163,7 @@ class Sender:
         """As `send`.
 
         Args:
-            alone: begin on a channel of its own, on which a refusal is certainly about this message.
+            alone: first try a separate channel, where a refusal certainly concerns this message.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -188,8 +188,8 @@ class Sender:
             raise self.overdue(message, timeout, failure) from failure
 
     async def _send_alone(self, message: Message) -> None:
-        # RabbitMQ closes the channel for one bad message, and all that wait on it get that error. On a channel of its
-        # own the verdict is certainly about this one.
+        # RabbitMQ closes a channel for one refused message, and all messages that wait on it get the same error. On a
+        # separate channel the error certainly concerns this message.
         await self.open_channel()
         assert self._connection is not None, "the shared channel is one of its channels"
         channel = await amqp.open_channel(self._connection, confirms=True)
@@ -201,10 +201,10 @@ class Sender:
             self._give_up(channel)
 
     async def publish_on(self, channel: AbstractChannel, message: Message) -> None:
-        """One try on this channel.
+        """Sends the message once, on this channel, and returns after its confirm.
 
         Raises:
-            BrokerUnavailable: it may be sent again.
+            BrokerUnavailable: the message may be sent again.
             _Unclear: RabbitMQ refused this message or another on the same channel.
             Unroutable
         """
@@ -222,7 +222,7 @@ class Sender:
                 raise Unroutable(f"{doing}: no queue takes it ({error})") from None
             raise BrokerUnavailable(f"{doing}: no queue takes it yet") from None
         except DeliveryError:
-            raise BrokerUnavailable(f"{doing}: the broker answered nack") from None
+            raise BrokerUnavailable(f"{doing}: RabbitMQ answered with a nack") from None
         except ChannelClosed as error:
             failure = translate(error, doing)
             if isinstance(failure, BrokerUnavailable):
@@ -238,18 +238,18 @@ class Sender:
     def overdue(self, message: Message, timeout: float, failure: BaseException | None) -> BrokerUnavailable:
         """The error for a message that was not confirmed within `timeout` seconds."""
         if self._closed:
-            return BrokerUnavailable(f"{message.doing}: this publisher was closed before the confirm came")
+            return BrokerUnavailable(f"{message.doing}: this publisher was closed before the confirm arrived")
         if failure is not None:
-            return BrokerUnavailable(f"not confirmed within {timeout:g} s; last: {failure}")
+            return BrokerUnavailable(f"not confirmed within {timeout:g} s; last error: {failure}")
         if self.channel is None:
             return BrokerUnavailable(f"{message.doing}: no connection within {timeout:g} s; RabbitMQ does not answer")
         return BrokerUnavailable(
             f"{message.doing}: not confirmed within {timeout:g} s, though the connection is open. A memory or disk "
-            "alarm blocks publishers until it is over (`rabbitmq-diagnostics alarms`)"
+            "alarm may block publishers: see `rabbitmq-diagnostics alarms`"
         )
 
     async def open_channel(self) -> AbstractChannel:
-        """The channel that all share; opened if need be, in one try.
+        """The shared channel. Opens it if necessary, with one try.
 
         Raises:
             BrokerUnavailable, AccessRefused
@@ -262,7 +262,7 @@ class Sender:
         if self._opening is None or self._opening.done():
             self._opening = asyncio.create_task(self._open(), name="amqp-sender-open")
             self._opening.add_done_callback(_look_at_failure)
-        # Shielded: one caller that gives up must not take the connection from the others.
+        # Shielded: a caller that is cancelled must not cancel the opening for the other callers.
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> AbstractChannel:
@@ -291,7 +291,7 @@ class Sender:
         return failure
 
     def _give_up(self, channel: AbstractChannel) -> None:
-        """Closes a channel in the background: a caller that waits for its message must not wait for this."""
+        """Closes a channel in the background: the caller has its confirm and must not wait for the close."""
 
         async def close() -> None:
             with contextlib.suppress(*ERRORS, TimeoutError):
@@ -303,11 +303,11 @@ class Sender:
         task.add_done_callback(self._leftovers.discard)
 
     async def close(self) -> None:
-        """Ends the connection, within five seconds. Callers that wait for a confirm get BrokerUnavailable at once."""
+        """Closes the connection within 5 s. Callers that wait for a confirm get BrokerUnavailable at once."""
         self._closed = True
         now = asyncio.get_running_loop().time()
         for limit in self._limits:
-            with contextlib.suppress(RuntimeError):  # It is expiring already.
+            with contextlib.suppress(RuntimeError):  # The timeout is already expiring.
                 limit.reschedule(now)
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
@@ -318,7 +318,7 @@ class Sender:
 
 
 def _look_at_failure(task: asyncio.Task[AbstractChannel]) -> None:
-    # All callers may have given up by now; asyncio would then report an exception that was never retrieved.
+    # If all callers were cancelled, asyncio would report that the exception was never retrieved.
     if not task.cancelled():
         task.exception()
 
@@ -327,7 +327,11 @@ def _look_at_failure(task: asyncio.Task[AbstractChannel]) -> None:
 
 
 class Entry:
-    """A message of a `Window`: its place among all that were added, and until when it must be confirmed."""
+    """A message of a `Window`.
+
+    `index` counts the added messages from 0. `deadline` is the loop's time, in seconds, until which it must be
+    confirmed.
+    """
 
     __slots__ = ("deadline", "index", "is_confirmed", "message")
 
@@ -339,21 +343,21 @@ class Entry:
 
 
 class Window:
-    """Which messages are on their way, in the order in which they were added. Pure.
+    """The unconfirmed messages, in the order in which they were added. Pure.
 
-    Messages are sent in order. After a loss all that are unconfirmed are sent again, in order, from the first on
-    ("go back N"). RabbitMQ reads a connection in order, so what arrived before the loss is a prefix of what was sent:
-    a reader that drops repeated ids then sees the order of the calls.
+    Messages are sent in order. After a loss all unconfirmed messages are sent again, in order ("go back N"). RabbitMQ
+    reads a connection in order, so the messages that arrived before the loss are a prefix of the sent ones. A reader
+    that drops repeated ids then sees the order of the calls.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._entries: deque[Entry] = deque()
         self._unsent = 0
-        """Entries at the right end that are not on their way."""
+        """The number of entries at the right end that must be sent."""
         self.added = 0
         self.confirmed = 0
-        """Messages confirmed without one before them that is not."""
+        """The number of messages before the first unconfirmed one."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -364,7 +368,7 @@ class Window:
 
     @property
     def head(self) -> Entry:
-        """The first that is not confirmed. There must be one."""
+        """The first unconfirmed entry. The window must not be empty."""
         return self._entries[0]
 
     def add(self, message: Message, deadline: float) -> None:
@@ -374,7 +378,7 @@ class Window:
         self._unsent += 1
 
     def take_unsent(self) -> list[Entry]:
-        """What to send now, in this order."""
+        """Returns the entries to send now, in this order, and counts them as sent."""
         taken = [entry for entry in self._last(self._unsent) if not entry.is_confirmed]
         self._unsent = 0
         return taken
@@ -386,7 +390,7 @@ class Window:
             self.confirmed += 1
 
     def go_back(self) -> None:
-        """All that are unconfirmed have to be sent again."""
+        """Marks all unconfirmed entries to be sent again."""
         self._unsent = len(self._entries)
 
     @property
@@ -399,11 +403,11 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a `Pipeline` is.
+    """The progress of a `Pipeline`.
 
     Attributes:
-        confirmed: messages that are confirmed without a gap, counted from the first.
-        unconfirmed: those that were put in and not confirmed, in order. The broker may have them nevertheless.
+        confirmed: the number of messages before the first unconfirmed one.
+        unconfirmed: the messages that were put in and are not confirmed, in order. RabbitMQ may have them anyway.
     """
 
     confirmed: int
@@ -411,12 +415,12 @@ class Progress:
 
 
 class Pipeline:
-    """Sends messages in order without waiting for one confirm before the next. For one task at a time.
+    """Sends messages in order, without waiting for each confirm before the next message. For one task at a time.
 
     Args:
-        timeout: seconds until a message without a confirm fails, counted from when it is put in.
-        on_unroutable: called with a message that the broker has confirmed and no queue has.
-        size: most messages on their way.
+        timeout: seconds from `put` until a message without a confirm fails.
+        on_unroutable: called with a `mandatory` message that no queue takes. The message counts as confirmed.
+        size: the most unconfirmed messages.
     """
 
     def __init__(
@@ -438,14 +442,14 @@ class Pipeline:
         self._next_pause = amqp.pauses()
 
     def progress(self) -> Progress:
-        """How far it is now."""
+        """The progress at this moment."""
         return Progress(self._window.confirmed, self._window.unconfirmed)
 
     async def put(self, message: Message) -> None:
-        """Takes a message, once there is room.
+        """Takes a message once the window has room.
 
         Raises:
-            BrokerError: of the first message that fails. It is the first unconfirmed one; all before it are confirmed.
+            BrokerError: of the first message that fails. It is the first unconfirmed one: all before it are confirmed.
         """
         while self._window.is_full or self._failure is not None:
             await self._advance()
@@ -456,23 +460,23 @@ class Pipeline:
         else:
             self._send(channel)
             if self._window.added % 16 == 0:
-                await asyncio.sleep(0)  # A caller that never waits must not keep the tasks from sending.
+                await asyncio.sleep(0)  # Lets the tasks send, even if the caller itself never waits.
 
     async def drain(self) -> None:
-        """Returns once everything is confirmed. Raises as `put`."""
+        """Returns once all messages are confirmed. Raises as `put`."""
         while self._window:
             await self._advance()
 
     def abandon(self) -> None:
-        """Stops waiting. What is on its way may arrive."""
+        """Stops waiting. Messages that were sent may still arrive."""
         for task in self._tasks:
             task.cancel()
 
     def _send(self, channel: AbstractChannel) -> None:
-        # All on one channel. A task that opened another would overtake those whose channel has just been closed.
+        # All tasks use this channel. A task that opened a new one would overtake tasks whose channel was just closed.
         self._channel = channel
         for entry in self._window.take_unsent():
-            # Tasks start in the order in which they were made, and each writes before it first waits for its confirm.
+            # Tasks start in the order of their creation, and each writes its message before it first waits.
             task = asyncio.create_task(self._sender.publish_on(channel, entry.message), name="publish")
             self._tasks.add(task)
             task.add_done_callback(partial(self._settle, entry))
@@ -493,7 +497,7 @@ class Pipeline:
             self._failure = failure
 
     async def _advance(self) -> None:
-        """Waits until a confirm or a failure has come, and answers a failure."""
+        """Waits for a confirm or a failure. After a failure, it sends again."""
         if self._failure is None:
             head = self._window.head
             self._changed.clear()
@@ -506,9 +510,9 @@ class Pipeline:
             await self._recover(self._failure)
 
     async def _recover(self, failure: BaseException | None) -> None:
-        """Sends what is unconfirmed again, in order, as soon as the broker takes it."""
+        """Sends all unconfirmed messages again, in order, once a channel is open."""
         while True:
-            # The others on the same channel fail too, or are confirmed: after a nack only one has failed.
+            # Wait for the other messages of the channel: after a nack only one fails, and the others are confirmed.
             await self._wait_for_tasks()
             self._failure = None
             if not self._window:
@@ -544,7 +548,7 @@ class Pipeline:
             await asyncio.wait(self._tasks)
 
     async def _send_one_by_one(self) -> None:
-        """After a refusal: finds the message that it was about, and confirms all before it."""
+        """After a refusal, sends each message on a separate channel, until the refused one raises its error."""
         for entry in self._window.unconfirmed:
             remaining = entry.deadline - asyncio.get_running_loop().time()
             try:

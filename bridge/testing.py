@@ -1,11 +1,11 @@
-"""Fake publishers for the tests of programs that publish. They need no RabbitMQ and no pytest.
+"""Fake publishers, for tests of programs that publish. They need neither RabbitMQ nor pytest.
 
     fake = FakePublisher.blocking()
     fake.to_user("42", JobCompleted(job_id="r-7", duration_seconds=3.2))
     assert [event.type for event in fake.published] == ["job.completed"]
 
-A fake is the real publisher with another connection below it: the methods, the checks and the errors are those of
-`Publisher` and `BlockingPublisher`. Only the confirm of the broker is made here.
+A fake is a subclass of the real publisher with a simulated connection. Its methods, checks and errors are those of
+`Publisher` and `BlockingPublisher`. Only RabbitMQ's confirm is simulated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bridge.routing import Audience
 from bridge.sender import PIPELINE_EVENTS, Entry, Message, Pipeline, Progress, Sender
 
 URL = "amqp://fake/"
-"""Is never connected to."""
+"""A placeholder: a fake never connects."""
 
 _REASONS: dict[type[PublishError], tuple[type[amqp.BrokerError], str]] = {
     PublishTimeout: (amqp.BrokerUnavailable, "not confirmed in time (made by fail_next)"),
@@ -52,12 +52,12 @@ class Published:
     """An event that a fake has confirmed.
 
     Attributes:
-        id: of the event.
-        audience: who may see it.
-        type: of the event.
-        data: the very instance that was passed.
-        attributes: of the CloudEvents envelope, as text; everything but `data`.
-        event: the CloudEvent as a page gets it, read from its JSON.
+        id: the event's id.
+        audience: the user or the group that may see it, or everyone.
+        type: the event type.
+        data: the instance that was passed.
+        attributes: the CloudEvents attributes as text: all members except `data`.
+        event: the CloudEvent as a page gets it, parsed from JSON.
     """
 
     id: str
@@ -69,19 +69,19 @@ class Published:
 
 
 class _Recording:
-    """What both fakes offer to a test."""
+    """The methods that both fakes offer to a test."""
 
     _record: _Record
 
     @property
     def published(self) -> list[Published]:
-        """All events that were confirmed, in order. The same id for the same audience is the same event: it is here
-        once, as a page sees it once. A copy: it does not grow."""
+        """A copy of the list of confirmed events, in order. The same id for the same audience is the same event: the
+        list has it once, as a page shows it once."""
         return list(self._record.published)
 
     @property
     def repeats(self) -> list[Published]:
-        """The publishes that `published` leaves out: the same id was there already for the same audience."""
+        """The events that `published` leaves out: their id was already published for the same audience."""
         return list(self._record.repeats)
 
     def find(
@@ -92,7 +92,7 @@ class _Recording:
         Args:
             kind: a class of the event catalogue, or the text of a type. None: every type.
             user: only the events for this user.
-            group: only the events for this group. With `user` too: the events for one of the two.
+            group: only the events for this group. With `user` too, the events for either of them.
         """
         event_type = kind if isinstance(kind, str) or kind is None else kind.event_type
         audiences = [Audience.user(as_text(user))] if user is not None else []
@@ -104,8 +104,8 @@ class _Recording:
         ]
 
     def seen_by(self, user: Id, *groups: Id) -> list[Published]:
-        """The events that a page of this user sees: those for the user, for these groups and for everybody. An id that
-        was published to several of them is there once."""
+        """The events that a page of this user shows: events for the user, for these groups and for everybody. An id
+        that was published to several of them is in the list once."""
         audiences = {Audience.user(as_text(user)), *(Audience.group(as_text(group)) for group in groups)}
         seen: dict[str, Published] = {}
         for event in self._record.published:
@@ -114,30 +114,31 @@ class _Recording:
         return list(seen.values())
 
     def clear(self) -> None:
-        """Forgets what was published, and the failures of `fail_next` that are still to come."""
+        """Deletes the recorded events and the pending failures of `fail_next`."""
         self._record.clear()
 
     def fail_next(
         self, kind: type[PublishError] = PublishTimeout, *, after: int = 0, times: int = 1, arrived: bool = False
     ) -> None:
-        """Makes the next publish raise, as if RabbitMQ did not confirm or refused it. Several calls are a queue.
+        """Makes the next publish raise, as if RabbitMQ refused or did not confirm it. Calls queue up.
 
-        In `publish_many`, the event that fails ends the batch. As with a real broker, up to 255 events after it are on
-        their way by then: they are in `error.unconfirmed` too.
+        In `publish_many`, the event that fails ends the batch. As with a real RabbitMQ, up to 255 later events are
+        already sent by then: they are in `error.unconfirmed` too.
 
         Args:
             kind: PublishTimeout, PublishForbidden or ExchangeMissing.
-            after: how many events are confirmed before the one that fails.
-            times: how many publishes in a row fail.
-            arrived: whether the event is recorded nevertheless, as happens when only the confirm is lost. So are those
-                after it in `error.unconfirmed`.
+            after: the number of events that are confirmed before the failing one.
+            times: the number of publishes in a row that fail.
+            arrived: whether the failing event is recorded anyway, as if only the confirm was lost. The later events in
+                `error.unconfirmed` are then recorded too.
 
         Raises:
-            ValueError: another class. EventRefused is raised by what is wrong with the event itself.
+            ValueError: `kind` is another class, or the numbers or `arrived` do not fit. For EventRefused, publish an
+                invalid event instead.
         """
         if kind not in _REASONS:
             known = ", ".join(reason.__name__ for reason in _REASONS)
-            raise ValueError(f"{getattr(kind, '__name__', kind)} cannot be made to happen: pass one of {known}")
+            raise ValueError(f"fail_next cannot raise {getattr(kind, '__name__', kind)}: pass one of {known}")
         if after < 0 or times < 1:
             raise ValueError(f"after={after}, times={times}: pass after=0 or more, and times=1 or more")
         if arrived and kind is not PublishTimeout:
@@ -146,10 +147,10 @@ class _Recording:
 
 
 class FakePublisher(_Recording, Publisher):
-    """`Publisher` without a broker: it checks the same, raises the same, and records what it confirms.
+    """`Publisher` without RabbitMQ: it makes the same checks, raises the same errors, and records confirmed events.
 
     Args:
-        as `Publisher`. The address and the source need not be given, and nothing is ever waited for.
+        As `Publisher`. The address and the source have defaults, and a publish never waits for `timeout`.
     """
 
     def __init__(
@@ -182,21 +183,21 @@ class FakePublisher(_Recording, Publisher):
         max_event_bytes: int = MAX_EVENT_BYTES,
         log: bool = True,
     ) -> FakeBlockingPublisher:
-        """The same for programs without an event loop, as `Publisher.blocking`."""
+        """A fake for programs without an event loop, as `Publisher.blocking`."""
         return FakeBlockingPublisher(
             url, source=source, exchange=exchange, timeout=timeout, max_event_bytes=max_event_bytes, log=log
         )
 
     def pipeline(self) -> Pipeline:
-        """For many events; see `publish_many`. Internal."""
+        """A pipeline for many events; see `publish_many`. Internal."""
         return _FakePipeline(self._fake, timeout=self._timeout)
 
 
 class FakeBlockingPublisher(_Recording, BlockingPublisher):
-    """`BlockingPublisher` without a broker. Made by `FakePublisher.blocking`.
+    """`BlockingPublisher` without RabbitMQ. Made by `FakePublisher.blocking`.
 
-    It has a thread of its own like the real one, and a test may publish from several threads. A forked child records
-    into its own memory, so that its parent does not see it.
+    Like the real one it runs a thread, and a test may publish from several threads. A forked child records into its
+    own memory: the parent does not see those events.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ def _connected(fake: FakePublisher, record: _Record) -> FakePublisher:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Passed(Message):
-    """A message that knows of which event it was made."""
+    """A message together with the event that it was made from."""
 
     audience: Audience
     data: EventData
@@ -251,14 +252,14 @@ class _Failure:
 
 
 class _Record:
-    """What was confirmed, and what is to fail."""
+    """The confirmed events, and the planned failures."""
 
     def __init__(self) -> None:
         self.published: list[Published] = []
         self.repeats: list[Published] = []
         self._ids: set[tuple[Audience, str]] = set()
         self._plan: deque[_Failure | None] = deque()
-        """One for each publish to come; None is confirmed. Publishes beyond its end are confirmed."""
+        """One entry for each future publish; None means confirmed. Publishes beyond the end are confirmed."""
 
     def plan(self, failure: _Failure, *, after: int, times: int) -> None:
         self._plan += [*[None] * after, *[failure] * times]
@@ -269,7 +270,7 @@ class _Record:
         self._plan.clear()
 
     def take(self, message: Message) -> _Failure | None:
-        """Confirms a message, or says how it fails."""
+        """Records a message as confirmed, or returns its planned failure."""
         failure = self._plan.popleft() if self._plan else None
         if failure is None or failure.arrived:
             self.add(message)
@@ -284,7 +285,7 @@ class _Record:
 
 
 def _read(message: _Passed) -> Published:
-    """The event as the bridge reads it and as a page gets it."""
+    """The event as the bridge reads it and a page gets it."""
     kind = declaring_class(type(message.data))
     models = {kind.event_type: kind}
     read = read_event(message.body, message.routing_key, models, max_bytes=message.max_event_bytes)
@@ -308,7 +309,7 @@ class _FakeSender(Sender):
 
 
 class _FakePipeline(Pipeline):
-    """Confirms what is put in, until one fails. Those after it count as sent until the window is full."""
+    """Confirms messages until one fails. Later messages count as sent and unconfirmed, until the window is full."""
 
     def __init__(self, sender: _FakeSender, *, timeout: float) -> None:
         super().__init__(sender, timeout=timeout, on_unroutable=lambda message, error: None)

@@ -164,7 +164,7 @@ async def test_it_connects_when_the_broker_is_there_at_last(vhost: Vhost, proxy:
         with publisher:
             raise AssertionError("there is nobody to connect to")
 
-    with pytest.raises(PublishTimeout, match="no connection within 1 s; last: connecting to") as entered:
+    with pytest.raises(PublishTimeout, match="no connection within 1 s; last error: connecting to") as entered:
         await asyncio.to_thread(enter)
     assert entered.value.id == "", "there is no event to publish again"
     with pytest.raises(PublishTimeout) as caught:

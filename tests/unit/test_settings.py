@@ -72,7 +72,7 @@ def test_no_secret_stands_in_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, JWT_SECRET="short-s3cret", AMQP_URL="http://user:s3cret@host/")
     text = "\n".join(faults())
     assert "at least 32 bytes" in text
-    assert "is no AMQP address" in text
+    assert "is not an AMQP address" in text
     assert "s3cret" not in text
 
 

@@ -238,7 +238,7 @@ async def test_failures_come_in_the_order_of_the_calls_and_can_be_cleared(made: 
 @pytest.mark.parametrize(
     ("arguments", "attributes", "words"),
     [
-        ((EventRefused,), {}, "EventRefused cannot be made to happen"),
+        ((EventRefused,), {}, "fail_next cannot raise EventRefused"),
         ((ValueError,), {}, "PublishTimeout, PublishForbidden, ExchangeMissing"),
         ((), {"after": -1}, "after=-1"),
         ((), {"times": 0}, "times=0"),
