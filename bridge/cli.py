@@ -1,7 +1,7 @@
 """The command line: `bridge serve`, `publish`, `listen`, `token`, `schemas`, `check`, `quarantine`.
 
-Exit codes: 0 done; 1 it failed on the way (the broker, the network); 2 the input or the settings are bad. `publish`
-works with the SDK's dependencies alone; the commands that need the server's say so.
+Exit codes: 0 success; 1 failure of RabbitMQ or the network; 2 invalid input or settings. `publish` needs only the SDK's
+dependencies. A command that needs the server's dependencies reports it if they are missing.
 """
 
 from __future__ import annotations
@@ -79,21 +79,23 @@ def _catalogue(package: str) -> Catalogue:
 
 
 def _use_working_directory() -> None:
-    """Finds a catalogue as `python -m` does: the working directory is the first place, unless Python is told
-    otherwise (`python -P`, PYTHONSAFEPATH). Commands without a catalogue do not need it. It is called
-    after the bridge's own imports, so that a file of the user's cannot replace one of those."""
+    """Puts the working directory first on the import path, as `python -m` does, so that a catalogue there is found.
+
+    `python -P` and PYTHONSAFEPATH prevent it. Called after the bridge's own imports, so that a file in the working
+    directory cannot replace one of the bridge's modules.
+    """
     if sys.flags.safe_path:
         return
     try:
         folder = os.getcwd()
-    except FileNotFoundError:  # It was deleted.
+    except FileNotFoundError:  # The directory was deleted.
         return
     if sys.path[:1] != [folder]:
         sys.path.insert(0, folder)
 
 
 def _runs(function: Callable[Params, Coroutine[Any, Any, None]]) -> Callable[Params, None]:
-    """A command that is a coroutine; Ctrl-C ends it without a traceback."""
+    """Runs a coroutine as a command. Ctrl-C ends it without a traceback, with exit code 130."""
 
     @wraps(function)
     def run(*args: Params.args, **kwargs: Params.kwargs) -> None:
@@ -102,7 +104,7 @@ def _runs(function: Callable[Params, Coroutine[Any, Any, None]]) -> Callable[Par
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:
-            # `bridge listen | head -1`: the reader has enough. Python would complain once more when it flushes.
+            # `bridge listen | head -1` closes the pipe. Without this, Python reports the error again when it flushes.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
 
@@ -152,12 +154,12 @@ def _need_tracing(loaded: Settings) -> None:
 
 @main.command()
 @click.option("--to", "to", help="user:<id>, group:<id> or all.")
-@click.option("--type", "event_type", help="Event type, as in job.completed.")
+@click.option("--type", "event_type", help="Event type, for example job.completed.")
 @click.option("--data", help="The event's data as JSON.")
-@click.option("--file", "file", type=click.File("r", encoding="utf-8"), help="One event a line; - is standard input.")
-@click.option("--source", default="/bridge/cli", show_default=True, help="Who publishes (CloudEvents source).")
-@click.option("--id", "event_id", help="To publish an event again: the same id is the same event.")
-@click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for the broker's confirm.")
+@click.option("--file", "file", type=click.File("r", encoding="utf-8"), help="One event per line; - is standard input.")
+@click.option("--source", default="/bridge/cli", show_default=True, help="The publishing program (CloudEvents source).")
+@click.option("--id", "event_id", help="The event's id. To publish an event again, pass the same id.")
+@click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for RabbitMQ's confirm.")
 @_runs
 async def publish(
     to: str | None,
@@ -168,22 +170,22 @@ async def publish(
     event_id: str | None,
     timeout: float,
 ) -> None:
-    """Publish one event, or one a line, and print its id once the broker has confirmed it.
+    """Publish one event, or one per line, and print its id once RabbitMQ has confirmed it.
 
-    With --type, --data and each line are the event's data. Without it, each line is an object with `type`, `data`, and
-    `to` unless --to is given. Lines are all checked before the first is sent.
+    With --type, --data or each line is an event's data. Without --type, it is an object with `type` and `data`, and
+    with `to` unless --to is given. All lines are checked before the first is sent.
     """
     loaded = _broker_settings()
     catalogue = _catalogue(loaded.schemas)
     if data is not None and file is not None:
-        _fail(BAD_INPUT, "--data and --file exclude each other")
+        _fail(BAD_INPUT, "--data and --file cannot be combined: give one of them")
     if data is not None:
         lines = [("--data", data)]
     else:
         stream = file or sys.stdin
         lines = [(f"line {number}", line) for number, line in enumerate(stream, 1) if line.strip()]
     if event_id is not None and len(lines) != 1:
-        _fail(BAD_INPUT, "--id is for one event")
+        _fail(BAD_INPUT, f"--id needs exactly one event, but the input has {len(lines)}: leave out --id")
     events: list[tuple[Audience, EventData]] = []
     faults = []
     for where, line in lines:
@@ -217,7 +219,8 @@ async def publish(
 def _read_line(line: str, to: str | None, event_type: str | None, catalogue: Catalogue) -> tuple[Audience, EventData]:
     """
     Raises:
-        ValueError: says what is wrong with the line.
+        ValueError: the line is not an event. The message says why.
+        InvalidEvent: the catalogue refuses the event.
     """
     text = line
     if event_type is None:
@@ -226,11 +229,11 @@ def _read_line(line: str, to: str | None, event_type: str | None, catalogue: Cat
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON: {error}") from None
         if not isinstance(value, dict) or not {"type", "data"} <= value.keys() <= {"to", "type", "data"}:
-            raise ValueError("without --type a line is an object with `type`, `data` and, without --to, `to`")
+            raise ValueError("without --type, a line must be an object with `type`, `data` and, without --to, `to`")
         event_type, text = str(value["type"]), json.dumps(value["data"])
         to = to or value.get("to")
     if not to:
-        raise ValueError("for whom? --to user:<id>, --to group:<id> or --to all")
+        raise ValueError("the audience is missing: give --to user:<id>, --to group:<id> or --to all")
     try:
         return Audience.parse(str(to)), catalogue.parse(event_type, text)
     except RoutingError as error:
@@ -241,20 +244,22 @@ def _read_line(line: str, to: str | None, event_type: str | None, catalogue: Cat
 
 
 @main.command()
-@click.option("--url", required=True, help="As in http://127.0.0.1:8080/events.")
-@click.option("--token", required=True, help="The JWT; @FILE reads it from a file.")
-@click.option("--types", help="Patterns joined by commas, as in job.*,billing.#")
+@click.option("--url", required=True, help="The stream's URL, for example http://127.0.0.1:8080/events.")
+@click.option("--token", required=True, help="The JWT, or @FILE to read it from a file.")
+@click.option("--types", help="Patterns joined by commas, for example job.*,billing.#")
 @click.option("--last-event-id", help="Cursor to resume from.")
-@click.option("--count", type=int, help="Leave after so many events.")
+@click.option("--count", type=int, help="Exit after this number of events.")
 @_runs
 async def listen(url: str, token: str, types: str | None, last_event_id: str | None, count: int | None) -> None:
-    """Print events, one CloudEvent a line, and resume after every cut. The bridge's own frames go to standard error."""
+    """Print events, one CloudEvent per line, and resume after every lost connection. Frames of the bridge itself go to
+    standard error.
+    """
     _need_server()
     import httpx
     import httpx_sse
 
     if token.startswith("@"):
-        with open(token[1:], encoding="utf-8") as file:  # noqa: ASYNC230 - before anything runs beside it.
+        with open(token[1:], encoding="utf-8") as file:  # noqa: ASYNC230 - no other task runs yet.
             token = file.read().strip()
     seen = 0
     pause = 3.0
@@ -278,7 +283,7 @@ async def listen(url: str, token: str, types: str | None, last_event_id: str | N
                         if count is not None and seen >= count:
                             return
             except httpx.HTTPError as error:
-                click.echo(f"bridge: {error or type(error).__name__}; again in {pause:.1f} s", err=True)
+                click.echo(f"bridge: {error or type(error).__name__}; next try in about {pause:.1f} s", err=True)
                 await asyncio.sleep(pause * (0.5 + random.random()))
                 continue
             await asyncio.sleep(pause)
@@ -289,17 +294,17 @@ async def listen(url: str, token: str, types: str | None, last_event_id: str | N
 
 @main.command()
 @click.option("--user", required=True, help="User id (`sub`).")
-@click.option("--group", "groups", multiple=True, help="Group id; may be given several times.")
+@click.option("--group", "groups", multiple=True, help="Group id. Repeat the option for more groups.")
 @click.option("--ttl", default=3600, show_default=True, type=click.IntRange(min=1), help="Seconds until it expires.")
 def token(user: str, groups: tuple[str, ...], ttl: int) -> None:
-    """Mint a token for development, signed with BRIDGE_JWT_SECRET."""
+    """Print a token for development, signed with BRIDGE_JWT_SECRET."""
     _need_server()
     from bridge.service.http import auth
 
     loaded = _settings()
     secret = loaded.jwt_secret
     if secret is None:
-        _fail(BAD_INPUT, "BRIDGE_JWT_SECRET is not set; tokens for BRIDGE_JWKS come from who holds the private keys")
+        _fail(BAD_INPUT, "BRIDGE_JWT_SECRET is not set; with BRIDGE_JWKS, only your login service can sign tokens")
     token = auth.mint(
         secret.get_secret_value(),
         user=user,
@@ -326,7 +331,7 @@ def schemas() -> None:
     show_default=True,
 )
 def export(form: str) -> None:
-    """Print the catalogue: JSON Schemas for publishers, TypeScript types for pages, an AsyncAPI 3 document of the
+    """Print the catalogue as JSON Schemas for publishers, TypeScript types for pages, an AsyncAPI 3 document of the
     stream, or an OpenAPI 3.2 document of all routes.
     """
     loaded = _public_settings()
@@ -358,16 +363,16 @@ def _pretty(value: object) -> str:
 @click.argument("old", type=click.File("r", encoding="utf-8"))
 @click.argument("new", type=click.File("r", encoding="utf-8"), required=False)
 def diff(old: IO[str], new: IO[str] | None) -> None:
-    """Name what a change of the catalogue breaks. OLD and NEW are files that `schemas export` printed; without NEW it
-    is the catalogue as it is now.
+    """List what a change of the catalogue breaks. OLD and NEW are files that `schemas export` printed. Without NEW, OLD
+    is compared with the current catalogue.
 
     \b
-    compatible         nobody has to change anything
+    compatible         no publisher and no page must change
     breaks publishers  data that OLD accepted is refused
     breaks pages       a page may receive data that OLD did not allow
-    cannot tell        the change is not understood: a person must decide
+    cannot tell        the command cannot classify the change: a person must decide
 
-    Exit 0 for no change and for compatible ones, 1 for the last three, 2 for a file that is not an export.
+    Exit code 0: no change, or only compatible ones. 1: one of the last three. 2: a file is not an export.
     """
     before = _read_export(old)
     if new is not None:
@@ -396,7 +401,7 @@ def _read_export(file: IO[str]) -> dict[str, Any]:
 @main.command()
 @_runs
 async def check() -> None:
-    """Check settings, catalogue, keys, broker and rights, and say how to fix what is wrong."""
+    """Check the settings, the catalogue, the keys, RabbitMQ and the rights, and say how to fix each fault."""
     _need_server()
     from bridge.service import descriptors
     from bridge.service.broker import live, topology
@@ -410,7 +415,9 @@ async def check() -> None:
         click.echo(f"  ?  {problem}")
     catalogue = _catalogue(loaded.schemas)
     for place in (place for model in catalogue.values() for place in zoneless_times(model)):
-        click.echo(f"  ?  {place} takes times without a zone, which each browser reads in its own: use AwareDatetime")
+        click.echo(
+            f"  ?  {place} allows times without a zone, which browsers read in their own zones: use AwareDatetime"
+        )
     _passed(f"catalogue {loaded.schemas!r} of {', '.join(catalogue.places)}: {', '.join(catalogue)}")
     for note in catalogue.notes:
         click.echo(f"  ?  {note}")
@@ -418,7 +425,7 @@ async def check() -> None:
         plan = descriptors.divide(descriptors.raise_limit(), descriptors.count_open(), streams=loaded.max_connections)
     except descriptors.TooFewDescriptors as error:
         _failed(str(error))
-    _passed(f"file descriptors for {plan.streams:,} streams, where `bridge serve` has the limit of this command")
+    _passed(f"file descriptors for {plan.streams:,} streams, if `bridge serve` has the same limit as this command")
     if shortage := plan.shortage(loaded.max_connections):
         click.echo(f"  ?  {shortage}")
     if loaded.jwks is not None:
@@ -454,14 +461,14 @@ def _failed(what: str) -> NoReturn:
 
 @main.group()
 def quarantine() -> None:
-    """Messages that the bridge refused."""
+    """List or replay the messages that the bridge refused."""
 
 
 @quarantine.command("list")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1))
 @_runs
 async def list_refused(limit: int) -> None:
-    """Print the oldest refused messages, one a line, and leave them where they are."""
+    """Print the oldest refused messages, one per line, and leave them in the queue."""
     _need_server()
     from bridge.service.broker.quarantine import peek
 
@@ -477,7 +484,9 @@ async def list_refused(limit: int) -> None:
 @click.option("--limit", default=10_000, show_default=True, type=click.IntRange(min=1))
 @_runs
 async def replay_refused(limit: int) -> None:
-    """Publish again what the catalogue takes by now, under its old id; leave the rest. Exit 1 when any is left."""
+    """Publish each message that the catalogue now accepts, with its old id, and leave the others. Exit code 1: some
+    messages are still refused.
+    """
     _need_server()
     from bridge.service.broker.quarantine import replay
 
@@ -500,7 +509,7 @@ async def replay_refused(limit: int) -> None:
                 left += 1
                 click.echo(_shown(message, error))
     except BrokerError as error:
-        _fail(1, str(error), f"{sent} published again before that")
+        _fail(1, str(error), f"{sent} published again before this error")
     click.echo(f"{sent} published again, {left} still refused", err=True)
     sys.exit(1 if left else 0)
 
@@ -511,7 +520,7 @@ def _shown(message: Refused, error: InvalidEvent | None = None) -> str:
             "reason": error.reason if error else message.reason,
             "detail": error.detail if error else message.detail,
             "routing_key": message.routing_key,
-            # Bytes that are no text are shown as \xNN; the queue has them as they came.
+            # Bytes that are not UTF-8 are shown as \xNN; the queue keeps the original bytes.
             "body": message.body.decode("utf-8", errors="backslashreplace"),
         },
         ensure_ascii=False,

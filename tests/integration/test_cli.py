@@ -88,14 +88,14 @@ async def test_publish_one_a_line(service: Service, vhost: Vhost, connect: OpenS
 @pytest.mark.parametrize(
     ("args", "stdin", "words"),
     [
-        (["--type", "job.completed", "--data", ONE], "", "for whom?"),
-        (["--to", "me", "--type", "job.completed", "--data", ONE], "", "no audience"),
+        (["--type", "job.completed", "--data", ONE], "", "the audience is missing"),
+        (["--to", "me", "--type", "job.completed", "--data", ONE], "", "is not an audience"),
         (["--to", "user:1", "--type", "no.such", "--data", ONE], "", "no type 'no.such'"),
         (["--to", "user:1", "--type", "job.completed", "--data", "{"], "", "Invalid JSON"),
         (["--to", "user:1", "--type", "job.completed", "--data", "{}"], "", "data.job_id: Field required"),
         (["--to", "user:1", "--type", "job.completed"], f"{ONE}\n{{}}\nnope\n", "line 2: data.job_id"),
         (["--to", "user:1", "--type", "job.completed"], f"{ONE}\n{{}}\nnope\n", "line 3: "),
-        (["--to", "user:1"], '{"data": {}}\n', "without --type a line is"),
+        (["--to", "user:1"], '{"data": {}}\n', "without --type, a line must be"),
         (["--to", "user:1", "--type", "job.completed"], "", "no event"),
     ],
 )
