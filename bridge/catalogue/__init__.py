@@ -1,4 +1,4 @@
-"""The event catalogue: a team's package of event types, loaded, exported and compared.
+"""Loads, exports and compares the event catalogue: a team's package of event types.
 
-Workers do not need it, and it needs nothing of the service.
+Workers do not need this package. It imports nothing from the service.
 """

@@ -1,8 +1,12 @@
-"""What the catalogue's models say, in the dialects of JSON Schema that other tools read.
+"""Translates pydantic's JSON Schema into the dialects that other tools read.
 
-Pure. pydantic writes JSON Schema 2020-12 with three kinds of foreign parts, which strict tools refuse: OpenAPI's
-`discriminator`, formats that no standard defines or that pydantic's own data does not fit, and patterns in the syntax
-of Rust or Python. `standard` takes them out, `openapi` keeps the discriminator, `draft_07` is for AsyncAPI.
+Pure. pydantic writes JSON Schema 2020-12, but three parts of it make strict tools fail:
+
+- OpenAPI's `discriminator`,
+- formats that no standard defines, or that pydantic's own data does not match,
+- patterns in the syntax of Rust or Python.
+
+`standard` removes all three. `openapi` keeps the discriminator. `draft_07` is for AsyncAPI.
 """
 
 from __future__ import annotations
@@ -17,22 +21,22 @@ Schema = dict[str, Any]
 
 DEFINITIONS = "#/$defs/"
 
-# Where a schema holds other schemas. Everything else in a schema is a value: a `const` of {"$ref": ...} is not
-# a reference, and neither is a member that is called `$ref`.
+# The keywords whose values are schemas. Other keywords have plain values: a `const` of {"$ref": ...} is not a
+# reference, and neither is a member with the name `$ref`.
 _ONE = {"items", "additionalItems", "additionalProperties", "unevaluatedItems", "unevaluatedProperties", "contains",
         "contentSchema", "if", "then", "else", "not", "propertyNames"}  # fmt: skip
 _LISTS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
 _MAPS = {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
 
 _TROUBLESOME = frozenset({"$ref", "__proto__"})
-"""Names of members that tools with a whole document lose: they resolve the one as a reference, and copying objects in
-JavaScript sets the prototype instead of the other. A pattern says the same."""
+"""Member names that tools mishandle: they resolve `$ref` as a reference, and a JavaScript copy of `__proto__` sets the
+prototype. A pattern for the name replaces each of them."""
 
 _TIME = r"\d{2}:\d{2}(:\d{2}(\.\d+)?)?([Zz]|[+-]\d{2}:?\d{2})?"
 _DECIMAL = r"^\s*[+-]?(?=\.?\d)[\d_]*\.?[\d_]*([eE][+-]?\d+)?\s*$"
 _ADDRESS = "[0-9A-Fa-f:.]+"
 _FORMATS: dict[str, str | None] = {
-    # RFC 3339 wants an offset in a time and no fraction in a duration. pydantic reads and writes both otherwise.
+    # RFC 3339 requires an offset in a time, and no fraction in a duration. pydantic reads and writes other forms too.
     "time": f"^{_TIME}$",
     "duration": r"^[+-]?(P.*\d.*|.*\d{1,2}:\d{2}.*)$",
     "base64url": "^[A-Za-z0-9_+/=-]*$",
@@ -45,7 +49,7 @@ _FORMATS: dict[str, str | None] = {
     "ipv6network": f"^{_ADDRESS}(/[0-9]+)?$",
     "multi-host-uri": "^[A-Za-z][A-Za-z0-9+.-]*:",
     "name-email": "@",
-    # These take any text.
+    # These formats accept any text.
     "binary": None,
     "color": None,
     "directory-path": None,
@@ -54,44 +58,44 @@ _FORMATS: dict[str, str | None] = {
     "path": None,
     "phone": None,
 }
-"""pydantic's formats that JSON Schema does not define, or defines otherwise, and a pattern that says as much."""
+"""pydantic's formats that JSON Schema does not define, or defines differently, and a pattern in place of each."""
 
 
 class Generator(GenerateJsonSchema):
-    """pydantic's own, where that one does not say what its models accept."""
+    """pydantic's generator, corrected where its schema differs from what the models accept."""
 
     def tagged_union_schema(self, schema: Any) -> Schema:
-        # A discriminator that is a function leaves no mark in the data, so that more than one option may fit.
+        # A discriminator that is a function is not visible in the data, so more than one option may match.
         union: Schema = super().tagged_union_schema(schema)
         return union if "discriminator" in union or "oneOf" not in union else {"anyOf": union["oneOf"]}
 
     def get_decimal_pattern(self, schema: Any) -> str | None:
-        # pydantic's own pattern refuses the exponents that its models read and write.
+        # pydantic's pattern refuses exponents, which its models read and write.
         return None if schema.get("allow_inf_nan") else _DECIMAL
 
     def dict_schema(self, schema: Any) -> Schema:
         found: Schema = super().dict_schema(schema)
-        if "patternProperties" in found:  # A key that does not fit is refused, and pydantic does not say so.
+        if "patternProperties" in found:  # The model refuses other keys, but pydantic's schema does not.
             found.setdefault("additionalProperties", False)
         return found
 
     def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> Schema:
-        # For example PlainValidator(f): only `f` knows. A schema for anything is true; an exception would not help.
+        # For example PlainValidator(f): only `f` knows what it accepts. A schema for any value is correct.
         return {}
 
 
 class Received(Generator):
-    """The data as the bridge writes it out. A member with a default is always there."""
+    """The data as the bridge writes it. A member with a default is always present."""
 
     def field_is_required(self, field: Any, total: bool) -> bool:
         if field.get("serialization_exclude_if") is not None:
             return False
-        if field["type"] == "typed-dict-field":  # It has no defaults.
+        if field["type"] == "typed-dict-field":  # A typed dict has no defaults.
             return bool(field.get("required", total))
         return True
 
     def ser_schema(self, schema: Any) -> Schema | None:
-        # pydantic would take a serializer without a return annotation for one that changes nothing.
+        # pydantic assumes that a serializer without a return annotation changes nothing.
         if schema["type"] in ("function-plain", "function-wrap") and schema.get("return_schema") is None:
             if schema.get("when_used") == "json-unless-none":
                 return None
@@ -111,7 +115,7 @@ class Received(Generator):
 
 
 def standard(schema: Schema) -> Schema:
-    """JSON Schema 2020-12 and nothing besides, as ajv's strict mode wants it."""
+    """Plain JSON Schema 2020-12, which passes ajv's strict mode."""
     return _rewritten(schema, lambda part: _without(_tidy(part), "discriminator"))
 
 
@@ -119,13 +123,13 @@ def openapi(schema: Schema, definitions: str) -> Schema:
     """A Schema Object of OpenAPI 3.1 and 3.2, which is JSON Schema 2020-12 with a discriminator.
 
     Args:
-        definitions: JSON pointer to the definitions, with a slash at its end.
+        definitions: JSON pointer to the definitions. It ends with a slash.
     """
 
     def change(part: Schema) -> Schema:
         part = _move_reference(_tidy(part), definitions)
         if isinstance(found := part.get("discriminator"), dict):
-            # An option that is a union itself has no name to be referred to by.
+            # An option that is itself a union has no name to refer to.
             mapping = {
                 tag: _moved(name, definitions)
                 for tag, name in found.get("mapping", {}).items()
@@ -138,13 +142,13 @@ def openapi(schema: Schema, definitions: str) -> Schema:
 
 
 def draft_07(schema: Schema, definitions: str) -> Schema:
-    """A Schema Object of AsyncAPI 3.0, which is JSON Schema draft-07 with a discriminator that is a name.
+    """A Schema Object of AsyncAPI 3.0, which is JSON Schema draft-07 with a member's name as discriminator.
 
-    Everything that draft-07 says otherwise is said so; what it cannot say is left out, so that it refuses nothing that
-    the schema takes.
+    Keywords are translated to those of draft-07. Rules that draft-07 cannot express are left out: the result accepts
+    everything that the schema accepts.
 
     Args:
-        definitions: JSON pointer to the definitions, with a slash at its end.
+        definitions: JSON pointer to the definitions. It ends with a slash.
     """
     return _rewritten(schema, lambda part: _to_draft_07(_move_reference(_tidy(part), definitions)))
 
@@ -155,9 +159,9 @@ def _rewritten(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
 
 
 def _rewrite(schema: Any, change: Callable[[Schema], Schema]) -> Any:
-    """Each schema in a schema, changed, the inner ones first."""
+    """Applies `change` to a schema and to all schemas inside it, the inner ones first."""
     if not isinstance(schema, dict):
-        return schema  # True, False, or what somebody wrote by hand.
+        return schema  # True, False, or a handwritten value.
     changed: Schema = {}
     for name, value in schema.items():
         if name in _MAPS and isinstance(value, dict):
@@ -200,20 +204,20 @@ def _tidy(schema: Schema) -> Schema:
         if pattern is not None:
             schema = {**schema, "pattern": pattern}
         else:
-            note = f"the pattern {schema['pattern']} cannot be said in ECMA-262"
-            noted = f"{note}. {schema['$comment']}" if "$comment" in schema else note
-            schema = {**_without(schema, "pattern"), "$comment": noted}
+            lost = f"the pattern {schema['pattern']} cannot be written in ECMA-262"
+            comment = f"{lost}. {schema['$comment']}" if "$comment" in schema else lost
+            schema = {**_without(schema, "pattern"), "$comment": comment}
     if isinstance(schema.get("patternProperties"), dict):
         members: Schema = {}
         for pattern, part in schema["patternProperties"].items():
             known = ecma_pattern(pattern)
-            members["" if known is None else known] = part  # An empty pattern fits every name.
+            members["" if known is None else known] = part  # An empty pattern matches every name.
         schema = {**schema, "patternProperties": members}
     return schema
 
 
 def unsayable(pattern: re.Pattern[str] | str | None) -> str | None:
-    """A pattern that `standard` leaves out."""
+    """The text of the pattern if `standard` leaves it out. None: it keeps the pattern, or there is none."""
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     return text if text is not None and ecma_pattern(text) is None else None
 
@@ -223,10 +227,10 @@ _CLASS_ESCAPES = frozenset("dDwWsSbBtnvfr0123456789")
 
 
 def ecma_pattern(pattern: str) -> str | None:
-    """The pattern of Rust's or Python's syntax in that of ECMA-262 with its flag `u`, as JSON Schema has it.
+    """Translates a pattern of Rust or Python to ECMA-262 with the flag `u`, as JSON Schema requires.
 
     Returns:
-        None where it cannot be said there: inline flags, verbose patterns, classes with operators, possessive matches.
+        None if ECMA-262 cannot express it: inline flags, verbose patterns, classes with operators, possessive matches.
     """
     found: list[str] = []
     names: dict[str, int] = {}
@@ -262,7 +266,7 @@ def ecma_pattern(pattern: str) -> str | None:
             elif escaped.isalnum():
                 return None
             else:
-                found.append(escaped)  # `\@` is an error with the flag `u`, and means `@`.
+                found.append(escaped)  # `\@` means `@`, but is an error with the flag `u`.
         elif in_class:
             if char == "[" or rest.startswith(("&&", "--", "~~")):
                 return None
@@ -274,7 +278,7 @@ def ecma_pattern(pattern: str) -> str | None:
             if pattern.startswith("^", position):
                 found.append("^")
                 position += 1
-            if pattern.startswith("]", position):  # First in a class it is a character.
+            if pattern.startswith("]", position):  # The first `]` in a class is a character.
                 found.append("\\]")
                 position += 1
         elif char == "(" and rest.startswith("(?"):
@@ -282,7 +286,7 @@ def ecma_pattern(pattern: str) -> str | None:
             if group is None or (group[2] and group[2] not in names):
                 return None
             position += group.end() - 1
-            if group[1]:  # Python writes `(?P<name>`, JavaScript `(?<name>`: a number is understood by both.
+            if group[1]:  # Python writes `(?P<name>`, JavaScript `(?<name>`: both can use the group's number.
                 groups += 1
                 names[group[1]] = groups
                 found.append("(")
@@ -314,7 +318,7 @@ _NEVER: Schema = {"not": {}}
 
 
 def _to_draft_07(schema: Schema) -> Schema:
-    # A schema that holds a reference holds nothing else: all besides `$ref` would be passed over.
+    # In draft-07, a tool ignores all keywords beside `$ref`.
     applied = schema.keys() & {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas"}
     schema = _without(schema, "$schema", "$id", "$anchor", "$dynamicAnchor", "$vocabulary", "maxContains")
     if schema.pop("minContains", 1) == 0:
@@ -322,14 +326,14 @@ def _to_draft_07(schema: Schema) -> Schema:
     for name, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
         if name in schema:
             value = schema.pop(name)
-            if not applied:  # Else it depends on what the others took, which draft-07 does not know.
+            if not applied:  # Otherwise it depends on the other keywords' results, which draft-07 cannot express.
                 schema.setdefault(plain, value)
     if "prefixItems" in schema:
         first, others = schema.pop("prefixItems"), schema.pop("items", None)
         schema["items"] = first
         if others is not None:
             schema["additionalItems"] = others
-    elif schema.get("items") is False:  # AsyncAPI's `items` is a schema and no boolean, in its own parser.
+    elif schema.get("items") is False:  # AsyncAPI's parser accepts no boolean as `items`.
         schema["items"] = _NEVER
     dependencies = {**schema.pop("dependentRequired", {}), **schema.pop("dependentSchemas", {})}
     if dependencies:
@@ -337,7 +341,7 @@ def _to_draft_07(schema: Schema) -> Schema:
     if "$defs" in schema:
         schema["definitions"] = schema.pop("$defs")
     if isinstance(schema.get("discriminator"), dict):
-        # AsyncAPI's is the name of a member, whose values the options have as `const` or `enum`.
+        # AsyncAPI's discriminator is a member's name; each option has its values as `const` or `enum`.
         schema["discriminator"] = schema["discriminator"]["propertyName"]
     if "$ref" in schema and len(schema) > 1:
         reference = {"$ref": schema.pop("$ref")}

@@ -1,12 +1,16 @@
-"""What a change of the catalogue breaks, in words, before somebody's page or worker finds out.
+"""Finds what a change of the catalogue breaks, before a page or a worker fails.
 
-Pure. Compares two exports of the catalogue (`bridge schemas export`). Two sides can break: *publishers*, whose data was
-accepted and is now refused, and *pages*, which receive data that the old catalogue did not allow. Workers, bridge and
-pages are never replaced at one moment, so every change meets the other side's old version for a while.
+Pure. Compares two exports of the catalogue (`bridge schemas export`). Two sides can break:
 
-One walk compares two schemas and says where the new one accepts less, more, or cannot be compared. It runs twice: over
-what publishers may send, where less breaks publishers, and over what pages receive, where more breaks pages. No step
-of it guesses: a keyword, a fact or a combination that it does not know, and that differs, is a "cannot tell".
+- *publishers*, if data that was accepted is now refused,
+- *pages*, if they receive data that the old catalogue did not allow.
+
+Workers, bridge and pages are never replaced at the same moment. So each change runs for some time with the old version
+of the other side.
+
+A walk compares two schemas, and reports where the new one accepts less, accepts more, or cannot be compared. It runs
+twice: for the data of publishers, where less breaks publishers, and for the data of pages, where more breaks pages.
+The walk never guesses: an unknown keyword, fact or combination that differs is a "cannot tell".
 """
 
 from __future__ import annotations
@@ -25,13 +29,13 @@ Verdict = Literal["compatible", "breaks publishers", "breaks pages", "cannot tel
 
 RECEIVED = ":received"
 MARK = "bridge:"
-"""Both as `facts.py` writes them."""
+"""`facts.py` writes both."""
 
-# What happened to the values that a schema allows. "same": none of them changed, but people want to know.
+# How the set of allowed values changed. "same": it did not change, but the change is worth a report.
 _Relation = Literal["less", "more", "unknown", "same"]
 
 _MOST_STEPS = 50_000
-"""Pairs of schemas that are compared for one event type. A catalogue of 100 members needs a few hundred."""
+"""The most pairs of schemas that are compared for one event type. A type with 100 members needs a few hundred."""
 
 _IGNORED = frozenset({"$schema", "$defs", "$comment", "title", "description", "examples", "deprecated", "readOnly",
                       "discriminator"})  # fmt: skip
@@ -47,7 +51,7 @@ _SCHEMA = ("items", "additionalProperties", "propertyNames", "contains", "not", 
            "unevaluatedProperties", "unevaluatedItems")  # fmt: skip
 
 _TIMES = ("date-time", "date", "time", "duration")
-"""Formats that pydantic also reads from numbers, unless it is strict."""
+"""Formats that pydantic also reads from numbers, except in strict mode."""
 _TEXTS = ("uuid", "uri", "email", "ipv4", "ipv6", "binary", "base64url", "password", "path", "file-path")
 
 _LENGTHS = {
@@ -73,7 +77,7 @@ class Change:
 
 
 def compare(old: Mapping[str, Schema], new: Mapping[str, Schema]) -> list[Change]:
-    """All changes from one catalogue to another, event type by event type.
+    """Returns all changes from one catalogue to another, sorted by event type.
 
     Args:
         old, new: event type to JSON Schema of its data, as `schemas export` prints it.
@@ -90,7 +94,7 @@ def compare(old: Mapping[str, Schema], new: Mapping[str, Schema]) -> list[Change
             if not (_is_whole(old[kind]) and _is_whole(new[kind])):
                 lacking.append(kind)
     if lacking:
-        words = "an export of an earlier bridge does not say what pages receive, nor all that publishers may send"
+        words = "an export of an earlier bridge lacks the data of pages, and some rules for publishers"
         changes.append(Change("cannot tell", ", ".join(lacking), f"{words}; write it again with this bridge"))
     return changes
 
@@ -111,14 +115,14 @@ def _compare_type(old: Schema, new: Schema, where: str) -> list[Change]:
             for delta in _Walk(old, new, received=True, facts=True).run(where):
                 verdict = {"more": "breaks pages", "unknown": "cannot tell"}
                 if delta.relation not in verdict and delta.where in published:
-                    continue  # Nothing is broken, and the member has been named.
+                    continue  # This breaks nothing, and the first walk has reported the member.
                 found.append(Change(verdict.get(delta.relation, "compatible"), delta.where, delta.what))
     except (_TooMuch, RecursionError):
         found.append(Change("cannot tell", where, "the two schemas are too large or too nested to be compared"))
     except (AttributeError, KeyError, LookupError, TypeError, ValueError) as error:
-        # Schemas come from files, and from users' own `__get_pydantic_json_schema__`.
+        # Invalid schemas may come from files, or from a team's own `__get_pydantic_json_schema__`.
         found.append(Change("cannot tell", where, f"a schema is not understood ({type(error).__name__}: {error})"))
-    # The same words may come of both walks. Where one breaks something, the other's "compatible" says nothing.
+    # Both walks may report the same change. If it breaks one side, drop the other walk's "compatible".
     broken = {(change.where, change.what) for change in found if change.verdict != "compatible"}
     kept = [change for change in found if change.verdict != "compatible" or (change.where, change.what) not in broken]
     return list(dict.fromkeys(kept))
@@ -132,19 +136,19 @@ class _Delta:
 
 
 class _TooMuch(Exception):
-    """More steps than `_MOST_STEPS`."""
+    """The walk needs more than `_MOST_STEPS` steps."""
 
 
 @dataclass(slots=True)
 class _Side:
-    """One of the two schemas, its annotations taken off, its references by name."""
+    """One of the two schemas without its annotations, and its definitions by reference."""
 
     root: dict[str, Any]
     definitions: dict[str, Any]
     reach: dict[str, str] = field(default_factory=dict)
 
     def text(self, schema: Any) -> str:
-        """The schema with all that it refers to: where the texts of two are equal, so are the schemas."""
+        """The schema and all definitions that it refers to, as text. Equal texts mean equal schemas."""
         names: dict[str, None] = {}
         pending = [schema]
         while pending:
@@ -168,7 +172,7 @@ def _side(export: Schema, *, received: bool, facts: bool) -> _Side:
 
 
 def _stripped(schema: Any, *, facts: bool) -> Any:
-    """The schema without what is said for people only, its facts as a member of their own."""
+    """The schema without annotations for people. Its facts become the member `facts`."""
     if schema is True:
         return {}
     if schema is False or not isinstance(schema, Mapping):
@@ -219,7 +223,7 @@ class _Walk:
             raise _TooMuch
         if self._old.text(old) == self._new.text(new):
             return
-        # A model that holds itself: this pair is being compared further up, which reports what differs.
+        # A recursive model: an outer call is comparing this pair already, and reports its differences.
         pair = (json.dumps(old, sort_keys=True), json.dumps(new, sort_keys=True))
         if pair in self._open:
             return
@@ -244,14 +248,14 @@ class _Walk:
             yield _Delta("same", where, f"the default is {_shown(new['default'])}, was {_shown(old['default'])}")
 
     def _with_default(self, schema: Schema, side: _Side) -> Schema:
-        """A default is not validated: `x: int = None` writes null to a page."""
+        """Adds the default to the schema's values: it is not validated, so `x: int = None` writes null to a page."""
         if "default" not in schema or self._takes(schema["default"], schema, side):
             return schema
         rest = {name: value for name, value in schema.items() if name != "default"}
         return {"anyOf": [rest, {"const": schema["default"]}], "default": schema["default"]}
 
     def _takes(self, value: Any, schema: Any, side: _Side) -> bool:
-        """Whether the schema certainly allows the value. Objects and texts of a format are taken on trust."""
+        """Whether the schema allows the value. Objects and texts with a format are assumed to be allowed."""
         schema = _resolved(schema, side)
         branches = _branches_of(schema)
         if branches is not None:
@@ -265,9 +269,7 @@ class _Walk:
         for name in sorted(before.keys() | after.keys()):
             was, now = before.get(name), after.get(name)
             if name == "code" and was == now:
-                words = (
-                    "code of the catalogue's own checks or writes this value; what it makes of the change is unknown"
-                )
+                words = "the catalogue's own code checks or writes this value, with an unknown effect on the change"
                 yield _Delta("unknown", where, words)
             if was != now and name != "names":
                 yield from self._fact(name, was, now, old, new, where)
@@ -275,22 +277,21 @@ class _Walk:
     def _fact(self, name: str, was: Any, now: Any, old: Schema, new: Schema, where: str) -> Iterator[_Delta]:
         if name == "strict":
             if now:
-                yield _Delta(
-                    "less", where, "is strict now: what fitted by conversion, as a number in a text, is refused"
-                )
+                words = "is strict now: a value that needs conversion, such as a number in a text, is refused"
+                yield _Delta("less", where, words)
             else:
-                yield _Delta("more", where, "is no longer strict: what fits by conversion is accepted too")
+                yield _Delta("more", where, "is no longer strict: a value that needs conversion is accepted too")
         elif name == "numbers":
             if now:
-                yield _Delta("more", where, "a number is accepted too, and made a text")
+                yield _Delta("more", where, "a number is accepted too, and converted to text")
             else:
-                yield _Delta("less", where, "a number, which was made a text, is refused")
+                yield _Delta("less", where, "a number, which was converted to text, is refused")
         elif name == "tz_constraint" and None in (was, now):
-            words = {"aware": "a UTC offset", "naive": "no UTC offset"}
+            meanings = {"aware": "a UTC offset", "naive": "no UTC offset"}
             if was is None:
-                yield _Delta("less", where, f"must now have {words.get(now, f'the offset {now}')}")
+                yield _Delta("less", where, f"must now have {meanings.get(now, f'the offset {now}')}")
             else:
-                yield _Delta("more", where, f"need no longer have {words.get(was, f'the offset {was}')}")
+                yield _Delta("more", where, f"need no longer have {meanings.get(was, f'the offset {was}')}")
         elif name in ("strip", "lower", "upper") and not _limits_text(old) and not _limits_text(new):
             yield _Delta("same", where, f"the text is now changed by {name}" if now else f"no longer changed by {name}")
         elif name in _BOUND_FACTS:
@@ -298,14 +299,14 @@ class _Walk:
             yield _Delta(relation, where, f"{name} is now {_shown(now)}, was {_shown(was)}")
         elif name in ("code", "writes"):
             change = "was added" if was is None else "is gone" if now is None else "has changed"
-            yield _Delta("unknown", where, f"the code of the catalogue's own that checks or writes it {change}")
+            yield _Delta("unknown", where, f"the catalogue's own code that checks or writes it {change}")
         elif name == "kind":
             kinds = [" and ".join(kind) if kind else "the plain kind" for kind in (was or [], now or [])]
             yield _Delta("unknown", where, f"pydantic reads it as {kinds[1]}, was {kinds[0]}")
         elif name == "tag" and now is None:
             yield _Delta("more", where, "the option need no longer be named by a discriminator")
         else:
-            what = f"what JSON Schema does not say of it has changed ({name})"
+            what = f"a fact that JSON Schema does not express has changed ({name})"
             yield _Delta("unknown", where, f"{what}, from {_shown(was)} to {_shown(now)}")
 
     # Shapes
@@ -365,7 +366,7 @@ class _Walk:
         return where if len(others) < 2 else f"{where} ({_name(option, self._old)})"
 
     def _disjoint(self, old: Schema, new: Schema) -> bool:
-        """Whether certainly no value fits both."""
+        """Whether certainly no value matches both."""
         old, new = _resolved(old, self._old), _resolved(new, self._new)
         if _branches_of(old) is not None or _branches_of(new) is not None:
             return False
@@ -392,7 +393,7 @@ class _Walk:
             return
         was, now = old.get("type"), new.get("type")
         if "not" in old or "not" in new:
-            yield _Delta("unknown", where, "a schema that nothing fits, or that excludes, is not understood")
+            yield _Delta("unknown", where, "a schema with `not`, or one that allows no value, is not understood")
             return
         if was != now:
             if was is None:
@@ -409,7 +410,7 @@ class _Walk:
                 yield _Delta("less", where, f"{was} is no longer accepted, only {now}")
                 yield _Delta("more", where, f"may now be {now}, was always {was}")
             return
-        # A bound of another type (a `minimum` beside a text) says nothing in JSON Schema, nor here.
+        # JSON Schema ignores a bound for another type (a `minimum` for a text), and so does this walk.
         if was in ("integer", "number"):
             yield from self._numbers(old, new, where)
         elif was == "string":
@@ -445,7 +446,7 @@ class _Walk:
         elif None in verdicts.values():
             yield _Delta("unknown", where, "it is not known whether all values of the old list are still accepted")
         elif not self._received and new.get("facts", {}).get("strict"):
-            # Pydantic takes 1.0 and true for the 1 of a list, strict or not.
+            # For the 1 of a list, pydantic also accepts 1.0 and true, strict or not.
             yield _Delta("unknown", where, "is strict now; the list was not")
 
     def _numbers(self, old: Schema, new: Schema, where: str) -> Iterator[_Delta]:
@@ -473,7 +474,7 @@ class _Walk:
         was, now = old.get("pattern"), new.get("pattern")
         if was != now:
             if now is None:
-                yield _Delta("more", where, f"the pattern {was!r} is no longer asked for")
+                yield _Delta("more", where, f"the pattern {was!r} is no longer required")
             elif was is None:
                 yield _Delta("less", where, f"the pattern must be {now!r}")
             else:
@@ -486,20 +487,20 @@ class _Walk:
         elif now is not None:
             yield _Delta("more" if self._received else "unknown", where, f"the format is {now!r} instead of {was!r}")
         elif self._received or was in _TEXTS or (was in _TIMES and old.get("facts", {}).get("strict")):
-            yield _Delta("more", where, f"the format {was!r} is no longer asked for")
+            yield _Delta("more", where, f"the format {was!r} is no longer required")
         elif was in _TIMES:
             yield _Delta("less", where, f"is no longer read as {was!r}: a number is refused")
-            yield _Delta("more", where, f"the format {was!r} is no longer asked for")
+            yield _Delta("more", where, f"the format {was!r} is no longer required")
         else:
-            yield _Delta("unknown", where, f"the format {was!r} is no longer asked for")
+            yield _Delta("unknown", where, f"the format {was!r} is no longer required")
 
     def _arrays(self, old: Schema, new: Schema, where: str) -> Iterator[_Delta]:
         yield from _lengths(old, new, "minItems", "maxItems", where)
         if old.get("uniqueItems", False) != new.get("uniqueItems", False):
-            if not self._received:  # Pydantic drops what is twice, and counts afterwards.
-                yield _Delta("unknown", where, "whether items that are equal count once has changed")
+            if not self._received:  # Pydantic drops repeated items before it counts.
+                yield _Delta("unknown", where, "the way that equal items are counted has changed")
             elif new.get("uniqueItems"):
-                yield _Delta("less", where, "no two items are equal any more")
+                yield _Delta("less", where, "two items are no longer equal")
             else:
                 yield _Delta("more", where, "two items may now be equal")
         deltas = list(self._items(old, new, where))
@@ -536,7 +537,7 @@ class _Walk:
         must, needs = set(old.get("required", ())), set(new.get("required", ()))
         rest, others = old.get("additionalProperties", True), new.get("additionalProperties", True)
         names, also = old.get("facts", {}).get("names", {}), new.get("facts", {}).get("names", {})
-        known: set[str] = set()  # Members of the new model that are read from a name of an old member.
+        known: set[str] = set()  # Members of the new model that read a name of an old member.
         for name in sorted(before):
             place = f"{where}.{name}"
             taken = names.get(name, [name])
@@ -566,7 +567,7 @@ class _Walk:
             elif rest is not False:
                 yield _Delta("same", place, "a new member that may be left out")
             if rest is False:
-                yield _Delta("more", place, "a new member, where no other than the known ones was allowed")
+                yield _Delta("more", place, "a new member, where only the known ones were allowed")
             elif rest is not True and rest:
                 yield from self._values(rest, after[name], place)
 
@@ -576,7 +577,7 @@ class _Walk:
         if self._received:
             yield _Delta("more" if was_required else "same", place, "the member is gone: pages no longer receive it")
         elif others is not False:
-            yield _Delta("same", place, "the member is gone: what publishers still write of it is dropped")
+            yield _Delta("same", place, "the member is gone: the bridge drops it if publishers still write it")
             if was_required:
                 yield _Delta("more", place, "the member is gone: it may be left out")
             if others is not True and others:
@@ -593,7 +594,7 @@ class _Walk:
             yield _Delta("more", place, f"is accepted under the name {', '.join(map(_path, more))} too")
 
     def _keys(self, old: Schema, new: Schema, where: str) -> Iterator[_Delta]:
-        """Members that no model names: those of a dict."""
+        """Compares the members without a declared name, such as those of a dict."""
         for keyword in ("patternProperties", "propertyNames"):
             was, now = old.get(keyword), new.get(keyword)
             if self._old.text(was) == self._new.text(now):
@@ -617,14 +618,14 @@ class _Walk:
         elif rest is True and "properties" in old:
             yield _Delta("same", where, "has members of any name now")
         elif others is True and "properties" in new:
-            # A model in place of a dict. What it names is compared one by one, the rest is dropped.
-            yield _Delta("same", where, "has the declared members only now")
+            # A model replaces a dict. Its declared members are compared one by one; the others are dropped.
+            yield _Delta("same", where, "now has only the declared members")
         else:
             yield from self._values({} if rest is True else rest, {} if others is True else others, place)
 
 
 def _resolved(schema: Any, side: _Side) -> Schema:
-    """The schema behind a reference, with what is said beside the reference."""
+    """The schema that a reference points to, merged with the keywords beside the reference."""
     seen: set[str] = set()
     while isinstance(reference := schema.get("$ref"), str):
         if reference in seen:
@@ -647,7 +648,7 @@ def _branches_of(schema: Schema) -> list[Any] | None:
 
 
 def _branches(schema: Schema, side: _Side) -> list[Schema]:
-    """The options of a union, those of unions inside it among them, lists of values one by one."""
+    """The options of a union, with nested unions flattened and each listed value as an option."""
     found: list[Schema] = []
     branches = _branches_of(schema)
     if branches is None:
@@ -671,7 +672,7 @@ def _choices_of(schema: Schema) -> list[Any] | None:
 
 
 def _key(value: Any) -> str:
-    """Equal for values that are equal in JSON: 1 and 1.0, but not 1 and true."""
+    """A text that is the same for values that are equal in JSON: 1 and 1.0, but not 1 and true."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, sort_keys=True)
@@ -683,7 +684,7 @@ def _shown(value: Any) -> str:
 
 
 def _heads(names: list[Any]) -> set[str]:
-    """The members of an event that the names are read from."""
+    """The top-level members that the names, which may be paths, are read from."""
     return {name if isinstance(name, str) else str(name[0]) for name in names}
 
 
@@ -720,7 +721,7 @@ def _meet(one: str, other: str) -> bool:
 
 
 def _fits(value: Any, schema: Schema) -> bool | None:
-    """Whether a plain schema allows a value. None: not known."""
+    """Whether a plain schema allows a value. None: unknown."""
     choices = _choices_of(schema)
     if choices is not None:
         return _key(value) in {_key(choice) for choice in choices}
@@ -754,7 +755,7 @@ def _is_outside(value: Any, limit: tuple[Any, bool], *, up: bool) -> bool:
 
 
 def _limit(schema: Schema, *, up: bool) -> tuple[Any, bool] | None:
-    """The tighter of the two limits at one end, and whether it is itself outside."""
+    """The tighter of the two limits at one end, and whether the limit itself is excluded."""
     closed, opened = ("minimum", "exclusiveMinimum") if up else ("maximum", "exclusiveMaximum")
     limits = [(schema[name], name == opened) for name in (closed, opened) if name in schema]
     if schema.get("type") == "integer":
@@ -824,7 +825,7 @@ def _around(deltas: list[_Delta]) -> bool:
 
 
 def _name(schema: Schema, side: _Side) -> str:
-    """What to call an option: by its value, its class, or its JSON type."""
+    """A name for an option in messages: its value, its class, or its JSON type."""
     choices = _choices_of(schema)
     if choices is not None:
         return " or ".join(map(_shown, choices))

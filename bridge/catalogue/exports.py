@@ -1,7 +1,7 @@
-"""The catalogue in the words of others: TypeScript for pages, AsyncAPI for documentation and tools.
+"""Exports the catalogue as TypeScript for pages, and as AsyncAPI for documentation and tools.
 
-Pure. Both describe what a browser receives: the data as its model writes it out, with every default filled in. What a
-publisher may write is the JSON Schema of `Catalogue.json_schema`, in which members with a default may be left out.
+Pure. Both describe the data that a page receives: as its model writes it, with all defaults. The data that a publisher
+may write is described by `Catalogue.json_schema`, where members with a default are optional.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Schema = dict[str, Any]
 _INDENT = "  "
 _NAME = re.compile(r"[A-Za-z_$][A-Za-z0-9_$]*")
 
-# Names of the module itself, of types that the language has, and words that are not a name.
+# Names of the exported module, names of TypeScript's types, and reserved words.
 # fmt: off
 _TAKEN = {
     "CloudEvent", "EventType", "EventDataByType", "BridgeEvent",
@@ -66,9 +66,9 @@ export type BridgeEvent = { [Type in EventType]: CloudEvent<Type, EventDataByTyp
 
 
 def received(catalogue: Catalogue) -> tuple[dict[str, str], dict[str, Schema]]:
-    """The name of each event type's definition, and all definitions, with those of nested models.
+    """Returns the name of each event type's definition, and all definitions, including those of nested models.
 
-    References are `#/$defs/` and a name of `A-Z a-z 0-9 - _`.
+    A reference is `#/$defs/` and a name with the characters `A-Z a-z 0-9 - _`.
     """
     models = list(catalogue.values())
     references, schema = models_json_schema(
@@ -86,12 +86,12 @@ def received(catalogue: Catalogue) -> tuple[dict[str, str], dict[str, Schema]]:
 
 # TypeScript
 #
-# Written here and not by one of the libraries for it (json-schema-to-typescript, quicktype): they are packages of npm,
-# and `bridge schemas export` works where a worker does, with Python alone. The suite has the compiler check the result.
+# Written without json-schema-to-typescript or quicktype: they are npm packages, and `bridge schemas export` must work
+# with Python alone. The tests check the result with the TypeScript compiler.
 
 
 def typescript(catalogue: Catalogue) -> str:
-    """A module: one interface a model, a map from event type to data, and the union of all events."""
+    """A TypeScript module: one interface for each model, a map from event type to data, and the union of all events."""
     names, definitions = received(catalogue)
     known = _identifiers(definitions)
     writer = _Writer(known)
@@ -101,7 +101,7 @@ def typescript(catalogue: Catalogue) -> str:
 
 
 def _identifiers(names: Iterable[str]) -> dict[str, str]:
-    """A name for each definition that is one in TypeScript, and no other's."""
+    """A unique TypeScript identifier for each definition."""
     known: dict[str, str] = {}
     taken = set(_TAKEN)
     for name in names:
@@ -116,7 +116,7 @@ def _identifiers(names: Iterable[str]) -> dict[str, str]:
 
 
 def _comment(schema: Schema, indent: str) -> str:
-    # A text that ended the comment would be code.
+    # A `*/` in the text would end the comment, and the rest would be code.
     text = " ".join(str(schema.get("description", "")).split()).replace("*/", "*\\/")
     return f"{indent}/** {text} */\n" if text else ""
 
@@ -126,7 +126,7 @@ def _literal(value: object) -> str:
 
 
 def _union(options: Iterable[str]) -> str:
-    """What is written twice, or fits everything, is written once."""
+    """A union type without repeated options. `unknown` replaces all other options."""
     found = dict.fromkeys(f"({option})" if " & " in option else option for option in options)
     return "unknown" if "unknown" in found else " | ".join(found) or "never"
 
@@ -136,7 +136,7 @@ def _group(text: str) -> str:
 
 
 class _Writer:
-    """Types of values. What TypeScript cannot say (lengths, patterns, ranges) the bridge has validated."""
+    """Writes TypeScript types. TypeScript has no lengths, patterns or ranges; the bridge has validated these."""
 
     def __init__(self, known: dict[str, str]) -> None:
         self._known = known
@@ -151,7 +151,7 @@ class _Writer:
         if isinstance(schema, bool):
             return "unknown" if schema else "never"
         if "$ref" in schema:
-            # A reference by hand may lead anywhere.
+            # A handwritten reference may have an unknown target.
             return self._known.get(schema["$ref"].removeprefix(dialects.DEFINITIONS), "unknown")
         if "const" in schema:
             return _literal(schema["const"])
@@ -193,7 +193,7 @@ class _Writer:
     def _object(self, schema: Schema, indent: str) -> str:
         properties: dict[str, Schema] = schema.get("properties", {})
         if not properties:
-            # Not `Record<string, ...>`: a type that refers to itself may do so inside of braces only.
+            # Not `Record<string, ...>`: a type may refer to itself only inside braces.
             return f"{{ [key: string]: {self._others(schema, indent)} }}"
         required = set(schema.get("required", ()))
         inner = indent + _INDENT
@@ -203,11 +203,11 @@ class _Writer:
             optional = "" if name in required else "?"
             lines.append(f"{_comment(member, inner)}{inner}{key}{optional}: {self._type(member, inner)};\n")
         if schema.get("additionalProperties") or "patternProperties" in schema:
-            lines.append(f"{inner}[key: string]: unknown;\n")  # It must fit the declared members, too.
+            lines.append(f"{inner}[key: string]: unknown;\n")  # `unknown`, because it must match declared members too.
         return f"{{\n{''.join(lines)}{indent}}}"
 
     def _others(self, schema: Schema, indent: str) -> str:
-        """The type of members that have no name of their own."""
+        """The type of the members that are not declared by name."""
         kinds = [self._type(part, indent) for part in schema.get("patternProperties", {}).values()]
         extra = schema.get("additionalProperties")
         if extra or not kinds:
@@ -219,18 +219,18 @@ class _Writer:
 
 
 COMPONENTS = "#/components/schemas/"
-"""Where AsyncAPI and OpenAPI have the definitions."""
+"""The place of the definitions in AsyncAPI and OpenAPI documents."""
 
-# The payloads are AsyncAPI's own Schema Objects, a superset of draft-07, which every tool must take.
-# `schemaFormat` could name JSON Schema 2020-12, as the models have it. But AsyncAPI does not list that
-# format, and @asyncapi/parser 3.6 has no reader for it: it passes such a payload on unread.
+# The payloads are AsyncAPI's own Schema Objects, a superset of draft-07, which every tool must support.
+# `schemaFormat` could name JSON Schema 2020-12. But AsyncAPI does not list that format, and @asyncapi/parser 3.6
+# cannot read it: it passes such a payload on unread.
 
 
 def asyncapi(catalogue: Catalogue, *, version: str) -> dict[str, Any]:
-    """An AsyncAPI 3.0 document of the stream, from the page's side: it receives.
+    """An AsyncAPI 3.0 document of the stream. It describes the page's side, which receives events.
 
     Args:
-        version: of the bridge.
+        version: the bridge's version.
     """
     names, definitions = received(catalogue)
     return {
@@ -238,8 +238,8 @@ def asyncapi(catalogue: Catalogue, *, version: str) -> dict[str, Any]:
         "info": {
             "title": "Events for browsers",
             "version": version,
-            "description": "Server-Sent Events of the person whose token the request carries (WHATWG HTML, section "
-            "9.2). Each event's `id:` is a cursor; sent back in Last-Event-ID it resumes the stream.",
+            "description": "Server-Sent Events for the user of the request's token (WHATWG HTML, section 9.2). Each "
+            "event's `id:` is a cursor. A request with that cursor in Last-Event-ID resumes the stream.",
         },
         "defaultContentType": "application/json",
         "channels": {
@@ -278,10 +278,11 @@ def _pointer(token: str) -> str:
 
 
 def envelope(kind: str, name: str) -> Schema:
-    """The schema of a CloudEvent as browsers get it.
+    """The schema of a CloudEvent as pages get it.
 
     Args:
-        name: of its data's definition.
+        kind: the event type.
+        name: the name of the definition of its data.
     """
     text = {"type": "string"}
     return {

@@ -1,11 +1,12 @@
-"""The JSON Schema of an event type, with the facts that JSON Schema cannot say.
+"""The JSON Schema of an event type, with facts that JSON Schema cannot express.
 
-`bridge schemas diff` compares two exports without their classes, so an export must hold all that decides what a model
-accepts and writes. JSON Schema has no word for a strict mode, a time zone, a second alias or a validator's code. Such
-facts are in `$comment`, which every validator ignores. What a page receives is under `$defs`, in `RECEIVED`.
+`bridge schemas diff` compares two exports without their classes. So an export must contain everything that determines
+what a model accepts and writes. JSON Schema cannot express strict mode, a time zone, a second alias or a validator's
+code. Such facts are in `$comment`, which every validator ignores. The schema of the data that a page receives is in
+`$defs`, under the name `RECEIVED`.
 
-Owns pydantic's core schema: no other file reads one for this purpose. A fact that is not known here is written as it
-is, so that a difference in it is seen.
+Owns pydantic's core schema: no other file reads one for this purpose. An unknown fact is written unchanged, so that
+`schemas diff` sees a difference in it.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from pydantic_core import PydanticOmit
 from bridge.catalogue import dialects
 
 RECEIVED = ":received"
-"""Name of the definition that says what a page receives. No class can have it: pydantic puts no colon in a name."""
+"""Name of the definition of the data that a page receives. No class has this name: pydantic uses no colon in names."""
 
 MARK = "bridge:"
-"""Facts follow it in a `$comment`, as JSON."""
+"""Text in a `$comment` before the facts, which are JSON."""
 
 Schema = dict[str, Any]
 
 _STRICT_MATTERS = frozenset(
     {"int", "float", "bool", "date", "datetime", "time", "timedelta", "decimal", "complex", "lax-or-strict"}
 )
-"""Kinds for which strict mode refuses JSON that lax mode accepts. A text, a list or a null is the same in both."""
+"""Kinds for which strict mode refuses JSON that lax mode accepts. For a text, a list or null the modes are equal."""
 
 _WRAPPERS = frozenset(
     {"nullable", "default", "model", "model-field", "model-fields", "typed-dict", "typed-dict-field", "dataclass",
@@ -47,13 +48,13 @@ _WRAPPERS = frozenset(
      "computed-field"}
 )  # fmt: skip
 
-# The meaning of a plain JSON Schema node without facts.
+# Kinds that a JSON Schema node without facts expresses completely.
 _PLAIN = frozenset(
     {"int", "float", "str", "bool", "none", "any", "list", "dict", "literal", "enum", "datetime", "date", "time",
      "timedelta", "uuid", "url", "bytes", "tuple"}
 )  # fmt: skip
 
-# Keys of a core schema that JSON Schema says, that nested nodes say, or that change nothing in JSON.
+# Keys of a core schema that JSON Schema expresses, that nested nodes express, or that have no effect on JSON.
 _SAID_ALWAYS = frozenset({"type", "ref", "metadata", "serialization", "strict", "config", "custom_error_type",
                           "custom_error_message", "custom_error_context"})  # fmt: skip
 _NUMBER = frozenset({"ge", "gt", "le", "lt", "multiple_of", "allow_inf_nan"})
@@ -105,7 +106,7 @@ _SAID: Mapping[str, frozenset[str]] = {
     "function-plain": frozenset({"function", "json_schema_input_schema"}),
 }  # fmt: skip
 
-# Config that JSON Schema says, that is written at each text, or that changes nothing in JSON.
+# Config that JSON Schema expresses, that is written at each text, or that has no effect on JSON.
 _CONFIG_SAID = frozenset(
     {"title", "strict", "str_strip_whitespace", "str_to_lower", "str_to_upper", "str_min_length", "str_max_length",
      "coerce_numbers_to_str", "regex_engine", "extra_fields_behavior", "from_attributes", "loc_by_alias",
@@ -115,15 +116,16 @@ _CONFIG_SAID = frozenset(
 
 _ANNOTATIONS = frozenset({"title", "description", "examples", "deprecated"})
 
-_OPEN_HANDED = ("BaseModel.__get_pydantic_json_schema__", "GenerateSchema._enum_schema.<locals>.get_json_schema")
-"""Functions of pydantic that make a node's JSON Schema and leave out nothing of what is inside the node."""
+_HIDE_NOTHING = ("BaseModel.__get_pydantic_json_schema__", "GenerateSchema._enum_schema.<locals>.get_json_schema")
+"""Functions of pydantic that make a node's JSON Schema without hiding anything inside the node."""
 
 _LONGEST = 300
-"""Characters of a fact. A longer one is written as its digest: it can only be compared as a whole anyway."""
+"""The most characters of a fact. A longer fact is written as its digest: it is only compared as a whole."""
 
 
 def describe(model: type[BaseModel]) -> Schema:
-    """JSON Schema of the data of a model: as a publisher writes it, and in `$defs` as a page receives it."""
+    """The JSON Schema of a model's data as a publisher writes it. In `$defs` it also has the data as a page receives
+    it."""
     published = model.model_json_schema(by_alias=True, mode="validation", schema_generator=_Published)
     received = model.model_json_schema(
         by_alias=True,
@@ -140,7 +142,7 @@ class _WithFacts(dialects.Generator):
         super().__init__(*args, **kwargs)
         self._configs: list[Mapping[str, Any]] = [{}]
         self._omitted: list[Any] = []
-        self._noted: set[str] = set()
+        self._recorded: set[str] = set()
 
     def generate_inner(self, schema: Any) -> Schema:
         if "config" in schema:
@@ -149,9 +151,9 @@ class _WithFacts(dialects.Generator):
         try:
             result = super().generate_inner(schema)
             facts = self._facts(schema, self._configs[-1])
-        except PydanticOmit as error:  # SkipJsonSchema: accepted nevertheless. The node around it holds the fact.
-            if not getattr(error, "noted", False):
-                error.noted = True  # type: ignore[attr-defined]
+        except PydanticOmit as error:  # SkipJsonSchema: the model still accepts it. The enclosing node gets the fact.
+            if not getattr(error, "is_recorded", False):
+                error.is_recorded = True  # type: ignore[attr-defined]
                 self._omitted.append(_short(_canonical(schema)))
             raise
         finally:
@@ -161,13 +163,13 @@ class _WithFacts(dialects.Generator):
             del self._omitted[omitted:]
             facts["hidden"] = hidden
         reference = schema.get("ref")
-        if not facts or reference in self._noted:
+        if not facts or reference in self._recorded:
             return result
         if reference is not None:
-            self._noted.add(reference)
-        # A definition is used in several places, so its facts are in the definition and not beside one `$ref`.
+            self._recorded.add(reference)
+        # Several places use a definition, so its facts are in the definition, not beside one `$ref`.
         home = self.get_schema_from_definitions(result["$ref"]) if reference and "$ref" in result else None
-        _note(result if home is None else home, facts)
+        _add_facts(result if home is None else home, facts)
         return result
 
     def _facts(self, core: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +177,7 @@ class _WithFacts(dialects.Generator):
 
 
 class _Published(_WithFacts):
-    """What a publisher may send."""
+    """The data that a publisher may send."""
 
     def _facts(self, core: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         kind: str = core["type"]
@@ -240,10 +242,10 @@ class _Published(_WithFacts):
         return _code("tag", tag) if callable(tag) else {"tag": _canonical(tag)}
 
     def _facts_of_model(self, core: Any, config: Mapping[str, Any], strict: bool) -> dict[str, Any]:
-        # Methods that run on validation, and may refuse. Pydantic's own are no facts.
+        # These methods run during validation and may refuse the data. Pydantic's own methods are not facts.
         found: dict[str, Any] = {}
         cls = core["cls"]
-        post_init = core.get("post_init")  # A name for a model, true for a dataclass.
+        post_init = core.get("post_init")  # The method's name for a model, True for a dataclass.
         names = ["__post_init__" if post_init is True else post_init, "__init__" if core.get("custom_init") else None]
         for name in names:
             function = getattr(cls, name, None) if name else None
@@ -284,7 +286,7 @@ class _Published(_WithFacts):
 
 
 class _Received(_WithFacts, dialects.Received):
-    """What a page receives."""
+    """The data that a page receives."""
 
     def _facts(self, core: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         facts: dict[str, Any] = {}
@@ -304,7 +306,7 @@ class _Received(_WithFacts, dialects.Received):
 
 
 def _hides_itself(metadata: Mapping[str, Any]) -> bool:
-    """Whether the JSON Schema of a node is written by hand, so that it may say something else than the node does."""
+    """Whether the JSON Schema of a node is handwritten, and so may differ from what the node accepts."""
     for extra in (metadata.get("pydantic_js_updates"), metadata.get("pydantic_js_extra")):
         if callable(extra) or (extra and not set(extra) <= _ANNOTATIONS):
             return True
@@ -312,7 +314,7 @@ def _hides_itself(metadata: Mapping[str, Any]) -> bool:
         *metadata.get("pydantic_js_functions", ()),
         *metadata.get("pydantic_js_annotation_functions", ()),
     ]
-    return any(not _is_pydantics(function) or _name(function) not in _OPEN_HANDED for function in functions)
+    return any(not _is_pydantics(function) or _name(function) not in _HIDE_NOTHING for function in functions)
 
 
 def _short(fact: Any) -> Any:
@@ -320,7 +322,7 @@ def _short(fact: Any) -> Any:
     return fact if len(text) <= _LONGEST else hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _note(schema: Schema, facts: Mapping[str, Any]) -> None:
+def _add_facts(schema: Schema, facts: Mapping[str, Any]) -> None:
     comment = str(schema.get("$comment", ""))
     text, mark, known = comment.partition(MARK)
     merged = _merged(json.loads(known) if mark else {}, facts)
@@ -328,7 +330,7 @@ def _note(schema: Schema, facts: Mapping[str, Any]) -> None:
 
 
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of two nodes that are one node in JSON Schema, the inner one first."""
+    """Merges the facts of two core nodes that are one node in JSON Schema, the inner node first."""
     found = dict(one)
     for name, value in other.items():
         if name not in found:
@@ -378,9 +380,9 @@ def _arguments(function: Any) -> str:
 
 
 def _digest(function: Any) -> str:
-    """Of what a function does: its text without comments and layout, and the same of what it uses of its own package.
+    """Digest of a function's code, without comments and layout, and of the code that it uses from its own package.
 
-    Code of other packages, and what a function reads when it runs, is not seen.
+    It does not cover code of other packages, nor data that the function reads when it runs.
     """
     parts: list[Any] = []
     _collect(function, parts, set(), package=None)
@@ -428,12 +430,12 @@ def _source(thing: Any) -> str:
         return f"{code.co_code.hex()} {_canonical(code.co_consts)} {code.co_names}" if code else _name(thing)
     try:
         return ast.unparse(ast.parse(text))
-    except SyntaxError:  # A lambda: its line is all that is known, and may be a part of a statement.
+    except SyntaxError:  # A lambda: only its line is known, which may be a part of a statement.
         return " ".join(text.split())
 
 
 def _canonical(value: Any, depth: int = 0) -> Any:
-    """The value as JSON: the same in every process, whatever the order of sets and the addresses of objects."""
+    """The value as JSON, equal in every process: it does not depend on the order of sets or on object addresses."""
     if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):
         return value
     if depth > 20:

@@ -1,7 +1,7 @@
-"""The event catalogue: finds the models of a package and says everything that is wrong with them at once.
+"""Finds the event models of a package, and reports all of their faults at once.
 
-Importing a team's package is the only thing done here that is not pure. Nothing is registered by hand: a type exists
-because a class exists.
+The import of a team's package is the only impure step. No type is registered by hand: each model class with a type is
+found.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from bridge.roundtrip import check_model
 from bridge.routing import InvalidType
 
 EVENTSOURCE_NAMES = ("open", "error")
-"""An EventSource fires events of these names itself; one of ours would call a page's `onerror` (9.2.2, 9.2.3)."""
+"""An EventSource itself fires events of these names (WHATWG HTML, sections 9.2.2 and 9.2.3). An event of the type
+`error` would call a page's `onerror`."""
 
 
 class InvalidCatalogue(Exception):
-    """The catalogue cannot be used. `faults` names everything found, each with its class and how to fix it."""
+    """The catalogue cannot be used. `faults` has one line for each fault, with the class and how to fix it."""
 
     def __init__(self, package: str, faults: list[str]) -> None:
         self.package = package
@@ -36,13 +37,13 @@ class InvalidCatalogue(Exception):
 
 
 class Catalogue(Mapping[str, type[EventData]]):
-    """Event type to model, in the order of the types.
+    """A mapping from event type to model, sorted by type.
 
     Args:
         models: event type to model.
         places: the folders of the package, or the file of a single module.
-        notes: classes and folders that look like a part of the catalogue and are not, each with the
-            reason and how to add it.
+        notes: classes and folders that seem to belong to the catalogue but do not, each with the reason and how to add
+            it.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class Catalogue(Mapping[str, type[EventData]]):
         return len(self._models)
 
     def parse(self, event_type: str, data: str) -> EventData:
-        """The data of an event, from JSON.
+        """Reads the data of an event from JSON.
 
         Raises:
-            ValueError: no such type, or what is wrong with which member.
+            ValueError: the catalogue has no such type, or the data is invalid. The message names the members.
         """
         if event_type not in self:
             raise ValueError(f"the catalogue has no type {event_type[:128]!r}; it has {', '.join(self)}")
@@ -82,26 +83,27 @@ class Catalogue(Mapping[str, type[EventData]]):
         """JSON Schema (draft 2020-12) of the data of one type, as a publisher must write it; see `facts.py`.
 
         Raises:
-            KeyError: no such type.
+            KeyError: the catalogue has no such type.
         """
         return dialects.standard(facts.describe(self[event_type]))
 
 
 def load_catalogue(package: str) -> Catalogue:
-    """Imports the package with all its modules and collects the models in it.
+    """Imports the package with all its modules, and collects its models.
 
-    A class counts if a module of the package defines it, or lists it in `__all__`. Another imported class
-    does not count: it may be there as a base class or for an annotation.
+    A class counts if a module of the package defines it or lists it in `__all__`. Other imported classes do not count:
+    a module may import them as base classes or for annotations.
 
     Raises:
-        InvalidCatalogue: a module does not import, two models name one type, a model names none or a reserved one, a
-            model lets undeclared members through or does not read what it writes, or there is no model at all. All
-            faults are named, not the first.
+        InvalidCatalogue: names all faults, not only the first:
+            - a module cannot be imported, or the package has no model;
+            - two models name one type, or a model names no type or a reserved one;
+            - a model passes undeclared members on, or cannot read back its own JSON.
     """
     faults: list[str] = []
     if not all(part.isidentifier() for part in package.split(".")):
         fault = (
-            f"{package!r} (BRIDGE_SCHEMAS) is not a name that Python can import: write it as after `import`, "
+            f"{package!r} (BRIDGE_SCHEMAS) is not a name that Python can import: write a module name such as "
             "acme.events, without slashes, hyphens or .py"
         )
         raise InvalidCatalogue(package, [fault])
@@ -112,25 +114,27 @@ def load_catalogue(package: str) -> Catalogue:
         where = f"{found.__module__}.{found.__qualname__}"
         if not found.declares_type():
             if not any(found in other.__mro__ for other in classes if other is not found):
-                faults.append(f'{where} names no type: write `class {found.__name__}(EventData, type="...")`')
+                faults.append(f'{where} has no type: write `class {found.__name__}(EventData, type="...")`')
             continue
         event_type = found.event_type
         if event_type in EVENTSOURCE_NAMES:
             faults.append(
-                f"{where}: type {event_type!r} is reserved, an EventSource fires its own {event_type!r} events"
+                f"{where}: type {event_type!r} is reserved, an EventSource fires its own {event_type!r} events: "
+                "choose another type"
             )
         if event_type in models:
             other = models[event_type]
-            faults.append(f"{where} and {other.__module__}.{other.__qualname__} both name the type {event_type!r}")
+            both = f"{where} and {other.__module__}.{other.__qualname__} both have the type {event_type!r}"
+            faults.append(f"{both}: change one of them")
         try:
             found.model_rebuild()
         except Exception as error:  # noqa: BLE001 - an annotation may name anything.
-            faults.append(f"{where} has an annotation that means nothing: {error}")
+            faults.append(f"{where} has an annotation that cannot be resolved: {error}")
             continue
         if _allows_extra(found.__pydantic_core_schema__):
             faults.append(
-                f"{where} has extra='allow', which would show browsers undeclared members; declare them, "
-                "or one dict field for them"
+                f"{where} has extra='allow', which would send undeclared members to pages: declare them, "
+                "or declare one dict field for them"
             )
         else:
             faults += [f"{where}: {fault}" for fault in check_model(found)]
@@ -155,7 +159,7 @@ def load_catalogue(package: str) -> Catalogue:
 def _find_classes(
     modules: list[ModuleType],
 ) -> tuple[dict[type[EventData], None], dict[type[EventData], tuple[str, str]]]:
-    """The classes that count, and those that are only imported, with the first module and name of each."""
+    """The classes that count, and the classes that are only imported, each with its first module and name."""
     ours = {module.__name__ for module in modules}
     classes: dict[type[EventData], None] = {}
     imported: dict[type[EventData], tuple[str, str]] = {}
@@ -179,7 +183,7 @@ def _places_of(modules: list[ModuleType]) -> list[str]:
 
 
 def _unused_folders(package: str, places: list[str]) -> list[str]:
-    """Folders with Python files that Python does not use, because an `__init__.py` is missing."""
+    """Notes about folders with Python files that Python does not use, because `__init__.py` is missing."""
     notes = []
     parent, _, name = package.rpartition(".")
     roots = getattr(sys.modules.get(parent), "__path__", ()) if parent else sys.path
@@ -187,7 +191,7 @@ def _unused_folders(package: str, places: list[str]) -> list[str]:
     for root in roots:
         folder = Path(root or ".").resolve() / name
         if str(folder) in used:
-            break  # Python stops here too: an installed package that a folder of the user's replaces is usual.
+            break  # Python stops here too: later folders are not used, for example an installed package.
         if _lacks_init(folder):
             notes.append(
                 f"the folder {folder} is not used: it has no __init__.py, so {package!r} of "
@@ -216,18 +220,18 @@ def _import_all(package: str, faults: list[str]) -> list[ModuleType]:
         name = pending.pop(0)
         try:
             module = importlib.import_module(name)
-        except InvalidType as error:  # Raised where the class is made, so its module is all that is known.
+        except InvalidType as error:  # Raised while the class is defined, so only its module is known.
             faults.append(f"{name}: {error}")
             continue
         except ModuleNotFoundError as error:
-            # A parent of `package` that is missing means the same; any other name is an import inside of it.
+            # The package or one of its parents is missing. Any other name is a failed import inside the package.
             if name == package and error.name and f"{package}.".startswith(f"{error.name}."):
                 faults.append(_missing(package, error.name))
             else:
-                faults.append(f"{name} does not import: {error}")
+                faults.append(f"{name} cannot be imported: {error}")
             continue
-        except Exception as error:  # noqa: BLE001 - any module of a team's may fail in any way; each is named.
-            faults.append(f"{name} does not import: {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - a team's module may raise any error; each is reported.
+            faults.append(f"{name} cannot be imported: {type(error).__name__}: {error}")
             continue
         modules.append(module)
         pending += [f"{name}.{found.name}" for found in pkgutil.iter_modules(getattr(module, "__path__", ()))]
@@ -235,9 +239,10 @@ def _import_all(package: str, faults: list[str]) -> list[ModuleType]:
 
 
 def _missing(package: str, missing: str) -> str:
-    """
+    """The fault for a package that Python does not find.
+
     Args:
-        missing: the package itself, or the parent of it that Python did not find.
+        missing: the package itself, or its parent that Python did not find.
     """
     parent = sys.modules.get(missing.rpartition(".")[0])
     if parent is not None:
@@ -246,8 +251,8 @@ def _missing(package: str, missing: str) -> str:
         where = f"looked in {', '.join(place or '.' for place in sys.path)}"
     return (
         f"there is no package {package!r} (BRIDGE_SCHEMAS; {missing!r} not found, {where}): start the bridge "
-        "in the folder that holds it, put that folder on PYTHONPATH, or install the package; name another "
-        "one in BRIDGE_SCHEMAS, or try the sample types with BRIDGE_SCHEMAS=bridge.samples"
+        "in the folder that contains it, add that folder to PYTHONPATH, or install the package; or set "
+        "BRIDGE_SCHEMAS to another package, or to the samples with BRIDGE_SCHEMAS=bridge.samples"
     )
 
 

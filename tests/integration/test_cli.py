@@ -176,8 +176,8 @@ async def test_serve_names_every_fault_of_the_catalogue_and_exits_2(tmp_path: Pa
     done = await run("serve", cwd=tmp_path, SCHEMAS="bad_events", JWT_SECRET=SECRET)
     assert done.code == 2
     assert "has 2 fault(s)" in done.err
-    assert "both name the type 'x'" in done.err
-    assert "C names no type" in done.err
+    assert "both have the type 'x'" in done.err
+    assert "C has no type" in done.err
 
 
 @pytest.mark.contract("3.5")

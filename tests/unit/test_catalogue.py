@@ -80,15 +80,15 @@ def test_all_faults_are_named_at_once(package: tuple[str, Path]) -> None:
     found = "\n".join(faults(name))
     for words in [
         "a.Two and",
-        "both name the type 'same'",
-        "a.Nameless names no type",
+        "both have the type 'same'",
+        "a.Nameless has no type",
         "'error' is reserved",
         "a.Open has extra='allow'",
         "a.Nested has extra='allow'",
         "'bridge.mine' is reserved",
         "'Upper.Case' is not lower-case",
-        "d does not import: No module named 'no_such_module'",
-        "e does not import: ZeroDivisionError",
+        "d cannot be imported: No module named 'no_such_module'",
+        "e cannot be imported: ZeroDivisionError",
     ]:
         assert words in found, words
     assert len(faults(name)) == 9
@@ -107,13 +107,13 @@ def test_a_missing_submodule_is_not_a_missing_package(package: tuple[str, Path])
     assert f"in {folder})" in fault
     write(folder, "a.py", f"import {name}.nope")
     (fault,) = faults(name)
-    assert fault == f"{name}.a does not import: No module named '{name}.nope'"
+    assert fault == f"{name}.a cannot be imported: No module named '{name}.nope'"
 
 
 def test_an_import_of_another_missing_package_is_named(package: tuple[str, Path]) -> None:
     name, folder = package
     write(folder, "__init__.py", "import no_such_events.jobs")
-    assert faults(name) == [f"{name} does not import: No module named 'no_such_events'"]
+    assert faults(name) == [f"{name} cannot be imported: No module named 'no_such_events'"]
 
 
 @pytest.mark.parametrize("name", ["./events", "events/", "acme-events", "events.py/x", ".events", "acme..events"])
