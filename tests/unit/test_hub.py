@@ -6,12 +6,14 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from bridge.routing import TypeFilter
 from bridge.service.broker.quarantine import Quarantine
 from bridge.service.http.auth import Subscriber
 from bridge.service.metrics import Metrics
 from bridge.service.streams.cursor import Anchor
+from bridge.service.streams.deadlines import POSITION_SECONDS, Deadlines
 from bridge.service.streams.hub import Connection, Hub, Refused, StreamRequest
 from bridge.service.streams.reader import EventReader
 from bridge.service.streams.session import Session, State
@@ -61,15 +63,8 @@ def anchor(number: int) -> Anchor:
     return Anchor(100 * number, f"anchor{number}"[-6:])
 
 
-def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
-    """The catalogue has no types: each event is of one that only another replica knows."""
-    log: Any = Log()
-    broker: Any = Broker()
-    metrics = Metrics()
-    reader = EventReader({}, max_event_bytes=65_536, metrics=metrics, quarantine=quarantine)
-    limits: Any = Limits()
-    hub = Hub(reader=reader, limits=limits, metrics=metrics, make_broker=lambda _: broker, log=log)
-    session = Session(
+def new_session() -> Session:
+    return Session(
         identity="",
         user="42",
         types=TypeFilter(),
@@ -81,6 +76,17 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
         max_events=1000,
         max_bytes=1_000_000,
     )
+
+
+def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
+    """The catalogue has no types: each event is of one that only another replica knows."""
+    log: Any = Log()
+    broker: Any = Broker()
+    metrics = Metrics()
+    reader = EventReader({}, max_event_bytes=65_536, metrics=metrics, quarantine=quarantine)
+    limits: Any = Limits()
+    hub = Hub(reader=reader, limits=limits, metrics=metrics, make_broker=lambda _: broker, log=log)
+    session = new_session()
     session.bound(0, Anchor(1, "AAAAAA"))
     session.tail_ended()
     assert session.state is State.LIVE
@@ -297,3 +303,86 @@ def test_a_fault_in_a_callback_is_kept_for_the_streams_writer_and_harms_nobody_e
     connection.session = connection._hub = NOTHING  # Whatever is asked of them raises.
     callback(connection)
     assert isinstance(connection.fault, AttributeError)
+
+
+# What is due at which moment.
+
+
+def due(**changes: Any) -> Connection:
+    hub, _, connection = make()
+    limits: dict[str, float] = {"heartbeat_seconds": 15.0, "ends_at": 3_000.0, "expires_at": 2_000.0, **changes}
+    connection.deadlines = Deadlines(0.0, **limits)
+    broker: Any = hub.broker
+    broker.down_since = None
+    connection.session.take()
+    return connection
+
+
+def test_a_stream_ends_with_its_token() -> None:
+    connection = due()
+    connection.advance(1_999.0)
+    assert connection.session.end_reason is None
+    connection.advance(2_000.0)
+    assert connection.session.end_reason == "expired"
+    connection.advance(3_000.0)
+    assert connection.session.end_reason == "expired", "the first reason stays"
+
+
+def test_a_stream_ends_with_its_age() -> None:
+    connection = due(expires_at=9_000.0)
+    connection.advance(3_000.0)
+    assert connection.session.end_reason == "rotate"
+
+
+def test_a_quiet_stream_gets_a_heartbeat_and_later_its_position() -> None:
+    connection = due()
+    connection.advance(14.9)
+    assert connection.session.take() == b""
+    connection.advance(15.0)
+    assert connection.session.take().startswith(b":")
+    connection.advance(POSITION_SECONDS)
+    assert b"id: " in connection.session.take()
+
+
+@pytest.mark.parametrize(
+    ("now", "down_since", "ends"), [(19.9, None, False), (20.0, None, True), (3.0, 0.0, True), (2.9, 0.0, False)]
+)
+def test_a_stream_that_is_not_bound_in_time_is_told_busy(now: float, down_since: float | None, ends: bool) -> None:
+    connection = due()
+    broker: Any = connection._hub.broker
+    broker.down_since = down_since
+    connection.session = new_session()
+    assert connection.deadline(0.0) == 3.0
+    connection.advance(now)
+    assert (connection.session.end_reason == "busy") is ends
+
+
+def test_a_group_is_forgotten_with_its_last_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    to = Openings(monkeypatch)
+    request = StreamRequest(
+        Subscriber("42", ("a", "b"), 1e12), "", TypeFilter(), named=True, last_event_id=None, keys=()
+    )
+    one, other = to.hub.attach(request, lambda: None), to.hub.attach(request, lambda: None)
+    to.hub.detach(one)
+    assert set(to.hub._by_group) == {"a", "b"}
+    to.hub.detach(other)
+    assert (to.hub._by_group, to.hub._by_user, len(to.hub)) == ({}, Counter(), 0)
+
+
+def test_a_copy_for_somebody_else_is_dropped() -> None:
+    _, _, connection = make()
+    connection.session.take()
+    with capture_logs() as lines:
+        connection.on_delivery("user.43.test.done", BODY)
+        connection.on_delivery("user.43.test.done", BODY)
+    assert connection.session.take() == b""
+    assert [line["event"] for line in lines] == ["copy dropped"], "one line for all of them"
+
+
+def test_a_stream_without_a_queue_is_sent_away_unless_it_has_begun() -> None:
+    connection = due()
+    connection.on_refused()
+    assert connection.session.end_reason is None
+    connection.session = new_session()
+    connection.on_refused()
+    assert connection.session.end_reason == "busy"

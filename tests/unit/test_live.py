@@ -1,4 +1,11 @@
-"""How many workers a connection has room for, and what `bridge check` says of it."""
+"""How many workers a connection has room for, and which groups the shared queue is bound to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -7,9 +14,12 @@ from bridge.service.broker.live import (
     CHANNEL_WORKERS,
     CHANNELS_BESIDE_WORKERS,
     CHANNELS_OF_A_WORKER,
+    _Shared,
     count_channel_workers,
     describe_channels,
 )
+from tests.patience import PATIENCE
+from tests.unit.loopback import until
 
 LEAST = CHANNELS_BESIDE_WORKERS + CHANNELS_OF_A_WORKER
 ALL = CHANNELS_BESIDE_WORKERS + CHANNELS_OF_A_WORKER * CHANNEL_WORKERS
@@ -39,3 +49,87 @@ def test_too_few_are_told_with_the_setting(channels: int) -> None:
 def test_what_check_says() -> None:
     assert describe_channels(2047) == f"RabbitMQ allows 2047 channels in a connection, and the bridge uses {ALL}"
     assert describe_channels(LEAST).endswith(f"uses {LEAST}: streams are opened more slowly than with {ALL}")
+
+
+# Which groups the shared queue is bound to. RabbitMQ's side is a list of what it was asked for.
+
+
+class Asked:
+    def __init__(self) -> None:
+        self.commands: list[tuple[str, str]] = []
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def queue_bind(self, queue: str, exchange: str, key: str) -> None:
+        self.commands.append(("bind", key))
+        await self.answers.wait()
+
+    async def queue_unbind(self, queue: str, exchange: str, key: str) -> None:
+        self.commands.append(("unbind", key))
+        await self.answers.wait()
+
+
+class Groups:
+    """The shared queue of a process, and who waits for which group."""
+
+    def __init__(self) -> None:
+        self.checked: list[str | None] = []
+        self.broker: Any = SimpleNamespace(groups=Counter(), exchange="events")
+        epoch: Any = SimpleNamespace(broker=self.broker, check_waiting=self.checked.append)
+        self.shared = _Shared(epoch)
+        self.asked = Asked()
+
+    def come(self, *groups: str) -> None:
+        self.broker.groups.update(groups)
+        self.shared.note_groups(groups)
+
+    def go(self, *groups: str) -> None:
+        for group in groups:
+            del self.broker.groups[group]
+        self.shared.note_groups(groups)
+
+    async def reconcile(self) -> list[tuple[str, str]]:
+        setup: Any = self.asked
+        async with asyncio.timeout(PATIENCE):
+            await self.shared._reconcile(setup, "bridge.shared.1")
+        commands, self.asked.commands = self.asked.commands, []
+        return commands
+
+
+async def test_a_group_is_bound_with_its_first_connection_and_unbound_with_its_last() -> None:
+    to = Groups()
+    to.come("a", "b")
+    assert to.shared._changed.is_set()
+    assert to.shared.lacking(["a", "b"]) == "a"
+    assert await to.reconcile() == [("bind", "group.a.#"), ("bind", "group.b.#")]
+    assert (to.checked, to.shared.lacking(["a", "b"])) == (["a", "b"], None)
+    to.shared._changed.clear()
+    to.come("a")
+    assert not to.shared._changed.is_set(), "it is bound already"
+    to.go("b")
+    assert await to.reconcile() == [("unbind", "group.b.#")]
+
+
+async def test_a_group_that_was_unbound_is_bound_again_for_the_next_connection() -> None:
+    to = Groups()
+    for _ in range(2):
+        to.come("a")
+        assert to.shared.lacking(["a"]) == "a", "it waits for a new binding"
+        assert await to.reconcile() == [("bind", "group.a.#")]
+        to.go("a")
+        assert await to.reconcile() == [("unbind", "group.a.#")]
+
+
+async def test_a_connection_that_comes_while_its_group_is_unbound_waits_for_a_new_binding() -> None:
+    to = Groups()
+    to.come("a")
+    await to.reconcile()
+    to.go("a")
+    to.asked.answers.clear()
+    running = asyncio.create_task(to.reconcile())
+    await until(lambda: bool(to.asked.commands))
+    to.come("a")
+    assert to.shared.lacking(["a"]) == "a"
+    to.asked.answers.set()
+    assert await running == [("unbind", "group.a.#"), ("bind", "group.a.#")]
+    assert to.checked == ["a", "a"]

@@ -8,7 +8,7 @@ import pytest
 
 from bridge.event import EventData, Malformed, UnknownType, read_event
 from bridge.service.metrics import Metrics
-from bridge.service.streams.reader import REFUSALS, EventReader
+from bridge.service.streams.reader import CACHE_BYTES, CACHE_EVENTS, REFUSALS, EventReader
 from bridge.service.streams.streamevent import StreamEvent
 
 KEY = "user.42.test.done"
@@ -105,3 +105,19 @@ def test_a_body_that_is_not_json_is_refused_with_its_reason() -> None:
     reader, refused, _ = make()
     assert isinstance(reader.read(KEY, b"{", via=1), Malformed)
     assert refused == [b"{"]
+
+
+def test_the_cache_gives_its_bytes_back(reads: list[bytes]) -> None:
+    reader, _, _ = make()
+    half = CACHE_BYTES // 2 + 1
+    pads = [b" " * half, b" " * (half + 1)]
+    for pad in pads * 2:
+        reader.read(KEY, body("test.done") + pad, via=1)
+    assert len(reads) == 4, "there is room for one of the two"
+    assert reader._cache_bytes == sum(len(kept) for _, kept in reader._cache)
+    reads.clear()
+    # After the large ones there is room for many small ones again.
+    for _ in range(2):
+        for number in range(CACHE_EVENTS):
+            reader.read(KEY, body("test.done", number), via=1)
+    assert len(reads) == CACHE_EVENTS

@@ -121,6 +121,19 @@ def test_pure_files_have_no_clock_no_chance_and_no_io(name: str) -> None:
     assert not {found.partition(".")[0] for found in imports(name)} & IMPURE
 
 
+TESTED_ELSEWHERE = {
+    "__main__": "one line; test_cli.py runs it as a process",
+    "catalogue.load": "its file is test_catalogue.py",
+}
+"""Modules without a unit file of their own name, each with the reason."""
+
+
+def test_every_module_has_a_unit_file() -> None:
+    found = {path.stem.removeprefix("test_") for path in (ROOT / "tests/unit").glob("test_*.py")}
+    missing = {name for name in FILES if name.rpartition(".")[2] not in found}
+    assert missing == set(TESTED_ELSEWHERE)
+
+
 @pytest.mark.parametrize(
     ("library", "owners"),
     [

@@ -1,4 +1,4 @@
-"""Why a stream ended, as it is logged and counted."""
+"""What streams write and when they end, and why a stream ended, as it is logged and counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from bridge.service.metrics import Metrics
+from bridge.service.streams.session import Session
 from bridge.service.streams.writer import Streams, WriteBatch, _Stream
+from tests.unit.loopback import BODY, KEY, site, until
 
 STALL_SECONDS = 30.0
 TIMED_OUT = OSError(errno.ETIMEDOUT, "the kernel's TCP_USER_TIMEOUT")
@@ -68,3 +70,126 @@ def test_a_stream_with_a_fault_is_aborted_without_a_further_byte() -> None:
     stream.serve(0.0)
     assert transport.calls == ["abort"]
     assert stream._why(connection, None) == "error"
+
+
+# Real sockets, in this process.
+
+
+async def test_events_that_come_in_one_packet_leave_in_one_write() -> None:
+    async with site() as here, here.stream() as stream:
+        await stream.ready()
+        (connection,) = here.hub._connections
+        written = connection.wake.__self__._transport  # type: ignore[attr-defined]
+        writes: list[bytes] = []
+
+        def write(data: bytes) -> None:
+            writes.append(data)
+            written.write(data)
+
+        stream_of = connection.wake.__self__  # type: ignore[attr-defined]
+        stream_of._transport = SimpleNamespace(write=write, is_closing=written.is_closing)
+        with here.write_batch:
+            for number in range(10):
+                here.queues.made[0].on_delivery(KEY, BODY.replace(b'"e1"', b'"e%d"' % number))
+            assert writes == []
+        assert len(writes) == 1
+        stream_of._transport = written
+        assert await stream.ids(10) == [f"e{number}" for number in range(10)]
+
+
+async def test_a_stream_that_has_expired_says_so_and_ends() -> None:
+    async with site() as here, here.stream() as stream:
+        await stream.ready()
+        (connection,) = here.hub._connections
+        connection.deadlines._expires_at = 0.0
+        connection.wake.__self__._timer.cancel()  # type: ignore[attr-defined]
+        connection.wake.__self__._on_time()  # type: ignore[attr-defined]
+        (bye,) = await stream.rest()
+        assert (bye.event, bye.json["reason"]) == ("bridge.bye", "expired")
+        await until(lambda: len(here.hub) == 0)
+        assert here.metrics.streams_ended.labels("expired")._value.get() == 1
+
+
+async def test_a_quiet_stream_gets_heartbeats() -> None:
+    async with site(heartbeat_seconds=0.02) as here, here.stream() as stream:
+        await stream.ready()
+        await stream.comments(2)
+
+
+async def test_one_streams_fault_is_that_streams_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Session.take
+
+    def fail(session: Session) -> bytes:
+        if session.user == "42" and session.is_ready:
+            raise ValueError("made by the test")
+        return take(session)
+
+    async with site() as here, here.stream() as failing, here.stream("43") as stream:
+        await failing.ready()
+        await stream.ready()
+        monkeypatch.setattr(Session, "take", fail)
+        here.queues.made[0].on_delivery(KEY, BODY)
+        with pytest.raises((ConnectionError, EOFError)):
+            await failing.next()
+        await until(lambda: len(here.hub) == 1)
+        assert here.metrics.streams_ended.labels("error")._value.get() == 1
+        here.queues.made[1].on_delivery(KEY.replace("42", "43"), BODY)
+        assert (await stream.next_event())["id"] == "e1"
+
+
+async def test_nothing_is_written_to_a_peer_that_does_not_read() -> None:
+    async with site() as here, here.stream() as stream:
+        await stream.ready()
+        (connection,) = here.hub._connections
+        written = connection.wake.__self__  # type: ignore[attr-defined]
+        written.pause_writing()
+        here.queues.made[0].on_delivery(KEY, BODY)
+        written.serve(time.monotonic())
+        assert connection.session.has_output
+        written._timer.cancel()
+        written._on_time()  # All that it can do is end.
+        written.resume_writing()
+        assert (await stream.next_event())["id"] == "e1"
+
+
+async def test_a_stream_over_the_limit_is_told_busy_and_opens_nothing() -> None:
+    async with site(max_connections_per_user=1) as here, here.stream() as stream:
+        await stream.ready()
+        async with here.stream() as second:
+            (bye,) = await second.rest()
+            assert bye.json["reason"] == "busy"
+        assert len(here.queues.made) == 1
+
+
+async def test_a_drain_says_goodbye_to_each_stream() -> None:
+    async with site(drain_seconds=0.01) as here, here.stream() as one, here.stream("43") as other:
+        await one.ready()
+        await other.ready()
+        await here.hub.drain()
+        for stream in (one, other):
+            assert [frame.json["reason"] for frame in await stream.rest()] == ["drain"]
+        async with here.stream() as late:
+            assert [frame.json["reason"] for frame in await late.rest()] == ["drain"]
+
+
+async def test_what_a_client_says_to_a_stream_is_ignored_and_its_end_is_its_end() -> None:
+    async with site() as here:
+        async with here.stream() as stream:
+            await stream.ready()
+            assert stream._writer is not None
+            stream._writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            here.queues.made[0].on_delivery(KEY, BODY)
+            assert (await stream.next_event())["id"] == "e1"
+        await until(lambda: len(here.hub) == 0)
+        assert here.metrics.streams_ended.labels("client")._value.get() == 1
+
+
+async def test_a_traced_stream_reports_what_it_has_written() -> None:
+    spans: list[Any] = []
+    tracing: Any = SimpleNamespace(delivered=lambda events, number: spans.append((events, number)))
+    async with site(tracing_with=tracing) as here, here.stream() as stream:
+        await stream.ready()
+        here.queues.made[0].on_delivery(KEY, BODY)
+        await stream.next_event()
+    told = [(event.id, number) for events, number in spans for event, _ in events]
+    assert told == [("e1", 1)]

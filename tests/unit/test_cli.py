@@ -1,0 +1,304 @@
+"""The command line, called in this process: what is printed, and the exit code. RabbitMQ is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from click.testing import CliRunner, Result
+from structlog.testing import capture_logs
+
+from bridge import cli
+from bridge.testing import FakePublisher
+from deploy.local.node import free_ports
+from tests.service import SECRET, mint
+from tests.unit.loopback import BODY, CATALOGUE, KEY, site, until
+
+DONE = '{"job_id": "r-7", "duration_seconds": 3.2}'
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith("BRIDGE_"):
+            monkeypatch.delenv(name)
+    (port,) = free_ports(1)
+    monkeypatch.setenv("BRIDGE_AMQP_URL", f"amqp://127.0.0.1:{port}/")
+    monkeypatch.setenv("BRIDGE_SCHEMAS", "bridge.samples")
+    monkeypatch.setenv("BRIDGE_JWT_SECRET", SECRET)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+
+
+def bridge(*arguments: str, text: str | None = None) -> Result:
+    return CliRunner().invoke(cli.main, arguments, input=text)
+
+
+def test_a_token_is_one_that_the_service_accepts() -> None:
+    done = bridge("token", "--user", "42", "--group", "ops", "--group", "dev", "--ttl", "60")
+    assert done.exit_code == 0
+    claims = jwt.decode(done.stdout.strip(), SECRET, ["HS256"])
+    assert (claims["sub"], claims["groups"]) == ("42", ["ops", "dev"])
+
+
+def test_no_token_without_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BRIDGE_JWT_SECRET")
+    monkeypatch.setenv("BRIDGE_JWKS", "/keys.json")
+    done = bridge("token", "--user", "42")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "BRIDGE_JWT_SECRET is not set" in done.stderr
+
+
+def test_all_faults_of_the_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRIDGE_BIND", "8080")
+    monkeypatch.setenv("BRIDGE_DRAIN_SECONDS", "soon")
+    done = bridge("serve")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("bridge: 2 setting(s) to fix:")
+
+
+def test_a_catalogue_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRIDGE_SCHEMAS", "no.such.package")
+    done = bridge("schemas", "export")
+    assert done.exit_code == 2
+    assert "'no.such.package' has 1 fault(s)" in done.stderr
+
+
+def test_a_catalogue_in_the_working_directory_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "catalogue_of_this_test.py").write_text(
+        'from bridge import EventData\nclass Done(EventData, type="test.done"):\n    """Done."""\n'
+    )
+    monkeypatch.setenv("BRIDGE_SCHEMAS", "catalogue_of_this_test")
+    assert list(json.loads(bridge("schemas", "export").stdout)) == ["test.done"]
+
+
+@pytest.mark.parametrize("form", ["jsonschema", "asyncapi", "openapi"])
+def test_exports_are_json(form: str) -> None:
+    done = bridge("schemas", "export", "--format", form)
+    assert done.exit_code == 0
+    assert "job.completed" in json.dumps(json.loads(done.stdout))
+
+
+def test_an_export_of_typescript() -> None:
+    assert "export " in bridge("schemas", "export", "--format", "typescript").stdout
+
+
+def test_a_diff_says_what_a_change_breaks(tmp_path: Path) -> None:
+    now = bridge("schemas", "export").stdout
+    (tmp_path / "now.json").write_text(now)
+    same = bridge("schemas", "diff", "now.json")
+    assert (same.exit_code, same.stdout) == (0, "no change\n")
+    fewer = json.loads(now)
+    del fewer["job.completed"]
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer))
+    added = bridge("schemas", "diff", "fewer.json", "now.json")
+    assert (added.exit_code, added.stdout.startswith("compatible")) == (0, True)
+    removed = bridge("schemas", "diff", "now.json", "fewer.json")
+    assert removed.exit_code == 1
+    assert removed.stdout.startswith("breaks publishers")
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[]", "not an object"), ('{"a": 1}', "not an object")])
+def test_a_file_that_is_no_export(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "old.json").write_text(text)
+    done = bridge("schemas", "diff", "old.json")
+    assert done.exit_code == 2
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "words"),
+    [
+        (["--to", "user:42", "--type", "job.completed"], "", "no event"),
+        (["--to", "user:42", "--type", "none.such", "--data", "{}"], None, "has no type 'none.such'"),
+        (["--to", "nobody", "--type", "job.completed", "--data", DONE], None, "--data: "),
+        (["--type", "job.completed", "--data", DONE], None, "the audience is missing"),
+        (["--to", "all"], "{", "line 1: not JSON"),
+        (["--to", "all"], '{"type": "job.completed"}', "line 1: without --type, a line must be an object"),
+        (["--to", "all", "--type", "job.completed", "--data", DONE, "--file", "-"], "", "cannot be combined"),
+        (["--to", "all", "--id", "e"], f"{DONE}\n{DONE}\n", "--id needs exactly one event"),
+    ],
+)
+def test_events_that_are_not_published(arguments: list[str], text: str | None, words: str) -> None:
+    done = bridge("publish", *arguments, text=text)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert words in done.stderr
+
+
+def test_ids_are_printed_once_events_are_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "Publisher", FakePublisher)
+    done = bridge("publish", "--to", "all", "--type", "job.completed", "--data", DONE, "--id", "e-1")
+    assert (done.exit_code, done.stdout) == (0, "e-1\n")
+    lines = bridge("publish", "--to", "all", "--type", "job.completed", text=f"{DONE}\n\n{DONE}\n")
+    assert (lines.exit_code, len(lines.stdout.split())) == (0, 2)
+
+
+def test_an_event_that_the_publisher_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "Publisher", FakePublisher)
+    done = bridge("publish", "--to", "all", "--type", "job.completed", "--data", DONE, "--id", "a b")
+    assert done.exit_code == 2
+    assert "id must be" in done.stderr
+
+
+def test_a_line_may_say_for_whom_it_is() -> None:
+    line = json.dumps({"to": "user:42", "type": "job.completed", "data": json.loads(DONE)})
+    audience, event = cli._read_line(line, None, None, CATALOGUE)
+    assert (str(audience), event.event_type) == ("user:42", "job.completed")
+
+
+def test_without_rabbitmq_a_command_fails_with_1() -> None:
+    done = bridge("publish", "--to", "all", "--type", "job.completed", "--data", DONE, "--timeout", "0.1")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "no connection within 0.1 s" in done.stderr
+    assert bridge("quarantine", "list").exit_code == 1
+    replayed = bridge("quarantine", "replay")
+    assert replayed.exit_code == 1
+    assert "0 published again before this error" in replayed.stderr
+
+
+def test_check_goes_as_far_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRIDGE_JWTSECRET", "x")
+    done = bridge("check")
+    assert done.exit_code == 1
+    ok, broker = done.stdout.rpartition("  !! ")[::2]
+    assert "ok settings" in ok
+    assert "BRIDGE_JWTSECRET" in ok
+    assert "ok catalogue 'bridge.samples'" in ok
+    assert "ok file descriptors for" in ok
+    assert "connecting to amqp://127.0.0.1" in broker
+
+
+def test_check_names_a_key_set_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text("{}")
+    monkeypatch.setenv("BRIDGE_JWKS", str(tmp_path / "keys.json"))
+    done = bridge("check")
+    assert done.exit_code == 1
+    assert "!! the key set" in done.stdout
+
+
+def test_check_names_times_without_a_zone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "zoneless_of_this_test.py").write_text(
+        "from datetime import datetime\nfrom bridge import EventData\n"
+        'class Done(EventData, type="test.done"):\n    """Done."""\n    at: datetime\n'
+    )
+    monkeypatch.setenv("BRIDGE_SCHEMAS", "zoneless_of_this_test")
+    assert "allows times without a zone" in bridge("check").stdout
+
+
+def test_serve_ends_with_the_services_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.service.logs.configure", lambda: None)
+    monkeypatch.setattr("bridge.service.main.run", lambda settings, catalogue: 7 if "job.completed" in catalogue else 0)
+    assert bridge("serve").exit_code == 7
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "quart", None)
+    done = bridge("serve")
+    assert done.exit_code == 2
+    assert "quart is not installed: pip install 'rabbitmq-sse-bridge[server]'" in done.stderr
+    monkeypatch.delitem(sys.modules, "quart")
+
+
+def test_tracing_without_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRIDGE_TRACING", "true")
+    monkeypatch.setitem(sys.modules, "bridge.service.tracing", None)
+    done = bridge("serve")
+    assert done.exit_code == 2
+    assert "pip install 'rabbitmq-sse-bridge[tracing]'" in done.stderr
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """The service's log lines would be in the command's output."""
+    with capture_logs():
+        yield
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_listen_prints_events_to_output_and_frames_to_error(tmp_path: Path) -> None:
+    async with site() as here:
+        (tmp_path / "token").write_text(mint("42") + "\n")
+        arguments = ("listen", "--url", f"{here.url}/events", "--token", f"@{tmp_path / 'token'}", "--count", "1")
+        listening = asyncio.create_task(asyncio.to_thread(bridge, *arguments, "--types", "job.*"))
+        await until(lambda: len(here.queues.made) == 1)
+        here.queues.made[0].on_delivery(KEY, BODY)
+        done = await listening
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["id"] == "e1"
+    assert done.stderr.startswith("bridge.ready ")
+
+
+async def test_listen_ends_with_1_where_it_is_refused() -> None:
+    async with site() as here:
+        done = await asyncio.to_thread(bridge, "listen", "--url", f"{here.url}/events", "--token", "x.y.z")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("bridge: 401: ")
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_listen_resumes_after_a_cut_with_its_cursor() -> None:
+    async with site(retry_seconds=0.1) as here:
+        arguments = ("listen", "--url", f"{here.url}/events", "--token", mint("42"), "--count", "1")
+        listening = asyncio.create_task(asyncio.to_thread(bridge, *arguments))
+        await until(lambda: len(here.queues.made) == 1)
+        (connection,) = here.hub._connections
+        await until(lambda: connection.session.is_ready)
+        connection.session.end("rotate", 100)
+        connection.wake()
+        await until(lambda: len(here.queues.made) == 2)
+        (again,) = here.hub._connections
+        assert again.request.last_event_id, "the cursor of the first stream"
+        here.queues.made[1].on_delivery(KEY, BODY)
+        done = await listening
+    assert json.loads(done.stdout)["id"] == "e1"
+    assert "bridge.bye" in done.stderr
+
+
+def test_what_is_shown_of_a_refused_message() -> None:
+    message: Any = type("Message", (), {"reason": "schema", "detail": "d", "routing_key": "all.x", "body": b"\xff"})
+    shown = json.loads(cli._shown(message))
+    assert shown == {"reason": "schema", "detail": "d", "routing_key": "all.x", "body": "\\xff"}
+
+
+def test_a_reader_that_has_enough_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "dup2", lambda one, other: closed.append((one, other)))
+
+    async def write() -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", type("Output", (), {"fileno": lambda self: 1})())
+    with pytest.raises(SystemExit) as caught:
+        cli._runs(write)()
+    assert caught.value.code == 0
+    assert closed[0][1] == 1
+    os.close(closed[0][0])
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback() -> None:
+    async def wait() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        cli._runs(wait)()
+    assert caught.value.code == 130
+
+
+async def test_the_module_is_the_command() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "bridge",
+        "--version",
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(cli.__file__).parent.parent,
+    )
+    out, _ = await process.communicate()
+    assert out.startswith(b"bridge, version ")

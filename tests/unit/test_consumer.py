@@ -1,0 +1,195 @@
+"""When a connection's bytes are read, and when deliveries are acknowledged: a reader with a clock of the test's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from bridge.service.broker import consumer
+from bridge.service.broker.consumer import ACK_SECONDS, GATHER_SECONDS, LARGE_BYTES, MANY, QUIET_SECONDS, TALK_SECONDS
+from bridge.service.broker.deliveries import HEARTBEAT, Deliveries
+from tests.raw_amqp import frame
+from tests.unit.test_deliveries import CHANNEL, message
+
+GAP = 2 * GATHER_SECONDS
+
+
+class Timer:
+    def __init__(self, due: float, call: Callable[[], None]) -> None:
+        self.due = due
+        self.call = call
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.timers: list[Timer] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
+        self.timers.append(Timer(self.now + seconds, call))
+        return self.timers[-1]
+
+    def go(self, seconds: float) -> None:
+        self.now += seconds
+        for timer in [timer for timer in self.timers if timer.due <= self.now]:
+            self.timers.remove(timer)
+            if not timer.is_cancelled:
+                timer.call()
+
+
+class Transport:
+    """The two things that the reader does with its socket."""
+
+    def __init__(self) -> None:
+        self.transport = self
+        self.written: list[bytes] = []
+        self.is_paused = False
+        self.closing = False
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def pause_reading(self) -> None:
+        self.is_paused = True
+
+    def resume_reading(self) -> None:
+        self.is_paused = False
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+
+class Connection:
+    def __init__(self) -> None:
+        self.deliveries = Deliveries(max_body=1_000_000)
+        self.bodies: list[bytes] = []
+        self.deliveries.take(CHANNEL, lambda tag, key, body, offset: self.bodies.append(body))
+        self.reader = consumer._Reader(self.deliveries, contextlib.nullcontext())
+        self.clock = Clock()
+        self.socket = Transport()
+        self.reader._clock = self.clock  # type: ignore[assignment]
+        self.reader.writer = self.socket  # type: ignore[assignment]
+        self.tag = 0
+
+    def bring(self, count: int = 1, size: int = 1) -> None:
+        packet = b""
+        for _ in range(count):
+            self.tag += 1
+            packet += message(self.tag, b"x" * size)
+        self.reader.feed_data(packet)
+
+    @property
+    def passed(self) -> bytes:
+        """What the library has not read yet."""
+        buffer: Any = self.reader._buffer  # type: ignore[attr-defined]
+        return bytes(buffer)
+
+
+@pytest.fixture
+async def to() -> Connection:
+    return Connection()
+
+
+def test_a_delivery_that_comes_alone_is_not_delayed(to: Connection) -> None:
+    to.bring()
+    assert (to.bodies, to.socket.is_paused) == ([b"x"], False)
+    to.clock.go(GAP)
+    to.bring()
+    assert not to.socket.is_paused
+
+
+def test_after_a_burst_reading_pauses_for_a_moment(to: Connection) -> None:
+    to.bring()
+    to.clock.go(GATHER_SECONDS / 2)
+    to.bring()
+    assert to.socket.is_paused
+    to.clock.go(GATHER_SECONDS)
+    assert not to.socket.is_paused
+
+
+@pytest.mark.parametrize(("count", "size"), [(MANY, 1), (1, LARGE_BYTES)])
+def test_a_packet_that_is_large_enough_is_followed_at_once(to: Connection, count: int, size: int) -> None:
+    to.bring()
+    to.bring(count, size)
+    assert not to.socket.is_paused
+
+
+def test_while_an_answer_is_awaited_nothing_is_delayed(to: Connection) -> None:
+    to.reader.feed_data(frame(1, 1, b"\x00\x32\x00\x0b"))
+    to.bring()
+    to.bring()
+    assert not to.socket.is_paused
+    to.clock.go(TALK_SECONDS)
+    to.bring()
+    to.bring()
+    assert to.socket.is_paused
+
+
+def test_a_connection_that_closes_meanwhile_is_left_alone(to: Connection) -> None:
+    to.bring()
+    to.bring()
+    to.socket.closing = True
+    to.clock.go(1.0)
+    assert to.socket.is_paused
+    assert to.socket.written == [to.socket.written[0]], "and no ack is written"
+
+
+def test_acks_wait_for_others_of_their_channel(to: Connection) -> None:
+    to.bring()
+    assert len(to.socket.written) == 1, "the first for a while"
+    to.bring()
+    to.bring()
+    assert len(to.socket.written) == 1
+    to.clock.go(ACK_SECONDS)
+    assert len(to.socket.written) == 2
+    to.clock.go(ACK_SECONDS)
+    assert len(to.socket.written) == 2, "nothing to acknowledge"
+
+
+def test_many_deliveries_are_acknowledged_at_once(to: Connection) -> None:
+    to.bring()
+    to.bring(MANY - 1)
+    assert len(to.socket.written) == 1
+    to.bring()
+    assert len(to.socket.written) == 2
+    assert to.deliveries.unacked == 0
+
+
+def test_a_busy_connection_shows_the_library_a_heartbeat(to: Connection) -> None:
+    to.bring()
+    assert to.passed == HEARTBEAT, "the first packet for a while"
+    to.bring()
+    to.clock.go(QUIET_SECONDS)
+    to.bring()
+    assert to.passed == HEARTBEAT
+    to.clock.go(0.01)
+    to.bring()
+    assert to.passed == HEARTBEAT * 2
+
+
+def test_a_fault_of_a_callback_is_logged_and_forgotten(to: Connection, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("made by the test")
+
+    to.deliveries.take(CHANNEL, fail)
+    with capture_logs():
+        to.bring()
+    assert "a delivery was not taken" in caplog.text
+    assert to.deliveries.faults == []
+
+
+async def test_a_delivery_through_the_library_would_be_a_bug() -> None:
+    nothing: Any = type("Message", (), {"delivery": None})
+    with pytest.raises(AssertionError, match="through the library"):
+        await consumer._unexpected(nothing)

@@ -1,0 +1,58 @@
+"""An event's bytes, as all streams share them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bridge.event import Event
+from bridge.service.streams.streamevent import StreamEvent
+from tests.decoder import Decoder
+from tests.events import make_event
+
+TEXT = b'{"id":"e1","data":{"x":"\xc3\xa9"}}'
+
+
+def event(text: bytes = TEXT, key: str = "user.42.test.done") -> StreamEvent:
+    return StreamEvent(Event(id="e1", type="test.done", text=text), key)
+
+
+def test_the_frame_has_a_type_unless_the_stream_wants_none() -> None:
+    assert event().named == b"event: test.done\n" + event().plain
+    (frame,) = Decoder().feed(event().named)
+    assert (frame.event, frame.data.encode()) == ("test.done", TEXT)
+    (frame,) = Decoder().feed(event().plain)
+    assert frame.event == "message"
+
+
+def test_the_text_is_had_back_from_the_frame() -> None:
+    assert event().text == TEXT
+
+
+@pytest.mark.parametrize(
+    ("key", "audience"), [("user.42.test.done", "user:42"), ("group.a.test.done", "group:a"), ("all.test.done", "all")]
+)
+def test_with_its_audience(key: str, audience: str) -> None:
+    made = event(key=key)
+    for named in (True, False):
+        (frame,) = Decoder().feed(made.with_audience(named=named))
+        assert frame.event == ("test.done" if named else "message")
+        assert json.loads(frame.data) == {**json.loads(TEXT), "audience": audience}
+
+
+@pytest.mark.parametrize("text", [b"a\nb", b"a\rb", b"a\0b"])
+def test_a_text_that_would_break_the_frame_is_refused(text: bytes) -> None:
+    with pytest.raises(ValueError, match="CR, LF or NUL"):
+        event(text)
+
+
+def test_two_events_have_other_names_in_a_cursor() -> None:
+    one, two = make_event(1), make_event(2)
+    assert one.digest != two.digest
+    assert one.value != two.value
+    assert (one.digest, one.value) == (make_event(1, size=9).digest, make_event(1).value), "of the id alone"
+
+
+def test_what_a_person_sees() -> None:
+    assert repr(event()) == "<StreamEvent e1 test.done>"
