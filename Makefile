@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test unit chaos leaks soak browser-chaos proxies rollout mutants attacks bench image test-slow check \
+.PHONY: help demo test unit coverage chaos leaks soak browser-chaos proxies rollout mutants attacks bench image test-slow check \
 	format exports lock clean
 
 help: ## list the commands
@@ -12,7 +12,7 @@ demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends
 	@[ -n "$$BRIDGE_AMQP_URL" ] || deploy/local/ensure rabbitmq
 	@exec $(VENV)/bin/python -m deploy.local.demo
 
-test: $(READY) check ## every test, on private RabbitMQs (this machine's and 4.3) and in three browsers
+test: $(READY) check $(if $(TESTS),,coverage) ## every test, on private RabbitMQs (this machine's and 4.3) and in three browsers
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure rabbitmq4 > /dev/null
 	@deploy/local/ensure chromium
@@ -24,6 +24,12 @@ test: $(READY) check ## every test, on private RabbitMQs (this machine's and 4.3
 	@$(MAKE) --no-print-directory $(NODE)/.ready
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
 		$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
+
+coverage: $(READY) ## branch coverage of the unit tests, against the floors of tests/coverage_floor.py
+	@mkdir -p .run
+	@$(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 \
+		--cov=bridge --cov-branch --cov-report=json:.run/coverage.json tests/unit
+	@$(VENV)/bin/python -m tests.coverage_floor .run/coverage.json
 
 unit: $(READY) ## the unit tests alone; needs only the virtual environment
 	@$(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 tests/unit

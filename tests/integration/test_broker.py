@@ -145,6 +145,7 @@ async def test_the_exchange_deleted_by_an_operator_is_made_again_with_everybodys
     await flows_again(old, vhost, "e1", gaps=1)
 
 
+@pytest.mark.contract("5.76", "5.77")
 async def test_each_replica_hears_of_a_deleted_exchange(vhost: Vhost, start: StartService, connect: OpenStream) -> None:
     """One of them finds it gone and makes it again. The other finds it there, and its own bindings gone."""
     never = {"service.broker.live.EXCHANGE_CHECK_SECONDS": 1000 * PATIENCE}
