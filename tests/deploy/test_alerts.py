@@ -22,7 +22,7 @@ from tests.patience import PATIENCE
 ROOT = Path(__file__).parent.parent.parent
 ALERTS = ROOT / "deploy/kubernetes/components/alerts"
 CASES = sorted(Path(__file__).parent.glob("*_test.yaml"))
-RUNBOOK = "https://github.com/example/rabbitmq-sse-bridge/blob/main/docs/operations.md"
+RUNBOOK = "https://github.com/example/rabbitmq-sse-bridge/blob/main/docs/alerts.md"
 
 MANIFEST = yaml.safe_load((ALERTS / "alerts.yaml").read_text())
 RULES = {rule["alert"]: rule for group in MANIFEST["spec"]["groups"] for rule in group["rules"]}
@@ -157,7 +157,7 @@ def test_an_alert_says_how_bad_what_and_where_to_read_on(name: str) -> None:
     assert rule["labels"]["severity"] in ("critical", "warning", "info")
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
     assert "{{" not in rule["annotations"]["summary"]
-    headings = re.findall(r"^###? (.+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^###? (.+)$", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
     address, _, anchor = rule["annotations"]["runbook_url"].partition("#")
     assert address == RUNBOOK
@@ -168,11 +168,11 @@ def test_an_alert_says_how_bad_what_and_where_to_read_on(name: str) -> None:
 
 
 def test_the_runbook_has_no_entry_for_an_alert_that_is_gone() -> None:
-    assert set(re.findall(r"^### (Bridge\w+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)) == set(RULES)
+    assert set(re.findall(r"^### (Bridge\w+)$", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)) == set(RULES)
 
 
 def test_log_lines_that_the_runbook_names_are_written_by_the_program() -> None:
-    text = (ROOT / "docs/operations.md").read_text()
+    text = (ROOT / "docs/alerts.md").read_text()
     runbook = text[text.index("\n## Alerts\n") :].partition("\n## The dashboard\n")[0]
     source = "".join(path.read_text() for path in (ROOT / "bridge").rglob("*.py"))
     written = set(re.findall(r'(?:_log\.\w+|RareLine)\(\s*"([^"]+)"', source))
@@ -184,7 +184,7 @@ def test_log_lines_that_the_runbook_names_are_written_by_the_program() -> None:
 
 
 def test_dashboards_panels_that_the_runbook_names_are_there() -> None:
-    text = (ROOT / "docs/operations.md").read_text()
+    text = (ROOT / "docs/alerts.md").read_text()
     named = set(re.findall(r'"([A-Z][^"]+)"', text[text.index("\n## Alerts\n") :].partition("\n## The dash")[0]))
     assert named
     assert named <= {panel["title"] for panel in DASHBOARD["panels"]}

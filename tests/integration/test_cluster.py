@@ -82,7 +82,7 @@ async def test_the_node_that_a_replica_is_connected_to_dies(nodes: list[Node]) -
                 await asyncio.to_thread(victim.kill)
                 if is_4:
                     # It goes on routing to the queues of a node that is down, and nacks for them
-                    # (docs/operations.md): nothing more is confirmed until the node is back.
+                    # (docs/rabbitmq.md): nothing more is confirmed until the node is back.
                     await service.logged("broker connected", count=turn + 2)
                     await asyncio.to_thread(victim.start)
                 await more(100)

@@ -161,7 +161,7 @@ async def test_a_user_without_the_right_is_told_which_one_is_missing(
     await start()  # Makes exchange, log and quarantine.
     vhost.add_user("lookup-test")
     try:
-        # The rights of docs/operations.md.
+        # The rights of docs/rabbitmq.md.
         vhost.grant(
             "lookup-test",
             configure=r"^bridge\.",

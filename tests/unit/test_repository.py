@@ -196,7 +196,7 @@ def test_the_docs_name_only_metrics_that_exist_and_all_of_them() -> None:
         for metric in Metrics().registry.collect()
         if metric.name.startswith("bridge_")
     }
-    text = (ROOT / "docs/operations.md").read_text()
+    text = (ROOT / "docs/metrics.md").read_text()
     assert set(re.findall(r"`(bridge_[a-z_]+)", text)) - {"bridge_token"} == real
 
 

@@ -123,7 +123,7 @@ ROWS = (
             ),
             Panel(
                 "Alerts that fire",
-                "Alerts of the bridge in this namespace. Normal is none; docs/operations.md has an entry for each.",
+                "Alerts of the bridge in this namespace. Normal is none; docs/alerts.md has an entry for each.",
                 (
                     (
                         'count(ALERTS{alertname=~"Bridge.*",alertstate="firing",namespace="$namespace"}) or vector(0)',
@@ -676,7 +676,7 @@ def dashboard() -> dict[str, Any]:
                 "type": "link",
                 "icon": "doc",
                 "targetBlank": True,
-                "url": "https://github.com/example/rabbitmq-sse-bridge/blob/main/docs/operations.md#alerts",
+                "url": "https://github.com/example/rabbitmq-sse-bridge/blob/main/docs/alerts.md#alerts",
             }
         ],
         "templating": {"list": VARIABLES},
