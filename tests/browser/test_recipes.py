@@ -28,7 +28,7 @@ window.whose = null;
 function show(state) { whose = state.user ?? null; log.push(state.user ? `load ${state.user}` : state.job_id); }
 function apply(event) { log.push(event.data.job_id); }
 function clear() { whose = null; log.push("clear"); }
-function fetchMyStateAfresh() { log.push("gap"); }
+function fetchMyState() { log.push("gap"); }
 </script>
 """
 
