@@ -1,9 +1,9 @@
-"""The service: from RabbitMQ's queues to browsers' streams.
+"""The service: sends events from RabbitMQ's queues to browsers' streams.
 
-Nothing outside this package imports it, except the commands of `bridge.cli`, when they run.
+Only the commands of `bridge.cli` import it from outside this package, and only when they run.
 
     broker/     RabbitMQ: live queues, the event log, the quarantine
-    streams/    what each client is sent, and when
+    streams/    the events and frames of each stream, and their time
     http/       requests, tokens, and the public and internal routes
-    main.py     starts and stops all of it
+    main.py     starts and stops all parts
 """

@@ -1,6 +1,6 @@
-"""Token buckets: how much of something may be used at once, and how fast it comes back.
+"""Token buckets: they limit how much may be used at once, and refill at a fixed rate.
 
-Pure: `now` is an argument, in seconds. A clock that is set back neither gives nor takes.
+Pure: `now` is an argument, in seconds. A clock that is set back changes no bucket.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ class Budget:
     """One bucket.
 
     Args:
-        burst: how much may be used at once.
-        every: seconds after which one more may be used.
+        burst: the size of the bucket: the most that may be used at once.
+        every: seconds until the bucket has one more.
     """
 
     __slots__ = ("_at", "_burst", "_every", "_left")
@@ -25,33 +25,33 @@ class Budget:
         self._at: float | None = None
 
     def left(self, now: float) -> float:
-        """How much is left. Below zero after a `spend` of more than there was."""
+        """The amount that is left. It is negative after a `spend` of more than that."""
         if self._at is not None:
             self._left = min(self._burst, self._left + max(0.0, now - self._at) / self._every)
         self._at = now
         return self._left
 
     def take(self, now: float) -> bool:
-        """Uses one, if there is one."""
+        """Uses one and returns True, or returns False if less than one is left."""
         if self.left(now) < 1:
             return False
         self._left -= 1
         return True
 
     def spend(self, amount: float, now: float, *, debt: float) -> None:
-        """Uses what has been used already, down to this debt at most."""
+        """Subtracts an amount that was used already. The balance does not fall below `-debt`."""
         self._left = max(min(self.left(now), -debt), self.left(now) - amount)
 
     def seconds_until(self, amount: float, now: float) -> float:
-        """How long until so much is left; 0 if it is."""
+        """Seconds until `amount` is left; 0 if it is left now."""
         return max(0.0, (amount - self.left(now)) * self._every)
 
 
 class Budgets:
     """One bucket for each key, such as a user.
 
-    A bucket that is full again is forgotten: it equals a new one. Of more than `most` the one that was used longest ago
-    is forgotten, so that keys cost a bounded amount of memory (about 300 bytes each).
+    A full bucket is deleted: it equals a new one. Above `most` buckets, the least recently used one is deleted, so that
+    the memory is bounded (about 300 bytes for each key).
     """
 
     def __init__(self, burst: float, every: float, *, most: int) -> None:
@@ -59,7 +59,7 @@ class Budgets:
         self.burst = burst
         self.every = every
         self._most = most
-        self._budgets: OrderedDict[str, Budget] = OrderedDict()  # The one that was used last is at the end.
+        self._budgets: OrderedDict[str, Budget] = OrderedDict()  # The most recently used one is at the end.
 
     def __len__(self) -> int:
         return len(self._budgets)
@@ -73,7 +73,7 @@ class Budgets:
         return 0.0 if budget is None else budget.seconds_until(amount, now)
 
     def take(self, key: str, now: float) -> bool:
-        """Uses one of this key's, if there is one."""
+        """Uses one from this key's bucket, as `Budget.take`."""
         return self._use(key, now).take(now)
 
     def spend(self, key: str, amount: float, now: float, *, debt: float) -> None:
@@ -89,7 +89,7 @@ class Budgets:
         return budget
 
     def _forget(self, now: float) -> None:
-        # Two for each new one, so that full ones go faster than others come, without a walk through all.
+        # Checks two old buckets for each new one: full ones disappear faster than new ones appear, without a full walk.
         for _ in range(2):
             oldest = next(iter(self._budgets))
             is_full = self._budgets[oldest].left(now) >= self.burst

@@ -1,6 +1,6 @@
-"""File descriptors: how many the process may have, and how many connections that allows.
+"""Divides the file descriptors of the process, which limit its connections.
 
-Every HTTP connection takes one. A process that runs out of them fails everywhere at once: new clients are reset, the
+Every HTTP connection uses one. A process without free descriptors fails everywhere at once: new clients are reset, the
 probes do not answer, and RabbitMQ cannot be connected again. So the public address gets a share that leaves enough for
 everything else.
 """
@@ -14,33 +14,36 @@ import sys
 from dataclasses import dataclass
 
 INTERNAL_CONNECTIONS = 16
-"""At once on the internal address: probes, Prometheus, and a person with a port forward."""
+"""The most connections to the internal address: probes, Prometheus, and a person with a port forward."""
 
 OWN_DESCRIPTORS = 48
-"""For the rest of the process: up to five connections to RabbitMQ and their successors, the key set, name look-ups,
-exported spans, files in /proc. Of these, a bridge at rest uses three, for RabbitMQ."""
+"""Reserved for the rest of the process: up to five connections to RabbitMQ and their successors, the key set, name
+look-ups, exported spans, files in /proc. An idle bridge uses three of these, for RabbitMQ."""
 
 RESERVED = INTERNAL_CONNECTIONS + OWN_DESCRIPTORS
 
 MOST_GUESTS = 1024
-"""Public connections that are not streams, at some 20 KB each. The streams of a full bridge come back through them."""
+"""The most public connections that are not streams, at about 20 KB each. When all streams of a full bridge reconnect,
+each is such a guest first."""
 
 LEAST_GUESTS = 32
 
 GUEST_SHARE = 8
-"""One of so many public connections is kept for guests, where descriptors are few."""
+"""If descriptors are few, one public connection in eight is reserved for guests."""
 
 
 class TooFewDescriptors(Exception):
-    """The limit leaves no room for streams."""
+    """The limit of file descriptors is too low for any stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the descriptors of a process are divided.
+    """The division of a process's descriptors.
 
-    `guests`: public connections that are not streams, be it that they have not asked yet, that they are being answered,
-    or that they wait for another request. `streams` is never more than the operator wants.
+    Attributes:
+        limit: the process's limit of descriptors.
+        streams: the most streams, at most as many as the operator wants.
+        guests: the most public connections that are not streams: they wait for a request, or for its answer.
     """
 
     limit: int
@@ -48,25 +51,26 @@ class Plan:
     guests: int
 
     def shortage(self, wanted: int) -> str:
-        """What to do when there is room for fewer streams than the operator wants. Empty when there is not."""
+        """The warning that there is room for fewer streams than `wanted`, with the fix. Empty if there is room."""
         if self.streams >= wanted:
             return ""
         return (
             f"the limit is {wanted - self.streams} below what BRIDGE_MAX_CONNECTIONS needs. Raise the hard limit of "
             f"open files (ulimit -Hn, LimitNOFILE= in systemd, --ulimit nofile in Docker), or lower the setting; "
-            f"beyond {self.streams} streams the bridge answers `busy`"
+            f"above {self.streams} streams the bridge answers `busy`"
         )
 
 
 def divide(limit: int, used: int, *, streams: int) -> Plan:
-    """
+    """Divides the descriptors between streams, guests and the rest of the process.
+
     Args:
-        limit: of descriptors.
-        used: open before the first connection.
-        streams: as many as the operator wants.
+        limit: the process's limit of descriptors.
+        used: the number of open descriptors before the first connection.
+        streams: the number of streams that the operator wants.
 
     Raises:
-        TooFewDescriptors: says how many are needed.
+        TooFewDescriptors: the message has the number that is needed.
     """
     room = limit - used - RESERVED
     if room <= LEAST_GUESTS:
@@ -80,13 +84,13 @@ def divide(limit: int, used: int, *, streams: int) -> Plan:
 
 
 def raise_limit() -> int:
-    """Raises the soft limit to the hard one, as every process may, and returns the limit that holds then.
+    """Raises the soft limit to the hard limit, which every process may do, and returns the resulting limit.
 
-    The soft limit is 1,024 almost everywhere, for programs that use select(2). The bridge does not.
+    The usual soft limit is 1,024, for programs that use select(2). The bridge does not use it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        # Some systems (macOS) allow less than the hard limit says.
+        # Some systems (macOS) allow less than their hard limit.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return current_limit()
@@ -98,7 +102,7 @@ def current_limit() -> int:
 
 
 def count_open() -> int:
-    """Descriptors that the process has open now, one for this look included. -1 where the system does not say."""
+    """The number of open descriptors, including one for this check. -1 if the system does not report it."""
     for folder in ("/proc/self/fd", "/dev/fd"):
         with contextlib.suppress(OSError):
             return len(os.listdir(folder))

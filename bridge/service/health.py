@@ -1,4 +1,4 @@
-"""What the probes say. Pure: liveness is that the loop answers at all, so only readiness has anything to decide."""
+"""Decides the answer of the readiness probe. Pure. Liveness needs no decision: it means that the loop answers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`broker_away_seconds` is None while the bridge consumes; `started` once it has consumed for the first time.
+    """The facts that readiness depends on.
 
-    `broker_error` is what RabbitMQ, or the way to it, last failed with; None while the bridge consumes.
-    `missing_keys` says why no key set has been read since the start; None where one has, or none is needed.
+    Attributes:
+        started: the bridge has consumed from RabbitMQ at least once.
+        broker_away_seconds: seconds since the bridge consumed last; None while it consumes.
+        missing_keys: why no key set has been read since the start; None if one has been read, or none is needed.
+        broker_error: the last error of RabbitMQ or of its connection; None while the bridge consumes.
     """
 
     started: bool
@@ -24,19 +27,17 @@ class Status:
 
 
 CHECKS = frozenset({"broker", "connections"})
-"""What may be left out. Starting, missing keys and draining always count: there new streams are in the wrong place."""
+"""The checks that a probe may exclude. Starting, missing keys and draining always count: new streams would fail."""
 
 
 def why_not_ready(status: Status, *, grace_seconds: float, exclude: Set[str] = frozenset()) -> str | None:
-    """The reason for a 503, or None when new streams are welcome here.
+    """Returns the reason for a 503, or None if the process accepts new streams.
 
     Args:
-        grace_seconds: how long the broker may be away.
-        exclude: those of CHECKS that do not count. Behind a proxy that answers with a status when nobody is ready,
-            which silences an EventSource for good, it is better to be asked and to say `busy`.
-
-    A broker that is away for less than `grace_seconds` does not count: all replicas would leave the service at once,
-    for a restart of the broker that their streams live through.
+        grace_seconds: a shorter absence of RabbitMQ does not count. Otherwise a restart of RabbitMQ, which streams
+            survive, would remove all replicas from the load balancer at once.
+        exclude: the CHECKS that do not count. If no replica is ready, some proxies answer with an error status, after
+            which an EventSource never reconnects. Behind such a proxy it is better that the bridge answers `busy`.
     """
     if status.draining:
         return "draining"
@@ -44,8 +45,8 @@ def why_not_ready(status: Status, *, grace_seconds: float, exclude: Set[str] = f
     if not status.started:
         return f"starting: not connected to RabbitMQ yet{why}"
     if status.missing_keys is not None:
-        # Every stream would be told `busy`, so a wrong BRIDGE_JWKS must not pass a rollout. This counts only before the
-        # first set: one that was read stays in use while its endpoint fails.
+        # Every stream would get `busy`, so a wrong BRIDGE_JWKS must stop a rollout. This counts only before the first
+        # set: a set that was read stays in use while its endpoint fails.
         return f"starting: no token can be verified yet: {status.missing_keys}; see BRIDGE_JWKS"
     away = status.broker_away_seconds
     if "broker" not in exclude and away is not None and away > grace_seconds:

@@ -1,4 +1,4 @@
-"""Where log lines go and how they look: JSON for machines, colours for a terminal, always to standard error."""
+"""Writes log lines to standard error: JSON for machines, colours for a terminal."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import structlog
 from bridge.service.budgets import Budget
 
 REPEATED_LINE_SECONDS = 10.0
-"""Anybody can cause some log lines at any rate; each is written at most once in this time."""
+"""Any client can cause some log lines at any rate. Each such line is written at most once in this time."""
 
 _QUIET = {
-    # They report each broken connection at several levels, with tracebacks; bridge.broker says it once, with its cause.
+    # They report each lost connection at several levels, with tracebacks. bridge.broker logs it once, with its cause.
     "aiormq": logging.CRITICAL,
     "aio_pika": logging.CRITICAL,
     "hypercorn": logging.WARNING,
     "quart": logging.ERROR,
     "httpx": logging.WARNING,
-    "opentelemetry.trace": logging.ERROR,  # It warns of what publishers write; that it cannot send is told elsewhere.
+    "opentelemetry.trace": logging.ERROR,  # It warns about publishers' attributes. Export failures have another logger.
     "httpcore": logging.WARNING,
     "asyncio": logging.WARNING,
 }
@@ -68,15 +68,16 @@ def configure() -> None:
 
 
 class RareLine:
-    """A log line that anybody can cause at any rate: the first ones, then one in `REPEATED_LINE_SECONDS`.
+    """A log line that clients can cause at any rate. It is written at most once in `REPEATED_LINE_SECONDS`.
 
-    Those left out are counted. The next line has their number. In a running event loop it is written at the latest
-    `REPEATED_LINE_SECONDS` after the first of them, without facts of its own if no new one is due.
+    Other occurrences are left out and counted; the next line has their number. In a running event loop, that line
+    follows at most `REPEATED_LINE_SECONDS` after the first one left out. If nothing new occurs, it has only the counts.
 
     Args:
-        write: a method of a logger, as in `_log.error`.
-        by: the fact by which those left out are counted, too. It must have few different values.
-        burst: so many lines may follow each other at once.
+        event: the event of the line.
+        write: a method of a logger, such as `_log.error`.
+        by: a fact by which lines left out are also counted. It must have few different values.
+        burst: the number of lines that may be written at once before the limit applies.
     """
 
     def __init__(
@@ -98,21 +99,22 @@ class RareLine:
         _rare_lines.add(self)
 
     def log(self, **facts: object) -> None:
+        """Writes a line with these facts, or counts it as left out."""
         if self._budget.take(self._clock()):
-            self._tell(facts)
+            self._write_line(facts)
             return
         self._left_out[str(facts.get(self._by, ""))] += 1
         if self._timer is None:
-            with contextlib.suppress(RuntimeError):  # Without an event loop, the next line tells of them.
+            with contextlib.suppress(RuntimeError):  # Without an event loop, the next line has their number.
                 self._timer = asyncio.get_running_loop().call_later(REPEATED_LINE_SECONDS, self.summarise)
 
     def summarise(self) -> None:
-        """Tells of those left out, if there are any."""
+        """Writes a line with the number of lines left out, if there are any."""
         if self._left_out:
             self._budget.take(self._clock())
-            self._tell({})
+            self._write_line({})
 
-    def _tell(self, facts: dict[str, object]) -> None:
+    def _write_line(self, facts: dict[str, object]) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -126,6 +128,6 @@ _rare_lines: WeakSet[RareLine] = WeakSet()
 
 
 def summarise_rare_lines() -> None:
-    """Tells of all lines that were left out so far: at the end of the process nothing else would."""
+    """Writes the counts of all lines left out so far. Call it at the end of the process, or these counts are lost."""
     for line in list(_rare_lines):
         line.summarise()

@@ -1,4 +1,4 @@
-"""The service: wiring, signals, the order of the end."""
+"""The process of `bridge serve`: its parts, its signals, and the order in which it stops."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     from bridge.service.tracing import Tracing
 
 STOP_SECONDS = 5.0
-"""For each step of the end that waits on somebody else."""
+"""Limit of each step of the shutdown that waits for a peer."""
 
 LAG_SECONDS = 0.5
+"""Interval of the measurements of the event loop's lag."""
 
 _log = structlog.get_logger("bridge.server")
 
@@ -49,7 +50,8 @@ _log = structlog.get_logger("bridge.server")
 def run(settings: Settings, catalogue: Catalogue) -> int:
     """Serves until SIGTERM or SIGINT, and returns the exit code.
 
-    0 after a drain; 1 when it could not start (an address in use, a broker that refuses); the log says why.
+    0: drained after a signal. 1: it could not start (an address is in use, RabbitMQ refuses), or a part failed. The
+    log has the reason. A second signal ends the process at once, with 128 and the signal's number.
     """
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):
@@ -61,7 +63,7 @@ def run(settings: Settings, catalogue: Catalogue) -> int:
 
 
 async def _serve(settings: Settings, catalogue: Catalogue) -> int:
-    # First of all: as a container's first process, a signal without a handler would be ignored.
+    # First: Linux ignores a signal without a handler if the process is the first one of a container.
     stop = _on_signals()
     for problem in unknown_names(Settings):
         _log.warning("unknown setting", problem=problem)
@@ -169,7 +171,7 @@ class _Service:
             metrics.log_waiting.set_function(lambda: log.waiting)
             metrics.log_waiting_for_budget.set_function(lambda: log.waiting_for_budget)
             metrics.log_entries.set_function(lambda: log.entries_read)
-            metrics.log_answers.set(1)  # Until it is asked: without a stream nobody needs it.
+            metrics.log_answers.set(1)  # Until a stream needs the log for the first time.
         self.public = create_app(
             hub=self.hub,
             authenticator=self.authenticator,
@@ -244,18 +246,18 @@ class _Service:
         lag = asyncio.create_task(self._measure_lag(), name="loop-lag")
         keys = asyncio.create_task(self.authenticator.read_first_keys(), name="first-keys")
         quarantine = asyncio.create_task(self.quarantine.run(), name="quarantine")
-        # What holds connections to RabbitMQ, each a task of its own: of several in one `gather` the first to be
-        # cancelled would end it, and the others' goodbyes would be cut short at the end of the loop.
+        # The parts with connections to RabbitMQ. Each has its own task: in one `gather`, the first cancelled one would
+        # end it, and the others could not close their connections before the loop ends.
         connected = {asyncio.create_task(self.hub.broker.run(), name="broker")}
         if self.log is not None:
             connected.add(asyncio.create_task(self.log.run(), name="log"))
             connected.add(asyncio.create_task(self.hub.write_watermarks(), name="watermarks"))
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        # From here on almost everything lives as long as the process; the collector need not walk it again and again.
+        # Almost all objects that exist now live as long as the process: exclude them from further garbage collection.
         gc.collect()
         gc.freeze()
 
-        # Nothing but a signal ends the service; a part that ends by itself has failed.
+        # Only a signal ends the service normally. A part that ends by itself has failed.
         done, _ = await asyncio.wait(
             {stopping, *connected, quarantine, public, internal}, return_when=asyncio.FIRST_COMPLETED
         )
@@ -268,12 +270,12 @@ class _Service:
                 _log.error("failed", part=task.get_name(), exc_info=error)
 
         await self.hub.drain()
-        # Only now the door: a client that reconnects during the drain is told to, and not left before a closed one.
+        # Close the public address after the drain: a client that reconnects meanwhile gets `bridge.bye`, not a refusal.
         end_public.set()
         await _finish(public)
         for task in connected:
             task.cancel()
-        # A broker that answers nothing more must not keep the process either.
+        # The limit is needed if RabbitMQ does not answer any more.
         await asyncio.gather(asyncio.wait(connected, timeout=STOP_SECONDS), self.quarantine.close())
         if self.publisher is not None:
             await self.publisher.close()
@@ -296,7 +298,7 @@ class _Service:
 
 
 def _tracing() -> Tracing:
-    # Imported only here: it takes 7 MB and a fifth of a second, from nobody who does not want it.
+    # Imported only if tracing is on: the import takes 7 MB and 0.2 s.
     from bridge.service.tracing import Tracing
 
     return Tracing()
@@ -307,7 +309,7 @@ def _on_signals() -> asyncio.Event:
 
     def on_signal(number: signal.Signals) -> None:
         if stop.is_set():
-            _log.warning("signalled again, leaving at once", signal=number.name)
+            _log.warning("second signal, exiting at once", signal=number.name)
             os._exit(128 + number)
         _log.info("signalled", signal=number.name)
         stop.set()
@@ -319,10 +321,10 @@ def _on_signals() -> asyncio.Event:
 
 
 async def _finish(task: asyncio.Task[None]) -> None:
-    """Waits for a server's end; a peer that takes no more bytes must not keep the process."""
+    """Waits at most 5 s for the end of a server: a peer that reads nothing must not delay the exit."""
     _, unfinished = await asyncio.wait({task}, timeout=STOP_SECONDS)
     if unfinished:
-        _log.warning("gave up connections that would not close", part=task.get_name())
+        _log.warning("connections not closed in time", part=task.get_name(), seconds=STOP_SECONDS)
         task.cancel()
     elif not task.cancelled() and (error := task.exception()) is not None:
         _log.error("failed", part=task.get_name(), exc_info=error)

@@ -1,4 +1,4 @@
-"""What an operator graphs. Every metric of the program is made here, in a registry of its own."""
+"""The metrics for Prometheus. All metrics of the program are defined here, in a separate registry."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from bridge.event import REASONS
 from bridge.service.streams.sse import END_REASONS, GapReason
 
 CLOSE_REASONS = (*END_REASONS, "client", "stalled", "error")
-"""Why a stream ended: what `bridge.bye` said, or `client` (it went away), `stalled`, `error` (ours)."""
+"""Why a stream ended: the reason of its `bridge.bye`, or `client` (it disconnected), `stalled`, `error` (a bug)."""
 
 REPLAY_OUTCOMES = ("complete", "gap")
 
 GUEST_ENDS = ("header-timeout", "idle", "answer-timeout", "room")
-"""Why the bridge ended a connection that is no stream: three deadlines and room for others (`http.entrance`)."""
+"""Why the bridge ended a connection that is not a stream: three deadlines, or room for others (`http.entrance`)."""
 
 GAP_REASONS: tuple[GapReason, ...] = ("expired", "unknown", "no-log", "not-readable")
 
@@ -40,7 +40,7 @@ _ATTACH_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Tally(Collector):
-    """A counter for the hot path: to count is to add to `value`, a tenth of what the library's own costs."""
+    """A counter for the hot path. Callers add to `value`, at a tenth of the cost of the library's counter."""
 
     def __init__(self, name: str, about: str, *, registry: CollectorRegistry) -> None:
         self.value = 0
@@ -53,7 +53,7 @@ class Tally(Collector):
 
 
 class Timings(Collector):
-    """The same of a histogram."""
+    """A histogram for the hot path."""
 
     def __init__(self, name: str, about: str, *, buckets: Sequence[float], registry: CollectorRegistry) -> None:
         self._name = name
@@ -75,58 +75,59 @@ class Timings(Collector):
 
 class Metrics:
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # They double each counter, to say when this process began.
+        # The `_created` series would double each counter, only to report when the process began.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
-        build = Gauge("bridge_build_info", "1, with the version that runs", ["version"], registry=self.registry)
+        build = Gauge("bridge_build_info", "1, labelled with the bridge's version", ["version"], registry=self.registry)
         build.labels(__version__).set(1)
-        self.ready = Gauge("bridge_ready", "1 while new streams are welcome, as /readyz says", registry=self.registry)
+        self.ready = Gauge("bridge_ready", "1 while the bridge accepts new streams, as /readyz", registry=self.registry)
         self.connections = Gauge("bridge_connections", "Open streams", registry=self.registry)
-        self.connections_limit = Gauge("bridge_connections_limit", "Most open streams allowed", registry=self.registry)
+        self.connections_limit = Gauge("bridge_connections_limit", "The most open streams", registry=self.registry)
         self.connections_wanted = Gauge(
             "bridge_connections_wanted",
-            "BRIDGE_MAX_CONNECTIONS; above the limit where file descriptors allow less",
+            "BRIDGE_MAX_CONNECTIONS; above the limit if file descriptors allow fewer streams",
             registry=self.registry,
         )
         self.guests = Gauge("bridge_guests", "Public HTTP connections that are not streams", registry=self.registry)
-        self.guests_limit = Gauge("bridge_guests_limit", "Most of them allowed", registry=self.registry)
+        self.guests_limit = Gauge(
+            "bridge_guests_limit", "The most public HTTP connections that are not streams", registry=self.registry
+        )
         self.guests_ended = Counter(
             "bridge_guests_ended_total",
-            "Public HTTP connections that the bridge ended before they were streams, by reason",
+            "Public HTTP connections that were not streams and that the bridge ended, by reason",
             ["reason"],
             registry=self.registry,
         )
         self.accept_failures = Counter(
             "bridge_accept_failures_total",
-            "Times that the system had no file descriptor or memory for a connection",
+            "Failures to accept a connection because the system had no file descriptor or memory",
             registry=self.registry,
         )
-        self.draining = Gauge(
-            "bridge_draining", "1 while the process says goodbye to its streams", registry=self.registry
-        )
+        self.draining = Gauge("bridge_draining", "1 while the process ends its streams to stop", registry=self.registry)
         self.broker_connected = Gauge(
-            "bridge_broker_connected", "1 while consuming from RabbitMQ", registry=self.registry
+            "bridge_broker_connected", "1 while the bridge consumes from RabbitMQ", registry=self.registry
         )
         self.broker_connects = Gauge(
             "bridge_broker_connects",
-            "Connections made to RabbitMQ since the start, the first included",
+            "Connections made to RabbitMQ since the start, including the first",
             registry=self.registry,
         )
         self.broker_dropped = Gauge(
             "bridge_broker_dropped",
-            "Messages that RabbitMQ dropped from the bridge's queues since the start; streams got them from the log",
+            "Messages that RabbitMQ dropped from the bridge's queues since the start; streams read them from the log",
             registry=self.registry,
         )
         self.queues_refused = Gauge(
             "bridge_broker_queues_refused",
-            "Live queues that RabbitMQ refused for a limit since the start",
+            "Live queues that RabbitMQ refused because of a limit, since the start",
             registry=self.registry,
         )
         self.loop_lag_seconds = Gauge(
-            "bridge_loop_lag_seconds", "How late the event loop last came to a timer", registry=self.registry
+            "bridge_loop_lag_seconds", "Delay of the event loop's last measured timer", registry=self.registry
         )
         self.streams_opened = Counter(
             "bridge_streams_opened_total", "Streams that became ready", registry=self.registry
@@ -136,7 +137,7 @@ class Metrics:
         )
         self.streams_refused = Counter(
             "bridge_streams_refused_total",
-            "Streams answered with `bridge.bye` at once, by cause",
+            "Streams that got only `bridge.bye`, by cause",
             ["cause"],
             registry=self.registry,
         )
@@ -153,64 +154,70 @@ class Metrics:
             "bridge_events_delivered_total", "Events written to streams, one for each stream", registry=self.registry
         )
         self.events_duplicate = Counter(
-            "bridge_events_duplicate_total", "Events not written because their id just had been", registry=self.registry
+            "bridge_events_duplicate_total",
+            "Events not written because the stream had just got the same id",
+            registry=self.registry,
         )
         self.events_invalid = Counter(
             "bridge_events_invalid_total", "Messages refused, by reason", ["reason"], registry=self.registry
         )
         self.quarantine_dropped = Counter(
-            "bridge_quarantine_dropped_total", "Refused messages that were not quarantined", registry=self.registry
+            "bridge_quarantine_dropped_total",
+            "Refused messages that could not be put into the quarantine",
+            registry=self.registry,
         )
         self.log_unreadable = Counter(
             "bridge_log_unreadable_total",
-            "Entries met in the event log that could not be read, by reason",
+            "Entries of the event log that could not be read, by reason",
             ["reason"],
             registry=self.registry,
         )
         self.gaps = Counter(
-            "bridge_gaps_total", "bridge.gap told to clients, by reason", ["reason"], registry=self.registry
+            "bridge_gaps_total", "bridge.gap frames sent to clients, by reason", ["reason"], registry=self.registry
         )
         self.replays = Counter(
             "bridge_replays_total",
-            "Clients that came back, and streams whose queues were lost, by whether the log had all that they missed",
+            "Streams that read missed events from the log after a reconnect or a lost queue, by outcome",
             ["outcome"],
             registry=self.registry,
         )
         self.delivery_seconds = Timings(
             "bridge_delivery_seconds",
-            "From the receipt of a message to its write, the oldest of each write",
+            "Seconds from the receipt of a message to its write, for the oldest message of each write",
             buckets=_DELIVERY_BUCKETS,
             registry=self.registry,
         )
         self.attach_seconds = Histogram(
             "bridge_attach_seconds",
-            "From a stream's request to its ready",
+            "Seconds from a stream's request to its bridge.ready",
             buckets=_ATTACH_BUCKETS,
             registry=self.registry,
         )
-        self.log_passes = Gauge("bridge_log_passes", "Passes over the log since the start", registry=self.registry)
-        self.log_entries = Gauge("bridge_log_entries_read", "Entries of the log read in them", registry=self.registry)
+        self.log_passes = Gauge("bridge_log_passes", "Scans of the log since the start", registry=self.registry)
+        self.log_entries = Gauge(
+            "bridge_log_entries_read", "Entries of the log read in scans since the start", registry=self.registry
+        )
         self.log_waiting = Gauge(
-            "bridge_log_waiting", "Replays that wait until the log is read for them", registry=self.registry
+            "bridge_log_waiting", "Replays that wait for a scan of the log", registry=self.registry
         )
         self.log_waiting_for_budget = Gauge(
             "bridge_log_waiting_for_budget",
-            "Those of them whose user has used up the budget of entries",
+            "Replays that wait because their user has used up the budget of log entries",
             registry=self.registry,
         )
         self.log_wait_seconds = Histogram(
             "bridge_log_wait_seconds",
-            "How long replays waited until the log was read for them",
+            "Seconds that replays waited until a scan had read the log for them",
             buckets=_ATTACH_BUCKETS,
             registry=self.registry,
         )
         self.log_answers = Gauge(
             "bridge_log_answers",
-            "1 while clients could come back to the log, 0 while it does not answer, NaN without a log",
+            "1 while the log answers, so that clients can resume; 0 while it does not; NaN without a log",
             registry=self.registry,
         )
         self.log_answers.set(math.nan)
-        # All label values from the start: a rate over a series that appears with its first event misses that event.
+        # Create all label values at the start: a rate over a series that appears with its first event misses it.
         for reason in CLOSE_REASONS:
             self.streams_ended.labels(reason)
         for why in GUEST_ENDS:

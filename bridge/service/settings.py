@@ -1,7 +1,7 @@
-"""The settings, and the only reader of the environment.
+"""The settings. No other module reads the environment.
 
-Every setting is an environment variable with the prefix `BRIDGE_`; a test compares docs/settings.md with them.
-Faults are all found before anything starts, and named together.
+Every setting is an environment variable with the prefix `BRIDGE_`; a test compares docs/settings.md with this file. All
+faults are found and reported together, before anything starts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.:@#,/ -]{1,127}")
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """The stream that clients resume from. `max_age` is in RabbitMQ's form, as in 1h; `max_bytes` is its size limit."""
+    """The log's stream. `max_age` has RabbitMQ's form, for example 1h. `max_bytes` limits its size."""
 
     name: str
     max_age: str
@@ -37,7 +37,7 @@ class LogSettings:
 
 
 class InvalidSettings(Exception):
-    """Settings that cannot be used; `faults` has a line for each. No secret stands in any of them."""
+    """The settings cannot be used. `faults` has one line for each fault. No line contains a secret."""
 
     def __init__(self, faults: list[str]) -> None:
         self.faults = faults
@@ -67,10 +67,10 @@ def _check_bind(value: str) -> str:
 
 
 def parse_bind(value: str) -> tuple[str, int]:
-    """Host and port of `127.0.0.1:8080` or `[::]:8080`. Port 0 lets the system choose.
+    """Returns the host and the port of `127.0.0.1:8080` or `[::]:8080`. With port 0 the system chooses a port.
 
     Raises:
-        ValueError: neither.
+        ValueError: the value has neither form.
     """
     host, colon, port = value.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -78,7 +78,7 @@ def parse_bind(value: str) -> tuple[str, int]:
     elif ":" in host:
         host = ""
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError("must be host:port, as in 127.0.0.1:8080, 0.0.0.0:8080 or [::]:8080")
+        raise ValueError("must be host:port, for example 127.0.0.1:8080, 0.0.0.0:8080 or [::]:8080")
     return host, int(port)
 
 
@@ -90,13 +90,13 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class BrokerSettings(BaseSettings):
-    """What publishing needs: the SDK's side of the command line reads only these."""
+    """The settings that `bridge publish`, `bridge schemas diff` and `bridge quarantine` read."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", env_ignore_empty=False, frozen=True)
 
     amqp_url: Annotated[SecretStr, AfterValidator(_check_addresses)] = Field(
         SecretStr("amqp://guest:guest@127.0.0.1:5672/"),
-        description="RabbitMQ; the nodes of a cluster joined by commas",
+        description="address of RabbitMQ; for a cluster, the nodes' addresses joined by commas",
     )
     exchange: Name = Field("events", description="durable topic exchange that events are published to")
     quarantine: Name = Field("events.invalid", description="queue for refused messages")
@@ -104,7 +104,9 @@ class BrokerSettings(BaseSettings):
     log_max_age: Annotated[str, Field(pattern=r"^[1-9][0-9]*[YMDhms]$")] = Field(
         "1h", description="how long the log keeps events: a number and Y, M, D, h, m or s"
     )
-    log_max_bytes: Annotated[int, Field(ge=1_000_000)] = Field(1_000_000_000, description="how large the log may get")
+    log_max_bytes: Annotated[int, Field(ge=1_000_000)] = Field(
+        1_000_000_000, description="the log's size limit in bytes"
+    )
     schemas: str = Field("schemas", min_length=1, description="package of the event catalogue")
     max_event_bytes: Annotated[int, Field(ge=1024)] = Field(
         MAX_EVENT_BYTES, description="largest message body, in bytes"
@@ -112,7 +114,7 @@ class BrokerSettings(BaseSettings):
 
     @property
     def max_kept_bytes(self) -> int:
-        """A refused body up to this size is kept whole, so that it can be published again with a larger limit."""
+        """A refused body up to this size is kept whole: it can be published again once the limit is larger."""
         return 2 * self.max_event_bytes
 
     @property
@@ -125,12 +127,12 @@ class BrokerSettings(BaseSettings):
 
 
 class PublicSettings(BrokerSettings):
-    """What the description of the HTTP side needs (`bridge schemas export --format openapi`)."""
+    """The settings that describe the HTTP side (`bridge schemas export --format openapi`)."""
 
     cookie: Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")] = Field(
         "bridge_token", description="cookie that may hold the token"
     )
-    query_token: bool = Field(False, description="whether `?access_token=` is taken")
+    query_token: bool = Field(False, description="whether `?access_token=` is accepted")
     console: Annotated[Literal["false", "true", "development"], BeforeValidator(_lower)] = Field(
         "false",
         description="a page at `/` that shows events live; `development` also publishes, and shows everyone's events",
@@ -138,7 +140,7 @@ class PublicSettings(BrokerSettings):
 
 
 class Settings(PublicSettings):
-    """What the service needs."""
+    """All settings of the service."""
 
     bind: Bind = Field("127.0.0.1:8080", description="public address")
     internal_bind: Bind = Field("127.0.0.1:9090", description="address of probes and metrics, never exposed")
@@ -150,41 +152,46 @@ class Settings(PublicSettings):
         "sub", min_length=1, max_length=256, description="claim with the user id: a name, or a path with dots"
     )
     jwt_groups_claim: str = Field(
-        "groups", max_length=256, description="claim with the groups, likewise; empty = no groups are read"
+        "groups", max_length=256, description="claim with the groups, in the same form; empty = no groups are read"
     )
     allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="origins of pages on other hosts, joined by commas"
     )
-    heartbeat_seconds: Seconds = Field(15, description="a comment after this long without a byte")
+    heartbeat_seconds: Seconds = Field(15, description="a comment is sent after this time without a byte")
     retry_seconds: Seconds = Field(3, description="a browser's pause before it reconnects, times 0.5 to 1.5")
     max_age_seconds: Seconds = Field(3600, description="life of a stream, times 0.8 to 1.0")
     drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        10, description="after SIGTERM, streams are told goodbye spread over this long"
+        10, description="after SIGTERM, streams are ended one after the other over this time"
     )
     stall_seconds: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
-        30, description="a write without progress for this long ends the stream"
+        30, description="a write without progress for this time ends the stream"
     )
-    max_connections: Count = Field(10_000, description="streams a process")
-    max_connections_per_user: Count = Field(20, description="streams of one user a process")
+    max_connections: Count = Field(10_000, description="the most streams of a process")
+    max_connections_per_user: Count = Field(20, description="the most streams of one user in a process")
     openings_per_user: Count | None = Field(
         None,
-        description="streams that one user may open at once, full again after 20 s; unset = from the line above",
+        description="the most streams that one user may open at once; the budget refills in 20 s; unset = derived from "
+        "max_connections_per_user",
     )
     log_entries_per_user: Annotated[int, Field(ge=1000)] = Field(
-        1_000_000, description="entries of the log that are read for one user at once, full again after ten minutes"
+        1_000_000,
+        description="the most entries of the log that are read for one user at once; the budget refills in ten minutes",
     )
-    backlog_events: Count = Field(1000, description="events that may wait for one client")
-    backlog_bytes: Annotated[int, Field(ge=1024)] = Field(1_048_576, description="bytes that may wait for one client")
+    backlog_events: Count = Field(1000, description="the most events that wait for one client")
+    backlog_bytes: Annotated[int, Field(ge=1024)] = Field(
+        1_048_576, description="the most bytes that wait for one client"
+    )
     tracing: bool = Field(False, description="whether deliveries of traced events become spans (OpenTelemetry)")
     broker_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        30, description="how long the broker may be away before /readyz says 503"
+        30, description="how long RabbitMQ may be away before /readyz answers 503"
     )
 
     @property
     def identity_key(self) -> bytes:
-        """The key of identities (`Subscriber.identity`): a secret that all replicas of a bridge have alike.
+        """The key of identities (`Subscriber.identity`): a secret that is equal in all replicas of a bridge.
 
-        Without BRIDGE_JWT_SECRET these are RabbitMQ's users and passwords; the order of its nodes may differ.
+        It is derived from BRIDGE_JWT_SECRET. Without that, it is derived from RabbitMQ's users and passwords, which are
+        sorted because the order of the nodes may differ between replicas.
         """
         if self.jwt_secret is not None:
             secrets = [self.jwt_secret.get_secret_value()]
@@ -216,14 +223,14 @@ class Settings(PublicSettings):
     def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for origin in value:
             if origin == "*":
-                raise ValueError("'*' is not possible: the stream is read with credentials; name the origins")
+                raise ValueError("'*' is not possible, because the stream is read with credentials: list the origins")
             parts = urlsplit(origin)
             if (
                 parts.scheme not in ("http", "https")
                 or not parts.netloc
                 or origin != f"{parts.scheme}://{parts.netloc}"
             ):
-                raise ValueError(f"{origin!r} is no origin: write https://app.example.com, without a path")
+                raise ValueError(f"{origin!r} is not an origin: write https://app.example.com, without a path")
         return tuple(normal_origin(origin) for origin in value)
 
 
@@ -234,7 +241,7 @@ def load(kind: type[Kind]) -> Kind:
     """Reads the settings from the environment.
 
     Raises:
-        InvalidSettings: with every fault, not the first.
+        InvalidSettings: has all faults, not only the first.
     """
     faults: list[str] = []
     settings = None
@@ -243,9 +250,9 @@ def load(kind: type[Kind]) -> Kind:
     except ValidationError as error:
         faults += [_describe(kind, fault) for fault in error.errors(include_url=False, include_context=False)]
     if issubclass(kind, Settings) and not any(_given(name) for name in ("JWT_SECRET", "JWKS")):
-        # Looked up here and not in the model, whose own checks of several fields wait until each of them is good.
+        # Checked here, because pydantic checks several fields together only after each of them is valid.
         faults.append(
-            "BRIDGE_JWT_SECRET or BRIDGE_JWKS: one of the two must be set, or nobody could be told from anybody "
+            "BRIDGE_JWT_SECRET or BRIDGE_JWKS: set one of the two; without one, tokens cannot be verified "
             "(for development: export BRIDGE_JWT_SECRET=$(openssl rand -hex 32))"
         )
     if faults or settings is None:
@@ -267,12 +274,12 @@ def _describe(kind: type[BrokerSettings], fault: Any) -> str:
 
 
 def unknown_names(kind: type[BrokerSettings]) -> list[str]:
-    """Variables that look like settings and are none, each with the one that may have been meant."""
+    """Returns a line for each `BRIDGE_` variable that is not a setting, with the most similar setting."""
     known = [PREFIX + name.upper() for name in kind.model_fields]
     found = []
     for name in sorted(os.environ):
-        # A Kubernetes service called `bridge` puts BRIDGE_SERVICE_HOST and BRIDGE_PORT_... into every pod.
+        # A Kubernetes service with the name `bridge` sets BRIDGE_SERVICE_HOST and BRIDGE_PORT_... in every pod.
         if name.startswith(PREFIX) and name not in known and not re.match(r"BRIDGE_(SERVICE|PORT)(_|$)", name):
             close = difflib.get_close_matches(name, known, n=1)
-            found.append(f"{name} is no setting" + (f"; did you mean {close[0]}?" if close else ""))
+            found.append(f"{name} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
     return found

@@ -1,12 +1,12 @@
-"""Spans for deliveries, by OpenTelemetry: the last piece of a trace that began where the event was published.
+"""OpenTelemetry spans for deliveries: the last part of a trace that began with the publish.
 
-An event that carries a `traceparent` (CloudEvents, distributed tracing extension) gives a span `deliver <type>` for
-each stream that it is written to, from its receipt from RabbitMQ to the write, as a child of that context and only
-where that was sampled. So the publisher decides what is traced, and nothing here can flood a backend by itself. An
-event without a context gives none.
+If an event has a `traceparent` (CloudEvents, distributed tracing extension), each stream that it is written to makes a
+span `deliver <type>`. The span lasts from the receipt from RabbitMQ to the write. It is a child of the event's context,
+and exists only if that context is sampled. So the publisher decides which events are traced, and the bridge itself
+cannot flood a backend. An event without a context makes no span.
 
-Only with BRIDGE_TRACING, and only then is the library imported. Where spans go and how they are called is set by
-OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_HEADERS, OTEL_SERVICE_NAME and so on.
+The library is imported only with BRIDGE_TRACING. OpenTelemetry's own variables set the destination and the service
+name: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_HEADERS, OTEL_SERVICE_NAME and others.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from bridge.service.streams.streamevent import StreamEvent
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
-@lru_cache(maxsize=16)  # The streams that get the same event get it one after another.
+@lru_cache(maxsize=16)  # One event is written to its streams one after another.
 def _context_of(event: StreamEvent) -> Context | None:
-    """The context that it was published in, if it carries one.
+    """The trace context of an event, or None.
 
-    An extension attribute may be a number or a boolean too; the library takes text alone and raises over anything else,
-    and what raises here would end the stream, again and again, each time that the event is read for it from the log.
+    Only text is passed to the library: an extension attribute may also be a number or a boolean, for which the library
+    raises. An error here would end the stream, and would end it again after each read of the event from the log.
     """
     if b'"traceparent"' not in event.plain:
         return None
@@ -49,7 +49,7 @@ def _context_of(event: StreamEvent) -> Context | None:
 
 
 class Tracing:
-    """Spans are sent by a thread of the library's own, in batches; one that waits too long is dropped there."""
+    """Makes the spans. A thread of the library sends them in batches, and drops spans when its queue is full."""
 
     def __init__(self) -> None:
         resource = Resource({SERVICE_NAME: "rabbitmq-sse-bridge", SERVICE_VERSION: __version__})
@@ -62,11 +62,12 @@ class Tracing:
         self._tracer = self._provider.get_tracer("bridge", __version__)
 
     def delivered(self, events: Sequence[tuple[StreamEvent, int | None]], stream: int) -> None:
-        """
+        """Makes a span for each event with a sampled context.
+
         Args:
-            events: what has just been written, each with when it was received live, in ms by `clock`; None for what was
+            events: the events just written, each with the time of its live receipt in ms by `clock`, or None if it was
                 read from the log.
-            stream: the stream's number, as the log has it.
+            stream: the stream's number, as in log lines.
         """
         now = time.time_ns()
         for event, received_ms in events:
@@ -90,8 +91,8 @@ class Tracing:
             span.end(end_time=now)
 
     def close(self, seconds: float) -> None:
-        """Sends what waits, for so long at the most; blocks. A collector that is away must not keep the process."""
-        # Its own shutdown may take as long as the exporter's retries do.
+        """Sends the waiting spans. Blocks for at most `seconds`, because the collector may not answer."""
+        # The library's shutdown may take as long as the exporter's retries.
         ending = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         ending.start()
         ending.join(seconds)

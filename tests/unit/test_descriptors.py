@@ -43,4 +43,4 @@ def test_a_shortage_says_what_to_raise_and_what_happens_otherwise() -> None:
     words = plan.shortage(1_000)
     assert words.startswith("the limit is 200 below what BRIDGE_MAX_CONNECTIONS needs.")
     assert "LimitNOFILE=" in words
-    assert "beyond 800 streams" in words
+    assert "above 800 streams" in words

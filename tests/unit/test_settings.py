@@ -109,7 +109,7 @@ def test_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_misspelt_name_is_noticed_and_kubernetes_names_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, ALLOWED_ORIGIN="x", SERVICE_HOST="10.0.0.1", PORT="tcp://", PORT_8080_TCP="x")
-    assert unknown_names(Settings) == ["BRIDGE_ALLOWED_ORIGIN is no setting; did you mean BRIDGE_ALLOWED_ORIGINS?"]
+    assert unknown_names(Settings) == ["BRIDGE_ALLOWED_ORIGIN is not a setting; did you mean BRIDGE_ALLOWED_ORIGINS?"]
 
 
 @pytest.mark.parametrize(
