@@ -265,7 +265,7 @@ async def test_too_many_are_told_busy_with_a_status_that_lets_browsers_come_back
     assert (await service.get("/readyz?exclude=broker&exclude=connections", internal=True)).status_code == 200
     misspelt = await service.get("/readyz?exclude=conections", internal=True)
     assert (misspelt.status_code, misspelt.json()["reason"]) == (
-        400, "exclude=conections is none of broker, connections"
+        400, "exclude=conections is not a check: use broker or connections"
     )  # fmt: skip
     assert await service.metric("bridge_ready") == 0
     await first.close()

@@ -411,7 +411,7 @@ async def test_a_key_set_that_does_not_answer_judges_nobody(key_server: KeyServe
     ("answer", "why"),
     [(b"<!doctype html><p>Sign in", "it is an HTML page"), (b"", "it is not JSON"), ([], "not a JSON Web Key Set"),
      ({"keys": {}}, "not a JSON Web Key Set"), ({"jwks_uri": "https://idp/keys"}, "set BRIDGE_JWKS to 'https://idp/keys'"),
-     ({"keys": []}, "no key for RS256"), (b"[" * 100_000, "not JSON"), (b" " * 1_000_001, "larger than")],
+     ({"keys": []}, "no usable key for RS256"), (b"[" * 100_000, "not JSON"), (b" " * 1_000_001, "larger than")],
 )  # fmt: skip
 async def test_an_answer_that_is_no_key_set_keeps_the_last_good_one(
     key_server: KeyServer, answer: Any, why: str

@@ -1,7 +1,7 @@
-"""From the tokens of a request to the subscriber that one of them speaks for.
+"""Finds the subscriber whom one of a request's tokens identifies.
 
-Owns which tokens are good: the algorithms that are taken, and the order in which keys and claims decide. Where a token
-stood in the request is the web's business; what the subscriber may see is settled by `user` and `groups` alone.
+Owns which tokens are valid: the accepted algorithms, and the order of the checks of keys and claims. `web.py` finds the
+tokens in the request. Only `user` and `groups` decide which events the subscriber may see.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ __all__ = [
 ]
 
 MAX_TOKENS = 5
-"""Of one request. Each costs a verification, some 50 microseconds."""
+"""The most tokens of one request that are checked. Each check verifies a signature, which takes about 50 µs."""
 
 
 class Authenticator:
-    """
+    """Verifies tokens, with a secret, a key set or both.
+
     Args:
         secret: key for HS256, or None.
         jwks: URL or file of a JWKS document for RS256, ES256 and EdDSA, or None.
-        audience, issuer: when given, `aud` must hold it and `iss` must be it.
+        audience, issuer: if given, `aud` must contain the audience, and `iss` must equal the issuer.
         user_claim, groups_claim: names of claims, or paths with dots. An empty `groups_claim` reads no groups.
     """
 
@@ -71,19 +72,19 @@ class Authenticator:
         """Reads the key set once.
 
         Raises:
-            InvalidKeySet: its file is missing or holds no key. A URL that does not answer is only logged, for it may
-                later; with `strict` it raises too.
+            InvalidKeySet: the file is missing or has no usable key. A URL that fails is only logged, because it may
+                answer later; with `strict` it raises too.
         """
         if self._keys is not None:
             await self._keys.start(strict=strict)
 
     @property
     def missing_keys(self) -> str | None:
-        """Why no key set has been read yet; None once one has been, and where none is configured."""
+        """Why no key set has been read yet. None once one has been read, or if none is configured."""
         return None if self._keys is None else self._keys.missing
 
     async def read_first_keys(self) -> None:
-        """Until a key set has been read. Ends at once where none is configured."""
+        """Reads the key set until one reading succeeds. Returns at once if no key set is configured."""
         if self._keys is not None:
             await self._keys.read_first()
 
@@ -92,16 +93,16 @@ class Authenticator:
         return await self.authenticate_any([] if token is None else [token], now)
 
     async def authenticate_any(self, tokens: Sequence[str], now: float) -> Subscriber:
-        """The subscriber of the first good token.
+        """Returns the subscriber of the first valid token.
 
         Args:
-            tokens: JWTs in compact form. All are tried with the keys at hand before the key set is read for one.
+            tokens: JWTs in compact form. All are tried with the current keys before the key set is read again.
             now: seconds since 1970.
 
         Raises:
-            InvalidToken: none is good; says why, never with any part of the token.
+            InvalidToken: no token is valid. The message says why, and contains at most the token's `alg` and `kid`.
             GroupsElsewhere: the token leaves out its groups.
-            TryAgain: one may be good, which cannot be known now.
+            TryAgain: a token may be valid, but this cannot be decided now.
         """
         refusals: list[Refusal] = []
         unverified: list[Token] = []
@@ -110,7 +111,7 @@ class Authenticator:
                 token = parse(text)
                 if self._is_verified(token, now):
                     return self._reader.read(token.claims, now)
-                # Before a stranger's token may cost anything, its claims must fit.
+                # Check the claims first: a token of a stranger must not cause a reading of the key set.
                 with contextlib.suppress(GroupsElsewhere, NotYetValid):
                     self._reader.read(token.claims, now)
                 unverified.append(token)
@@ -123,36 +124,38 @@ class Authenticator:
             except Refusal as refusal:
                 refusals.append(refusal)
         if not refusals:
-            raise MissingToken("no token: send it as Authorization: Bearer, or in the cookie")
+            raise MissingToken("the request has no token: send it as Authorization: Bearer, or in the cookie")
         raise min(refusals, key=_rank)
 
     def _is_verified(self, token: Token, now: float) -> bool:
-        """
+        """Whether the secret or a current key signed the token. False: the key set must be read again.
+
         Raises:
-            InvalidToken: its algorithm is not taken, or the secret did not sign it.
+            InvalidToken: its algorithm is not accepted, or the secret did not sign it.
         """
         if token.algorithm == "HS256" and self._secret is not None:
             if not verify(token, self._secret):
-                raise InvalidToken("the token's signature does not fit the secret of this bridge")
+                raise InvalidToken("the token's signature does not match the secret of this bridge")
             return True
         if self._keys is not None and token.algorithm in ALGORITHMS:
             return self._keys.verifies(token, now)
         taken = [*(["HS256"] if self._secret is not None else []), *(ALGORITHMS if self._keys is not None else [])]
-        # Never the algorithm of the token's choosing: `none`, or HS256 with a public key as its secret
+        # The token must not choose the algorithm: it could choose `none`, or HS256 with a public key as its secret
         # (RFC 8725, section 3.1).
         raise InvalidToken(f"tokens signed with {token.algorithm[:20]!r} are not accepted, only {', '.join(taken)}")
 
     async def _await_key(self, token: Token, now: float) -> None:
-        """
+        """Reads the key set again until a key verifies the token.
+
         Raises:
-            InvalidToken: a key set that was read since the token first came does not verify it.
-            KeysUnavailable: no set has been read since.
+            InvalidToken: a key set that was read after the token's first arrival does not verify it.
+            KeysUnavailable: no key set could be read since then.
         """
         assert self._keys is not None, "only a key set leaves a token unverified"
         while not self._keys.verifies(token, now):
             if self._keys.has_decided(token, now):
                 if self._keys.knows(token):
-                    raise InvalidToken("the token's signature does not fit the key that it names")
+                    raise InvalidToken("the token's signature does not match the key that it names")
                 named = f"key {token.kid[:60]!r}" if token.kid else f"a key for {token.algorithm}"
                 raise InvalidToken(
                     f"the key set does not have {named}; was the token signed by the issuer configured here?"
@@ -161,7 +164,8 @@ class Authenticator:
 
 
 def _rank(refusal: Refusal) -> int:
-    """Of several tokens' refusals the first of the lowest rank is the answer: what may pass by itself comes first."""
+    """The rank of a refusal. With several tokens, the first refusal of the lowest rank is the answer: temporary ones
+    rank lowest."""
     for rank, kind in enumerate((TryAgain, GroupsElsewhere, ExpiredToken)):
         if isinstance(refusal, kind):
             return rank
@@ -178,7 +182,10 @@ def mint(
     user_claim: str = "sub",
     groups_claim: str = "groups",
 ) -> str:
-    """A token for development, signed with HS256. A path with dots becomes one claim's name, which is read as well."""
+    """Makes a token for development, signed with HS256.
+
+    A claim path with dots becomes the name of one claim, which `claim_at` reads too.
+    """
     claims: dict[str, object] = {user_claim: user, "iat": int(now), "exp": int(now) + ttl_seconds}
     if groups:
         claims[groups_claim] = list(groups)

@@ -1,7 +1,7 @@
-"""What a token says: its compact form and its claims (RFC 7515, RFC 7519), without keys and without a clock.
+"""Reads a token's compact form and its claims (RFC 7515, RFC 7519), without keys and without a clock.
 
-Owns every check of a token but its signature. Where the standard leaves room, the lenient reading is
-taken when no other user or group could be meant by it.
+Owns every check of a token except its signature. Where the standard allows several readings, the lenient one is used if
+it cannot mean another user or group.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 NOT_BEFORE_LEEWAY_SECONDS = 30.0
-"""For `nbf` only: the issuer's clock may be ahead of ours. `exp` has no leeway, as the contract says."""
+"""Only for `nbf`: the issuer's clock may be ahead. `exp` has no leeway, as docs/contract.md says."""
 
 NOT_BEFORE_WAIT_SECONDS = 300.0
-"""A token that becomes good within this time is answered `busy`. A later one is refused."""
+"""A token that becomes valid within this time is answered with `busy`. A later one is refused."""
 
 IDENTITY_BYTES = 16
-"""Of the digest: two subscribers of a thousand million have the same one with a chance of 1 in 10^21."""
+"""Length of an identity's digest. Among 10^9 subscribers, the chance that two have the same one is 1 in 10^21."""
 
 ALIASES = {"Ed25519": "EdDSA"}
-"""RFC 9864, section 2.2, gives EdDSA over this curve a name of its own."""
+"""RFC 9864, section 2.2, defines a separate name for EdDSA with this curve."""
 
 _BASE64URL = re.compile(rb"[A-Za-z0-9_-]*={0,2}")
 
 
 class Refusal(Exception):
-    """A token that opens no stream. `code` is stable, for programs."""
+    """The token opens no stream. `code` is stable, for programs."""
 
     code = ""
 
 
 class InvalidToken(Refusal):
-    """401. The message is for the person whose token it is; `code` is for their program."""
+    """401: no token is valid. The message is for the token's owner, `code` for the owner's program."""
 
     code = "invalid-token"
 
@@ -51,32 +51,32 @@ class ExpiredToken(InvalidToken):
 
 
 class GroupsElsewhere(Refusal):
-    """403. The token is good, but says that its groups must be fetched from the identity provider."""
+    """403: the token is valid, but its groups must be fetched from the identity provider."""
 
     code = "groups-elsewhere"
 
 
 class TryAgain(Refusal):
-    """The token cannot be judged now, and can be soon. It is answered with `busy`."""
+    """The token cannot be judged now, but soon. The answer is `busy`."""
 
 
 class NotYetValid(TryAgain):
-    """Its `nbf` is a little ahead."""
+    """The token's `nbf` is 30 to 300 s ahead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subscriber:
-    """`expires_at` is in seconds since 1970."""
+    """The user and the groups of a valid token. `expires_at` is in seconds since 1970."""
 
     user: str
     groups: tuple[str, ...]
     expires_at: float
 
     def identity(self, key: bytes) -> str:
-        """A name for what this subscriber may see: the same for the same user and the same set of groups, whatever
-        their order. Without the key nobody can find out by trial whose name it is.
+        """An opaque name for the events that this subscriber may see. It is equal for the same user and the same groups
+        in any order. Without the key, nobody can find the user by trial.
         """
-        # JSON puts every text between quotes, so that no user id can look like another one with a group.
+        # JSON quotes every text, so that a user id cannot look like another user id with a group.
         seen = json.dumps([self.user, *sorted(set(self.groups))]).encode("ascii")
         digest = hmac.new(key, seen, hashlib.sha256).digest()[:IDENTITY_BYTES]
         return base64.urlsafe_b64encode(digest).rstrip(b"=").decode("ascii")
@@ -86,7 +86,7 @@ class Subscriber:
 class Token:
     """A token in parts. Nothing in it is verified.
 
-    `kid` is None where the header names no key. `digest` names this very token in a table.
+    `kid` is None if the header names no key. `digest` is the SHA-256 of the whole token, a key for tables.
     """
 
     algorithm: str
@@ -98,14 +98,15 @@ class Token:
 
 
 def parse(text: str) -> Token:
-    """
+    """Splits and decodes a token.
+
     Raises:
-        InvalidToken: it is not a signed JWT in compact form (RFC 7515, section 7.1).
+        InvalidToken: the text is not a signed JWT in compact form (RFC 7515, section 7.1).
     """
     raw = text.encode("utf-8", "surrogatepass")
     parts = raw.split(b".")
     if len(parts) == 5:  # RFC 7516, section 9.
-        raise InvalidToken("the token is encrypted (JWE): have the issuer sign it and not encrypt it")
+        raise InvalidToken("the token is encrypted (JWE): configure the issuer to sign it and not to encrypt it")
     if len(parts) != 3:
         raise InvalidToken("the token is not a JWT in compact form: three parts joined by dots")
     try:
@@ -116,7 +117,7 @@ def parse(text: str) -> Token:
     if not isinstance(header, dict) or not isinstance(claims, dict):
         raise InvalidToken("the token is not a JWT: its header and its claims must be JSON objects")
     if "crit" in header or header.get("b64", True) is not True:
-        # RFC 7515, section 4.1.11: extensions that are not understood must be refused. None is understood here.
+        # RFC 7515, section 4.1.11: unknown extensions must be refused. The bridge supports none.
         raise InvalidToken("the token's header requires extensions (crit, b64) that are not supported here")
     algorithm = header.get("alg")
     if not isinstance(algorithm, str):
@@ -132,10 +133,10 @@ def parse(text: str) -> Token:
 
 
 def key_id(value: object) -> str | None:
-    """A `kid` as text, or None when it names nothing.
+    """A `kid` as text, or None if it names no key.
 
-    RFC 7515, section 4.1.4, and RFC 7517, section 4.5, have it be text. Some issuers write a number; it names the key
-    whose `kid` reads the same. Other types name no key: the signature decides in any case.
+    RFC 7515, section 4.1.4, and RFC 7517, section 4.5, require text. Some issuers write a number; it names the key
+    whose `kid` has the same digits. Other types name no key. In any case the signature decides.
     """
     if isinstance(value, str):
         return value or None
@@ -143,7 +144,7 @@ def key_id(value: object) -> str | None:
 
 
 def _decode(part: bytes) -> bytes:
-    """RFC 7515, section 2: base64url without padding. Some load balancers add padding; it changes nothing."""
+    """RFC 7515, section 2: base64url without padding. Some load balancers add padding, which is ignored."""
     if not _BASE64URL.fullmatch(part):
         raise ValueError("not base64url")
     bare = part.rstrip(b"=")
@@ -152,10 +153,11 @@ def _decode(part: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ClaimsReader:
-    """
+    """Reads the subscriber from a token's claims.
+
     Args:
-        audience, issuer: when given, `aud` must hold it and `iss` must be it.
-        user, groups: the claims to read. An empty `groups` reads none.
+        audience, issuer: if given, `aud` must contain the audience, and `iss` must equal the issuer.
+        user, groups: names or paths of the claims to read. With an empty `groups`, no groups are read.
     """
 
     audience: str | None = None
@@ -164,11 +166,12 @@ class ClaimsReader:
     groups: str = "groups"
 
     def read(self, claims: dict[str, Any], now: float) -> Subscriber:
-        """
+        """Checks the claims, and returns the subscriber. `now` is in seconds since 1970.
+
         Raises:
-            InvalidToken: says which claim does not fit.
-            NotYetValid: the token becomes good soon.
-            GroupsElsewhere: the claims point to groups that are not among them.
+            InvalidToken: a claim is missing or invalid. The message names it.
+            NotYetValid: the token becomes valid soon.
+            GroupsElsewhere: the claims refer to groups that are not in the token.
         """
         self._check_destination(claims)
         expires_at = _check_times(claims, now)
@@ -178,19 +181,19 @@ class ClaimsReader:
         return Subscriber(user, self._read_groups(claims), expires_at)
 
     def _check_destination(self, claims: dict[str, Any]) -> None:
-        # What is expected is not said: only tokens that fit may have the key set fetched again.
-        # RFC 7519, sections 2 and 4.1.1: an issuer is compared exactly, so a final slash counts.
+        # The message does not contain the expected value: only a token with the right claims may cause a reading of the
+        # key set. RFC 7519, sections 2 and 4.1.1: an issuer is compared exactly, so a final slash counts.
         if self.issuer is not None and claims.get("iss") != self.issuer:
             raise InvalidToken(_unlike(claims, "iss", "is from another issuer"))
-        # RFC 7519, section 4.1.3: one text or a list. Other elements of a list name nobody.
+        # RFC 7519, section 4.1.3: one text or a list. List elements of other types are ignored.
         audience = claims.get("aud")
         if self.audience is not None and self.audience not in (audience if isinstance(audience, list) else [audience]):
             raise InvalidToken(_unlike(claims, "aud", "is for another audience"))
 
     def _read_groups(self, claims: dict[str, Any]) -> tuple[str, ...]:
-        """RFC 7519 does not define groups. One text is one group (AD FS, IdentityServer), whatever is in it.
+        """RFC 7519 does not define groups. One text is one group, whatever it contains (AD FS, IdentityServer).
 
-        An empty text names no group: no event can be published to it.
+        An empty text is ignored: no event can be published to it.
         """
         if not self.groups:
             return ()
@@ -205,9 +208,9 @@ class ClaimsReader:
         return tuple(dict.fromkeys(named))
 
     def _check_overage(self, claims: dict[str, Any]) -> None:
-        """OpenID Connect Core, section 5.6.2: a claim named in `_claim_names` is somewhere else.
+        """OpenID Connect Core, section 5.6.2: a claim named in `_claim_names` is not in the token.
 
-        Entra ID does so for users in more than some 200 groups, and writes `hasgroups` where the token came by a URL.
+        Entra ID does this for users in more than about 200 groups. In tokens that come by a URL, it writes `hasgroups`.
         """
         elsewhere = claims.get("_claim_names")
         names = {self.groups, self.groups.partition(".")[0]}
@@ -215,9 +218,9 @@ class ClaimsReader:
             self.groups == "groups" and claims.get("hasgroups") in (True, "true")
         ):
             raise GroupsElsewhere(
-                f"the token leaves out the claim {self.groups!r}, as Entra ID does for users in many groups: have the "
-                "identity provider send only groups that are assigned to the application, or roles, and name that "
-                "claim in BRIDGE_JWT_GROUPS_CLAIM (empty = read no groups)"
+                f"the token leaves out the claim {self.groups!r}, as Entra ID does for users in many groups: configure "
+                "the identity provider to send only groups that are assigned to the application, or roles, and name "
+                "that claim in BRIDGE_JWT_GROUPS_CLAIM (empty = read no groups)"
             )
 
 
@@ -226,7 +229,7 @@ def _unlike(claims: dict[str, Any], claim: str, why: str) -> str:
 
 
 def _check_times(claims: dict[str, Any], now: float) -> float:
-    # RFC 7519, section 2: a NumericDate may have a fraction, and is a number. `iat` decides nothing (section 4.1.6).
+    # RFC 7519, section 2: a NumericDate is a number and may have a fraction. `iat` is not checked (section 4.1.6).
     expires_at = claims.get("exp")
     if not _is_time(expires_at):
         raise InvalidToken("the claim 'exp' (seconds since 1970) is missing or is not a number")
@@ -237,7 +240,7 @@ def _check_times(claims: dict[str, Any], now: float) -> float:
         return float(expires_at)
     if not _is_time(not_before):
         raise InvalidToken("the claim 'nbf' (seconds since 1970) is not a number")
-    # RFC 7519, section 4.1.5, allows a small leeway. A 401 would silence a page that may listen in a moment.
+    # RFC 7519, section 4.1.5, allows a small leeway. After a 401 a page would not reconnect when the token is valid.
     ahead = not_before - now
     if ahead > NOT_BEFORE_WAIT_SECONDS:
         raise InvalidToken(f"the token is not valid for another {ahead:.0f} s (nbf)")
@@ -249,9 +252,9 @@ def _check_times(claims: dict[str, Any], now: float) -> float:
 def claim_at(claims: dict[str, Any], path: str) -> Any:
     """The value of a claim, or None.
 
-    A claim of exactly this name wins, so names with dots and URLs need no escapes (RFC 7519, section 4.2: a public
-    claim's name is best a URL). Otherwise dots lead into objects: `realm_access.roles`, and with names that have dots
-    themselves, the longest name first: `resource_access.my.client.roles`.
+    A claim with exactly this name has priority, so names with dots and URLs need no escapes (RFC 7519, section 4.2,
+    recommends URLs for public claims). Otherwise a dot separates nested members: `realm_access.roles`. If a member's
+    name contains dots, the longest name is tried first: `resource_access.my.client.roles`.
     """
     if path in claims:
         return claims[path]
@@ -265,8 +268,8 @@ def claim_at(claims: dict[str, Any], path: str) -> Any:
 def _identifier(value: object) -> str | None:
     """A user or group id as text.
 
-    RFC 7519, section 4.1.2, has `sub` be text. Issuers that write a database's number mean its digits, and nothing else
-    can be meant; a fraction, a boolean or null could be a mistake.
+    RFC 7519, section 4.1.2, requires `sub` to be text. Some issuers write a database's integer, which can only mean its
+    digits. A fraction, a boolean or null may be a mistake and is refused.
     """
     if isinstance(value, str):
         return value
@@ -282,5 +285,5 @@ def _is_time(value: object) -> TypeGuard[int | float]:
         return False
     try:
         return math.isfinite(float(value))
-    except OverflowError:  # An integer of some hundred digits.
+    except OverflowError:  # An integer of more than 308 digits.
         return False

@@ -1,16 +1,16 @@
-"""Listening sockets, and the connections that are not streams: how many there may be, and for how long.
+"""Listens and accepts, and limits the number and the time of connections that are not streams.
 
-asyncio and uvloop accept everything that waits, in one turn of the loop. Where descriptors run out, asyncio stops for a
-second, and uvloop resets all new clients. So the bridge accepts by itself, never more than its share of descriptors
-(`descriptors.Plan`). Clients beyond that wait in the kernel's queue, until a guest has left or was sent away.
+asyncio and uvloop accept all waiting clients in one loop iteration. If descriptors run out, asyncio stops for a second,
+and uvloop resets all new clients. So the bridge accepts by itself, at most its share of descriptors
+(`descriptors.Plan`). Further clients wait in the kernel's queue until a guest leaves or is closed.
 
-A guest is a connection that is not a stream. It is in one of three phases, and each has a deadline:
+A guest is a connection that is not a stream. It is in one of three phases, each with a deadline:
 
-    WAITING    for a whole request head, since it was accepted or since the first byte of another request
+    WAITING    for a whole request head, since the accept or since the first byte of another request
     ANSWERING  from the head to the last byte of the answer
     IDLE       after an answer, without a byte of another request
 
-Knows asyncio's transports, and nothing of HTTP.
+Knows asyncio's transports, but no HTTP.
 """
 
 from __future__ import annotations
@@ -35,37 +35,41 @@ from bridge.service.logs import RareLine
 from bridge.service.settings import parse_bind
 
 BACKLOG = 4096
-"""Hypercorn's default of 100 turned 2,600 new connections a second into 200."""
+"""Length of the kernel's queue of new connections. Hypercorn's default of 100 reduced 2,600 new connections a second
+to 200."""
 
 SEND_BUFFER_BYTES = 65_536
-"""By default the kernel buffers 2.7 MB for a client that reads nothing, before anybody can see that it is slow."""
+"""The kernel's send buffer. By default it buffers 2.7 MB for a client that reads nothing, which hides that it is
+slow."""
 
 HEADER_SECONDS = 10.0
-"""For a whole request head. The largest that is read has 16 KB; a slow phone sends it in two seconds."""
+"""Limit for a whole request head. The largest accepted head has 16 KB; a slow phone sends it in 2 s."""
 
 KEEP_ALIVE_SECONDS = 75.0
-"""Longer than the 60 s for which a load balancer keeps an idle connection, or it would use one that we just closed."""
+"""Limit for an idle connection. Load balancers keep one for 60 s; a lower limit would close it while they use it."""
 
 ANSWER_SECONDS = 60.0
-"""For an answer that is not a stream, from the request's head to the last byte. The largest has some 100 KB."""
+"""Limit for an answer that is not a stream, from the request's head to the last byte. The largest has about 100 KB."""
 
 ROOM_SECONDS = 1.0
-"""A guest younger than this is not sent away to make room: its request may be on its way."""
+"""A guest younger than this is not closed to make room: its request may be on its way."""
 
 ROOM_ANSWER_SECONDS = 5.0
-"""The same for one that is being answered. The slowest answer waits two seconds, for a key set."""
+"""The same for a guest that is being answered. The slowest answer waits 2 s, for a key set."""
 
 SWEEP_SECONDS = 0.5
+"""Interval of the checks of deadlines."""
+
 ACCEPTS = 64
-"""In one turn of the loop, so that a storm of new connections leaves time for streams."""
+"""The most accepts in one loop iteration, so that a burst of new connections leaves time for streams."""
 
 SHORTAGE_SECONDS = 0.2
-"""A pause after the system had no descriptor or memory for a connection."""
+"""Accepting pauses for this time if the system has no descriptor or memory for a connection."""
 
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 Why = Literal["header-timeout", "idle", "answer-timeout", "room"]
-"""Why the entrance ended a guest: three deadlines, and room for others. `metrics.GUEST_ENDS` has the same words."""
+"""Why the entrance closed a guest: three deadlines, or room for others. `metrics.GUEST_ENDS` has the same words."""
 
 _log = structlog.get_logger("bridge.entrance")
 
@@ -77,13 +81,13 @@ class Phase(enum.Enum):
 
 
 def listen(bind: str, *, stall_seconds: float) -> socket.socket:
-    """A listening socket whose options every accepted connection inherits.
+    """Opens a listening socket. Every accepted connection inherits its options.
 
-    TCP_USER_TIMEOUT ends a connection whose peer takes no bytes for `stall_seconds`: Hypercorn has no write timeout,
-    and a write that never ends would hold its shutdown for ever. Keepalive finds peers that vanished without a word.
+    TCP_USER_TIMEOUT ends a connection whose peer acknowledges no bytes for `stall_seconds`: Hypercorn has no write
+    timeout, and a blocked write would delay its shutdown forever. Keepalive finds peers that vanished silently.
 
     Raises:
-        OSError: the address is in use or not ours; its text names the address.
+        OSError: the address is in use or does not belong to this host. The message names the address.
     """
     host, port = parse_bind(bind)
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -108,7 +112,7 @@ def listen(bind: str, *, stall_seconds: float) -> socket.socket:
 
 
 class Guest(asyncio.StreamReaderProtocol):
-    """One accepted connection, for as long as it is not a stream. What it is told of HTTP it is told by its host."""
+    """An accepted connection until it becomes a stream. Its host (`http1.py`) reports the phases of HTTP to it."""
 
     def __init__(self, entrance: Entrance, descriptor: int, now: float) -> None:
         self._reader: asyncio.StreamReader | None = asyncio.StreamReader()
@@ -119,12 +123,12 @@ class Guest(asyncio.StreamReaderProtocol):
         self.phase = Phase.WAITING
         self.since = now
         self.has_begun = False
-        """Whether a byte of a request has come that is not answered yet."""
+        """Whether a byte has arrived of a request that is not answered yet."""
         self.has_unread = False
-        """Whether bytes have come that nobody has looked at: set here, cleared by the host."""
+        """Whether bytes have arrived that the host has not read. Set here, cleared by the host."""
         self.is_ending = False
         self.on_late: Callable[[], None] = self.close
-        """Called when a head that was begun is late. The host may say so before it closes."""
+        """Called if a head has begun but is not complete at its deadline. The host may answer before it closes."""
 
     # Called by the host.
 
@@ -136,11 +140,11 @@ class Guest(asyncio.StreamReaderProtocol):
         self._entrance.move(self, Phase.IDLE)
 
     def leave(self) -> None:
-        """It is a stream from here on, or gone."""
+        """The connection is now a stream, or closed: the entrance no longer counts it."""
         self._entrance.forget(self)
 
     def close(self) -> None:
-        """Once everything written is out."""
+        """Closes the connection once all written bytes are sent."""
         if self._transport is not None:
             self._transport.close()
 
@@ -153,7 +157,7 @@ class Guest(asyncio.StreamReaderProtocol):
 
     @property
     def is_silent(self) -> bool:
-        """Whether the client has sent nothing that still has to be read, be it here or in the kernel."""
+        """Whether no unread bytes of the client wait, neither here nor in the kernel."""
         if self.has_unread or self._transport is None:
             return False
         with contextlib.suppress(OSError):
@@ -163,16 +167,17 @@ class Guest(asyncio.StreamReaderProtocol):
 
     @property
     def takes_nothing(self) -> bool:
-        """Whether bytes wait for a client that does not read them."""
+        """Whether written bytes wait because the client does not read."""
         return self._transport is not None and self._transport.get_write_buffer_size() > 0
 
     # asyncio's side.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by class, only by its methods.
+        # A cast: uvloop's transport has the methods of `asyncio.Transport`, but does not inherit from it.
+        self._transport = cast("asyncio.Transport", transport)
         reader, self._reader = self._reader, None
-        assert reader is not None, "a connection is made once"
+        assert reader is not None, "asyncio calls this once"
         if self.is_ending:
             self._transport.abort()
             return
@@ -191,7 +196,7 @@ class Guest(asyncio.StreamReaderProtocol):
 
 
 class _Writer(asyncio.StreamWriter):
-    """One that may be thrown away: asyncio's own takes its connection along, even to another protocol."""
+    """A StreamWriter that does not close its connection when it is deleted: a stream still uses the connection."""
 
     def __del__(self) -> None: ...
 
@@ -200,14 +205,15 @@ Welcome = Callable[[Guest, asyncio.StreamReader, asyncio.StreamWriter], None]
 
 
 class Entrance:
-    """
+    """Accepts the connections of one listening socket, and counts and limits its guests.
+
     Args:
         listener: made by `listen`.
-        name: for log lines, as in "public".
-        most: guests at once.
-        welcome: called with each new guest.
-        on_ended: called with the reason for each guest that the entrance ended.
-        on_shortage: called when the system had nothing left for a connection.
+        name: for log lines, for example "public".
+        most: the most guests at once.
+        welcome: called with each new guest, its reader and its writer.
+        on_ended: called with the reason for each guest that the entrance closes.
+        on_shortage: called when the system has no descriptor or memory for a connection.
     """
 
     def __init__(
@@ -227,12 +233,12 @@ class Entrance:
         self._on_ended = on_ended
         self._on_shortage = on_shortage
         self._loop = asyncio.get_running_loop()
-        # In the order in which they came into the phase, so the first of each is the one that has waited longest.
+        # In the order in which they entered the phase: the first guest of each phase has been in it longest.
         self._guests: dict[Phase, dict[Guest, None]] = {phase: {} for phase in Phase}
         self._count = 0
         self._accepting = False
         self._is_full = False
-        """Nothing is accepted before a guest has left."""
+        """Whether accepting waits until a guest leaves."""
         self._closed = False
         self._retry: asyncio.TimerHandle | None = None
         self._sweeper: asyncio.TimerHandle | None = None
@@ -251,7 +257,7 @@ class Entrance:
             self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def close(self) -> None:
-        """Nobody comes in any more, and guests that are not being answered have to go."""
+        """Stops accepting, and closes all guests that are not being answered."""
         self._closed = True
         self._pause()
         if self._sweeper is not None:
@@ -263,7 +269,7 @@ class Entrance:
 
     def move(self, guest: Guest, phase: Phase) -> None:
         if guest not in self._guests[guest.phase]:
-            return  # It has left.
+            return  # The guest has left.
         del self._guests[guest.phase][guest]
         guest.phase = phase
         guest.since = time.monotonic()
@@ -279,7 +285,7 @@ class Entrance:
         if self._is_full:
             self.open()
 
-    # Letting in.
+    # Accepting.
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS):
@@ -289,7 +295,7 @@ class Entrance:
             try:
                 accepted, _ = self._listener.accept()
             except OSError as error:
-                # Others say that this one client is gone (accept(2), "Error handling"), or that there is none.
+                # Other errors mean that this client is gone (accept(2), "Error handling"), or that no client waits.
                 if error.errno in _SHORTAGES:
                     self._run_short(error)
                 return
@@ -317,12 +323,12 @@ class Entrance:
             error=str(error),
             open_descriptors=count_open(),
             limit=current_limit(),
-            detail="clients wait until others have left; raise the limit of open files (ulimit -n)",
+            detail="new clients wait until others leave; raise the limit of open files (ulimit -n)",
         )
         self._pause(SHORTAGE_SECONDS)
 
     def _pause(self, seconds: float | None = None) -> None:
-        """Accepts nothing for `seconds`."""
+        """Stops accepting for `seconds`, or until `open` is called."""
         if self._accepting:
             self._accepting = False
             self._loop.remove_reader(self._listener.fileno())
@@ -331,7 +337,7 @@ class Entrance:
         self._retry = None if seconds is None else self._loop.call_later(seconds, self.open)
 
     def _make_room(self) -> None:
-        """Somebody waits outside, and the house is full: the guests that have been quiet for longest have to go."""
+        """A client waits and all places are used: closes the guests that have been silent longest."""
         now = time.monotonic()
         ending = 0
         for phase, least in (
@@ -350,7 +356,7 @@ class Entrance:
                     self._crowd.log(address=self._name, guests=self._count, most=self._most, phase=phase.name.lower())
                     guest.abort()
                     ending += 1
-        # Until one has left: those that were ended do so in the next turn of the loop. Otherwise it is tried again.
+        # Wait until a guest leaves; aborted guests leave in the next loop iteration. If none left, try again later.
         self._is_full = True
         self._pause(ROOM_SECONDS / 4)
 
@@ -380,7 +386,7 @@ class Entrance:
             guest.abort()
             return
         guest.is_ending = True
-        guest.since = time.monotonic()  # For its last words; then it is aborted.
+        guest.since = time.monotonic()  # The guest gets one more deadline for the answer, and is then aborted.
         del self._guests[phase][guest]
         self._guests[phase][guest] = None
         if phase is Phase.WAITING and guest.has_begun:

@@ -1,4 +1,4 @@
-"""What some request headers mean, where the framework is stricter than the standard (RFC 9110, RFC 6454)."""
+"""Reads request headers for which the framework is stricter than the standard (RFC 9110, RFC 6454)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 from bridge.service.streams.sse import MEDIA_TYPE
 
 STREAM_REQUEST_HEADERS = ("Authorization", "Last-Event-ID", "Cache-Control", "Accept")
-"""What clients of the stream send, allowed whether a browser asks for it or not."""
+"""Headers that clients of the stream send. A preflight's answer always allows them."""
 
 MOST_ASKED = 100
 MOST_ASKED_BYTES = 4096
-"""Of a preflight: real ones ask for ten names at most. What is longer is not repeated to it."""
+"""Limits of a preflight's header names: real preflights have at most ten. The answer omits what exceeds them."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _RANGE = re.compile(r"([a-z0-9!#$&^_.+*-]+)/([a-z0-9!#$&^_.+*-]+)")
@@ -24,9 +24,9 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 def admits_stream(accept: Iterable[str]) -> bool:
     """Whether the lines of an Accept header admit `text/event-stream` (RFC 9110, section 12.5.1).
 
-    The most specific range decides. A lone `*` and weights such as `.2`, both of which Java sends, are understood.
-    Parameters of a range are ignored, since a stream has one form only. A part that cannot be read excludes nothing,
-    as the standard allows a server to ignore the whole header.
+    The most specific range decides. Java sends a lone `*` and weights such as `.2`, which are accepted. Parameters of a
+    range are ignored, because a stream has only one form. An unreadable part is ignored: the standard allows a server
+    to ignore the whole header.
     """
     kind, _, subtype = MEDIA_TYPE.partition("/")
     best: tuple[int, float] | None = None
@@ -44,7 +44,7 @@ def admits_stream(accept: Iterable[str]) -> bool:
 
 
 def _weight(part: str) -> float:
-    """RFC 9110, section 12.4.2. One that cannot be read counts as none, that is as 1."""
+    """The weight of a range (RFC 9110, section 12.4.2). A missing or unreadable weight counts as 1."""
     found = _WEIGHT.search(part)
     try:
         return float(found[1]) if found else 1.0
@@ -53,10 +53,10 @@ def _weight(part: str) -> float:
 
 
 def bearer_token(authorization: Iterable[str]) -> str | None:
-    """The credentials of the first Bearer line, or None (RFC 6750, section 2.1).
+    """The credentials of the first Bearer line with credentials, or None (RFC 6750, section 2.1).
 
-    The scheme's case is free, and more than one space is taken (RFC 9110, section 11.1 and 11.4). Other schemes belong
-    to a proxy in front. A scheme without credentials is no token: the next place is asked.
+    The scheme is case-insensitive, and several spaces are accepted (RFC 9110, sections 11.1 and 11.4). Other schemes
+    are for a proxy in front, and are ignored.
     """
     for line in authorization:
         scheme, _, credentials = line.strip().replace("\t", " ").partition(" ")
@@ -66,12 +66,11 @@ def bearer_token(authorization: Iterable[str]) -> str | None:
 
 
 def allowed_headers(asked: Iterable[str]) -> str:
-    """The `Access-Control-Allow-Headers` that answers the lines of an `Access-Control-Request-Headers`.
+    """The `Access-Control-Allow-Headers` for the lines of an `Access-Control-Request-Headers`.
 
-    Libraries add headers to each request of a page (`traceparent`, `baggage`, `sentry-trace`). An allowed origin may
-    read the stream anyway, and the bridge ignores headers that it does not know, so there is nothing to forbid. `*`
-    would not do, since the stream is read with credentials (Fetch standard, "CORS-preflight fetch"). Anything but a
-    header's name is left out.
+    Libraries add headers to each request of a page (`traceparent`, `baggage`, `sentry-trace`). All names are allowed:
+    an allowed origin may read the stream anyway, and the bridge ignores unknown headers. `*` does not work, because the
+    stream is read with credentials (Fetch standard, "CORS-preflight fetch"). Invalid names are left out.
     """
     line = ",".join(asked)
     names = line.split(",") if len(line) <= MOST_ASKED_BYTES else []
@@ -83,13 +82,13 @@ def allowed_headers(asked: Iterable[str]) -> str:
 
 
 def normal_origin(origin: str) -> str:
-    """An origin as a browser writes it: lower case, without its scheme's own port (RFC 6454, section 6.2)."""
+    """An origin as a browser writes it: in lower case, without its scheme's default port (RFC 6454, section 6.2)."""
     origin = origin.strip().lower()
     return origin.removesuffix(_DEFAULT_PORTS.get(origin.partition("://")[0], ":"))
 
 
 def is_own_origin(origin: str, host: str) -> bool:
-    """Whether a page of this origin comes from the host that the request names (RFC 9110, sections 4.2.3 and 7.2)."""
+    """Whether the origin's host is the host of the request (RFC 9110, sections 4.2.3 and 7.2)."""
     origin = normal_origin(origin)
     try:
         parts = urlsplit(origin)

@@ -1,7 +1,7 @@
-"""HTTP/1.1: Hypercorn, with what it lacks for long streams. The only file that imports hypercorn and h11.
+"""Serves HTTP/1.1 with Hypercorn, and adds what long streams need. The only file that imports hypercorn and h11.
 
-Hypercorn reads requests and writes heads and everything that is short; a stream gets the bare transport. How many
-connections there may be, and for how long without a request, is the entrance's business.
+Hypercorn reads requests, and writes heads and short answers. A stream gets the bare transport. `entrance.py` limits the
+number of connections and their time without a request.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from bridge.service.http.web import PROBLEM_TYPE, TAKE_OVER, problem_document
 READ_BYTES = 65_536
 
 LINGER_SECONDS = 1.0
-"""After the last answer a connection is read for so long, unless the client closes it before. Bytes that come to a
-closed connection are answered by a reset, which may overtake the answer (RFC 9112, section 9.6)."""
+"""After the last answer, the connection is read for this time, unless the client closes it earlier. Bytes that arrive
+at a closed connection cause a reset, which may overtake the answer (RFC 9112, section 9.6)."""
 
 LAST_ANSWERS_SECONDS = 1.0
-"""For answers that are being made when the service ends. No stream is among them: those have been drained."""
+"""Limit for answers in progress when the service stops. Streams have been drained before."""
 
 
 async def host(
@@ -46,14 +46,17 @@ async def host(
     on_shortage: Callable[[], object],
     on_entrance: Callable[[Entrance], object] = lambda _: None,
 ) -> None:
-    """Serves until `end`, and then a second longer for what is being answered.
+    """Serves until `end` is set, and then at most 1 s longer for answers in progress.
 
-    Hypercorn's own `serve` would do, but for three things: it gives the application no way to a connection, it has no
-    limit of them, and on Python 3.12 and later it waits without end for the connections that are open.
+    Hypercorn's own `serve` is not used for three reasons: the application cannot take over a connection, the number of
+    connections has no limit, and on Python 3.12 and later it waits for open connections without a limit.
 
     Args:
-        name, guests, on_ended, on_shortage: as of `Entrance`.
-        on_entrance: called with it, once it is open.
+        name, on_ended, on_shortage: as `Entrance`.
+        guests: the most guests at once, as `most` of `Entrance`.
+        on_entrance: called with the entrance once it is open.
+
+    Cancelling closes the entrance and the connections too, within 1 s.
     """
     config = Config()
     config.errorlog = logging.getLogger("hypercorn")
@@ -73,7 +76,7 @@ async def host(
     try:
         await end.wait()
     finally:
-        await context.terminated.set()  # No connection is kept for another request.
+        await context.terminated.set()  # Connections are not kept for another request.
         entrance.close()
         if connections:
             await asyncio.wait(connections, timeout=LAST_ANSWERS_SECONDS)
@@ -82,7 +85,7 @@ async def host(
 
 
 class _NoTask:
-    """For Hypercorn's timer of idle connections. A task for each is saved, and the entrance has the deadlines."""
+    """Replaces Hypercorn's timer for idle connections: the entrance has the deadlines, without a task for each."""
 
     async def restart(self, *_: object) -> None: ...
 
@@ -90,11 +93,9 @@ class _NoTask:
 
 
 class _Connection(TCPServer):
-    """One of Hypercorn's connections, which the application may take over once it has written a response's head.
+    """A connection of Hypercorn that the application may take over once the response's head is written.
 
-    A stream through all of Hypercorn costs four tasks and 18 KB for as long as it is open, and 7 microseconds more a
-    write (docs/decisions/05). So Hypercorn reads requests and writes heads and everything that is short. A stream
-    writes to the bare transport.
+    With all of Hypercorn, an open stream costs four tasks and 18 KB, and 7 µs more for each write (docs/decisions/05).
     """
 
     def __init__(self, app: Quart, config: Config, context: WorkerContext, guest: Guest,
@@ -103,8 +104,8 @@ class _Connection(TCPServer):
         self._quart = app
         self._guest = guest
         self._lingers = False
-        self._last_words: asyncio.Task[None] | None = None
-        guest.on_late = self._say_late
+        self._late_answer: asyncio.Task[None] | None = None
+        guest.on_late = self._answer_late_head
         self.idle_task = _NoTask()  # type: ignore[assignment]
 
     async def protocol_send(self, event: Event) -> None:
@@ -119,7 +120,7 @@ class _Connection(TCPServer):
             await super().protocol_send(event)
 
     def _linger(self) -> None:
-        """Says that this was all, and lets the client end the connection. What it still sends is thrown away."""
+        """Closes only the sending side, and lets the client close the connection. Further bytes are discarded."""
         if not self._lingers:
             self._lingers = True
             with contextlib.suppress(NotImplementedError, OSError, RuntimeError):
@@ -140,11 +141,11 @@ class _Connection(TCPServer):
                 await self.protocol.handle(RawData(data))
         await self.protocol.handle(Closed())
 
-    def _say_late(self) -> None:
-        """Its head has begun and does not end (RFC 9110, section 15.5.9)."""
+    def _answer_late_head(self) -> None:
+        """Answers 408: a head has begun but is not complete at its deadline (RFC 9110, section 15.5.9)."""
         protocol = self.protocol.protocol
         if isinstance(protocol, _Http1):
-            self._last_words = asyncio.create_task(self._refuse(protocol, 408), name="http-late")
+            self._late_answer = asyncio.create_task(self._refuse(protocol, 408), name="http-late")
         else:
             self._guest.close()
 
@@ -162,9 +163,9 @@ class _Connection(TCPServer):
         if transport.is_closing() or self.reader.at_eof():
             return None
         self._guest.leave()
-        # What Hypercorn still writes (the end of a body that it takes for empty) goes nowhere, and to its reader the
-        # client is gone: its tasks end, and everything that it kept for this connection goes with them.
-        self.writer = _Nowhere()  # type: ignore[assignment]
+        # Discard Hypercorn's further writes (it believes that the body is empty), and end its reader. Its tasks then
+        # end, and free all that they kept for this connection.
+        self.writer = _NullWriter()  # type: ignore[assignment]
         self.reader.feed_eof()
         return transport
 
@@ -172,9 +173,9 @@ class _Connection(TCPServer):
 class _Http1(H11Protocol):
     """Hypercorn's HTTP/1.1, as strict as RFC 9112 allows, with a body for each error and without upgrades.
 
-    A server may ignore an upgrade (RFC 9110, section 7.8). `Upgrade: h2c`, which Java's HttpClient and curl send
-    unasked, is gone (RFC 9113, section 3.1); there are no WebSockets here. A client that begins with HTTP/2's preface
-    gets it, and a 505.
+    A server may ignore an upgrade (RFC 9110, section 7.8). Java's HttpClient and curl send `Upgrade: h2c` by default,
+    which RFC 9113, section 3.1, has made obsolete. The bridge has no WebSockets. A client that begins with HTTP/2's
+    preface gets HTTP/2, and then a 505.
     """
 
     connection: _Requests
@@ -189,7 +190,7 @@ class _Http1(H11Protocol):
 
     async def _create_stream(self, request: h11.Request) -> None:
         target, host = origin_form(request.target)
-        # RFC 9110, section 2.5: of HTTP/1.x what is later than 1.1 is read as 1.1.
+        # RFC 9110, section 2.5: a later HTTP/1.x is treated as 1.1.
         version = (
             b"1.1" if request.http_version[:2] == b"1." and request.http_version > b"1.1" else request.http_version
         )
@@ -221,16 +222,16 @@ class _Http1(H11Protocol):
 
 
 _FAULTS = {
-    400: ("bad-request", "this is no request of HTTP/1.1 (RFC 9112)"),
-    408: ("request-timeout", "the head of the request did not come to its end in time"),
+    400: ("bad-request", "the request is not valid HTTP/1.1 (RFC 9112)"),
+    408: ("request-timeout", "the head of the request was not complete in time"),
     431: ("headers-too-large", "the head of the request is larger than 16 KB"),
-    501: ("not-implemented", "of transfer codings only chunked is known here"),
+    501: ("not-implemented", "the only supported transfer coding is chunked"),
 }
-"""What is said of requests that h11 refuses. Its own words repeat what came, which may be a token."""
+"""Messages for requests that h11 refuses. h11's own messages repeat received text, which may be a token."""
 
 
 class _Requests(h11.Connection):
-    """h11, which is lenient where old clients are, with what is refused here beside."""
+    """h11 with the additional checks of `requesthead.py`: h11 alone tolerates faults of old clients."""
 
     fault: HeadFault | None = None
     asks_for_head = False
@@ -239,7 +240,7 @@ class _Requests(h11.Connection):
         if self.their_state is h11.IDLE and data[:2] == b"\r\n" and not self.trailing_data[0]:
             data = data[2:]  # An empty line before a request is ignored (RFC 9112, section 2.2).
             if not data:
-                return  # To h11 no bytes are the end of the connection.
+                return  # h11 would treat empty data as the end of the connection.
         super().receive_data(data)
 
     def next_event(self) -> Any:
@@ -254,18 +255,18 @@ class _Requests(h11.Connection):
                 headers=event.headers,
             )
         elif isinstance(event, h11.EndOfMessage):
-            # What h11 takes with it is the last chunk's line and the trailers, and no byte of a body.
+            # With this event h11 consumes the last chunk's line and the trailers, but no byte of the body.
             self.fault = fault_of_lines(before[: len(before) - len(self.trailing_data[0])])
         else:
             return event
         if self.fault is not None:
-            self._process_error(self.their_role)  # As for what h11 refuses itself: no answer follows but the error's.
+            self._process_error(self.their_role)  # As h11 does for its own errors: only the error's answer may follow.
             raise h11.RemoteProtocolError(self.fault.detail, error_status_hint=self.fault.status)
         return event
 
 
-class _Nowhere:
-    """Of a StreamWriter, what Hypercorn uses of it at the end of a connection."""
+class _NullWriter:
+    """Discards all bytes. It has the methods of StreamWriter that Hypercorn calls at the end of a connection."""
 
     def write(self, data: bytes) -> None: ...
 

@@ -1,7 +1,7 @@
 """The HTTP side as an OpenAPI 3.2 document.
 
-Pure. Version 3.2 is the first that can describe a stream: `itemSchema` is the schema of one frame. The words of each
-route are here; `docs/contract.md` is the page that they agree with, and a test compares the routes with the server's.
+Pure. Version 3.2 is the first that can describe a stream: `itemSchema` is the schema of one frame. The descriptions
+must agree with `docs/contract.md`, and a test compares the routes with the server's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bridge.service.streams import sse
 
 Schema = dict[str, Any]
 
-# No class of the catalogue's has a name with a hyphen.
+# No class of the catalogue has these names, because they contain a hyphen.
 _PROBLEM = "bridge-problem"
 _FRAME = "bridge-frame"
 
@@ -41,13 +41,13 @@ def openapi(
     query_token: bool = False,
     console: str = "false",
 ) -> dict[str, Any]:
-    """The document.
+    """The OpenAPI document.
 
     Args:
-        version: of the bridge.
-        cookie: name of the cookie that may hold the token.
-        query_token: whether `?access_token=` is taken.
-        console: the setting: `false`, `true` or `development`.
+        version: the bridge's version.
+        cookie: name of the cookie that may contain the token.
+        query_token: whether `?access_token=` is accepted.
+        console: the setting `console`: `false`, `true` or `development`.
     """
     names, definitions = received(catalogue)
     schemes = _security_schemes(cookie, query_token=query_token)
@@ -84,8 +84,8 @@ def openapi(
         "info": {
             "title": "Events for browsers",
             "version": version,
-            "description": "Server-Sent Events of the person whose token the request carries. Before the first byte "
-            "of a stream an error is a problem document (RFC 9457). After it everything is a frame.",
+            "description": "Server-Sent Events for the user of the request's token. Before the first byte of a stream, "
+            "an error is a problem document (RFC 9457). After it, everything is a frame.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/", "description": "The bridge that serves this document."}],
@@ -135,7 +135,7 @@ def _problem_schema() -> Schema:
 
 
 def _frame(catalogue: Catalogue, names: dict[str, str]) -> Schema:
-    """One block of the stream. Comments are not frames: a parser passes over them."""
+    """The schema of one block of the stream. Comments are not frames: a parser ignores them."""
     retry = {"type": "integer", "minimum": 0, "description": "Milliseconds until a client may reconnect."}
 
     def frame(name: str, title: str, data: Schema, required: list[str], **fields: Schema) -> Schema:
@@ -197,11 +197,11 @@ def _without_body(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.items() if name != "content"}
 
 
-# What any route may answer, whatever it is asked for.
+# Answers that every route may give.
 _ALWAYS = {
     "413": _problem("The body of the request is larger than 16,384 bytes."),
-    "500": _problem("The bridge failed. Its log says why."),
-    "505": _problem("The request is HTTP/2. It belongs to the proxy in front of the bridge."),
+    "500": _problem("The bridge failed. Its log has the reason."),
+    "505": _problem("The request is HTTP/2. Use HTTP/2 only at the proxy in front of the bridge."),
 }
 _UNKNOWN_TOKEN = {
     "401": _problem(
@@ -212,7 +212,7 @@ _UNKNOWN_TOKEN = {
 
 
 def _heads(get: dict[str, Any]) -> dict[str, Any]:
-    """The operation of HEAD beside that of GET."""
+    """The operation of HEAD, derived from that of GET."""
     responses = {status: _without_body(answer) for status, answer in get["responses"].items()}
     return {**get, "operationId": "head" + get["operationId"].removeprefix("get"), "responses": responses}
 
@@ -225,17 +225,17 @@ def _resource(
     name: tuple[str, str, str] | None = None,
     tagged: bool = False,
 ) -> dict[str, Any]:
-    """A path that is the same for everybody.
+    """A path with the same answer for all users.
 
     Args:
-        operation: its name, after `get` or `head`.
-        content: of the answer.
-        name: of the path's parameter, with a description and an example.
-        tagged: whether it has an ETag.
+        operation: the operation's name, after `get` or `head`.
+        content: the content of the answer.
+        name: the path parameter's name, description and example.
+        tagged: whether the answer has an ETag.
     """
     answer: dict[str, Any] = {
         "description": summary,
-        "headers": {"Cache-Control": {"description": "Asked for each time.", "schema": {"const": "no-cache"}}},
+        "headers": {"Cache-Control": {"description": "Checked at each use.", "schema": {"const": "no-cache"}}},
         "content": content,
     }
     responses: dict[str, Any] = {"200": answer}
@@ -243,7 +243,7 @@ def _resource(
         answer["headers"]["ETag"] = {"description": "For `If-None-Match`.", "schema": _TEXT}
         responses["304"] = {"description": "The client has it already."}
     if name:
-        responses["404"] = _problem("There is none of this name.")
+        responses["404"] = _problem("There is no resource of this name.")
     get = {"operationId": f"get{operation}", "summary": summary, "security": [], "responses": responses | _ALWAYS}
     path: dict[str, Any] = {"get": get, "head": _heads(get)}
     if name:
@@ -259,16 +259,16 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
     header = {"schema": _TEXT}
     get = {
         "operationId": "getEvents",
-        "summary": "The stream of one person's events.",
-        "description": "What is temporary (too many connections, draining, the broker is away) is not an error. It is "
-        "a stream of one `bridge.bye`, since a browser never comes back after another status than 200.",
+        "summary": "The stream of one user's events.",
+        "description": "A temporary fault (too many connections, draining, RabbitMQ is away) has no error status. The "
+        "answer is a stream with one `bridge.bye`, because a browser never reconnects after another status than 200.",
         "security": security,
         "parameters": [
             {
                 "name": "types",
                 "in": "query",
-                "description": "Patterns of event types, joined by commas. `*` is one word, `#` any number of them. "
-                "Left out: every type.",
+                "description": "Patterns of event types, joined by commas. `*` is one word, `#` any number of words. "
+                "Default: every type.",
                 **_JOINED,
                 "schema": _TYPES,
                 "example": ["job.*", "billing.#"],
@@ -288,14 +288,15 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 "name": "lastEventId",
                 "in": "query",
-                "description": "As the header Last-Event-ID, which has priority. For clients that open a new stream.",
+                "description": "The same as the header Last-Event-ID, which has priority. For clients that open a new "
+                "stream.",
                 "schema": _TEXT,
             },
             {
                 "name": "Last-Event-ID",
                 "in": "header",
-                "description": "The `id` of the last frame. The stream goes on after it. An id that the bridge cannot "
-                "read is answered by `bridge.gap`.",
+                "description": "The `id` of the last frame. The stream continues after it. If the bridge cannot read "
+                "the id, the stream has `bridge.gap`.",
                 "schema": _TEXT,
             },
         ],
@@ -306,16 +307,16 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
                     "Cache-Control": header,
                     "X-Accel-Buffering": header,
                     "Bridge-Identity": {
-                        "description": "An opaque name of what the stream may show, or `unknown`.",
+                        "description": "An opaque name for the events that the stream may show, or `unknown`.",
                         "schema": {"type": "string", "pattern": "^(unknown|[A-Za-z0-9_-]{22})$"},
                     },
                 },
                 "content": {sse.MEDIA_TYPE: {"itemSchema": {"$ref": COMPONENTS + _FRAME}}},
             },
-            "400": _problem("A query that cannot be read: `invalid-types`, `invalid-named`, `invalid-audience`."),
+            "400": _problem("The query cannot be read: `invalid-types`, `invalid-named`, `invalid-audience`."),
             **_UNKNOWN_TOKEN,
             "403": _problem(
-                "The page's origin or the person has no stream: `origin-not-allowed`, `id-too-long`, `invalid-id`, "
+                "The page's origin or the user may have no stream: `origin-not-allowed`, `id-too-long`, `invalid-id`, "
                 "`groups-elsewhere`."
             ),
             "406": _problem("`Accept` does not admit text/event-stream."),
@@ -325,7 +326,7 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
     granted = ("Allow-Methods", "Allow-Headers", "Max-Age")
     preflight = {
         "operationId": "optionsEvents",
-        "summary": "The preflight of a page of another origin (CORS).",
+        "summary": "The preflight (CORS) for a page of another origin.",
         "security": [],
         "responses": {
             "204": {
@@ -350,7 +351,7 @@ def _looked_up(**members: Schema) -> Schema:
         routing_key=_TEXT,
         audience={"type": ["string", "null"]},
         body=_TEXT,
-        bytes={"type": "integer", "minimum": 0, "description": "Of the whole body."},
+        bytes={"type": "integer", "minimum": 0, "description": "Size of the whole body."},
         is_cut={"type": "boolean", "description": "Whether `body` is only its beginning."},
         refused=refused,
     )
@@ -369,14 +370,16 @@ def _look_up(
         "operationId": f"get{operation}",
         "summary": summary,
         "security": security,
-        "parameters": [*parameters, _query("limit", "So many at most.", limit)],
+        "parameters": [*parameters, _query("limit", "The most results.", limit)],
         "responses": {
             "200": {"description": summary, "content": {"application/json": {"schema": schema}}},
             "400": _problem("The query cannot be read: `bad-look-up`."),
             **_UNKNOWN_TOKEN,
             "403": _problem("The request is of another page (`origin-not-allowed`), or `groups-elsewhere`."),
             **problems,
-            "503": _problem("No answer of RabbitMQ: `not-permitted`, `broker-unavailable`, `keys-unavailable`."),
+            "503": _problem(
+                "RabbitMQ or the key set gave no answer: `not-permitted`, `broker-unavailable`, `keys-unavailable`."
+            ),
             **_ALWAYS,
         },
     }
@@ -390,7 +393,7 @@ def _console(security: list[dict[str, Any]], published: list[str]) -> dict[str, 
             "ConsoleFile",
             "A file of the console.",
             {"text/javascript": {}, "text/css": {}},
-            name=("name", "`app.js`, another module of it, or `style.css`.", "app.js"),
+            name=("name", "`app.js`, another module of the console, or `style.css`.", "app.js"),
             tagged=True,
         ),
     }
@@ -413,7 +416,7 @@ def _console(security: list[dict[str, Any]], published: list[str]) -> dict[str, 
         )
         paths["/console/quarantine"] = _look_up(
             "Quarantine",
-            "The oldest messages in quarantine, which stay there. For the console's own page only.",
+            "The oldest messages in quarantine. They stay there. For the console's own page only.",
             security,
             _object(messages={"type": "array", "items": _looked_up()}),
             [],

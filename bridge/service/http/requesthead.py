@@ -1,7 +1,7 @@
-"""What is refused of a request's head, beside what the parser refuses: where RFC 9112 leaves a choice, the strict one.
+"""Refuses request heads that the parser accepts but that are ambiguous. If RFC 9112 leaves a choice, the strict one.
 
-A proxy in front may have read the same bytes in another way, and what it takes for the body of one person's request
-must not be another request here (request smuggling). Pure: bytes in, a fault or none out.
+A proxy in front may read the same bytes differently. Bytes that the proxy treats as the body of one user's request must
+not become another request here (request smuggling). Pure: bytes in, a fault or None out.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"QUERY"})
-"""Known methods, answered 405 where a resource does not have them: RFC 9110, section 9.3, RFC 5789, and QUERY, which
-OpenAPI 3.2 names. Methods are case-sensitive (RFC 9110, section 9.1): `get` is not one of them."""
+"""Known methods, answered with 405 if a resource does not support them: RFC 9110, section 9.3, RFC 5789, and QUERY,
+which OpenAPI 3.2 names. Methods are case-sensitive (RFC 9110, section 9.1), so `get` is unknown."""
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _BARE_CR = re.compile(rb"\r(?!\n)")
@@ -33,10 +33,11 @@ class HeadFault:
 def fault_of_head(
     head: bytes, *, method: bytes, version: bytes, headers: Iterable[tuple[bytes, bytes]]
 ) -> HeadFault | None:
-    """
+    """Returns the first fault of a request's head, or None.
+
     Args:
-        head: as it came, with the empty line at its end.
-        method, version, headers: what the parser read of it; names in lower case.
+        head: the received bytes, including the empty line at the end.
+        method, version, headers: the parser's results. Header names are in lower case.
     """
     if (fault := fault_of_lines(head)) is not None:
         return fault
@@ -44,33 +45,33 @@ def fault_of_head(
         # RFC 9112, section 5.2.
         return HeadFault(400, "bad-request", "a header is continued on a second line: write it on one line")
     if version != b"2.0" and method not in METHODS:
-        return HeadFault(501, "unknown-method", "this method is not known here; methods are written in capitals")
+        return HeadFault(501, "unknown-method", "the method is unknown; methods are written in capitals")
     values = dict(headers)
     if b"transfer-encoding" in values:
         # RFC 9112, sections 6.1 and 6.3. Both are ways to smuggle a request.
         if b"content-length" in values:
-            return HeadFault(400, "bad-request", "Content-Length and Transfer-Encoding exclude each other: send one")
+            return HeadFault(400, "bad-request", "the request has Content-Length and Transfer-Encoding: send only one")
         if version < b"1.1":
             return HeadFault(400, "bad-request", "Transfer-Encoding needs HTTP/1.1")
     if version[:2] == b"1." and version > b"1.0" and b"host" not in values:
-        # The parser asks for it in HTTP/1.1 alone, and what is later than that is read as 1.1 here.
+        # The parser requires it only in HTTP/1.1, but later versions are treated as 1.1 here.
         return HeadFault(400, "bad-request", "HTTP/1.1 needs a Host header")
     if not _HOST.fullmatch(values.get(b"host", b"")):
-        return HeadFault(400, "bad-request", "Host must be a host and, where needed, a port")  # RFC 9112, section 3.2.
+        return HeadFault(400, "bad-request", "Host must be a host, with a port if needed")  # RFC 9112, section 3.2.
     return None
 
 
 def fault_of_lines(lines: bytes) -> HeadFault | None:
-    """Of a head, or of what frames a body in chunks (RFC 9112, section 2.2)."""
+    """Returns the fault of the lines of a head, or of the last chunk and the trailers (RFC 9112, section 2.2)."""
     if _BARE_LF.search(lines) or _BARE_CR.search(lines):
         return HeadFault(400, "bad-request", "lines must end with CR LF, and neither may occur alone")
     return None
 
 
 def origin_form(target: bytes) -> tuple[bytes, bytes | None]:
-    """A request's target as path and query, and the host that it names instead of the Host header, if it names one.
+    """Returns a request target's path and query, and its host if it has one, which replaces the Host header.
 
-    A server must take `GET http://host/path`, and ignore Host then (RFC 9112, section 3.2.2).
+    A server must accept `GET http://host/path`, and then ignore Host (RFC 9112, section 3.2.2).
     """
     found = _ABSOLUTE.fullmatch(target)
     if found is None:

@@ -1,8 +1,8 @@
 """The HTTP routes. The only file that imports quart.
 
-Owns what is said before the first byte of a stream: who asks, from where, for what. Until then an error is a status
-with a problem document (RFC 9457); a browser's EventSource never comes back after one, so what is only temporary is
-answered as a stream that says goodbye (docs/contract.md, "GET /events").
+Owns the checks before the first byte of a stream: the token, the origin and the query. Until then, an error is a status
+with a problem document (RFC 9457). A browser's EventSource never reconnects after one, so a temporary fault is answered
+with a stream that has only `bridge.bye` (docs/contract.md, "GET /events").
 """
 
 from __future__ import annotations
@@ -43,41 +43,41 @@ if TYPE_CHECKING:
     from bridge.service.tracing import Tracing
 
 MAX_REQUEST_BYTES = 16_384
-"""An unread body of a GET stays in memory as long as its stream."""
+"""The largest body of a request. An unread body of a GET stays in memory as long as its stream."""
 
 PREFLIGHT_SECONDS = 7200
-"""Chromium keeps a preflight no longer than two hours."""
+"""How long a browser may cache a preflight. Chromium's own limit is two hours."""
 
 IDENTITY = "Bridge-Identity"
-"""Header with the name of what a stream may show (docs/contract.md, "Identity")."""
+"""Header with the identity of a stream (docs/contract.md, "Identity")."""
 
 UNKNOWN_IDENTITY = "unknown"
-"""Its value where the token cannot be judged now. No digest is as short."""
+"""The header's value if the token cannot be judged now. A real identity is longer."""
 
 STREAM_HEADERS = {
     "Content-Type": sse.MEDIA_TYPE,
-    # no-transform keeps compressing proxies away, which would hold events back until a block is full.
+    # no-transform stops proxies from compression, which would delay events until a block is full.
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",
-    # A stream ends with its connection, so that no proxy sends another request into it (RFC 9112, section 9.6).
+    # A stream ends with its connection. With this header no proxy sends another request on it (RFC 9112, section 9.6).
     "Connection": "close",
 }
 
 TAKE_OVER = "bridge.take_over"
-"""Name of the ASGI extension by which a connection is had from the server: a function without arguments. It returns the
-transport, whose bytes are the caller's from then on, or None when the client is gone."""
+"""Name of the ASGI extension that takes a connection over from the server: a function without arguments. It returns the
+transport, which then belongs to the caller, or None if the client is gone."""
 
 CONSOLE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Were an event ever set as HTML by mistake, it still could not run."""
+"""If the console ever inserts an event as HTML by mistake, the event's scripts still cannot run."""
 
 _log = structlog.get_logger("bridge.web")
 
 
 class Problem(Exception):
-    """An error before the first byte. `code` is stable, for programs; `detail` is for whoever reads it."""
+    """An error before the first byte of a stream. `code` is stable, for programs. `detail` is for people."""
 
     def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
         self.status = status
@@ -110,7 +110,7 @@ _TITLES = {
 
 
 def problem_document(status: int, code: str, detail: str) -> str:
-    """The body of an error (RFC 9457), as one line."""
+    """The body of an error answer (RFC 9457), on one line."""
     document = {
         "type": f"urn:bridge:problem:{code}",
         "title": _TITLES.get(status, "Error"),
@@ -141,8 +141,8 @@ def create_app(
     """The public application.
 
     Args:
-        publisher: what the console publishes samples with; None where it may not.
-        tracing: makes spans of deliveries; None where nobody wants them.
+        publisher: publishes the console's samples. None: the console may not publish.
+        tracing: makes spans of deliveries. None: tracing is off.
     """
     app = _bare_app("bridge")
     not_judged = RareLine("token not judged", _log.error)
@@ -167,7 +167,7 @@ def create_app(
 
     @app.after_request
     async def add_cors(response: Response) -> Response:
-        # Also on errors: without it a page that fetches by hand cannot read why it was refused.
+        # Also on errors: without it, a page that uses `fetch` cannot read the reason for a refusal.
         is_preflight = request.method == "OPTIONS"
         response.headers.add("Vary", "Origin, Access-Control-Request-Headers" if is_preflight else "Origin")
         if normal_origin(request.headers.get("Origin", "")) in settings.allowed_origins:
@@ -192,7 +192,7 @@ def create_app(
     async def events() -> Response:
         _check_origin(settings)
         if not admits_stream(request.headers.getlist("Accept")):
-            raise Problem(406, "not-acceptable", "this resource is text/event-stream, which `Accept` does not admit")
+            raise Problem(406, "not-acceptable", "`Accept` does not admit text/event-stream: add it, or omit Accept")
         try:
             subscriber = await _authenticate(authenticator, settings)
         except GroupsElsewhere as error:
@@ -203,10 +203,10 @@ def create_app(
             metrics.streams_ended.labels("busy").inc()
             bye = sse.encode_bye("busy", deadlines.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
             return _stream_response(bye, UNKNOWN_IDENTITY)
-        wish = _read_wish(subscriber, subscriber.identity(identity_key))
+        stream_request = _read_stream_request(subscriber, subscriber.identity(identity_key))
         if request.method == "HEAD":
-            return _stream_response([], wish.identity)
-        return _stream_response(_hand_over(request.scope, streams, wish), wish.identity)
+            return _stream_response([], stream_request.identity)
+        return _stream_response(_hand_over(request.scope, streams, stream_request), stream_request.identity)
 
     @app.get("/schemas")
     async def list_schemas() -> Response:
@@ -281,16 +281,16 @@ def _add_development(
     publisher: Publisher,
     look_up: LookUp,
 ) -> None:
-    """What only a console in development may do: everybody with a token publishes to all, and sees all events."""
+    """The console's routes for development: each user with a token may publish to everybody, and sees all events."""
 
     def check_page(verb: str) -> None:
-        # A page of another origin, even an allowed one, must not use a person's cookie here. Browsers send no `Origin`
-        # with a GET of the page's own host, and `Sec-Fetch-Site` only to hosts that they trust (HTTPS, localhost).
+        # A page of another origin, even an allowed one, must not use a user's cookie here. Browsers send no `Origin`
+        # with a GET to the page's own host, and send `Sec-Fetch-Site` only to hosts that they trust (HTTPS, localhost).
         origin = request.headers.get("Origin")
         if (origin is not None and not is_own_origin(origin, request.headers.get("Host", ""))) or request.headers.get(
             "Sec-Fetch-Site", "none"
         ) not in ("same-origin", "none"):
-            raise Problem(403, "origin-not-allowed", f"only the console itself may {verb}")
+            raise Problem(403, "origin-not-allowed", f"only the console's own page may {verb}")
 
     async def check_token() -> None:
         try:
@@ -309,7 +309,8 @@ def _add_development(
             messages = await look_up.quarantine(limit)
         except AccessRefused as error:
             hint = (
-                f"Give the bridge's user `read` on {settings.quarantine!r}, or run `bridge quarantine list` as another"
+                f"Give the bridge's user `read` on {settings.quarantine!r}, or run `bridge quarantine list` as another "
+                "user"
             )
             raise Problem(503, "not-permitted", f"{error}. {hint}") from None
         except BrokerError as error:
@@ -346,12 +347,12 @@ def _add_development(
         if not request.is_json:
             raise Problem(400, "not-json", "the body must be application/json")
         await check_token()
-        wish = await request.get_json()
-        if not isinstance(wish, dict) or wish.keys() != {"to", "type", "data"}:
-            raise Problem(400, "bad-sample", "a sample is an object of `to`, `type` and `data`")
+        sample = await request.get_json()
+        if not isinstance(sample, dict) or sample.keys() != {"to", "type", "data"}:
+            raise Problem(400, "bad-sample", "a sample must be an object with exactly `to`, `type` and `data`")
         try:
-            data = catalogue.parse(str(wish["type"]), json.dumps(wish["data"]))
-            event_id = await publisher.publish(Audience.parse(str(wish["to"])), data)
+            data = catalogue.parse(str(sample["type"]), json.dumps(sample["data"]))
+            event_id = await publisher.publish(Audience.parse(str(sample["to"])), data)
         except (ValueError, RoutingError, EventRefused) as error:
             raise Problem(400, "bad-sample", str(error)) from None
         except PublishError as error:
@@ -360,7 +361,8 @@ def _add_development(
 
 
 def _number(name: str, default: int, *, largest: int) -> int:
-    """
+    """Reads a number of the query.
+
     Raises:
         Problem: 400.
     """
@@ -368,32 +370,32 @@ def _number(name: str, default: int, *, largest: int) -> int:
     if text is None:
         return default
     if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= largest:
-        raise Problem(400, "bad-look-up", f"`{name}` is a number of 1 to {largest}, not {text[:40]!r}")
+        raise Problem(400, "bad-look-up", f"`{name}` must be a number from 1 to {largest}, not {text[:40]!r}")
     return int(text)
 
 
 def _private(value: object) -> Response:
-    """What holds other people's events: no cache keeps it."""
+    """An answer with other users' events: no cache may keep it."""
     response = _json(value)
     response.headers["Cache-Control"] = "no-store"
     return response
 
 
 def create_internal_app(*, why_not_ready: Callable[[Set[str]], str | None], metrics: Metrics) -> Quart:
-    """Probes and metrics."""
+    """The internal application: probes and metrics."""
     app = _bare_app("bridge.internal")
 
     @app.get("/livez")
     async def livez() -> Response:
-        # That this answers is the whole check. It never asks the broker, whose outage would then restart every replica.
+        # The answer itself is the check. It does not depend on RabbitMQ, whose outage would then restart all replicas.
         return _json({"status": "alive", "version": __version__})
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        # As the Kubernetes API server has it: /readyz?exclude=broker&exclude=connections.
+        # The same form as in the Kubernetes API server: /readyz?exclude=broker&exclude=connections.
         exclude = set(request.args.getlist("exclude"))
         if unknown := exclude - CHECKS:
-            fault = f"exclude={min(unknown)} is none of {', '.join(sorted(CHECKS))}"
+            fault = f"exclude={min(unknown)} is not a check: use {' or '.join(sorted(CHECKS))}"
             return _json({"status": "not known", "reason": fault}, status=400)
         reason = why_not_ready(exclude)
         if reason is None:
@@ -414,11 +416,11 @@ def _bare_app(name: str) -> Quart:
 
     @app.before_request
     async def refuse_http_2() -> Response | None:
-        # Hypercorn speaks HTTP/2 to a client that begins with its preface, and has no back-pressure there: one client
-        # that reads nothing would have the bridge keep everything for it. 505 is RFC 9110, section 15.6.6.
+        # Hypercorn speaks HTTP/2 with a client that sends its preface, but without back-pressure: for a client that
+        # reads nothing, the bridge would buffer everything. 505 is RFC 9110, section 15.6.6.
         if request.http_version not in ("1.0", "1.1"):
             return _problem(
-                505, "http-version", "this port speaks HTTP/1.1; HTTP/2 belongs to the proxy in front of it"
+                505, "http-version", "this port speaks only HTTP/1.1: use HTTP/2 at the proxy in front of it"
             )
         return None
 
@@ -433,8 +435,8 @@ def _bare_app(name: str) -> Quart:
 
     @app.errorhandler(Exception)
     async def fail(error: Exception) -> Response:
-        _log.exception("request failed", path=request.path)  # The path only: a query may hold a token.
-        return _problem(500, "internal-error", "the bridge failed to answer this; its log says why")
+        _log.exception("request failed", path=request.path)  # Only the path: a query may contain a token.
+        return _problem(500, "internal-error", "the bridge failed to answer this request; its log has the reason")
 
     return app
 
@@ -447,7 +449,7 @@ def _json(value: object, *, status: int = 200) -> Response:
 
 async def _file(content: bytes, content_type: str) -> Response:
     response = Response(content, content_type=content_type)
-    response.headers["Cache-Control"] = "no-cache"  # Kept, but asked for each time: a new bridge brings a new one.
+    response.headers["Cache-Control"] = "no-cache"  # Cached, but checked at each use: a new bridge may have a new file.
     response.headers["X-Content-Type-Options"] = "nosniff"
     await response.add_etag()
     return await response.make_conditional(request)
@@ -457,30 +459,31 @@ def _stream_response(body: Any, identity: str) -> Response:
     response = Response(body)
     response.headers.update(STREAM_HEADERS)
     response.headers[IDENTITY] = identity
-    response.headers.pop("Content-Length", None)  # Quart counts a body that it can; this one is a stream in any case.
-    response.timeout = None  # Quart's own ends every response after 60 s, without a word.
+    response.headers.pop("Content-Length", None)  # Quart adds it for a short body, but this is always a stream.
+    response.timeout = None  # Quart's default ends every response after 60 s, without an error.
     return response
 
 
-async def _hand_over(scope: Any, streams: Streams, wish: StreamRequest) -> AsyncGenerator[bytes]:
-    """The body of a stream as Quart sees it: nothing, and then the connection is no longer Quart's.
+async def _hand_over(scope: Any, streams: Streams, stream_request: StreamRequest) -> AsyncGenerator[bytes]:
+    """The body of a stream for Quart: one empty piece. After it, the connection no longer belongs to Quart.
 
-    Nothing is acquired before the head is out: a generator that was never started never runs its `finally`.
+    Nothing is acquired before the head is written: a generator that was never started never runs its `finally`.
     """
-    yield b""  # Hypercorn writes the head with the first piece of the body, also with an empty one.
+    yield b""  # Hypercorn writes the head with the first piece of the body, even with an empty one.
     transport = scope["extensions"][TAKE_OVER]()
     if transport is not None:
-        streams.open(transport, wish, chunked=scope["http_version"] == "1.1")
+        streams.open(transport, stream_request, chunked=scope["http_version"] == "1.1")
 
 
 def _check_origin(settings: Settings) -> None:
-    """
+    """Refuses pages of other origins. A browser hides the answer from such a page anyway (CORS), but the bridge would
+    open the stream, with the user's cookie.
+
     Raises:
-        Problem: 403 for a page of an origin that is neither ours nor allowed. A browser would keep the answer from such
-            a page anyway (CORS), but the stream would have been opened, with the user's cookie.
+        Problem: 403 if the origin is neither the bridge's own nor allowed.
     """
-    # `null` (a sandboxed frame, a file) names nobody, so it is never allowed (RFC 6454, section 7.3). An empty line is
-    # not from a browser.
+    # `null` (a sandboxed frame, a file) identifies no site, so it is never allowed (RFC 6454, section 7.3). No browser
+    # sends an empty line.
     origin = request.headers.get("Origin")
     if not origin or normal_origin(origin) in settings.allowed_origins:
         return
@@ -489,15 +492,17 @@ def _check_origin(settings: Settings) -> None:
     raise Problem(
         403,
         "origin-not-allowed",
-        f"pages of {origin[:200]!r} may not read this stream; the operator lists origins in BRIDGE_ALLOWED_ORIGINS",
+        f"pages of {origin[:200]!r} may not read this stream: the operator must add the origin to "
+        "BRIDGE_ALLOWED_ORIGINS",
     )
 
 
 async def _authenticate(authenticator: Authenticator, settings: Settings) -> Subscriber:
-    """
+    """Returns the subscriber of the request's tokens.
+
     Raises:
         Problem: 401, with a challenge (RFC 6750, section 3).
-        GroupsElsewhere: the token is good and leaves out its groups.
+        GroupsElsewhere: the token is valid but leaves out its groups.
         TryAgain: the token cannot be judged now.
     """
     try:
@@ -517,24 +522,25 @@ def _find_tokens(settings: Settings) -> list[str]:
     token = bearer_token(request.headers.getlist("Authorization"))
     if token is not None:
         return [token]
-    # Cookies of one name may come from several paths and domains, and their order says nothing that can be relied on
-    # (RFC 6265, section 4.2.2).
+    # Cookies with one name may come from several paths and domains, and their order is not reliable (RFC 6265, section
+    # 4.2.2).
     cookies = [cookie for cookie in request.cookies.getlist(settings.cookie) if cookie]
     if cookies:
         return list(dict.fromkeys(cookies))
-    # RFC 6750, section 2.3. An empty member counts as none.
+    # RFC 6750, section 2.3. An empty value is ignored.
     return [token for token in request.args.getlist("access_token") if token][:1] if settings.query_token else []
 
 
-def _read_wish(subscriber: Subscriber, identity: str) -> StreamRequest:
-    """
+def _read_stream_request(subscriber: Subscriber, identity: str) -> StreamRequest:
+    """Reads the subscription request in the query.
+
     Raises:
         Problem: 400 or 403.
     """
     try:
-        # Repeated members add up, and spaces around a comma (`+` or `%20`) mean nothing.
+        # Repeated members are joined, and spaces around a comma (`+` or `%20`) are ignored.
         given = request.args.getlist("types")
-        # Not more than are allowed are cut out; of the rest, `parse` counts the commas.
+        # Splits off at most the allowed number; `parse` counts the commas in the rest.
         patterns = [pattern.strip() for pattern in ",".join(given).split(",", MAX_PATTERNS)]
         types = TypeFilter.parse(",".join(patterns)) if given else TypeFilter()
     except InvalidPattern as error:
@@ -549,7 +555,7 @@ def _read_wish(subscriber: Subscriber, identity: str) -> StreamRequest:
     except KeyTooLong as error:
         raise Problem(403, "id-too-long", f"the user id or a group id is too long for a routing key: {error}") from None
     except InvalidId as error:
-        raise Problem(403, "invalid-id", f"the user id or a group id cannot stand in a routing key: {error}") from None
+        raise Problem(403, "invalid-id", f"the user id or a group id is invalid in a routing key: {error}") from None
     try:
         keys = types.binding_keys(audience)
     except KeyTooLong as error:
@@ -558,16 +564,17 @@ def _read_wish(subscriber: Subscriber, identity: str) -> StreamRequest:
 
 
 def _flag(name: str, *, default: str) -> bool:
-    """
+    """Reads a member of the query that is `true` or `false`.
+
     Raises:
         Problem: 400.
     """
     value = request.args.get(name, default)
     if value not in ("true", "false"):
-        raise Problem(400, f"invalid-{name}", f"`{name}` is true or false, not {value[:40]!r}")
+        raise Problem(400, f"invalid-{name}", f"`{name}` must be true or false, not {value[:40]!r}")
     return value == "true"
 
 
 def _last_event_id() -> str | None:
-    # The header wins: a browser that reconnects by itself repeats the query that it began with.
+    # The header has priority: a browser that reconnects by itself repeats its first query, with an older cursor.
     return request.headers.get("Last-Event-ID") or request.args.get("lastEventId") or None
