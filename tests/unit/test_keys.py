@@ -58,7 +58,7 @@ def test_a_key_that_is_there_twice_counts_once() -> None:
         (b'{"jwks_uri": "https://idp.example/keys"}', "discovery document: set BRIDGE_JWKS to 'https://idp"),
         (b"[]", "not a JSON Web Key Set"),
         (b'{"keys": {}}', "not a JSON Web Key Set"),
-        (b'{"keys": []}', "no key for RS256, ES256, EdDSA"),
+        (b'{"keys": []}', "no usable key for RS256, ES256, EdDSA"),
     ],
 )
 def test_a_document_that_is_no_key_set(document: bytes, words: str) -> None:

@@ -222,7 +222,7 @@ async def test_a_server_that_does_not_end_is_given_up(monkeypatch: pytest.Monkey
         await main._finish(hanging)
         await main._finish(failed)
     assert [(line["event"], line["part"]) for line in lines] == [
-        ("gave up connections that would not close", "hangs"),
+        ("connections not closed in time", "hangs"),
         ("failed", "fails"),
     ]
     with contextlib.suppress(asyncio.CancelledError):
