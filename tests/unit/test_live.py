@@ -81,12 +81,12 @@ class Groups:
 
     def come(self, *groups: str) -> None:
         self.broker.groups.update(groups)
-        self.shared.note_groups(groups)
+        self.shared.on_groups_changed(groups)
 
     def go(self, *groups: str) -> None:
         for group in groups:
             del self.broker.groups[group]
-        self.shared.note_groups(groups)
+        self.shared.on_groups_changed(groups)
 
     async def reconcile(self) -> list[tuple[str, str]]:
         setup: Any = self.asked
@@ -100,9 +100,9 @@ async def test_a_group_is_bound_with_its_first_connection_and_unbound_with_its_l
     to = Groups()
     to.come("a", "b")
     assert to.shared._changed.is_set()
-    assert to.shared.lacking(["a", "b"]) == "a"
+    assert to.shared.first_unbound(["a", "b"]) == "a"
     assert await to.reconcile() == [("bind", "group.a.#"), ("bind", "group.b.#")]
-    assert (to.checked, to.shared.lacking(["a", "b"])) == (["a", "b"], None)
+    assert (to.checked, to.shared.first_unbound(["a", "b"])) == (["a", "b"], None)
     to.shared._changed.clear()
     to.come("a")
     assert not to.shared._changed.is_set(), "it is bound already"
@@ -114,7 +114,7 @@ async def test_a_group_that_was_unbound_is_bound_again_for_the_next_connection()
     to = Groups()
     for _ in range(2):
         to.come("a")
-        assert to.shared.lacking(["a"]) == "a", "it waits for a new binding"
+        assert to.shared.first_unbound(["a"]) == "a", "it waits for a new binding"
         assert await to.reconcile() == [("bind", "group.a.#")]
         to.go("a")
         assert await to.reconcile() == [("unbind", "group.a.#")]
@@ -129,7 +129,7 @@ async def test_a_connection_that_comes_while_its_group_is_unbound_waits_for_a_ne
     running = asyncio.create_task(to.reconcile())
     await until(lambda: bool(to.asked.commands))
     to.come("a")
-    assert to.shared.lacking(["a"]) == "a"
+    assert to.shared.first_unbound(["a"]) == "a"
     to.asked.answers.set()
     assert await running == [("unbind", "group.a.#"), ("bind", "group.a.#")]
     assert to.checked == ["a", "a"]

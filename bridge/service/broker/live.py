@@ -1,15 +1,15 @@
 """The bridge's side of RabbitMQ: topology, live queues, the shared queue.
 
-Owns every AMQP command that the bridge gives. Nobody outside awaits one: cancelling an AMQP call closes its channel
-with all consumers on it, and the tasks of HTTP requests are cancelled all the time. So `subscribe` only notes down what
-is wanted and returns; a few owner tasks make it so, for as long as it is wanted, through every loss of the connection,
-and tell by callback when it is so and when it no longer is.
+Owns every AMQP command for these queues. No request task awaits one: cancelling an AMQP call closes its channel with
+all its consumers, and request tasks are often cancelled. So `subscribe` records the subscription and returns. A few
+owner tasks make the queues, and make them again after every loss of the connection. Callbacks report when a
+subscription is bound and when it is lost.
 
-    Broker        supervisor: one consuming connection, made again for ever, with jittered pauses
-    └─ _ConnectionEpoch      one life of that connection, with the queues that live and die with it
-       ├─ _ChannelWorker   two channels and their owner task; some hundred live queues each
-       ├─ _Shared the process's queue for groups and broadcasts
-       └─ _Dropped the queue to which RabbitMQ sends what it drops from the others
+    Broker                   supervisor: keeps one consuming connection, with jittered pauses between attempts
+    └─ _ConnectionEpoch      everything that lives as long as one connection
+       ├─ _ChannelWorker     two channels and their owner task, for some hundred live queues
+       ├─ _Shared            the process's queue for groups and broadcasts
+       └─ _Dropped           the queue to which RabbitMQ sends the messages that it drops from the others
 """
 
 from __future__ import annotations
@@ -43,57 +43,58 @@ if TYPE_CHECKING:
     from pamqp.common import FieldTable
 
 CHANNEL_WORKERS = 8
-"""Attaching is bounded by this: so many queues are being made at any time, each after the one before it. A broker
-that is slow is asked more slowly; after its restart ten thousand queues come back at the pace it can keep."""
+"""Number of channel workers of a connection. Each makes one live queue at a time, so this many are made at once. After
+a restart of the broker, ten thousand queues return at the rate that it can serve."""
 
 CHANNELS_OF_A_WORKER = 2
 
 CHANNELS_BESIDE_WORKERS = 4
-"""Two of the shared queue, one of the queue for dropped messages, and one to declare the topology. With all channel
-workers a connection has 20. They are opened before the connection is used: RabbitMQ closes the connection for one
-channel too many, and a new stream must not do that to the others."""
+"""Two for the shared queue, one for the queue of dropped messages, one to declare the topology. With all workers a
+connection has 20. They are opened before any live queue is made: RabbitMQ closes the whole connection for one channel
+too many."""
 
 _ALL_CHANNELS = CHANNELS_BESIDE_WORKERS + CHANNELS_OF_A_WORKER * CHANNEL_WORKERS
 
 CLOSED_SECONDS = 0.5
-"""A connection that RabbitMQ closes says why within a turn of the loop."""
+"""Limit of the wait for RabbitMQ's reason after a failed command. It usually arrives within one loop iteration."""
 
 LIMIT_SECONDS = 1.0
-"""After RabbitMQ refused a queue for a limit, it is not asked for another one for so long."""
+"""After RabbitMQ refused a queue for a limit, the bridge asks for no other queue for this long."""
 
 LIMIT_RETRY_SECONDS = 5.0
-"""A stream that had a queue before asks for another one about this often, while a limit is reached."""
+"""Mean interval at which a stream that has lost its queue asks for another one, while a limit is reached."""
 
 PREFETCH = 200
-"""Unacked deliveries for each consumer. They are acked as soon as they are in a session's backlog, so this is only what
-may be on its way while the process is busy."""
+"""Limit of unacknowledged deliveries for each live queue's consumer. A delivery is acknowledged soon after it is in a
+session's backlog, so this limits only the deliveries on their way while the process is busy."""
 
 SHARED_PREFETCH = 2_000
 
 STEADY_SECONDS = 10.0
-"""A connection that lasted this long is followed by a quick try; one that did not, by a longer pause each time."""
+"""After a connection that lasted this long, the first pause is short again. Otherwise each pause is longer."""
 
 QUARANTINE_SECONDS = 2.0
-"""The bridge waits this long for RabbitMQ's answer about the quarantine, and then declares the queues of streams."""
+"""Limit of the wait for RabbitMQ's answer about the quarantine. After it, the bridge makes the streams' queues."""
 
 COMMAND_SECONDS = 30.0
-"""A broker that leaves a command unanswered for this long is as good as gone, though its heartbeats come."""
+"""Limit of a command's answer. After it, the bridge connects again, even if heartbeats still arrive."""
 
 EXCHANGE_CHECK_SECONDS = 10.0
-"""How often the bridge checks that the exchange exists. RabbitMQ deletes all bindings with it, and notifies nobody."""
+"""After this time without a change of groups, the bridge checks that the exchange exists. RabbitMQ deletes all bindings
+with an exchange, and notifies no client."""
 
 REPLICAS_EXCHANGE = "bridge.replicas"
-"""A fanout exchange, to which each process binds its queue for dropped messages. The process that finds the exchange of
-the events gone notifies the others: they find it there again, and their own bindings are gone all the same."""
+"""A fanout exchange to which each process binds its queue of dropped messages. The process that notices the deletion of
+the events' exchange notifies the others: they may find it made again, but their bindings are gone."""
 
 EXCHANGE_GONE = "bridge.exchange-gone"
-"""Routing key of that message; its body is the sender's instance."""
+"""Routing key of that message. Its body is the sender's `instance`."""
 
 DROPPED_SECONDS = 0.5
-"""After the first message that RabbitMQ dropped, this long passes before the streams are read from the log: many are
-dropped at once."""
+"""Wait after the first dropped message, before the streams are read from the log: many are dropped at once."""
 
 LOG_RECOVERY_SECONDS = 5.0
+"""Limit of the wait for a log that does not exist: RabbitMQ 3.10 may not have recovered it yet."""
 
 _RETRY_SECONDS = 1.0
 _LOG_PAUSE_SECONDS = 0.1
@@ -101,14 +102,14 @@ _LOG_PAUSE_SECONDS = 0.1
 _log = structlog.get_logger("bridge.broker")
 
 Delivery = Callable[[str, bytes], None]
-"""Called with the routing key and the body of a message; must not raise."""
+"""Called with the routing key and the body of a message. It must not raise."""
 
 
 def count_channel_workers(channels: int, *, most: int = CHANNEL_WORKERS) -> int:
-    """As many channel workers as a connection with so many channels has room for.
+    """The number of channel workers for a connection that may have `channels` channels; `most` at most.
 
     Raises:
-        LimitReached: none.
+        LimitReached: the channels do not suffice for one worker.
     """
     workers = min(most, (channels - CHANNELS_BESIDE_WORKERS) // CHANNELS_OF_A_WORKER)
     if workers < 1:
@@ -120,10 +121,10 @@ def count_channel_workers(channels: int, *, most: int = CHANNEL_WORKERS) -> int:
 
 
 def describe_channels(channels: int) -> str:
-    """What a connection with so many channels means for the bridge, in one line.
+    """One line for `bridge check`: the channels that RabbitMQ allows in a connection, and those that the bridge uses.
 
     Raises:
-        LimitReached: the bridge cannot work with so few.
+        LimitReached: the channels do not suffice for one worker.
     """
     workers = count_channel_workers(channels)
     used = CHANNELS_BESIDE_WORKERS + CHANNELS_OF_A_WORKER * workers
@@ -132,14 +133,14 @@ def describe_channels(channels: int) -> str:
 
 
 class Subscription:
-    """One connection's wish for events: a live queue of its own, and its groups on the shared queue.
+    """The queues of one stream: a live queue of its own, and its groups on the shared queue.
 
     Made by `Broker.subscribe`. The callbacks run in the event loop, never inside `subscribe` or `close`:
 
-        on_delivery(routing_key, body)  a message of the live queue
-        on_bound()                      all of it is bound and consumed
-        on_lost()                       no longer; on_bound follows when it is again
-        on_refused()                    RabbitMQ takes no further queue; it is tried again later
+        on_delivery(routing_key, body)  a message of the live queue arrived
+        on_bound()                      the live queue and all groups are bound and consumed
+        on_lost()                       they no longer are; on_bound follows when they are again
+        on_refused()                    RabbitMQ refused the queue for a limit; the bridge asks again later
     """
 
     __slots__ = (
@@ -181,11 +182,11 @@ class Subscription:
         self.consumed = False
         self.bound = False
         self.queue = ""
-        """The name of its live queue, while it has one."""
+        """The name of the newest live queue; empty before the first one."""
         self.worker: _ChannelWorker | None = None
 
     def close(self) -> None:
-        """Nothing more is delivered from here on. The queue is taken down soon; closing twice is harmless."""
+        """Ends the deliveries at once. The queue is deleted soon after. May be called again."""
         if self.wanted:
             self.wanted = False
             self.bound = False
@@ -193,13 +194,14 @@ class Subscription:
 
 
 class Broker:
-    """
+    """Keeps the consuming connection, the subscriptions and the shared queue.
+
     Args:
         addresses: AMQP URLs of the cluster's nodes.
         exchange, quarantine, log: the topology, declared with every new connection.
         on_shared: called with each message of the shared queue.
-        write_batch: entered and left around the callbacks of all messages that come in one packet.
-        max_body: of larger bodies, callbacks get a `Cut`.
+        write_batch: entered and left around the callbacks of all messages of one packet.
+        max_body: limit of a body in bytes; callbacks get a `Cut` of a larger one.
     """
 
     def __init__(
@@ -220,32 +222,32 @@ class Broker:
         self.exchange = exchange
         self.quarantine = quarantine
         self.on_shared = on_shared
-        # Queue names never hold a user id: they are seen in places where tokens are not, and take fewer characters.
+        # A queue name contains no user id: more people see queue names than tokens, and AMQP limits a name's length.
         self.instance = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self.subscriptions: dict[int, Subscription] = {}
         self.groups: Counter[str] = Counter()
         self._epoch: _ConnectionEpoch | None = None
         self.down_since: float | None = time.monotonic()
-        """Monotonic time since when there has been no consuming connection; None while there is one."""
+        """Monotonic time of the loss of the consuming connection; None while the bridge consumes."""
         self._up_since = 0.0
         self.last_error: BrokerError | None = None
         self.connects = 0
-        """Connections made since the start, the first included."""
+        """Connections since the start, the first included."""
         self.dropped = 0
-        """Messages that RabbitMQ dropped from the bridge's queues, since the start."""
+        """Messages that RabbitMQ has dropped from the bridge's queues since the start."""
         self.refused = 0
-        """Live queues that RabbitMQ refused for a limit, since the start."""
+        """Live queues refused for a limit since the start."""
         self._most_workers = CHANNEL_WORKERS
-        """Fewer after RabbitMQ refused so many channels: other connections of the user or the node have them."""
+        """Half as many after RabbitMQ refused the channels: other connections of the user or the node have them."""
         self.log_may_be_unbound = False
-        """Whether the exchange was deleted, and with it the log's binding, and we have not bound it again."""
+        """Whether the log's binding was deleted with the exchange, and the bridge has not bound the log again."""
         self.exchanges_lost = 0
-        """How often the exchange was deleted. Events published before the log was bound again are not in the log."""
+        """Deletions of the exchange since the start. Events published before the log is bound again are not in it."""
         self.exchange_gone_at = -math.inf
-        """When that was noticed last (monotonic)."""
+        """When a deletion was last noticed (monotonic)."""
         self.has_to_notify = False
-        """Whether this process noticed it first, and has not notified the other replicas."""
+        """Whether this process noticed the deletion itself and has not notified the other replicas yet."""
 
     @property
     def connected(self) -> bool:
@@ -253,12 +255,12 @@ class Broker:
 
     @property
     def has_dropped(self) -> bool:
-        """Whether RabbitMQ has just dropped messages, and the streams have not been read from the log since then."""
+        """Whether RabbitMQ has just dropped messages, and the streams are not being read from the log yet."""
         return self._epoch is not None and self._epoch.dropped.is_pending
 
     @property
     def shared_queue(self) -> str | None:
-        """The name of the shared queue, while it is consumed."""
+        """The name of the shared queue; None while it is not consumed."""
         return self._epoch.shared.queue if self._epoch is not None and self._epoch.shared.consuming else None
 
     def subscribe(
@@ -271,7 +273,7 @@ class Broker:
         on_lost: Callable[[], None],
         on_refused: Callable[[], None] = lambda: None,
     ) -> Subscription:
-        """Wishes for a live queue with these binding keys, and for these groups. Returns at once."""
+        """Requests a live queue with these binding keys, and these groups on the shared queue. Returns at once."""
         subscription = Subscription(self, next(self._numbers), keys, groups, on_delivery, on_bound, on_lost, on_refused)
         self.subscriptions[subscription.number] = subscription
         self.groups.update(groups)
@@ -280,6 +282,7 @@ class Broker:
         return subscription
 
     def drop(self, subscription: Subscription) -> None:
+        """For `Subscription.close`, once for each subscription."""
         del self.subscriptions[subscription.number]
         for group in subscription.groups:
             self.groups[group] -= 1
@@ -291,12 +294,12 @@ class Broker:
     # The supervisor.
 
     async def run(self) -> None:
-        """Keeps a consuming connection, for ever. A broker that cannot be reached is waited for; it may be starting.
+        """Keeps a consuming connection until it is cancelled. Waits for a broker that cannot be reached.
+
+        Cancelling it closes the connection; RabbitMQ then deletes the queues on it.
 
         Raises:
-            AccessRefused, TopologyMismatch, NotFound: with the first connection only, what waiting does not fix.
-
-        Cancelling it ends the connection and the queues on it.
+            AccessRefused, TopologyMismatch, NotFound: with the first connection only: waiting does not fix it.
         """
         next_pause = amqp.pauses()
         while True:
@@ -314,7 +317,7 @@ class Broker:
                     finally:
                         if self.connected and time.monotonic() - self._up_since > STEADY_SECONDS:
                             next_pause = amqp.pauses()
-                        self._went_down()
+                        self._end_epoch()
             except BrokerError as error:
                 cause = error if epoch is None else await epoch.cause_of(error)
                 self.last_error = cause
@@ -343,8 +346,8 @@ class Broker:
         finally:
             await amqp.close(connection)
 
-    def note_up(self, epoch: _ConnectionEpoch) -> None:
-        """The connection consumes: its shared queue is there, which every stream needs."""
+    def mark_connected(self, epoch: _ConnectionEpoch) -> None:
+        """Records that the shared queue, which every stream needs, is consumed."""
         if epoch is not self._epoch or self.connected:
             return
         is_new = not epoch.has_been_up
@@ -355,9 +358,8 @@ class Broker:
         self._up_since = time.monotonic()
         self.last_error = None
         if is_new:
-            self._most_workers = min(
-                CHANNEL_WORKERS, 2 * self._most_workers
-            )  # The next connection may have more again.
+            # The limit may be temporary, so the next connection tries more channels again.
+            self._most_workers = min(CHANNEL_WORKERS, 2 * self._most_workers)
         _log.info(
             "broker connected" if is_new else "shared queue made again",
             address=amqp.address(epoch.connection),
@@ -366,113 +368,115 @@ class Broker:
             away_seconds=away,
         )
 
-    def note_down(self, epoch: _ConnectionEpoch, error: BrokerError) -> None:
-        """The connection has lost its shared queue, without which no stream gets everything."""
+    def mark_disconnected(self, epoch: _ConnectionEpoch, error: BrokerError) -> None:
+        """Records that the shared queue is lost; without it every stream misses events."""
         if epoch is self._epoch and self.connected:
             self.down_since = time.monotonic()
         self.last_error = error
 
-    def _went_down(self) -> None:
+    def _end_epoch(self) -> None:
         self._epoch = None
         if self.down_since is None:
             self.down_since = time.monotonic()
         for subscription in list(self.subscriptions.values()):
             subscription.worker = None
             subscription.consumed = False
-            _lose(subscription)
+            _mark_lost(subscription)
 
 
 class _ExchangeGone(BrokerUnavailable):
-    """The exchange was deleted, and all bindings with it. The connection is made again, with every queue."""
+    """The exchange was deleted, and all bindings with it. The bridge connects and makes every queue again."""
 
     def __init__(self, reason: object, *, noticed_here: bool = True) -> None:
         self.noticed_here = noticed_here
-        super().__init__(f"the exchange is gone, and all bindings with it: {reason}")
+        super().__init__(f"the exchange was deleted, and all bindings with it: {reason}")
 
 
-def _note_differences(what: str, declared: topology.Declared, detail: str = "nothing has to be done") -> None:
+def _log_differences(what: str, declared: topology.Declared, detail: str = "no action is needed") -> None:
     if declared.differences:
         differences = [str(each) for each in declared.differences]
         _log.warning(f"the {what} differs, and fits", differences=differences, detail=detail)
 
 
-def _lose(subscription: Subscription) -> None:
+def _mark_lost(subscription: Subscription) -> None:
     if subscription.bound:
         subscription.bound = False
         subscription.on_lost()
 
 
 class _ConnectionEpoch:
-    """One life of the consuming connection."""
+    """Everything that lives as long as one consuming connection."""
 
     def __init__(self, broker: Broker, connection: aio_pika.abc.AbstractConnection, *, workers: int) -> None:
         self.broker = broker
         self.connection = connection
         self.has_been_up = False
         self.full_until = 0.0
-        """Until this moment (monotonic) RabbitMQ is asked for no queue: it has just refused one for a limit."""
+        """The bridge asks for no live queue before this time (monotonic), after RabbitMQ refused one for a limit."""
         self._closed = asyncio.Event()
         self._cause: BaseException | None = None
-        connection.close_callbacks.add(self._note_closed)
+        connection.close_callbacks.add(self._on_closed)
         self._workers = [_ChannelWorker(self) for _ in range(workers)]
         self.shared = _Shared(self)
         self.dropped = _Dropped(self)
-        self._asking: asyncio.Task[topology.Declared] | None = None
-        """The declaration of the quarantine, when its answer is late."""
+        self._declaring: asyncio.Task[topology.Declared] | None = None
+        """The declaration of the quarantine, if its answer takes longer than `QUARANTINE_SECONDS`."""
         self._waiting: defaultdict[str | None, dict[int, Subscription]] = defaultdict(dict)
-        """Who has its own queue, by what the shared queue lacks for it: a group, or None for the queue itself."""
+        """Subscriptions whose own queue is consumed, by what they still wait for: a group's binding, or None for the
+        shared queue itself."""
 
     async def declare_topology(self) -> None:
-        """Exchange, quarantine and log, on channels without consumers: a declare that differs closes its channel.
+        """Declares exchange, quarantine and log, on channels without consumers: a refused declare closes its channel.
 
         Raises:
-            BrokerError: with what differs or which right is missing, and what to do.
+            BrokerError: names the difference or the missing right, and how to fix it.
         """
-        _note_differences("exchange", await topology.declare_exchange(self.connection, self.broker.exchange))
+        _log_differences("exchange", await topology.declare_exchange(self.connection, self.broker.exchange))
         await self._declare_quarantine()
         if self.broker.log is not None:
             try:
                 await self._declare_log(self.broker.log)
             except (NotFound, TopologyMismatch, AccessRefused) as error:
-                # Its node may be down, or an operator at work. Live events flow without it, and who comes back is told.
+                # Its node may be down, or an operator changes it. Live events need no log; a client that returns
+                # gets a gap.
                 if self.broker.connects == 0 and not isinstance(error, NotFound):
                     raise
                 _log.error("no log", error=str(error))
 
     async def _declare_quarantine(self) -> None:
-        """In a cluster its node may be down, which RabbitMQ 4.3 says after a minute only. Streams do without, and do
-        not wait for it; what is refused meanwhile is kept for a while."""
-        asking = asyncio.create_task(
+        """Declares the quarantine, and waits `QUARANTINE_SECONDS` at most: if its node is down, RabbitMQ 4.3 answers
+        only after a minute. Streams do not need it, and `Quarantine` keeps refused messages for a while."""
+        declaring = asyncio.create_task(
             topology.declare_quarantine(self.connection, self.broker.quarantine), name="amqp-quarantine"
         )
         try:
-            await asyncio.wait({asking}, timeout=QUARANTINE_SECONDS)
+            await asyncio.wait({declaring}, timeout=QUARANTINE_SECONDS)
         except BaseException:
-            asking.cancel()
+            declaring.cancel()
             raise
-        if asking.done():
+        if declaring.done():
             try:
-                _note_differences("quarantine", asking.result())
+                _log_differences("quarantine", declaring.result())
             except NotFound as error:
                 _log.error("no quarantine", error=str(error))
         else:
-            _log.error("no quarantine", error=f"RabbitMQ has not answered for {QUARANTINE_SECONDS:g} s; still waiting")
-            self._asking = asking
-            asking.add_done_callback(self._note_quarantine)
+            _log.error("no quarantine", error=f"no answer from RabbitMQ within {QUARANTINE_SECONDS:g} s; still waiting")
+            self._declaring = declaring
+            declaring.add_done_callback(self._on_quarantine_declared)
 
-    def _note_quarantine(self, asking: asyncio.Task[topology.Declared]) -> None:
-        if asking.cancelled() or self._closed.is_set():
+    def _on_quarantine_declared(self, declaring: asyncio.Task[topology.Declared]) -> None:
+        if declaring.cancelled() or self._closed.is_set():
             return
         try:
-            _note_differences("quarantine", asking.result())
+            _log_differences("quarantine", declaring.result())
         except BrokerError as error:
             _log.error("no quarantine", error=str(error))
         else:
             _log.info("quarantine found", queue=self.broker.quarantine)
 
     async def _declare_log(self, log: LogSettings) -> None:
-        # RabbitMQ 3.10 takes connections before it has recovered its streams, and says that there is none. A live queue
-        # bound then would take what the log does not get: who is connected would see it, who comes back would not.
+        # RabbitMQ 3.10 accepts connections before it has recovered its streams, and says that the log does not exist.
+        # A live queue bound then would get events that the log misses, so a client that returns would not get them.
         deadline = time.monotonic() + LOG_RECOVERY_SECONDS
         while True:
             try:
@@ -482,25 +486,28 @@ class _ConnectionEpoch:
                 if time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(_LOG_PAUSE_SECONDS)
-        _note_differences(
+        _log_differences(
             "log",
             declared,
-            "it keeps events as it was made. Set BRIDGE_LOG_MAX_AGE and BRIDGE_LOG_MAX_BYTES to what it has; to keep "
-            "events for another time, set BRIDGE_LOG to a new name",
+            "the limits of the existing log apply. Set BRIDGE_LOG_MAX_AGE and BRIDGE_LOG_MAX_BYTES to them. To apply "
+            "other limits, set BRIDGE_LOG to a new name",
         )
         if self.broker.log_may_be_unbound and not declared.may_declare:
             _log.error(
                 "the log may be unbound",
-                detail=f"somebody deleted exchange {self.broker.exchange!r} and made it again, and this user may not "
-                f"bind {log.name!r} to it. Bind it with '#': until then who comes back gets nothing of it",
+                detail=f"exchange {self.broker.exchange!r} was deleted and made again, and the bridge's user may not "
+                f"bind {log.name!r} to it. Bind it with '#': until then, clients that return miss events",
             )
         self.broker.log_may_be_unbound = False
 
     async def run(self) -> None:
-        """Until the connection is lost.
+        """Opens the channels, and keeps all queues until the connection is lost.
+
+        Cancelling it cancels the owner tasks. The caller closes the connection.
 
         Raises:
-            BrokerUnavailable: always; it says why the connection ended.
+            BrokerUnavailable: the connection ended, with the reason.
+            BrokerError: an owner task failed at something that only a new connection or an operator can fix.
         """
         for worker in self._workers:
             await worker.open()
@@ -509,83 +516,89 @@ class _ConnectionEpoch:
         owners = [asyncio.create_task(run, name="amqp-owner") for run in runs]
         watch = asyncio.create_task(self._closed.wait(), name="amqp-closed")
         try:
-            # An owner never ends by itself, so one that is done has failed at something it cannot fix.
+            # An owner task never returns, so a task that is done has failed.
             done, _ = await asyncio.wait({watch, *owners}, return_when=asyncio.FIRST_COMPLETED)
             failed = next((task for task in done if task is not watch), None)
             if failed is not None and not self._closed.is_set():
                 await failed
-            raise self._lost()
+            raise self._loss_error()
         finally:
-            tasks = [watch, *owners, *([self._asking] if self._asking is not None else [])]
+            tasks = [watch, *owners, *([self._declaring] if self._declaring is not None else [])]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _note_closed(self, _: object, error: BaseException | None) -> None:
+    def _on_closed(self, _: object, error: BaseException | None) -> None:
         self._cause = error
         self._closed.set()
 
-    def _lost(self) -> BrokerUnavailable:
+    def _loss_error(self) -> BrokerUnavailable:
         found = amqp.translate(self._cause or BrokerUnavailable("the connection was closed"), "consuming")
         kind = LimitReached if isinstance(found, LimitReached) else BrokerUnavailable
         return kind(f"connection lost: {found}")
 
     async def cause_of(self, error: BrokerError) -> BrokerError:
-        """What RabbitMQ said when it closed the connection, if that is why a command failed. The library tells whoever
-        waits for an answer only that there is none."""
+        """RabbitMQ's reason for closing the connection, if that made a command fail; otherwise `error`.
+
+        The library tells the waiting command only that no answer will arrive.
+        """
         if type(error) is not BrokerUnavailable or self.has_been_up:
             return error
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSED_SECONDS):
                 await self._closed.wait()
-        return error if self._cause is None else self._lost()
+        return error if self._cause is None else self._loss_error()
 
     def attach(self, subscription: Subscription) -> None:
-        self.shared.note_groups(subscription.groups)
+        self.shared.on_groups_changed(subscription.groups)
         worker = min(self._workers, key=lambda worker: worker.load)
-        worker.give(subscription)
+        worker.add(subscription)
 
     def detach(self, subscription: Subscription) -> None:
-        for lacking in (None, *subscription.groups):
-            self._forget(lacking, subscription)
-        self.shared.note_groups(subscription.groups)
+        for missing in (None, *subscription.groups):
+            self._forget(missing, subscription)
+        self.shared.on_groups_changed(subscription.groups)
         if subscription.worker is not None:
-            subscription.worker.take_back(subscription)
+            subscription.worker.remove(subscription)
 
     def check(self, subscription: Subscription) -> None:
-        """Tells the subscription that it is bound, once its own queue is and the shared queue has its groups."""
+        """Calls `on_bound` if the live queue is consumed and the shared queue has all groups; otherwise waits."""
         if subscription.bound or not subscription.wanted or not subscription.consumed:
             return
         if not self.shared.consuming:
             self._waiting[None][subscription.number] = subscription
-        elif (lacking := self.shared.lacking(subscription.groups)) is not None:
-            self._waiting[lacking][subscription.number] = subscription
+        elif (missing := self.shared.first_unbound(subscription.groups)) is not None:
+            self._waiting[missing][subscription.number] = subscription
         else:
             subscription.bound = True
             subscription.on_bound()
 
-    def check_waiting(self, lacking: str | None) -> None:
-        """Has the shared queue got what these lacked, each of them lacks another group now, or nothing."""
-        for subscription in self._waiting.pop(lacking, {}).values():
+    def check_waiting(self, missing: str | None) -> None:
+        """Checks the subscriptions that waited for this group (None: for the shared queue) again."""
+        for subscription in self._waiting.pop(missing, {}).values():
             self.check(subscription)
 
-    def _forget(self, lacking: str | None, subscription: Subscription) -> None:
-        waiting = self._waiting.get(lacking)
+    def _forget(self, missing: str | None, subscription: Subscription) -> None:
+        waiting = self._waiting.get(missing)
         if waiting is not None:
             waiting.pop(subscription.number, None)
             if not waiting:
-                del self._waiting[lacking]
+                del self._waiting[missing]
 
-    def lose_all(self) -> None:
-        """The shared queue is gone, and everybody is on it: each gets broadcasts by it. Or messages were dropped."""
+    def mark_all_lost(self) -> None:
+        """Reports a loss to every subscription: the shared queue is gone, or messages were dropped.
+
+        All subscriptions get broadcasts from the shared queue.
+        """
         self._waiting.clear()
         for subscription in list(self.broker.subscriptions.values()):
-            _lose(subscription)
+            _mark_lost(subscription)
             self.check(subscription)
 
 
 class _ChannelWorker:
-    """Two channels, one for commands that may be refused and one that consumes, and the task that speaks on them."""
+    """Two channels and the task that owns them. One channel consumes; the other is for commands that may be refused,
+    because a refusal closes the channel."""
 
     def __init__(self, epoch: _ConnectionEpoch) -> None:
         self._epoch = epoch
@@ -597,17 +610,17 @@ class _ChannelWorker:
         self._limit = RareLine("live queues refused", _log.error)
         self.load = 0
 
-    def give(self, subscription: Subscription) -> None:
+    def add(self, subscription: Subscription) -> None:
         subscription.worker = self
         self.load += 1
         self._commands.put_nowait(subscription)
 
-    def take_back(self, subscription: Subscription) -> None:
+    def remove(self, subscription: Subscription) -> None:
         self.load -= 1
         self._commands.put_nowait(subscription)
 
     async def open(self) -> None:
-        """Both channels.
+        """Opens both channels.
 
         Raises:
             BrokerError
@@ -617,22 +630,22 @@ class _ChannelWorker:
             self._setup = await amqp.open_channel(self._epoch.connection)
 
     async def run(self) -> None:
-        # Every stream needs the shared queue, so that under a limit of queues no live queue may take its place.
-        await self._epoch.shared.made.wait()
+        # Every stream needs the shared queue. Under a limit of queues, a live queue made first could take its place.
+        await self._epoch.shared.ready.wait()
         while True:
             if self._consumer is None:
                 await self.open()
             consumer, self._consumer = self._consumer, None
-            assert consumer is not None, "it has just been opened"
+            assert consumer is not None, "it was opened just above"
             channel = consumer.channel
-            channel.closing.add_done_callback(self._note_closed)
-            channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
+            channel.closing.add_done_callback(self._on_closed)
+            channel.on_consumer_cancel_callbacks.add(self._on_cancelled)
             try:
-                await self._obey(consumer)
+                await self._run_commands(consumer)
             except BrokerError as error:
                 if not channel.is_closed or not self._epoch.connection.connected.is_set():
-                    raise  # More than this channel is at fault: everything is made anew.
-                # Only this channel is gone, and with it the queues that had their consumers on it.
+                    raise  # The fault is not of this channel alone, so the bridge connects again.
+                # RabbitMQ deletes the queues whose consumers were on this channel; the others remain.
                 _log.warning("live queues lost", streams=len(self._subscriptions), error=str(error))
             finally:
                 consumer.stop()
@@ -643,20 +656,20 @@ class _ChannelWorker:
         lost, self._subscriptions = self._subscriptions, {}
         for subscription in lost.values():
             subscription.consumed = False
-            _lose(subscription)
+            _mark_lost(subscription)
             self._commands.put_nowait(subscription)
 
-    def _note_closed(self, closing: asyncio.Future[object]) -> None:
+    def _on_closed(self, closing: asyncio.Future[object]) -> None:
         error = None if closing.cancelled() else closing.exception()
         self._commands.put_nowait(amqp.translate(error or Exception("channel closed"), "consuming live queues"))
 
-    def _note_cancelled(self, frame: Basic.Cancel) -> None:
-        """The broker took a queue away: an operator deleted it, or its node went down."""
+    def _on_cancelled(self, frame: Basic.Cancel) -> None:
+        """RabbitMQ cancelled a live queue's consumer: an operator deleted the queue, or its node went down."""
         subscription = self._subscriptions.pop((frame.consumer_tag or "").encode(), None)
         if subscription is not None:
             _log.warning("live queue cancelled by the broker", stream=subscription.number)
             subscription.consumed = False
-            _lose(subscription)
+            _mark_lost(subscription)
             self._commands.put_nowait(subscription)
 
     def _deliver(self, tag: bytes, routing_key: str, body: bytes, _: int | None) -> None:
@@ -664,19 +677,19 @@ class _ChannelWorker:
         if subscription is not None and subscription.wanted:
             subscription.on_delivery(routing_key, body)
 
-    async def _obey(self, consumer: Consumer) -> None:
-        """Brings one subscription after another to what it should be.
+    async def _run_commands(self, consumer: Consumer) -> None:
+        """Makes or ends one live queue after the other, as their subscriptions want.
 
         Raises:
-            BrokerError: the consuming channel is gone.
+            BrokerError: the consuming channel is closed, or RabbitMQ did not answer within `COMMAND_SECONDS`.
         """
         while True:
             command = await self._commands.get()
             if isinstance(command, BrokerError):
                 if consumer.channel.is_closed:
                     raise command
-                continue  # Of a channel before this one.
-            # Its timeout closes the channel in the middle of a command; the whole epoch ends with it.
+                continue  # An error of an earlier channel.
+            # The timeout cancels a command, so the library closes the channel; the whole epoch then ends.
             async with amqp.translating("making or ending a live queue"), asyncio.timeout(COMMAND_SECONDS):
                 if command.wanted and not command.consumed:
                     await self._attach(command, consumer)
@@ -687,7 +700,7 @@ class _ChannelWorker:
         if time.monotonic() < self._epoch.full_until:
             self._refuse(subscription, None)
             return
-        # A name of its own for each try: the queue of a try that failed may still be there.
+        # Each attempt has its own queue name: the queue of a failed attempt may still exist.
         queue = f"bridge.live.{self._broker.instance}.{subscription.number}.{secrets.token_hex(2)}"
         try:
             async with amqp.translating("making a live queue"):
@@ -702,25 +715,25 @@ class _ChannelWorker:
                 raise
             if isinstance(error, LimitReached):
                 self._epoch.full_until = time.monotonic() + LIMIT_SECONDS
-                await self._clear_away(queue)
+                await self._delete_queue(queue)
                 self._refuse(subscription, error)
                 return
             _log.error("live queue refused", stream=subscription.number, error=str(error))
             if isinstance(error, NotFound):
                 raise _ExchangeGone(error) from error
-            await self._clear_away(queue)
+            await self._delete_queue(queue)
             asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._commands.put_nowait, subscription)
             return
         tag = b"%d" % subscription.number
         subscription.queue = queue
-        # Known before it is consumed: the first delivery may come with the same packet as the answer.
+        # Registered before it consumes: the first delivery may arrive in the same packet as the answer.
         self._subscriptions[tag] = subscription
         try:
             await consumer.consume(queue, tag.decode())
         except BrokerError:
-            await self._clear_away(queue)
+            await self._delete_queue(queue)
             raise
-        # What happened meanwhile (a close, a cancel) stands in the commands behind this one.
+        # A cancel or a close that arrived meanwhile is queued as a later command. A cancel has also removed the tag.
         if tag in self._subscriptions:
             subscription.consumed = True
             self._epoch.check(subscription)
@@ -728,7 +741,7 @@ class _ChannelWorker:
                 await self._detach(subscription, consumer)
 
     def _refuse(self, subscription: Subscription, error: LimitReached | None) -> None:
-        """A limit is reached: new streams are sent away, those that had a queue wait for another one."""
+        """Reports the limit, and asks again after a pause. The hub ends a new stream; other streams wait."""
         self._broker.refused += 1
         if error is not None:
             self._limit.log(error=str(error), streams=len(self._broker.subscriptions))
@@ -737,8 +750,8 @@ class _ChannelWorker:
         pause = LIMIT_RETRY_SECONDS * random.uniform(0.5, 1.5)
         asyncio.get_running_loop().call_later(pause, self._commands.put_nowait, subscription)
 
-    async def _clear_away(self, queue: str) -> None:
-        """A queue that never had a consumer is not deleted by itself before the connection ends."""
+    async def _delete_queue(self, queue: str) -> None:
+        """Deletes a queue that never had a consumer: `auto_delete` acts only after the last consumer."""
         with contextlib.suppress(BrokerError):
             async with amqp.translating("deleting a queue that was not bound"):
                 self._setup = await amqp.open_channel(self._epoch.connection)
@@ -748,18 +761,17 @@ class _ChannelWorker:
         subscription.consumed = False
         tag = b"%d" % subscription.number
         if self._subscriptions.pop(tag, None) is not None:
-            # With its last consumer the queue is gone too (auto-delete), and with the queue its bindings.
+            # With the last consumer RabbitMQ deletes the queue (auto_delete) and its bindings.
             async with amqp.translating("ending a live queue"):
                 await consumer.channel.basic_cancel(tag.decode())
 
 
 class _Dropped:
-    """The queue to which RabbitMQ sends what it drops from the live queues and the shared one.
+    """The queue to which RabbitMQ sends messages that it drops from the live queues and the shared queue.
 
-    A policy that limits queues (`max-length`, `message-ttl`), or an `expiration` that a publisher set, takes messages
-    away whenever the bridge reads slowly. Nobody would notice. So each queue of the bridge names this one for its dead
-    letters. A message here says that something is missing somewhere, and all streams are read from the log, as after a
-    lost connection.
+    When the bridge reads slowly, a policy (`max-length`, `message-ttl`) or a publisher's `expiration` can drop messages
+    without a report. So each queue of the bridge names this queue for its dead letters. A message here means that some
+    stream misses an event. Then all streams are read from the log, as after a lost connection.
     """
 
     def __init__(self, epoch: _ConnectionEpoch) -> None:
@@ -776,11 +788,12 @@ class _Dropped:
 
     @property
     def arguments(self) -> FieldTable:
-        """Of a queue whose dropped messages come here. Arguments win over policies."""
+        """Arguments of a queue whose dropped messages go here. They have precedence over policies."""
         return {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": self._queue}
 
     async def open(self) -> None:
-        """
+        """Makes and consumes the queue.
+
         Raises:
             BrokerError
         """
@@ -795,7 +808,7 @@ class _Dropped:
         await self._join_replicas()
 
     async def _join_replicas(self) -> None:
-        """Hears of a deleted exchange from the other replicas, and notifies them if this process noticed it."""
+        """Binds the queue to `REPLICAS_EXCHANGE`, and notifies the replicas if this process noticed a deletion."""
         broker = self._epoch.broker
         try:
             async with amqp.translating(f"binding to {REPLICAS_EXCHANGE!r}"):
@@ -812,14 +825,15 @@ class _Dropped:
             _log.warning(
                 "replicas not notified",
                 error=str(error),
-                detail=f"if the exchange is deleted, another replica may not notice it. Give the bridge's user the "
-                f"rights to configure, write and read {REPLICAS_EXCHANGE!r}",
+                detail="another replica may miss the deletion of the exchange. Grant the bridge's user the rights to "
+                f"configure, write and read {REPLICAS_EXCHANGE!r}",
             )
 
     async def run(self) -> None:
-        """
+        """Waits until the queue is lost, or a replica reports the deletion of the exchange.
+
         Raises:
-            BrokerUnavailable: the queue is gone. Without it no loss would be noticed, so all is made again.
+            BrokerUnavailable: always. Without this queue the bridge notices no dropped message, so it connects again.
         """
         await self._closed.wait()
         if self._timer is not None:
@@ -836,9 +850,9 @@ class _Dropped:
 
     def _on_exchange_gone(self, instance: str) -> None:
         broker = self._epoch.broker
-        # A process that has just noticed it by itself has made its bindings again.
+        # A process that has recently noticed the deletion has already made its bindings again.
         if instance != broker.instance and time.monotonic() > broker.exchange_gone_at + 2 * EXCHANGE_CHECK_SECONDS:
-            self._exchange_gone = _ExchangeGone(f"replica {instance:.20} says so", noticed_here=False)
+            self._exchange_gone = _ExchangeGone(f"replica {instance:.20} reports it", noticed_here=False)
             self._closed.set()
 
     def _report(self) -> None:
@@ -847,15 +861,15 @@ class _Dropped:
         _log.error(
             "messages dropped by the broker",
             count=count,
-            detail="a policy (max-length, message-ttl) or an `expiration` took them out of the bridge's queues; all "
+            detail="a policy (max-length, message-ttl) or an `expiration` removed them from the bridge's queues. All "
             "streams are read from the log. Exempt queues named bridge.* from the policy",
         )
         self._epoch.broker.dropped += count
-        self._epoch.lose_all()
+        self._epoch.mark_all_lost()
 
 
 class _Shared:
-    """The queue for `all` and for the groups that have a connection here. One delivery a process, not one a browser."""
+    """The queue for `all` and for the groups with a connection here: one delivery a process, not one a browser."""
 
     def __init__(self, epoch: _ConnectionEpoch) -> None:
         self._epoch = epoch
@@ -864,42 +878,48 @@ class _Shared:
         self._bound: set[str] = set()
         self.consuming = False
         self.has_consumed = False
-        self.made = asyncio.Event()
-        """Set once it has been consumed for the first time on this connection."""
+        self.ready = asyncio.Event()
+        """Set once the queue has been consumed for the first time on this connection."""
         self.queue = ""
         self._failure: BrokerError | None = None
 
-    def note_groups(self, groups: Sequence[str]) -> None:
-        """A connection with these groups came or went."""
+    def on_groups_changed(self, groups: Sequence[str]) -> None:
+        """For each subscription that begins or ends, with its groups."""
         if any((group in self._bound) != (group in self._broker.groups) for group in groups):
             self._changed.set()
 
-    def lacking(self, groups: Sequence[str]) -> str | None:
-        """One of these that is not bound, if there is one."""
+    def first_unbound(self, groups: Sequence[str]) -> str | None:
+        """The first of these groups that the queue is not bound to; None if it is bound to all."""
         return next((group for group in groups if group not in self._bound), None)
 
     async def run(self) -> None:
+        """Keeps the queue, and makes it again after a loss.
+
+        Raises:
+            BrokerError: the connection is lost, the exchange is gone, or a right is missing.
+        """
         while True:
             try:
                 await self._live()
             except BrokerError as error:
                 if not self._epoch.connection.connected.is_set():
                     raise
-                self._broker.note_down(self._epoch, error)
+                self._broker.mark_disconnected(self._epoch, error)
                 _log.warning("shared queue lost", error=str(error))
                 if isinstance(error, NotFound):
                     if self._broker.connects == 0:
                         raise NotFound(
-                            f"exchange {self._broker.exchange!r} does not exist, and this user may not make it. {error}"
+                            f"exchange {self._broker.exchange!r} does not exist, and the bridge's user may not make "
+                            f"it. {error}"
                         ) from error
                     raise _ExchangeGone(error) from error
                 if isinstance(error, AccessRefused) and not self.has_consumed:
-                    raise  # A right is missing; waiting does not fix it.
+                    raise  # A right is missing, so waiting does not help.
             finally:
                 self.consuming = False
                 self._bound.clear()
                 self._failure = None
-            self._epoch.lose_all()
+            self._epoch.mark_all_lost()
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _live(self) -> None:
@@ -912,8 +932,8 @@ class _Shared:
             prefetch=SHARED_PREFETCH,
         )
         channel = consumer.channel
-        channel.closing.add_done_callback(self._note_closed)
-        channel.on_consumer_cancel_callbacks.add(self._note_cancelled)
+        channel.closing.add_done_callback(self._on_closed)
+        channel.on_consumer_cancel_callbacks.add(self._on_cancelled)
         try:
             async with amqp.translating("making the shared queue"):
                 arguments = self._epoch.dropped.arguments
@@ -922,25 +942,25 @@ class _Shared:
                 await consumer.consume(queue, "shared")
                 self.queue = queue
                 self.consuming = self.has_consumed = True
-                self._broker.note_up(self._epoch)
-                self.made.set()
+                self._broker.mark_connected(self._epoch)
+                self.ready.set()
                 self._epoch.check_waiting(None)
-                # Groups only now: who has few or none need not wait until thousands of others are bound.
+                # Groups are bound last: a stream with few groups must not wait until thousands of others are bound.
                 while True:
                     await self._reconcile(setup, queue)
                     try:
                         async with asyncio.timeout(EXCHANGE_CHECK_SECONDS):
                             await self._changed.wait()
                     except TimeoutError:
-                        # What is bound already is no change, and needs no right but those that we use anyway; a
-                        # passive declare would need the right to configure it (RabbitMQ 4.3).
+                        # Fails if the exchange is gone. Repeating a binding changes nothing and needs no further right;
+                        # a passive declare needs the right to configure the exchange (RabbitMQ 4.3).
                         await self._bind_everyone(setup, queue)
                     self._changed.clear()
                     if self._failure is not None:
                         raise self._failure
         except BrokerError:
             self.consuming = False
-            # The connection stays: its channels are given back. When this is cancelled, the connection goes as a whole.
+            # The connection remains, so its channels are closed. After a cancel the caller closes the connection.
             if self._epoch.connection.connected.is_set():
                 with contextlib.suppress(BrokerError):
                     consumer.stop()
@@ -955,11 +975,10 @@ class _Shared:
         await setup.queue_bind(queue, self._broker.exchange, Audience.everyone().binding_key())
 
     async def _reconcile(self, setup: AbstractChannel, queue: str) -> None:
-        """Binds with a group's first connection, unbinds with its last.
+        """Binds a group with its first connection, and unbinds it with its last.
 
-        A round takes what differs when it begins, because finding that looks at all groups: there may be thousands,
-        and after a reconnect every one of them differs. Each is looked at anew when its turn comes: groups come and go
-        while the broker is asked.
+        Each round compares all groups once, because there may be thousands; after a reconnect all of them differ. Each
+        group is then checked again before its command, because groups change while RabbitMQ answers.
         """
         while differing := self._bound.symmetric_difference(self._broker.groups):
             for group in sorted(differing):
@@ -970,16 +989,16 @@ class _Shared:
                         self._bound.add(group)
                         self._epoch.check_waiting(group)
                     case True, False:
-                        # First: a connection that comes meanwhile must wait for a new binding.
+                        # Before the unbind: a connection that arrives meanwhile must wait for a new binding.
                         self._bound.discard(group)
                         await setup.queue_unbind(queue, self._broker.exchange, key)
 
-    def _note_closed(self, closing: asyncio.Future[object]) -> None:
+    def _on_closed(self, closing: asyncio.Future[object]) -> None:
         error = None if closing.cancelled() else closing.exception()
         self._fail(amqp.translate(error or Exception("channel closed"), "consuming the shared queue"))
 
-    def _note_cancelled(self, _: Basic.Cancel) -> None:
-        self._fail(BrokerUnavailable("the broker cancelled the shared queue's consumer"))
+    def _on_cancelled(self, _: Basic.Cancel) -> None:
+        self._fail(BrokerUnavailable("RabbitMQ cancelled the shared queue's consumer"))
 
     def _fail(self, error: BrokerError) -> None:
         self._failure = error
