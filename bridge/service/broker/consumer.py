@@ -1,7 +1,7 @@
-"""The consuming side of a connection: deliveries go from the socket to a callback, without the library.
+"""The consuming side of a connection: passes deliveries from the socket to callbacks, without the AMQP library.
 
 `deliveries.Deliveries` cuts deliveries out of a `ConsumingConnection` before the library reads it. A `Consumer` is one
-channel of it. Knows nothing of events and streams.
+channel of such a connection. This file knows nothing of events and streams.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from bridge import amqp
 from bridge.service.broker.deliveries import HEARTBEAT, Deliveries, Sink
 
 GATHER_SECONDS = 0.016
-"""So long nothing is read from a connection after deliveries that came close behind others: no longer than a screen
-shows one picture. An event that comes alone is not delayed."""
+"""Pause in reading after deliveries in quick succession, so that the next read returns more of them. 16 ms is one frame
+of a screen. A single event is not delayed."""
 
 TALK_SECONDS = 0.1
-"""So long after an answer of the broker's another may be awaited."""
+"""Reading does not pause for this long after an answer of RabbitMQ: more answers may be awaited."""
 
 ACK_SECONDS = 0.025
-"""Acks wait this long for others of their channel to go with."""
+"""Acknowledgements wait up to this long for others, so that one write contains them."""
 
 MANY = 100
-"""So many deliveries are acknowledged without waiting: half of a live queue's prefetch, so that none runs dry. A packet
-of so many is large enough, and nothing is gathered behind it."""
+"""This many deliveries are acknowledged at once: half of a live queue's prefetch, so that its deliveries never stop. A
+packet with this many is large enough, and no pause in reading follows it."""
 
 LARGE_BYTES = 65_536
-"""A packet of so many is large enough, too: of large events a packet holds few, and the broker has more of them."""
+"""No pause in reading follows a packet of this many bytes: it contains few large events, and RabbitMQ has more."""
 
 QUIET_SECONDS = 1.0
-"""A connection that brings deliveries only shows the library a frame this often."""
+"""While a connection receives only deliveries, the library gets a heartbeat frame this often."""
 
 _log = logging.getLogger("bridge.consumer")
 
 Batch = AbstractContextManager[object]
-"""Entered and left around the callbacks of all deliveries that come in one packet."""
+"""Entered and left around the callbacks of all deliveries of one packet."""
 
 
 class Consumer:
-    """A channel that consumes: its deliveries go to a callback as they come from the socket, and are acknowledged.
+    """A channel that consumes. Passes each delivery from the socket to a callback, and acknowledges it afterwards.
 
-    Acknowledged as soon as the callback returns: the live queue may lose, the log is what remembers.
+    A live queue may lose events after the acknowledgement; the log keeps them.
 
     Made by `open`.
     """
@@ -63,49 +63,51 @@ class Consumer:
 
     @classmethod
     async def open(cls, connection: aio_pika.abc.AbstractConnection, on_message: Sink, *, prefetch: int) -> Self:
-        """
+        """Opens a channel, and sets its prefetch.
+
         Args:
             connection: a `ConsumingConnection`.
             on_message: called with the consumer's tag, the routing key, the body, and the offset if the queue is a
-                stream. What it raises is logged, and the next message comes.
-            prefetch: most deliveries that are on their way unacknowledged, for each consumer.
+                stream. An exception that it raises is logged, and the next message follows.
+            prefetch: limit of unacknowledged deliveries for each consumer.
 
         Raises:
             amqp.BrokerError
         """
-        assert isinstance(connection, ConsumingConnection), "only what was opened for consuming cuts out deliveries"
+        assert isinstance(connection, ConsumingConnection), "only a ConsumingConnection cuts out deliveries"
         channel = await amqp.open_channel(connection)
         async with amqp.translating("setting the prefetch"):
             await channel.basic_qos(prefetch_count=prefetch)
         return cls(connection.deliveries, channel, on_message)
 
     async def consume(self, queue: str, tag: str, *, arguments: FieldTable | None = None) -> None:
-        """
+        """Starts to consume the queue. Cancelling it closes the channel.
+
         Raises:
-            amqp.BrokerError: the channel is closed, by the broker or by the library.
+            amqp.BrokerError: RabbitMQ or the library has closed the channel.
         """
         try:
             async with amqp.translating(f"consuming {queue!r}"):
                 await self.channel.basic_consume(queue, _unexpected, consumer_tag=tag, arguments=arguments)
         except BaseException:
-            self.stop()  # Also when cancelled: the library has closed the channel then.
+            self.stop()  # Also after a cancel: the library has closed the channel.
             raise
 
     def stop(self) -> None:
-        """No more, and no ack either: to be called before the channel is closed."""
+        """Ends deliveries and acknowledgements. Call it before you close the channel."""
         self._deliveries.drop(self.channel.number, self._on_message)
 
 
 async def _unexpected(message: DeliveredMessage) -> None:
-    raise AssertionError(f"a delivery came through the library: {message.delivery!r}")
+    raise AssertionError(f"a delivery arrived through the library: {message.delivery!r}")
 
 
 class _Reader(asyncio.StreamReader):
-    """What the library reads of a connection: everything but deliveries.
+    """The library's view of a connection: everything except deliveries.
 
-    While deliveries come close upon each other, nothing is read for a moment after each packet, so that the next one
-    brings all that came meanwhile. To be woken costs a process more than the event that it was woken for: it comes
-    back to caches that others have filled (figures in docs/decisions/07).
+    After deliveries in quick succession, the reader pauses for `GATHER_SECONDS`, so that the next read returns more of
+    them. Waking a process costs more than reading an event, because other programs have filled the caches (figures in
+    docs/decisions/07).
     """
 
     def __init__(self, deliveries: Deliveries, write_batch: Batch) -> None:
@@ -126,40 +128,40 @@ class _Reader(asyncio.StreamReader):
             passed = deliveries.feed(packet)
         now = self._clock.time()
         if deliveries.faults:
-            self._tell_faults()
+            self._log_faults()
         if passed:
             self._answered_at = self._passed_at = now
         elif deliveries.takes and now - self._passed_at > QUIET_SECONDS:
-            # The library takes a connection for dead on which it reads nothing, and a busy one has no heartbeats.
+            # The library closes a connection on which it reads nothing, and RabbitMQ sends no heartbeat on a busy one.
             passed = HEARTBEAT
             self._passed_at = now
         if deliveries.unacked != before:
-            self._delivered(now, deliveries.unacked - before, len(packet))
+            self._on_delivered(now, deliveries.unacked - before, len(packet))
         if passed:
             super().feed_data(passed)
 
-    def _delivered(self, now: float, count: int, size: int) -> None:
+    def _on_delivered(self, now: float, count: int, size: int) -> None:
         busy = now - self._delivered_at < 2 * GATHER_SECONDS
-        # Queues are being made, one question after the other: who waits for the answers must not wait for us too.
-        in_talk = now - self._answered_at < TALK_SECONDS
+        # While queues are made, each command waits for the answer to the one before it. A pause would delay them all.
+        awaits_answers = now - self._answered_at < TALK_SECONDS
         is_small = count < MANY and size < LARGE_BYTES
-        if busy and not in_talk and is_small and not self._gathering:
+        if busy and not awaits_answers and is_small and not self._gathering:
             self._gathering = True
             cast("asyncio.Transport", self.writer.transport).pause_reading()
-            self._clock.call_later(GATHER_SECONDS, self._go_on)
+            self._clock.call_later(GATHER_SECONDS, self._resume_reading)
         self._delivered_at = now
         if self._deliveries.unacked >= MANY or now - self._acked_at >= ACK_SECONDS:
             self._ack()
         elif self._ack_timer is None:
             self._ack_timer = self._clock.call_later(ACK_SECONDS, self._ack)
 
-    def _go_on(self) -> None:
+    def _resume_reading(self) -> None:
         self._gathering = False
         if not self.writer.is_closing():
             cast("asyncio.Transport", self.writer.transport).resume_reading()
 
     def _ack(self) -> None:
-        """One write for all that came meanwhile, on all channels."""
+        """Acknowledges all deliveries since the last call, on all channels, in one write."""
         self._acked_at = self._clock.time()
         if self._ack_timer is not None:
             self._ack_timer.cancel()
@@ -168,7 +170,7 @@ class _Reader(asyncio.StreamReader):
         if acks and not self.writer.is_closing():
             self.writer.write(acks)
 
-    def _tell_faults(self) -> None:
+    def _log_faults(self) -> None:
         for fault in self._deliveries.faults:
             _log.error("a delivery was not taken", exc_info=fault)
         self._deliveries.faults.clear()
@@ -184,7 +186,7 @@ class _Transport(TransportFactory):
         loop = asyncio.get_running_loop()
         reader = _Reader(self.deliveries, self._write_batch)
         protocol = asyncio.StreamReaderProtocol(reader)
-        assert url.host is not None, "parse_urls wants a host"
+        assert url.host is not None, "parse_urls requires a host"
         port = url.port or (5671 if context else 5672)
         transport, _ = await loop.create_connection(lambda: protocol, url.host, port, ssl=context)
         reader.writer = asyncio.StreamWriter(transport, protocol, reader, loop)
@@ -192,28 +194,26 @@ class _Transport(TransportFactory):
 
 
 class ConsumingConnection(amqp.Connection):
-    """One whose deliveries are cut out before the library reads them, so that none can break it."""
+    """A connection whose deliveries are cut out before the library reads them, so that no delivery can break it."""
 
     @classmethod
     async def open(cls, addresses: Sequence[str], *, name: str, write_batch: Batch, max_body: int) -> Self:
-        """As `amqp.connect`, which says what the arguments are and what is raised.
-
-        Properties of messages are not read, so that none that anybody published can break the connection.
+        """Connects like `amqp.connect`. Message properties are not read, so no publisher can break the connection.
 
         Args:
-            write_batch: entered and left around the callbacks of all deliveries that come in one packet.
-            max_body: larger bodies are not gathered; callbacks get a `Cut`.
+            write_batch: entered and left around the callbacks of all deliveries of one packet.
+            max_body: limit of a body in bytes; callbacks get a `Cut` of a larger one.
 
         Raises:
-            amqp.BrokerError
+            amqp.BrokerError: as `amqp.connect` raises it.
         """
         connection = await amqp.connect(addresses, name=name, make=lambda url: cls(url, write_batch, max_body))
-        assert isinstance(connection, cls), "made just above"
+        assert isinstance(connection, cls), "`make` returns this class"
         return connection
 
     def __init__(self, url: URL, write_batch: Batch, max_body: int) -> None:
         super().__init__(url)
         transport = _Transport(write_batch, max_body)
         self.deliveries = transport.deliveries
-        # aio_pika passes on what it knows from a URL, and this is of aiormq only.
+        # aio_pika passes only the arguments that a URL can contain, and this one is aiormq's.
         self.kwargs["transport_factory"] = transport
