@@ -218,8 +218,8 @@ MUTANTS = [
     Mutant(
         "acks-after-the-close",
         "bridge/service/broker/deliveries.py",
-        "            self._sinks[channel] = _nowhere\n            self._newest.pop(channel, None)\n",
-        "            self._sinks[channel] = _nowhere\n",
+        "            self._sinks[channel] = _discard\n            self._last_tags.pop(channel, None)\n",
+        "            self._sinks[channel] = _discard\n",
         "whoever ends reading the log closes the connection for all who read it",
         "tests/property/test_deliveries.py",
     ),

@@ -531,5 +531,5 @@ def test_a_method_that_ends_early_goes_on_in_a_form_that_the_library_refuses() -
     assert found == [b"good"]
     with pytest.raises(pamqp.exceptions.UnmarshalingException):
         take(out)
-    assert [str(fault).partition(": ")[0] for fault in cutter.faults] == ["the broker sent what is not AMQP"]
+    assert [str(fault).partition(": ")[0] for fault in cutter.faults] == ["the broker sent bytes that are not AMQP"]
     assert cutter.feed(good) == good

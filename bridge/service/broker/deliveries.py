@@ -1,21 +1,22 @@
-"""Deliveries, cut out of what the broker sends (AMQP 0-9-1, sections 2.3.5 and 4.2).
+"""Cuts deliveries out of the bytes that the broker sends (AMQP 0-9-1, sections 2.3.5 and 4.2).
 
-Pure: bytes in any pieces go in; deliveries on the channels that were taken go to their callbacks; every other frame
-comes out, whole and unchanged, for the AMQP library. Through aiormq a delivery costs ten times as much: objects for its
-three frames, two tasks, a queue.
+Pure. `feed` gets bytes in pieces of any size. Deliveries on taken channels go to their callbacks. `feed` returns every
+other frame for the AMQP library, whole. Through aiormq a delivery costs ten times as much: objects for its three
+frames, two tasks, a queue.
 
-What is not taken goes on without the properties of messages. The library decodes every one of them and gives the whole
-connection up over one that it cannot: a timestamp in nanoseconds or a header name that is no UTF-8, which the broker
-takes from anybody. The bridge relies on no property, so none gets that far: a content header goes on with its size
-alone (and a stream's offset, which the broker itself put there), and a routing key that is no text goes on with `?` for
-what is none.
+The returned frames contain no message properties. The library decodes every property, and closes the connection if one
+is invalid, for example a timestamp in nanoseconds or a header name that is not UTF-8. RabbitMQ accepts both from any
+publisher. The bridge needs no property, so two things change in returned frames:
 
-A body that is larger than `max_body` is not gathered. Its size is known from the content header, before its first byte
-comes. The callback gets a `Cut`, which has the beginning and the size.
+- A content header has only the body's size, and the offset that RabbitMQ adds for a stream.
+- A routing key that is not UTF-8 has `?` in place of each byte that is not ASCII.
 
-Bytes that are not AMQP, frames out of their order, and frames that are larger than the broker and we agreed on, end the
-parsing here. They go on to the library behind a frame that it refuses, so the library ends the connection. No callback
-gets anything of them, and `feed` raises nothing.
+A body that is larger than `max_body` is not buffered. The content header has its size, so this is known before the
+first byte of the body. The callback gets a `Cut`: the beginning and the size.
+
+Parsing ends at bytes that are not AMQP, at a frame out of order, and at a frame over the agreed limit. `feed` returns
+these bytes after a frame that the library refuses, so the library closes the connection. No callback gets any of these
+bytes, and `feed` raises nothing.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from collections.abc import Callable
 from bridge.event import Cut
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
-_KINDS = (_METHOD, _BODY, _HEADER, 8)  # And the heartbeat (4.2.7).
-_BASIC = 60  # The class of all content.
+_KINDS = (_METHOD, _BODY, _HEADER, 8)  # 8 is the heartbeat (4.2.7).
+_BASIC = 60  # The only class whose methods carry content.
 _LEAST_HEADER_BYTES = 14  # Class, weight, size of the body, flags (2.3.5.2).
 MAX_BODY_BYTES = 131_072
-"""Bodies up to this size are gathered, unless `Deliveries` is given another limit."""
+"""Default limit of a body in bytes. A callback gets a `Cut` of a larger one."""
 
 KEPT_BYTES = 4_096
-"""Of a larger body, this much of its beginning is kept."""
+"""Bytes that a `Cut` keeps from the beginning of a larger body."""
 
 FIRST_FRAME_BYTES = 131_072
-"""Largest frame until the broker has named its own limit (`connection.tune`, 1.4.2.5). RabbitMQ's default for it."""
+"""Limit of a frame until the broker sends its own (`connection.tune`, 1.4.2.5). This is RabbitMQ's default."""
 
 HEADER_FRAMES = 8
-"""A content header may be this many times larger than the agreed frame: RabbitMQ adds headers such as `x-death` to it,
-and does not split it. With the default this is 1 MiB."""
+"""Limit of a content header, in agreed frame sizes: RabbitMQ adds headers such as `x-death`, and does not split the
+frame. With RabbitMQ's default this is 1 MiB."""
 
 UNLIMITED_BYTES = 1 << 29
-"""Largest frame where the broker has named no limit. RabbitMQ has no larger message (512 MiB)."""
+"""Limit of a frame if the broker sends none. It is RabbitMQ's largest message (512 MiB)."""
 
 _FRAME_END = 0xCE
 _TUNE = b"\x00\x0a\x00\x1e"
@@ -56,21 +57,21 @@ _CONTENT_TYPE_FLAG = 1 << 15
 _CONTENT_ENCODING_FLAG = 1 << 14
 _OFFSET = b"\x0fx-stream-offset"
 
-_FRAME = struct.Struct(">BHI")  # Type, channel, size of the payload; 4.2.3.
-_CONTENT = struct.Struct(">BHIHHQ")  # The same of a content header's frame, then class, weight, size of the body.
+_FRAME = struct.Struct(">BHI")  # Type, channel, size of the payload (4.2.3).
+_CONTENT = struct.Struct(">BHIHHQ")  # A content header's frame: the same three, then class, weight, size of the body.
 _HEAD = struct.Struct(">HHQ")  # A content header's payload: class, weight, size of the body.
-_DELIVER = struct.Struct(">QBB")  # Behind the consumer's tag: delivery tag, redelivered, length of the exchange.
+_DELIVER = struct.Struct(">QBB")  # After the consumer's tag: delivery tag, redelivered, length of the exchange's name.
 _ACK = struct.Struct(">BHIHHQBB")
 
-# Sizes of the values of a field table that have one (RabbitMQ's reading of 4.2.5.5); S, x, A and F say theirs.
+# Sizes of the fixed-size values of a field table, by type (4.2.5.5 as RabbitMQ reads it). S, x, A and F contain theirs.
 _SIZES = {b"t": 1, b"b": 1, b"B": 1, b"s": 2, b"u": 2, b"I": 4, b"i": 4, b"f": 4, b"D": 5, b"l": 8, b"d": 8, b"T": 8,
           b"L": 8, b"V": 0}  # fmt: skip
 
-_NO_FRAME = b"\x00\x00\x00\x00\x00\x00\x00\xce"
-"""A frame of a kind that does not exist. The library refuses it as soon as it reads it."""
+_INVALID_FRAME = b"\x00\x00\x00\x00\x00\x00\x00\xce"
+"""A frame of an unknown type. The library refuses it as soon as it reads it."""
 
 HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
-"""A heartbeat's frame (4.2.7)."""
+"""A heartbeat frame (4.2.7)."""
 
 
 class NotAmqp(Exception):
@@ -78,15 +79,15 @@ class NotAmqp(Exception):
 
 
 class _Unreadable(Exception):
-    """From here on the bytes are not AMQP. Does not leave this file."""
+    """The following bytes are not AMQP. This exception does not leave this file."""
 
 
 Sink = Callable[[bytes, str, bytes, int | None], None]
 """Called with the consumer's tag, the routing key, the body, and the offset if the queue is a stream."""
 
 
-class _Open:
-    """A delivery whose frames have not all come."""
+class _Incomplete:
+    """A delivery that has not arrived completely."""
 
     __slots__ = ("delivery_tag", "is_cut", "key", "missing", "offset", "parts", "room", "size", "tag")
 
@@ -94,11 +95,11 @@ class _Open:
         self.tag = tag
         self.delivery_tag = delivery_tag
         self.key = key
-        self.size = self.missing = -1  # Until the content header says it.
+        self.size = self.missing = -1  # -1 until the content header arrives.
         self.offset: int | None = None
         self.is_cut = False
         self.room = 0
-        """Of a body that is cut, so many more bytes are kept."""
+        """Bytes of a cut body that may still be kept."""
         self.parts: list[bytes] = []
 
     def add(self, part: bytes) -> None:
@@ -116,85 +117,85 @@ class _Open:
 
 
 class Deliveries:
-    """One connection's bytes, from the broker's greeting on.
+    """Parses the bytes of one connection, from the broker's first byte on.
 
     Args:
-        max_body: larger bodies are not gathered; of them a `Cut` is handed on.
+        max_body: limit of a body in bytes; callbacks get a `Cut` of a larger one.
     """
 
-    __slots__ = ("_at_once", "_has_begun", "_max_frame", "_max_header", "_newest", "_open", "_pieces",
-                 "_raw", "_sinks", "_skipped", "_to_skip", "_wanted", "faults", "max_body", "unacked")  # fmt: skip
+    __slots__ = ("_has_begun", "_incomplete", "_last_tags", "_max_frame", "_max_header", "_max_whole", "_passes_all",
+                 "_pieces", "_sinks", "_skipped", "_to_skip", "_wanted", "faults", "max_body", "unacked")  # fmt: skip
 
     def __init__(self, *, max_body: int = MAX_BODY_BYTES) -> None:
         self._pieces: list[bytes] = []
-        """A frame of which not all has come."""
+        """The beginning of a frame that has not arrived completely."""
         self._wanted = 0
-        """So many bytes more have to come before it can be read on."""
+        """Bytes that must still arrive before parsing can continue."""
         self._skipped = 0
-        """The channel of a body's frame that is not gathered."""
+        """The channel of the body frame that is being skipped."""
         self._to_skip = 0
-        """So many bytes of it have to come, its end mark included; 0 if there is no such frame."""
+        """Bytes of that frame that must still arrive, its end mark included; 0 without such a frame."""
         self.max_body = max_body
         self._limit_frames(FIRST_FRAME_BYTES)
         self._has_begun = False
-        self._raw = False
+        self._passes_all = False
         self._sinks: dict[int, Sink] = {}
-        self._open: dict[int, _Open] = {}
-        self._newest: dict[int, int] = {}  # By channel, the newest delivery that was handed to its callback.
+        self._incomplete: dict[int, _Incomplete] = {}
+        self._last_tags: dict[int, int] = {}  # By channel: the tag of the last delivery that its callback got.
         self.unacked = 0
-        """Deliveries that were handed to callbacks since the acks were last taken."""
+        """Deliveries that callbacks got since the last `take_acks`."""
         self.faults: list[Exception] = []
-        """What callbacks have raised; the deliveries after it went on. Or `NotAmqp`, once: nothing is cut out after it.
-        The caller logs them and clears it."""
+        """Exceptions that callbacks raised; later deliveries are not affected. Or one `NotAmqp`: parsing has ended.
+        The caller logs the exceptions and clears the list."""
 
     def take(self, channel: int, sink: Sink) -> None:
-        """From here on the channel's deliveries go to `sink`, until the channel is closed."""
+        """Passes the channel's deliveries to `sink` until the channel is closed."""
         self._sinks[channel] = sink
 
     def drop(self, channel: int, sink: Sink) -> None:
-        """The channel's deliveries go nowhere from here on, and are not acknowledged.
+        """Discards the channel's deliveries from now on, without acknowledging them.
 
-        To be called before the channel is closed from our side: an ack behind the close would close the connection.
-        Where the broker has closed it, its number may be another consumer's by now, which keeps it.
+        Call it before the bridge closes the channel: an ack after the close would make RabbitMQ close the connection.
+        If the broker closed the channel, another consumer may have its number now. That consumer keeps it.
         """
         if self._sinks.get(channel) is sink:
-            self._sinks[channel] = _nowhere
-            self._newest.pop(channel, None)
+            self._sinks[channel] = _discard
+            self._last_tags.pop(channel, None)
 
     @property
     def takes(self) -> bool:
-        """Whether any channel has been taken; before that there is nothing that could be cut out."""
+        """Whether any channel is taken."""
         return bool(self._sinks)
 
     def take_acks(self) -> bytes:
-        """The frames that acknowledge all that was handed on: a `basic.ack`, `multiple`, for each channel."""
+        """Returns one `basic.ack` with `multiple` for each channel, for all deliveries that callbacks got."""
         acks = b"".join(
-            _ACK.pack(_METHOD, channel, 13, 60, 80, tag, 1, _FRAME_END) for channel, tag in self._newest.items()
+            _ACK.pack(_METHOD, channel, 13, 60, 80, tag, 1, _FRAME_END) for channel, tag in self._last_tags.items()
         )
-        self._newest.clear()
+        self._last_tags.clear()
         self.unacked = 0
         return acks
 
     @property
     def buffered(self) -> int:
-        """Bytes that are held until the rest of their frame or of their body has come."""
-        parts = [*self._pieces, *(part for delivery in self._open.values() for part in delivery.parts)]
+        """Bytes in memory that wait for the rest of their frame or body."""
+        parts = [*self._pieces, *(part for delivery in self._incomplete.values() for part in delivery.parts)]
         return sum(map(len, parts))
 
     def feed(self, data: bytes) -> bytes:
-        """Returns what the library shall read. Raises nothing, whatever the bytes are."""
+        """Parses bytes, calls callbacks, and returns the bytes for the library. Raises nothing for any bytes."""
         if self._pieces:
             self._pieces.append(data)
             self._wanted -= len(data)
             if self._wanted > 0:
-                return b""  # Joined once, and not for each piece.
+                return b""  # All pieces are joined once, when the last one arrives.
             data = b"".join(self._pieces)
             self._pieces = []
         if not self._has_begun and data:
             self._has_begun = True
-            # As `AMQP` and a version: the broker speaks another one, and the library says so.
-            self._raw = data[0] not in _KINDS
-        if self._raw:
+            # For example `AMQP` and a version: the broker needs another version, and the library reports that.
+            self._passes_all = data[0] not in _KINDS
+        if self._passes_all:
             return data
         passed: list[bytes] = []
         sinks, size, at = self._sinks, len(data), 0
@@ -207,9 +208,9 @@ class Deliveries:
                 end = at + 8 + length
                 if length > max_frame and (kind != _HEADER or length > self._max_header):
                     raise _Unreadable(f"a frame of {length} bytes, where the limit is {max_frame}")
-                if end > size:  # The rest of it has not come yet.
+                if end > size:  # The rest has not arrived.
                     if kind == _BODY and self._may_skip(channel, length):
-                        self._open[channel].add(data[at + 7 :])
+                        self._incomplete[channel].add(data[at + 7 :])
                         self._skipped, self._to_skip = channel, end - size
                         at = size
                     break
@@ -222,29 +223,31 @@ class Deliveries:
                     if not channel and payload[:4] == _TUNE:
                         self._tune(payload)
                         max_frame = self._max_frame
-                    passed.append(_bare(kind, channel, payload))
+                    passed.append(_for_library(kind, channel, payload))
                 elif kind == _METHOD:
                     method = data[at + 7 : at + 11]
                     if method == _BASIC_DELIVER:
                         end = self._deliver(data, at, end, size, channel)
                     else:
                         if method in (_CHANNEL_CLOSE, _CHANNEL_CLOSE_OK):
-                            # Its number may be another channel's next.
+                            # Another channel may get this number.
                             del sinks[channel]
-                            self._open.pop(channel, None)
-                            self._newest.pop(channel, None)
+                            self._incomplete.pop(channel, None)
+                            self._last_tags.pop(channel, None)
                         passed.append(data[at:end])
                 else:
-                    self._go_on(kind, channel, data[at + 7 : end - 1])
+                    self._continue(kind, channel, data[at + 7 : end - 1])
                 at = end
             if at < size and data[at] not in _KINDS:
                 raise _Unreadable
         except _Unreadable as error:
-            self._raw = True  # What follows cannot be understood either.
-            self.faults.append(NotAmqp(f"the broker sent what is not AMQP: {str(error) or data[at : at + 40]!r}"))
-            # The library reads much that is not AMQP: it takes a string that ends behind its frame for a shorter one,
-            # forgets a frame that comes out of order, and waits for all of a frame, however large it is.
-            passed.append(_NO_FRAME + data[at:])
+            self._passes_all = True  # The following bytes cannot be parsed either.
+            self.faults.append(
+                NotAmqp(f"the broker sent bytes that are not AMQP: {str(error) or data[at : at + 40]!r}")
+            )
+            # The library accepts much that is not AMQP: it shortens a string that ends after its frame, drops a frame
+            # that is out of order, and waits for the whole of a frame of any size.
+            passed.append(_INVALID_FRAME + data[at:])
             self._to_skip, at = 0, size
         if at < size:
             self._pieces = [data[at:]]
@@ -255,25 +258,25 @@ class Deliveries:
     def _limit_frames(self, limit: int) -> None:
         self._max_frame = limit
         self._max_header = min(HEADER_FRAMES * limit, UNLIMITED_BYTES)
-        self._at_once = min(limit, self.max_body)
+        self._max_whole = min(limit, self.max_body)
 
     def _tune(self, payload: bytes) -> None:
-        """The library agrees to the broker's limit, whatever it is; 0 means that there is none."""
+        """Reads the broker's limit from `connection.tune`, which the library always accepts. 0 means no limit."""
         if len(payload) >= 10:
             self._limit_frames(min(int.from_bytes(payload[6:10], "big") or UNLIMITED_BYTES, UNLIMITED_BYTES))
 
     def _may_skip(self, channel: int, length: int) -> bool:
-        """Whether this frame is of a body that is not gathered, and as large as it may be."""
-        delivery = self._open.get(channel)
+        """Whether this body frame belongs to a body that is cut, and is not larger than the rest of it."""
+        delivery = self._incomplete.get(channel)
         return delivery is not None and delivery.is_cut and length <= delivery.missing
 
     def _skip(self, data: bytes) -> int:
-        """Passes over the rest of a body's frame. Returns where the next frame begins.
+        """Skips the rest of a body frame. Returns the position of the next frame.
 
         Raises:
             _Unreadable: the frame does not end where it should.
         """
-        channel, delivery = self._skipped, self._open[self._skipped]
+        channel, delivery = self._skipped, self._incomplete[self._skipped]
         here = min(self._to_skip, len(data))
         if here < self._to_skip:
             delivery.add(data)
@@ -281,15 +284,15 @@ class Deliveries:
             raise _Unreadable
         else:
             delivery.add(data[: here - 1])
-            self._hand_on_if_complete(channel, delivery)
+            self._finish_if_complete(channel, delivery)
         self._to_skip -= here
         return here
 
     def _deliver(self, data: bytes, at: int, end: int, size: int, channel: int) -> int:
-        """Reads a `deliver`, and the frames behind it if they are there. Returns where what it has read ends.
+        """Reads a `basic.deliver`, and its header and body if they have arrived. Returns the position after them.
 
         Raises:
-            _Unreadable: it is not a `deliver`, or another one is not complete on its channel.
+            _Unreadable: it is malformed, or the delivery before it on the channel is incomplete.
         """
         try:
             tag_end = at + 12 + data[at + 11]
@@ -298,11 +301,11 @@ class Deliveries:
             key_end = key_at + 1 + data[key_at]
         except (IndexError, struct.error):
             raise _Unreadable from None
-        # The key is the last argument. So each string before it ends within the frame, too.
-        if key_end != end - 1 or (self._open and channel in self._open):
+        # The routing key is the last argument. If it ends with the frame, no string before it is too long.
+        if key_end != end - 1 or (self._incomplete and channel in self._incomplete):
             raise _Unreadable
         tag, key = data[at + 12 : tag_end], data[key_at + 1 : key_end]
-        # Nearly always the rest is there too, in one header and one body.
+        # Nearly always the header and the body have arrived too, one frame each.
         if size - end >= 22:
             kind, of, length, class_id, _, body_size = _CONTENT.unpack_from(data, end)
             header_end: int = end + 8 + length
@@ -313,25 +316,25 @@ class Deliveries:
                 and class_id == _BASIC
                 and _LEAST_HEADER_BYTES <= length <= self._max_header
                 and body_end <= size
-                and body_size <= self._at_once
+                and body_size <= self._max_whole
                 and data[header_end - 1] == _FRAME_END == data[body_end - 1]
                 and (not body_size or _FRAME.unpack_from(data, header_end) == (_BODY, channel, body_size))
             ):
                 offset = _offset(data[end + 7 : header_end - 1]) if length > _LEAST_HEADER_BYTES else None
                 body = data[header_end + 7 : body_end - 1] if body_size else b""
-                self._hand_on(channel, tag, delivery_tag, key, body, offset)
+                self._call_sink(channel, tag, delivery_tag, key, body, offset)
                 return body_end
-        self._open[channel] = _Open(tag, delivery_tag, key)
+        self._incomplete[channel] = _Incomplete(tag, delivery_tag, key)
         return end
 
-    def _go_on(self, kind: int, channel: int, payload: bytes) -> None:
-        """Reads a frame of a delivery that did not come in one piece.
+    def _continue(self, kind: int, channel: int, payload: bytes) -> None:
+        """Reads a header or body frame of a delivery that did not arrive in one piece.
 
         Raises:
-            _Unreadable: it is out of its order, or not a frame of this kind. It is not of a message that the library
-                asked for: there is none on a channel that was taken.
+            _Unreadable: the frame is out of order or malformed. It cannot belong to a message that the library
+                requested, because the library requests none on a taken channel.
         """
-        delivery = self._open.get(channel)
+        delivery = self._incomplete.get(channel)
         if delivery is None:
             raise _Unreadable
         size = len(payload)
@@ -347,39 +350,39 @@ class Deliveries:
             delivery.add(payload)
         else:
             raise _Unreadable
-        self._hand_on_if_complete(channel, delivery)
+        self._finish_if_complete(channel, delivery)
 
-    def _hand_on_if_complete(self, channel: int, delivery: _Open) -> None:
+    def _finish_if_complete(self, channel: int, delivery: _Incomplete) -> None:
         if delivery.missing == 0:
-            del self._open[channel]
-            self._hand_on(channel, delivery.tag, delivery.delivery_tag, delivery.key, delivery.body, delivery.offset)
+            del self._incomplete[channel]
+            self._call_sink(channel, delivery.tag, delivery.delivery_tag, delivery.key, delivery.body, delivery.offset)
 
-    def _hand_on(
+    def _call_sink(
         self, channel: int, tag: bytes, delivery_tag: int, key: bytes, body: bytes, offset: int | None
     ) -> None:
         sink = self._sinks[channel]
-        if sink is _nowhere:
+        if sink is _discard:
             return
-        self._newest[channel] = delivery_tag
+        self._last_tags[channel] = delivery_tag
         self.unacked += 1
         try:
             text = key.decode()
         except UnicodeDecodeError:
-            text = _text(key)
+            text = _decode_key(key)
         try:
             sink(tag, text, body, offset)
         except Exception as fault:  # noqa: BLE001
             self.faults.append(fault)
 
 
-def _nowhere(tag: bytes, routing_key: str, body: bytes, offset: int | None) -> None: ...
+def _discard(tag: bytes, routing_key: str, body: bytes, offset: int | None) -> None: ...
 
 
-def _bare(kind: int, channel: int, payload: bytes) -> bytes:
+def _for_library(kind: int, channel: int, payload: bytes) -> bytes:
     if kind == _HEADER:
-        payload = _bare_header(payload)
+        payload = _without_properties(payload)
     elif kind == _METHOD and payload[:4] in (_BASIC_DELIVER, _BASIC_GET_OK) and not payload.isascii():
-        payload = _readable_key(payload)
+        payload = _with_readable_key(payload)
     return b"%b%b\xce" % (_FRAME.pack(kind, channel, len(payload)), payload)
 
 
@@ -388,16 +391,16 @@ def _offset(payload: bytes) -> int | None:
     return None if found is None else int.from_bytes(found, "big", signed=True)
 
 
-def _text(key: bytes) -> str:
+def _decode_key(key: bytes) -> str:
     try:
         return key.decode("utf-8")
     except UnicodeDecodeError:
         return "".join(chr(byte) if byte < 0x80 else "?" for byte in key)
 
 
-def _bare_header(payload: bytes) -> bytes:
+def _without_properties(payload: bytes) -> bytes:
     if len(payload) < _LEAST_HEADER_BYTES:
-        return payload  # The library says so.
+        return payload  # The library reports the error.
     offset = _stream_offset(payload)
     if offset is None:
         return payload[:12] + b"\x00\x00"
@@ -406,13 +409,13 @@ def _bare_header(payload: bytes) -> bytes:
 
 
 def _stream_offset(payload: bytes) -> bytes | None:
-    """The eight bytes of the header `x-stream-offset`, where there is one."""
+    """The eight bytes of the header `x-stream-offset`, if the message has it."""
     if _OFFSET not in payload:
         return None
     try:
         (flags,) = struct.unpack_from(">H", payload, 12)
         at, more = 14, flags
-        while more & 1:  # Another word of flags follows (2.3.5.2).
+        while more & 1:  # Another 16 bits of flags follow (2.3.5.2).
             (more,) = struct.unpack_from(">H", payload, at)
             at += 2
         for flag in (_CONTENT_TYPE_FLAG, _CONTENT_ENCODING_FLAG):
@@ -437,8 +440,8 @@ def _stream_offset(payload: bytes) -> bytes | None:
     return None
 
 
-def _readable_key(payload: bytes) -> bytes:
-    """The routing key is the last short string of `deliver`; what is no UTF-8 in it becomes `?`, byte for byte."""
+def _with_readable_key(payload: bytes) -> bytes:
+    """In a `deliver` or `get-ok` whose routing key is not UTF-8, replaces each byte that is not ASCII by `?`."""
     deliver = payload[:4] == _BASIC_DELIVER
     at = 4
     try:
@@ -448,5 +451,5 @@ def _readable_key(payload: bytes) -> bytes:
         at += 1 + payload[at]  # exchange
         key = payload[at + 1 : at + 1 + payload[at]]
     except IndexError:
-        return payload  # It ends too early; the library shall judge.
-    return payload[: at + 1] + _text(key).encode() + payload[at + 1 + len(key) :]
+        return payload  # The payload is too short; the library reports the error.
+    return payload[: at + 1] + _decode_key(key).encode() + payload[at + 1 + len(key) :]
