@@ -1,6 +1,6 @@
-"""What must exist in RabbitMQ before anything flows: the exchange and the queue of refused messages.
+"""Declares the exchange, the quarantine and the log in RabbitMQ, and checks existing ones.
 
-Owns their properties and the words for what is wrong with them.
+Owns their properties, and the error messages for a mismatch.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ QUARANTINE: FieldTable = {
     "x-max-length": 10_000,
     "x-message-ttl": 7 * 24 * 3600 * 1000,
 }
-"""Arguments of the quarantine: ten thousand messages, of which the oldest go first, and seven days (in ms). Its type is
-named, since a virtual host may have another default: RabbitMQ takes no time limit of a message for a stream."""
+"""Arguments of the quarantine: at most 10,000 messages, the oldest are dropped first; seven days (in ms). The type is
+explicit, because a virtual host may have another default, and a stream accepts no `x-message-ttl`."""
 
-_NEVER: FieldTable = {"x-queue-leader-locator": "bridge-asks"}
-"""No queue can be made with this. So a declare that asks what a queue is makes none where it has just been deleted."""
+_COMPARE_ONLY: FieldTable = {"x-queue-leader-locator": "bridge-asks"}
+"""RabbitMQ makes no queue with this argument. So a declare that only compares arguments never makes a queue, even if
+the queue was deleted a moment ago."""
 
 _INEQUIVALENT = re.compile(
     r"inequivalent arg '(?P<name>[^']+)' for .*?: received (?P<wanted>.*?) but current is (?P<current>.*)",
@@ -40,19 +41,22 @@ _INEQUIVALENT = re.compile(
 )
 _TYPED = re.compile(r"the value '(?P<value>.*)' of type '(?P<type>[a-z]+)'", re.DOTALL)
 _KINDS: dict[type, str] = {bool: "bool", int: "signedint"}
-_MAX_QUESTIONS = 20
-"""More than the arguments that RabbitMQ compares."""
+_MAX_DECLARES = 20
+"""Limit of the declares that find differences; RabbitMQ compares fewer arguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An attribute of an exchange or queue that is not as the bridge would make it. `current` is None: it has none."""
+    """An attribute of an existing exchange or queue that differs from the bridge's declaration.
+
+    `current` is None if the existing one does not have the attribute.
+    """
 
     name: str
     wanted: str
     current: str | None
     words: str
-    """RabbitMQ's own."""
+    """RabbitMQ's own text."""
 
     def __str__(self) -> str:
         return f"{self.name} is {self.current or 'not set'}, the bridge would set {self.wanted}"
@@ -60,9 +64,10 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What is there now. `may_declare` is False where this user may not declare it, and only that it exists is known.
+    """The result of a declaration that succeeded, or that RabbitMQ refused for differences that fit.
 
-    `differences` do not matter to the bridge.
+    `may_declare` is False if the user may not declare it. Then its attributes are not known, and with RabbitMQ 4.3 not
+    even whether it exists. The bridge can work with all `differences`.
     """
 
     may_declare: bool = True
@@ -76,38 +81,43 @@ Fits = Callable[[Difference], bool]
 
 
 def fits_exchange(difference: Difference) -> bool:
-    """An alternate exchange gets what no queue wants, and an internal one gets its events from another exchange.
+    """Whether the bridge can work with this difference of the exchange.
 
-    Another type routes otherwise. One that is not durable, or deletes itself, takes the log's binding with it.
+    An alternate exchange gets only messages that no queue is bound for. An internal exchange gets its events from
+    another exchange. Another type routes differently. An exchange that is not durable or is auto_delete can disappear
+    with the log's binding.
     """
     return difference.name in ("alternate-exchange", "internal")
 
 
 def fits_quarantine(difference: Difference) -> bool:
-    """Any durable queue that takes messages and keeps them until a person takes them out, whatever its limits are."""
+    """Whether the bridge can work with this difference of the quarantine.
+
+    Any durable classic or quorum queue fits if it keeps messages, whatever its limits are.
+    """
     if difference.name == "x-queue-type":
-        # A stream cannot be read by `bridge quarantine`, which takes single messages out.
+        # `bridge quarantine` removes single messages, which a stream does not allow.
         return difference.current in ("classic", "quorum")
     if difference.name in ("x-max-length", "x-max-length-bytes", "x-message-ttl"):
-        return difference.current != "0"  # It would keep nothing.
-    # With `x-expires` RabbitMQ deletes a queue without a reader, and a person reads this one now and then.
+        return difference.current != "0"  # With 0 it keeps nothing.
+    # With `x-expires` RabbitMQ deletes a queue without a reader. An operator reads the quarantine only now and then.
     return difference.name not in ("durable", "auto_delete", "x-expires")
 
 
 def fits_log(difference: Difference) -> bool:
-    """Any stream, however long it keeps its entries."""
+    """Whether the bridge can work with this difference of the log. Any durable stream fits, whatever its limits are."""
     if difference.name == "x-queue-type":
         return difference.current == "stream"
     return difference.name not in ("durable", "auto_delete")
 
 
 def read_difference(words: str) -> Difference | None:
-    """The attribute that RabbitMQ names in its refusal to declare something that exists. None: it names none."""
+    """Reads the difference in RabbitMQ's refusal of a declaration. None if the text names no attribute."""
     found = _INEQUIVALENT.search(words)
     if found is None:
         return None
     wanted, current = (_value(found[side]) for side in ("wanted", "current"))
-    if found["name"] == "x-max-age":  # RabbitMQ 4.3 names it in ms, and takes it with a unit only.
+    if found["name"] == "x-max-age":  # RabbitMQ 4.3 prints it in ms without a unit, and accepts it only with a unit.
         wanted, current = (f"{int(age) // 1000}s" if age and age.isdecimal() else age for age in (wanted, current))
     return Difference(found["name"], wanted or "none", current, found[0])
 
@@ -120,16 +130,17 @@ def _value(words: str) -> str | None:
 
 
 def ask_next(arguments: FieldTable, difference: Difference) -> FieldTable | None:
-    """The arguments of a declare that names the next difference. None: the value cannot be written.
+    """The arguments of the next declare: the same, with the current value for `difference`.
 
-    RabbitMQ names one difference at a time, the first one.
+    RabbitMQ names only the first difference, so the next declare returns the next one. None if the value cannot be
+    written as an argument.
     """
     arguments = dict(arguments)
     if difference.current is None:
         arguments.pop(difference.name, None)
         return arguments
     typed = _TYPED.search(difference.words.partition(" but current is ")[2])
-    # Where both are set, RabbitMQ names no type: then it is that of the value that was asked.
+    # If both values are set, RabbitMQ names no type; then the type of the declared value applies.
     kind = typed["type"] if typed else _KINDS.get(type(arguments.get(difference.name)), "longstr")
     if kind == "longstr":
         arguments[difference.name] = difference.current
@@ -143,7 +154,8 @@ def ask_next(arguments: FieldTable, difference: Difference) -> FieldTable | None
 
 
 async def declare_exchange(connection: aio_pika.abc.AbstractConnection, name: str) -> Declared:
-    """
+    """Declares a durable topic exchange.
+
     Raises:
         BrokerError: it does not exist and cannot be made, or it does not fit.
     """
@@ -155,20 +167,21 @@ async def declare_exchange(connection: aio_pika.abc.AbstractConnection, name: st
     try:
         return await _declare(connection, declare, what, "a durable topic exchange")
     except TopologyMismatch as error:
-        # RabbitMQ compares type, durable, auto_delete, internal and alternate-exchange, in this order. So behind one
-        # that fits there is none that does not.
+        # RabbitMQ compares type, durable, auto_delete, internal and alternate-exchange, in this order. So if the first
+        # difference fits, the later ones fit too.
         return _judge(
             what,
             [read_difference(str(error))],
             fits_exchange,
             error,
-            "The bridge needs a durable topic exchange that is not auto_delete. Leave this one as it is, and name "
-            "another one by BRIDGE_EXCHANGE and in what publishes (`exchange=` in the SDK)",
+            "The bridge needs a durable topic exchange that is not auto_delete. Keep this exchange, and set another "
+            "name in BRIDGE_EXCHANGE and in the publishers (`exchange=` in the SDK)",
         )
 
 
 async def declare_quarantine(connection: aio_pika.abc.AbstractConnection, name: str) -> Declared:
-    """
+    """Declares the queue of refused messages, with the arguments `QUARANTINE`.
+
     Raises:
         BrokerError: it does not exist and cannot be made, or it does not fit.
     """
@@ -182,16 +195,18 @@ async def declare_quarantine(connection: aio_pika.abc.AbstractConnection, name: 
     except TopologyMismatch as error:
         return _judge(
             what,
-            await _ask(connection, name, QUARANTINE, fits_quarantine),
+            await _find_differences(connection, name, QUARANTINE),
             fits_quarantine,
             error,
-            "The bridge puts refused messages into a durable classic or quorum queue that keeps them. Leave this one "
-            "as it is, and name another one by BRIDGE_QUARANTINE, which the bridge then makes",
+            "The quarantine must be a durable classic or quorum queue that keeps its messages. Keep this queue, and "
+            "set another name in BRIDGE_QUARANTINE; the bridge then makes that queue",
         )
 
 
 async def declare_log(connection: aio_pika.abc.AbstractConnection, log: LogSettings, exchange: str) -> Declared:
-    """The stream, bound to everything on the exchange. Where `may_declare` is False, whether it is bound is not known.
+    """Declares the log, a stream, and binds it to all events of the exchange.
+
+    If `may_declare` is False, the binding may be missing.
 
     Raises:
         BrokerError: it does not exist and cannot be made, or it does not fit.
@@ -213,68 +228,70 @@ async def declare_log(connection: aio_pika.abc.AbstractConnection, log: LogSetti
     except TopologyMismatch as error:
         declared = _judge(
             what,
-            await _ask(connection, log.name, arguments, fits_log),
+            await _find_differences(connection, log.name, arguments),
             fits_log,
             error,
-            "The log must be a stream. Leave this queue as it is, and name another one by BRIDGE_LOG, which the bridge "
-            "then makes; the clients that are connected now are notified of a gap, once",
+            "The log must be a durable stream. Keep this queue, and set another name in BRIDGE_LOG; the bridge then "
+            "makes that stream. Each client that is connected now gets one gap",
         )
-        await _on_a_channel(connection, bind, f"binding {what} to {exchange!r}")
+        await _on_new_channel(connection, bind, f"binding {what} to {exchange!r}")
         return declared
 
 
 def _judge(what: str, found: list[Difference | None], fits: Fits, error: TopologyMismatch, advice: str) -> Declared:
-    """
+    """Decides whether the bridge can work with the differences.
+
     Raises:
-        TopologyMismatch: in RabbitMQ's own words, and with what to do.
+        TopologyMismatch: it cannot, or not all differences are known. The message has RabbitMQ's text and `advice`.
     """
     differences = [difference for difference in found if difference is not None]
     unfit = [difference.words for difference in differences if not fits(difference)]
     if unfit or len(differences) != len(found) or not found:
-        raise TopologyMismatch(f"{what} exists, but does not fit. {'. '.join(unfit) or error}. {advice}")
+        raise TopologyMismatch(f"{what} exists, and does not fit. {'. '.join(unfit) or error}. {advice}")
     return Declared(differences=tuple(differences))
 
 
-async def _ask(
-    connection: aio_pika.abc.AbstractConnection, name: str, wanted: FieldTable, fits: Fits
+async def _find_differences(
+    connection: aio_pika.abc.AbstractConnection, name: str, wanted: FieldTable
 ) -> list[Difference | None]:
-    """What is different with a queue, up to a difference of the queue itself that does not fit; then it is the last.
+    """Finds the differences of an existing queue, with one declare for each.
 
-    Ends with None where RabbitMQ refuses for another reason, and its type, so whether it fits, is not known.
+    A difference in `durable` or `auto_delete` is the last, because no argument can match it. The list ends with None if
+    RabbitMQ gives another reason, or if the queue's type is not known.
     """
     found: dict[str, Difference] = {}
-    arguments: FieldTable | None = {**wanted, **_NEVER}
-    for _ in range(_MAX_QUESTIONS):
+    arguments: FieldTable | None = {**wanted, **_COMPARE_ONLY}
+    for _ in range(_MAX_DECLARES):
         asked = arguments
 
         async def ask(channel: AbstractChannel, *, passive: bool, asked: FieldTable | None = asked) -> None:
             await channel.queue_declare(name, durable=True, arguments=asked, passive=passive)
 
         try:
-            await _on_a_channel(connection, ask, f"asking what queue {name!r} is")
-            break  # RabbitMQ 3.10 does not compare what a classic queue has no use for.
+            await _on_new_channel(connection, ask, f"comparing queue {name!r}")
+            break  # RabbitMQ 3.10 ignores arguments that a classic queue does not support.
         except TopologyMismatch as error:
             difference = read_difference(str(error))
             if difference is None:
                 return [*found.values(), None]
-        if difference.name in _NEVER:
+        if difference.name in _COMPARE_ONLY:
             break
-        again = difference.name in found
+        is_repeated = difference.name in found
         found.setdefault(difference.name, difference)
         arguments = ask_next(asked or {}, difference)
         if difference.name in ("durable", "auto_delete"):
             break
-        if arguments is None or again:
+        if arguments is None or is_repeated:
             age = found.get("x-max-age")  # Only a stream has one.
             is_known = "x-queue-type" in found or (age is not None and age.current is not None)
             return [*found.values(), *([] if is_known else [None])]
     return list(found.values())
 
 
-async def _on_a_channel(
+async def _on_new_channel(
     connection: aio_pika.abc.AbstractConnection, use: _Declare, doing: str, *, passive: bool = False
 ) -> None:
-    # Each on a channel of its own: a declare that is refused closes it.
+    # Each declare has its own channel, because a refusal closes the channel.
     channel = await amqp.open_channel(connection)
     async with amqp.translating(doing):
         await use(channel, passive=passive)
@@ -286,26 +303,31 @@ class _Declare(Protocol):
 
 
 async def _declare(connection: aio_pika.abc.AbstractConnection, declare: _Declare, what: str, wanted: str) -> Declared:
+    """
+    Raises:
+        TopologyMismatch: it exists with other attributes.
+        BrokerError: it does not exist and cannot be made, or the connection failed.
+    """
     try:
-        await _on_a_channel(connection, declare, f"declaring {what}")
+        await _on_new_channel(connection, declare, f"declaring {what}")
         return Declared()
     except AccessRefused as refused:
-        # A bridge with few rights may not declare. That it is there is enough; RabbitMQ 4.3 does not even let it look.
-        # Then its use will show.
+        # Without the right to declare, it is enough that it exists. RabbitMQ 4.3 also refuses the passive declare; then
+        # the first use shows whether it exists.
         try:
             with contextlib.suppress(AccessRefused):
-                await _on_a_channel(connection, declare, f"looking for {what}", passive=True)
+                await _on_new_channel(connection, declare, f"looking for {what}", passive=True)
             return Declared(may_declare=False)
         except NotFound:
             raise AccessRefused(
-                f"{what} does not exist, and this user may not make it. {refused}. Make it ({wanted}), or grant the "
-                "user the right to configure it"
+                f"{what} does not exist, and the bridge's user may not make it. {refused}. Make it ({wanted}), or "
+                "grant the user the right to configure it"
             ) from None
 
 
-def _fitting(what: str, declared: Declared) -> str:
+def _describe(what: str, declared: Declared) -> str:
     if not declared.may_declare:
-        return f"{what}, or at least exists: this user may not ask"
+        return f"{what} (not checked: the bridge's user may not declare it)"
     return f"{what}. It fits, and differs: {declared}" if declared.differences else what
 
 
@@ -321,23 +343,25 @@ async def rehearse(
     log: LogSettings | None,
     describe_channels: Callable[[int], str],
 ) -> AsyncIterator[str]:
-    """Does once what the bridge will do all day, leaves what it would leave, and yields the name of each good step.
+    """Tries each step of the bridge's work with RabbitMQ once, and yields a line for each step that succeeds.
+
+    Exchange, quarantine and log remain, as after a start of the bridge. Cancelling closes the connection.
 
     Args:
-        describe_channels: says what so many channels in a connection are good for, or raises a BrokerError.
+        describe_channels: describes a number of channels in one line, or raises a BrokerError if it is too small.
 
     Raises:
-        BrokerError: the step that did not, with what is missing. Cancelling leaves nothing behind.
+        BrokerError: names the step that failed, and the cause.
     """
     connection = await amqp.connect(addresses, name="bridge check")
     try:
         yield "connected to RabbitMQ"
         yield describe_channels(amqp.most_channels(connection))
-        yield _fitting(f"exchange {exchange!r} is a topic exchange", await declare_exchange(connection, exchange))
+        yield _describe(f"exchange {exchange!r} is a topic exchange", await declare_exchange(connection, exchange))
         declared = await declare_quarantine(connection, quarantine)
-        yield _fitting(f"queue {quarantine!r} for refused messages", declared)
+        yield _describe(f"queue {quarantine!r} for refused messages", declared)
         if log is None:
-            yield "no log (BRIDGE_LOG is empty): clients that come back get bridge.gap"
+            yield "no log (BRIDGE_LOG is empty): clients that return get bridge.gap"
         else:
             declared = await declare_log(connection, log, exchange)
             channel = await amqp.open_channel(connection)
@@ -345,11 +369,11 @@ async def rehearse(
                 await channel.basic_qos(prefetch_count=1)
                 answer = await channel.basic_consume(log.name, _ignore, arguments={"x-stream-offset": "next"})
                 await channel.basic_cancel(answer.consumer_tag or "")
-            yield _fitting(f"log {log.name!r}: a stream that can be read", declared)
+            yield _describe(f"log {log.name!r}: a stream that can be read", declared)
         channel = await amqp.open_channel(connection, confirms=True)
         queue = f"bridge.check.{secrets.token_hex(4)}"
         async with amqp.translating("making an exclusive queue (right to configure queues named bridge.*)"):
-            arguments: FieldTable = {"x-queue-type": "classic"}  # No other type can be exclusive.
+            arguments: FieldTable = {"x-queue-type": "classic"}  # Only a classic queue can be exclusive.
             await channel.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
         key = Audience.user("bridge check").binding_key()
         async with amqp.translating(f"binding it to {exchange!r} (right to read the exchange and write the queue)"):
@@ -363,7 +387,7 @@ async def rehearse(
             await channel.basic_consume(queue, on_message, no_ack=True)
         yield "a live queue can be made, bound and consumed"
         async with amqp.translating(f"publishing to {quarantine!r} (right to write to amq.default)"):
-            # To the live queue and not to quarantine, where it would lie about; the right that it needs is the same.
+            # Published to the live queue, so that no message remains in the quarantine. It needs the same right.
             await channel.basic_publish(b"{}", exchange="", routing_key=queue)
             async with asyncio.timeout(amqp.CLOSE_SECONDS):
                 await got.wait()
