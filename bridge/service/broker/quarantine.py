@@ -1,6 +1,6 @@
-"""The queue of refused messages: what goes in while serving, and how a person looks at it and sends things again.
+"""The queue of refused messages: publishes them while the bridge serves, and reads and replays them for an operator.
 
-On connections of its own, because a memory or disk alarm blocks every connection that publishes.
+Uses its own connections, because RabbitMQ blocks each publishing connection during a memory or disk alarm.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from bridge.service.logs import RareLine
 
 MAX_PENDING = 1_000
 MAX_PENDING_BYTES = 33_554_432
-"""Refused messages that wait to be published. More are counted and not kept. They are still wherever else the exchange
-led them, such as the log."""
+"""Limits of the refused messages that wait to be published: their number, and the bytes of their bodies. The others are
+dropped and counted. Other queues that the exchange routed them to, such as the log, still have them."""
 
 BURST = 500
 PER_SECOND = 100
-"""Messages of one reason that are put aside at once, and then each second. The queue holds 10,000 messages: more of a
-flood would only push out what a person may still want to see. Each reason has a budget of its own, half of those that
-may wait, so that a flood of one reason hides no other."""
+"""Budget of each reason: messages quarantined at once, and then each second. The queue keeps 10,000 messages, so a
+flood would remove older ones. Each burst is half of `MAX_PENDING`, so a flood of one reason does not hide another."""
 
 SEND_SECONDS = 60.0
+"""Limit of one publish, from the first attempt to the confirm."""
 
 _log = structlog.get_logger("bridge.quarantine")
 
 
 class Quarantine:
-    """Publishes refused messages to a queue where a person can look at them.
+    """Publishes refused messages to the quarantine, where an operator can read them.
 
     Args:
-        addresses: AMQP URLs.
-        queue: its name; `Broker` declares it.
-        on_dropped: called when a message could not be kept.
+        addresses: AMQP URLs of the cluster's nodes.
+        queue: the quarantine's name; `Broker` declares the queue.
+        on_dropped: called for each message that is not quarantined.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class Quarantine:
         self._not_kept = RareLine("message not quarantined", _log.error, clock, by="reason")
 
     def put(self, body: bytes, *, routing_key: str, reason: str, detail: str) -> None:
-        """Takes a refused message and returns at once. The body is kept as it came, or as much of it as is there."""
+        """Accepts a refused message and returns at once. The body is kept unchanged; of a `Cut`, the beginning."""
         if self._pending.full() or self._pending_bytes + len(body) > MAX_PENDING_BYTES:
-            self._drop(routing_key, reason, f"{self._pending.qsize()} messages wait, {self._pending_bytes} bytes")
+            self._drop(routing_key, reason, f"{self._pending.qsize()} messages ({self._pending_bytes} bytes) wait")
         elif not self._budgets[reason].take(self._clock()):
             self._drop(routing_key, reason, f"more than {BURST} at once, or {PER_SECOND} a second, were refused")
         else:
@@ -85,7 +85,7 @@ class Quarantine:
         self._not_kept.log(reason=reason, routing_key=routing_key, error=error)
 
     async def run(self) -> None:
-        """Publishes what is put in, for ever. Cancelling it leaves the rest unpublished."""
+        """Publishes accepted messages until it is cancelled. Cancelling it leaves the others unpublished."""
         while True:
             body, routing_key, reason, detail = await self._pending.get()
             self._sending = (routing_key, reason)
@@ -107,7 +107,7 @@ class Quarantine:
                     break
                 except Unroutable:
                     _log.error("the quarantine is missing", queue=self._queue, pending=self._pending.qsize() + 1)
-                    await self._make_anew()
+                    await self._restore_queue()
                     await asyncio.sleep(next_pause())
                 except BrokerUnavailable as error:
                     _log.warning("quarantine waits for the broker", pending=self._pending.qsize() + 1, error=str(error))
@@ -118,8 +118,8 @@ class Quarantine:
             self._pending_bytes -= len(body)
             self._pending.task_done()
 
-    async def _make_anew(self) -> None:
-        """Somebody deleted it; or its node is down, and then it is waited for."""
+    async def _restore_queue(self) -> None:
+        """Makes the quarantine again after its deletion. If its node is down this fails, and `run` tries again."""
         try:
             connection = await amqp.connect(self._addresses, name="bridge quarantine maker")
             try:
@@ -130,7 +130,7 @@ class Quarantine:
             _log.error("the quarantine cannot be made", error=str(error))
 
     async def close(self) -> None:
-        """Gives what is pending, which `run` must still be publishing, five seconds to leave."""
+        """Waits up to `CLOSE_SECONDS` until `run`, which must still run, has published all messages. Drops the rest."""
         try:
             async with asyncio.timeout(amqp.CLOSE_SECONDS):
                 await self._pending.join()
@@ -140,15 +140,15 @@ class Quarantine:
                 _, *keys = self._pending.get_nowait()
                 left.append((keys[0], keys[1]))
             for routing_key, reason in left:
-                self._drop(routing_key, reason, "the bridge ended before RabbitMQ had confirmed it")
+                self._drop(routing_key, reason, "the bridge ended before RabbitMQ confirmed it")
         await self._sender.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A message in quarantine. `reason` and `detail` are empty when something else put it there.
+    """A message in quarantine. `reason` and `detail` are empty if another program published it there.
 
-    `body` is a `Cut` when only its beginning was kept.
+    `body` is a `Cut` if only its beginning was kept.
     """
 
     body: bytes
@@ -158,13 +158,14 @@ class Refused:
 
 
 async def peek(addresses: Sequence[str], *, queue: str, limit: int, max_bytes: int | None = None) -> list[Refused]:
-    """The oldest messages, left where they are.
+    """Reads the oldest messages, and leaves them in the queue.
 
     Args:
-        max_bytes: the message with which their bodies reach it is the last.
+        limit: the largest number of messages.
+        max_bytes: stops at the message with which the bodies reach this size, and includes it.
 
     Raises:
-        BrokerError
+        BrokerError: cancelling, too, leaves all messages in the queue.
     """
     found: list[Refused] = []
     size = 0
@@ -180,13 +181,13 @@ async def peek(addresses: Sequence[str], *, queue: str, limit: int, max_bytes: i
 async def replay(
     addresses: Sequence[str], *, queue: str, exchange: str, models: Models, max_bytes: int, limit: int
 ) -> AsyncIterator[tuple[Refused, InvalidEvent | None]]:
-    """Publishes messages again that the catalogue would take by now, and yields each with what became of it.
+    """Publishes messages again that the catalogue now accepts. Yields each message, with the error if it is refused.
 
-    A message leaves the queue once the broker has confirmed it on the exchange, under the id that it has. One that is
-    still refused stays, and is yielded with the reason.
+    A message keeps its id. It leaves the queue after RabbitMQ has confirmed it on the exchange. A message that is still
+    refused stays in the queue.
 
     Raises:
-        BrokerError: what was not yet replayed stays in the queue.
+        BrokerError: messages not yet replayed stay in the queue.
     """
     sender = Sender(addresses, name="bridge quarantine replay")
     try:
@@ -219,25 +220,25 @@ async def replay(
 def _check_is_whole(body: bytes) -> None:
     """
     Raises:
-        TooLarge: the rest of it was not kept.
+        TooLarge: the quarantine has only the beginning of the body.
     """
     if isinstance(body, Cut):
         raise TooLarge(
-            f"only the first {len(body)} of {body.size} bytes were kept, so it cannot be published from here; its "
-            "publisher has to send it again"
+            f"the quarantine has only the first {len(body)} of {body.size} bytes, so it cannot replay the message; "
+            "publish it again from its source"
         )
 
 
 async def _get(
     addresses: Sequence[str], queue: str, limit: int
 ) -> AsyncGenerator[tuple[Refused, Callable[[], Awaitable[None]]]]:
-    """Messages one by one, each with the call that takes it out. What is not taken out goes back to its place."""
+    """Yields messages, each with a call that removes it. The other messages return to their places at the end."""
     connection = await amqp.connect(addresses, name="bridge quarantine")
     try:
         channel = await amqp.open_channel(connection)
         async with amqp.translating(f"looking for queue {queue!r}"):
             declared = await channel.queue_declare(queue, passive=True)
-        # Not more than there are now: what is replayed, and refused once more by a bridge, comes in again at the end.
+        # At most the messages that are there now: a replayed message that a bridge refuses again returns to the end.
         for _ in range(min(limit, declared.message_count or 0)):
             async with amqp.translating(f"reading queue {queue!r}"):
                 message = await channel.basic_get(queue)
@@ -254,5 +255,5 @@ async def _get(
             )
             yield refused, partial(channel.basic_ack, tag)
     finally:
-        # Closing it gives back, in order, whatever was not acked.
+        # The close returns the unacknowledged messages to the queue, in order.
         await amqp.close(connection)
