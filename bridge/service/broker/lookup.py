@@ -1,7 +1,7 @@
-"""What the console looks up for a person: entries of the event log, and messages in quarantine.
+"""Look-ups for the console: entries of the event log, and messages in quarantine.
 
-For development only, because it shows everybody's events. Each look-up has a connection of its own, so that a missing
-right or a slow answer costs the streams nothing. One look-up runs at a time.
+For development only, because it shows all users' events. Each look-up has its own connection, so that a missing right
+or a slow answer does not affect streams. One look-up runs at a time.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from bridge.service.broker.quarantine import Refused, peek
 from bridge.service.streams.cursor import Anchor
 
 SCAN_ENTRIES = 20_000
-"""Entries that one look-up reads at most, about two seconds' worth. The next look-up can begin where it stopped."""
+"""Limit of the entries that one look-up reads, in about two seconds. The next look-up can continue before them."""
 
 MAX_ANSWERS = 200
-"""Messages in one answer."""
+"""Limit of the messages in one answer."""
 
 MAX_ANSWER_BYTES = 4_194_304
-"""Bodies in one answer, in all."""
+"""Limit of all bodies in one answer, in bytes. One message may exceed it."""
 
 LOOK_SECONDS = 30.0
-"""A look-up that takes longer is given up."""
+"""Limit of one look-up, with its wait for the look-up before it."""
 
 _PREFETCH = 1_000
 _TAG = "look-up"
@@ -42,13 +42,14 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True, slots=True)
 class LogQuestion:
-    """Which entries are wanted.
+    """The filter of a look-up in the log.
 
     Args:
-        search: text of the routing key or the body, in any case; empty = any.
-        audience: only events for it.
+        search: text in the routing key or the body, in upper or lower case; empty = any.
+        types: only events of these types.
+        audience: only events for this audience; None = any.
         before: only entries before this offset; None = up to the newest.
-        limit: the newest so many.
+        limit: the number of entries; the newest are returned.
     """
 
     search: str = ""
@@ -75,7 +76,7 @@ class LogQuestion:
             return True
         if "\\u" not in text:
             return False
-        # Many publishers write every letter beyond ASCII as an escape.
+        # Many publishers escape every character that is not ASCII.
         try:
             return words in json.dumps(json.loads(text), ensure_ascii=False).casefold()
         except (ValueError, RecursionError):
@@ -86,7 +87,9 @@ class Matches:
     """The newest matching entries of a range of the log, in the log's order. No I/O.
 
     Args:
-        until: the offset before which the range ends.
+        start: the first offset of the range.
+        until: the offset after the last one of the range.
+        own_key: the routing key of the bridge's own entries, which never match.
     """
 
     def __init__(self, question: LogQuestion, *, start: int, until: int, own_key: str) -> None:
@@ -100,14 +103,14 @@ class Matches:
         self.found: deque[tuple[int, str, bytes]] = deque()
 
     def take(self, offset: int, routing_key: str, body: bytes) -> bool:
-        """Takes an entry; True says that the range ends here."""
+        """Checks one entry, and keeps it if it matches. Returns True at the end of the range."""
         if offset >= self._until:
             return True
         if offset < self._start:
             return False
         if self._first is None:
             self._first = offset
-        # The bridge's own entries have the log's name as their key.
+        # The routing key of the bridge's own entries is the log's name.
         if routing_key != self._own_key and self._question.matches(routing_key, body):
             self.found.append((offset, routing_key, body))
             self._bytes += len(body)
@@ -118,19 +121,22 @@ class Matches:
 
     @property
     def further(self) -> int | None:
-        """Where the next look-up ends, to find older entries. None: there are none."""
+        """The offset before which the next look-up finds older entries. None if the log has none."""
         if self._left_out:
             return self.found[0][0]
         return self._start if self._first == self._start and self._start > 0 else None
 
 
 class LookUp:
-    """
+    """Runs look-ups, one at a time, each on its own connection.
+
     Args:
         addresses: AMQP URLs of the cluster's nodes.
-        quarantine: its queue.
-        log_name: the stream.
-        log: gives it; None where there is none.
+        quarantine: the name of the quarantine.
+        log_name: the name of the log.
+        log: returns the event log, or None without a log.
+        models: the catalogue's models; an entry that they refuse is shown with the reason.
+        max_event_bytes: limit of a body in bytes; of a larger one only the beginning is returned.
     """
 
     def __init__(
@@ -149,43 +155,50 @@ class LookUp:
         self._log = log
         self._models = models
         self._max_event_bytes = max_event_bytes
-        self._turn = asyncio.Lock()
+        self._one_at_a_time = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
 
     async def quarantine(self, limit: int) -> list[dict[str, Any]]:
-        """The oldest messages in quarantine, which stay where they are.
+        """The oldest messages in quarantine. They stay in the queue.
 
         Raises:
             amqp.BrokerError
         """
-        messages = await self._by_itself(
+        messages = await self._run_shielded(
             peek(self._addresses, queue=self._quarantine, limit=limit, max_bytes=MAX_ANSWER_BYTES)
         )
         return [_shown_refused(message) for message in messages]
 
     async def log(self, question: LogQuestion) -> dict[str, Any]:
-        """The newest matching entries of the log, the newest first.
+        """The matching entries of the log, the newest first.
 
         Raises:
             amqp.BrokerError
         """
-        matches = await self._by_itself(self._read_log(question))
+        matches = await self._run_shielded(self._read_log(question))
         return {
             "entries": [self._shown_entry(*entry) for entry in reversed(matches.found)],
             "further": matches.further,
         }
 
-    async def _by_itself(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
-        """Goes on when the request is cancelled: a connection is closed in order, or a node keeps it for a while."""
-        task = asyncio.create_task(self._in_turn(work), name="look-up")
+    async def _run_shielded(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
+        """Runs the work to its end even if the request is cancelled, so that its connection is closed properly.
+
+        Otherwise a RabbitMQ node keeps the connection for a while.
+
+        Raises:
+            amqp.BrokerError
+        """
+        task = asyncio.create_task(self._run_alone(work), name="look-up")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # A failure after that is nobody's.
+        # After a cancel of the request nothing else reads the failure, and asyncio would report it.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
 
-    async def _in_turn(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
+    async def _run_alone(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
         try:
-            async with asyncio.timeout(LOOK_SECONDS), self._turn:
+            async with asyncio.timeout(LOOK_SECONDS), self._one_at_a_time:
                 return await work
         except TimeoutError:
             raise BrokerUnavailable(f"RabbitMQ did not answer the look-up within {LOOK_SECONDS:g} s") from None
@@ -204,12 +217,12 @@ class LookUp:
     async def _newest(self) -> int:
         log = self._log()
         if log is None:
-            raise NotFound("there is no log: BRIDGE_LOG is empty")
+            raise NotFound("the bridge has no log, because BRIDGE_LOG is empty; set it to read events here")
         answer: asyncio.Future[Anchor | None] = asyncio.get_running_loop().create_future()
         log.write_watermark(lambda anchor, _: None if answer.done() else answer.set_result(anchor))
         anchor = await answer
         if anchor is None:
-            raise BrokerUnavailable("the log does not answer; the bridge's log says why")
+            raise BrokerUnavailable("the log does not answer; see the bridge's log lines for the reason")
         return anchor.offset
 
     async def _read(self, start: int, take: Callable[[int, str, bytes], bool]) -> None:
@@ -265,7 +278,7 @@ def _shown(routing_key: str, body: bytes) -> dict[str, Any]:
     return {
         "routing_key": routing_key,
         "audience": audience,
-        # Bytes that are no text are shown as \xNN.
+        # Bytes that are not UTF-8 are shown as \xNN.
         "body": body.decode("utf-8", "backslashreplace"),
         "bytes": body.size if isinstance(body, Cut) else len(body),
         "is_cut": isinstance(body, Cut),
