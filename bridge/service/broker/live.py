@@ -229,7 +229,7 @@ class Broker:
         self.groups: Counter[str] = Counter()
         self._epoch: _ConnectionEpoch | None = None
         self.down_since: float | None = time.monotonic()
-        """Monotonic time of the loss of the consuming connection; None while the bridge consumes."""
+        """Monotonic time since which the bridge does not consume; None while it consumes."""
         self._up_since = 0.0
         self.last_error: BrokerError | None = None
         self.connects = 0
@@ -389,7 +389,7 @@ class _ExchangeGone(BrokerUnavailable):
 
     def __init__(self, reason: object, *, noticed_here: bool = True) -> None:
         self.noticed_here = noticed_here
-        super().__init__(f"the exchange was deleted, and all bindings with it: {reason}")
+        super().__init__(f"the exchange is gone, and all bindings with it: {reason}")
 
 
 def _log_differences(what: str, declared: topology.Declared, detail: str = "no action is needed") -> None:
