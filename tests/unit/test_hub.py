@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -386,3 +387,12 @@ def test_a_stream_without_a_queue_is_sent_away_unless_it_has_begun() -> None:
     connection.session = new_session()
     connection.on_refused()
     assert connection.session.end_reason == "busy"
+
+
+def test_a_stream_ends_when_its_token_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    to = Openings(monkeypatch)
+    expired = Subscriber("42", (), time.time() - 1.0)
+    request = StreamRequest(expired, "", TypeFilter(), named=True, last_event_id=None, keys=())
+    connection = to.hub.attach(request, lambda: None)
+    connection.advance(to.now)
+    assert connection.session.end_reason == "expired"

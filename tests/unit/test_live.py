@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from bridge.service.broker.live import (
     CHANNEL_WORKERS,
     CHANNELS_BESIDE_WORKERS,
     CHANNELS_OF_A_WORKER,
+    Broker,
     _Shared,
     count_channel_workers,
     describe_channels,
@@ -61,11 +63,14 @@ class Asked:
         self.answers.set()
 
     async def queue_bind(self, queue: str, exchange: str, key: str) -> None:
-        self.commands.append(("bind", key))
-        await self.answers.wait()
+        await self._ask("bind", key)
 
     async def queue_unbind(self, queue: str, exchange: str, key: str) -> None:
-        self.commands.append(("unbind", key))
+        await self._ask("unbind", key)
+
+    async def _ask(self, command: str, key: str) -> None:
+        self.commands.append((command, key))
+        assert len(self.commands) < 10, "it asks for the same again and again"
         await self.answers.wait()
 
 
@@ -133,3 +138,26 @@ async def test_a_connection_that_comes_while_its_group_is_unbound_waits_for_a_ne
     to.asked.answers.set()
     assert await running == [("unbind", "group.a.#"), ("bind", "group.a.#")]
     assert to.checked == ["a", "a"]
+
+
+async def test_a_group_is_wanted_until_its_last_subscription_closes() -> None:
+    broker = Broker(
+        [],
+        exchange="events",
+        quarantine="q",
+        log=None,
+        on_shared=lambda key, body: None,
+        write_batch=contextlib.nullcontext(),
+    )
+    one, other = (
+        broker.subscribe((), groups, on_delivery=lambda key, body: None, on_bound=_nothing, on_lost=_nothing)
+        for groups in (["a", "b"], ["a"])
+    )
+    one.close()
+    assert list(broker.groups) == ["a"]
+    other.close()
+    other.close()
+    assert (list(broker.groups), broker.subscriptions) == ([], {})
+
+
+def _nothing() -> None: ...
