@@ -2,7 +2,7 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test unit coverage chaos leaks soak browser-chaos proxies rollout mutants attacks bench image test-slow check \
+.PHONY: help demo test unit coverage chaos leaks soak browser-chaos proxies rollout mutants mutation attacks bench image test-slow check \
 	format exports lock clean
 
 help: ## list the commands
@@ -81,6 +81,15 @@ mutants: $(READY) ## apply each mutant of the code and check that a test fails
 	@deploy/local/ensure rabbitmq
 	@$(VENV)/bin/python -m tests.mutants
 
+MUTATION := .run/mutation
+mutation: $(READY) $(MUTATION)/.ready ## a tool's mutants of the pure files; ONLY="sse budgets" for some of them; takes long
+	@$(VENV)/bin/python -m tests.mutants.mutation $(ONLY)
+
+$(MUTATION)/.ready: tests/mutants/mutation.lock
+	@set -e; python=$$(deploy/local/ensure python); mkdir -p .run; rm -rf $(MUTATION); "$$python" -m venv $(MUTATION); \
+	$(MUTATION)/bin/pip install -qq --disable-pip-version-check --require-hashes -r tests/mutants/mutation.lock
+	@touch $@
+
 test-slow: $(READY) ## the integration tests once more, with the AMQP library's own deliveries
 	@deploy/local/ensure rabbitmq
 	@$(MAKE) --no-print-directory $(NODE)/.ready
@@ -147,6 +156,7 @@ lock: $(READY) ## renew the lock files (needs uv, and npm)
 	@$(LOCK) pyproject.toml --extra server --extra tracing -o requirements.lock
 	@$(LOCK) pyproject.toml --extra server --extra tracing --group dev -o requirements-dev.lock
 	@$(LOCK) --group build -o requirements-build.lock
+	@$(LOCK) tests/mutants/mutation.in -o tests/mutants/mutation.lock
 	@cd $(PEERS) && $(LOCK) requirements.in --constraint ../../../requirements.lock -o requirements.lock
 	@# The member "funding" has addresses too.
 	@for folder in $(PEERS) tests/node; do (cd $$folder && \

@@ -76,3 +76,40 @@ def test_no_more_is_taken_in_any_time_than_the_budget_allows(
         now += pause
         taken += sum(budget.take(now) for _ in range(tries))
         assert taken <= burst + now / every + 1e-6
+
+
+def test_each_new_key_has_two_full_budgets_forgotten() -> None:
+    budgets = Budgets(1, 10, most=10)
+    for key in "abcd":
+        budgets.take(key, 0)
+    budgets.take("e", 10)
+    assert len(budgets) == 3
+    budgets.take("f", 20)
+    assert len(budgets) == 2, "two are forgotten for the new one, and the last two stay"
+
+
+def test_the_only_full_budget_is_kept() -> None:
+    budgets = Budgets(2, 10, most=1)
+    budgets.take("a", 0)
+    budgets.take("b", 1_000)
+    assert len(budgets) == 1
+    assert budgets.left("b", 1_000) == 1
+
+
+def test_the_wait_for_what_is_there_is_none() -> None:
+    budget = Budget(5, 0.5)
+    assert budget.seconds_until(1, 0) == 0
+    budget.spend(5, 0, debt=0)
+    assert budget.seconds_until(1, 0) == 0.5
+
+
+def test_room_for_no_key_is_a_mistake() -> None:
+    with pytest.raises(AssertionError):
+        Budgets(1, 1, most=0)
+
+
+def test_a_full_budget_is_forgotten_for_the_second_key() -> None:
+    budgets = Budgets(1, 10, most=10)
+    budgets.take("a", 0)
+    budgets.take("b", 10)
+    assert len(budgets) == 1

@@ -60,3 +60,11 @@ def test_the_end_of_the_token_counts_as_well_as_of_the_stream() -> None:
     assert due(expires_at=200).is_expired(200)
     assert due(expires_at=110).deadline() == 110
     assert due(ends_at=105).deadline() == 105
+
+
+def test_draws_in_the_middle_and_at_the_end() -> None:
+    assert deadlines.busy_retry_ms(0.5) == 10_000
+    assert deadlines.busy_retry_ms(1.0) == 15_000
+    assert deadlines.drain_retry_ms(10, 0.5) == 5_000
+    assert deadlines.retry_ms(3, 0.25) == 2_250
+    assert deadlines.lifetime(3600, 0.5) == 3240

@@ -160,7 +160,12 @@ def test_only_settings_reads_the_environment() -> None:
 
 def test_lock_files_hold_hashes_and_no_address() -> None:
     peers = "tests/bench/peers"
-    hashes = {"requirements.lock": 100, "requirements-dev.lock": 100, f"{peers}/requirements.lock": 10}
+    hashes = {
+        "requirements.lock": 100,
+        "requirements-dev.lock": 100,
+        f"{peers}/requirements.lock": 10,
+        "tests/mutants/mutation.lock": 10,
+    }
     for name, least in hashes.items():
         text = (ROOT / name).read_text()
         assert "://" not in text

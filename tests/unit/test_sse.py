@@ -33,3 +33,8 @@ def test_a_field_cannot_hold_a_line_end(text: bytes) -> None:
         sse.encode_data(text)
     with pytest.raises(ValueError, match="CR, LF or NUL"):
         sse.encode_type(text.decode())
+
+
+def test_a_user_id_is_written_as_utf_8() -> None:
+    frame = sse.encode_ready(user="\u00e9", identity="i", resumed=True, heartbeat_seconds=1, cursor="c", retry_ms=1)
+    assert '"user":"\u00e9"'.encode() in frame
