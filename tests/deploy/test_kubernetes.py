@@ -406,8 +406,8 @@ def test_a_baked_catalogue_leaves_nothing_of_the_mounted_one() -> None:
     assert [m for m in of_kind(manifests, "ConfigMap") if "catalogue" in m["metadata"]["name"]] == []
 
 
-def test_the_numbers_in_the_operations_page_are_the_manifests() -> None:
-    page = (ROOT / "docs" / "operations.md").read_text()
+def test_the_numbers_on_the_page_about_kubernetes_are_the_manifests() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
     manifests = render("base")
     pod, container = bridge(manifests)
     deployment = named(manifests, "Deployment", "bridge")["spec"]

@@ -205,6 +205,20 @@ def test_the_docs_name_only_metrics_that_exist_and_all_of_them() -> None:
     assert set(re.findall(r"`(bridge_[a-z_]+)", text)) - {"bridge_token"} == real
 
 
+def test_the_page_of_log_lines_names_every_line_of_the_service() -> None:
+    real = set()
+    for path in (BRIDGE / "service").rglob("*.py"):
+        for name, call in calls(path):
+            if name == "RareLine" or re.fullmatch(r"_log\.(info|warning|error|exception)", name):
+                event = call.args[0]
+                choices = (event.body, event.orelse) if isinstance(event, ast.IfExp) else (event,)
+                real |= {ast.literal_eval(choice) for choice in choices if isinstance(choice, ast.Constant)}
+    rows = re.findall(r"^\| (`.*?`) \| (?:info|warning|error)", (ROOT / "docs/logs.md").read_text(), re.MULTILINE)
+    named = {event for row in rows for event in re.findall(r"`([^`]+)`", row)}
+    # Of one line: its event contains a variable.
+    assert named - {f"the {what} differs, and fits" for what in ("exchange", "quarantine", "log")} == real
+
+
 def test_the_page_of_attacks_names_tests_constants_and_settings_that_exist() -> None:
     page = (ROOT / "docs/attacks.md").read_text()
     tests = re.findall(r"`(tests/[^`]+)`", page)

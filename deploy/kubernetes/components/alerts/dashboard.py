@@ -1,7 +1,7 @@
 """The Grafana dashboard: prints dashboard.json, which `make exports` writes beside it.
 
-Here stand the questions and their queries. Places, ids and all that Grafana wants to read a hundred times are made, so
-that a change is a line in a diff and no panel lies over another. Standard library only.
+This file has the panels and their queries. It computes positions, ids and repeated options, so that a change is one
+line of a diff and no panel covers another. It uses the standard library only.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 COLUMNS = 24
-"""Of Grafana's grid."""
+"""The width of Grafana's grid."""
 
 DATASOURCE = {"type": "prometheus", "uid": "$datasource"}
 
 OURS = 'namespace="$namespace",job="$job",pod=~"$pod"'
-"""Chooses series that the bridge itself tells."""
+"""Selects series of the bridge itself."""
 
 THEIRS = 'namespace="$namespace",pod=~"$pod",container="bridge"'
-"""Chooses series that kube-state-metrics tells of its containers."""
+"""Selects series of kube-state-metrics about the bridge's containers."""
 
 RATE = "[$__rate_interval]"
 
@@ -28,7 +28,7 @@ Kind = Literal["timeseries", "stat", "heatmap"]
 
 @dataclass(frozen=True)
 class Panel:
-    """One question. `queries` are pairs of PromQL and legend; `description` says what is normal."""
+    """One panel. `queries` are pairs of PromQL and legend; `description` says what is normal."""
 
     title: str
     description: str
@@ -41,9 +41,9 @@ class Panel:
     most: float | None = None
     """The upper end of the axis."""
     line: float | None = None
-    """Where it turns red."""
+    """The value from which it is red."""
     good: float | None = None
-    """The other way round: red below this."""
+    """The value below which it is red."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Row:
 
 
 def rate(metric: str, by: str = "", extra: str = "") -> str:
-    """The rate of a counter of ours, summed over pods."""
+    """The rate of a counter of the bridge, summed over pods."""
     total = f"sum by ({by})" if by else "sum"
     return f"{total} (rate({metric}{{{OURS}{extra}}}{RATE}))"
 
@@ -72,12 +72,12 @@ def gauge(metric: str) -> str:
 
 ROWS = (
     Row(
-        "Who is connected",
+        "Connections",
         (
             Panel(
                 "Open streams",
-                "Browsers that are connected now, each tab without the bridge's own client counted apart. It follows "
-                "the day; a step downwards that does not come back within a minute is people without events.",
+                "Browsers that are connected now; each tab without the bridge's own client counts separately. The "
+                "number follows the day. A drop that does not recover within a minute is users without events.",
                 ((f"sum({gauge('bridge_connections')})", ""),),
                 kind="stat",
                 width=4,
@@ -85,8 +85,8 @@ ROWS = (
             ),
             Panel(
                 "Pods that take streams",
-                "How many pods say that they are ready. Normal is as many as the Deployment has, less those that "
-                "drain. None: nobody can open a stream.",
+                "Pods that are ready. Normal is all pods of the Deployment, without those that drain. With none, no "
+                "client can open a stream.",
                 ((f"sum({gauge('bridge_ready')})", ""),),
                 kind="stat",
                 width=4,
@@ -95,8 +95,8 @@ ROWS = (
             ),
             Panel(
                 "Pods with RabbitMQ",
-                "How many pods consume from RabbitMQ. Normal is all of them. A pod without has streams that are open "
-                "and silent; what they miss they get when it is back.",
+                "Pods that consume from RabbitMQ. Normal is all of them. Streams of the others are open and silent; "
+                "they get the missed events when RabbitMQ is back.",
                 ((f"sum({gauge('bridge_broker_connected')})", ""),),
                 kind="stat",
                 width=4,
@@ -105,8 +105,8 @@ ROWS = (
             ),
             Panel(
                 "Pods with a log",
-                "How many pods have a log that answers. Normal is all of them. Without one, whoever comes back is "
-                "told a gap. Empty where BRIDGE_LOG is.",
+                "Pods whose event log answers. Normal is all of them. Without it, clients that resume are sent a gap. "
+                "Empty if BRIDGE_LOG is empty.",
                 ((f"sum({gauge('bridge_log_answers')} >= 0)", ""),),
                 kind="stat",
                 width=4,
@@ -115,7 +115,8 @@ ROWS = (
             ),
             Panel(
                 "Version",
-                "What runs, and in how many pods. Two versions at once are a rollout that is under way, or stuck.",
+                "The versions that run, and in how many pods. Two versions at once are a rollout in progress, or a "
+                "rollout that is stuck.",
                 ((f"count by (version) ({gauge('bridge_build_info')})", "{{version}}"),),
                 kind="stat",
                 width=4,
@@ -137,16 +138,16 @@ ROWS = (
             ),
             Panel(
                 "Open streams of each pod",
-                "Who holds whom. New streams go to whoever the Service picks and stay there for up to an hour, so a "
-                "young pod has few for a while; one that stays empty gets no traffic.",
+                "New streams go to the pod that the Service selects, and stay there for up to an hour. So a new pod "
+                "has few streams for a while. A pod that stays empty gets no traffic.",
                 ((gauge("bridge_connections"), "{{pod}}"),),
                 width=12,
                 stacked=True,
             ),
             Panel(
                 "Opened and ended a second",
-                "Streams that became ready, and streams that ended for whatever reason. Each lives for 48 to 60 "
-                "minutes, so a steady thousand open and end at 0.3 a second. Both high at once: reconnects.",
+                "Streams that became ready, and streams that ended for any reason. Each lives for 48 to 60 minutes, "
+                "so a steady thousand open and end at 0.3 a second. Both high at once: reconnects.",
                 ((rate("bridge_streams_opened_total"), "opened"), (rate("bridge_streams_ended_total"), "ended")),
                 unit="cps",
                 width=12,
@@ -154,12 +155,12 @@ ROWS = (
         ),
     ),
     Row(
-        "What flows",
+        "Events",
         (
             Panel(
                 "Events a second",
-                "Taken from RabbitMQ, and written to streams. A broadcast is taken once by each pod and written once "
-                "for each of its streams, so written may be far above taken, or far below where pages ask for few "
+                "Events from RabbitMQ, and events written to streams. Each pod takes a broadcast once and writes it "
+                "once for each of its streams. So written may be far above taken, or far below if pages ask for few "
                 "types.",
                 (
                     (rate("bridge_events_received_total"), "taken from RabbitMQ"),
@@ -168,45 +169,45 @@ ROWS = (
                 unit="cps",
             ),
             Panel(
-                "Written for each that was taken",
-                "How far an event fans out: 1 where every event is one user's with one tab, a pod's streams where all"
-                " are broadcasts. It changes with what is published, not with load.",
+                "Events written for each taken",
+                "How far an event fans out: 1 if every event is for one user with one tab, the streams of a pod if "
+                "all are broadcasts. It changes with the published events, not with load.",
                 ((f"{rate('bridge_events_delivered_total')} / {rate('bridge_events_received_total')}", "fan-out"),),
             ),
             Panel(
                 "Repeated events not written",
-                "Events whose id the same stream had just been sent: publishers' retries, and what log and live both "
-                "gave. Counted as a stream ends. Normal is near none, with a peak after a restart of RabbitMQ.",
+                "Events whose id the same stream had just got: publishers' retries, and events from both the log and "
+                "the live queue. Counted when a stream ends. Normal is nearly none, with a peak after a restart of "
+                "RabbitMQ.",
                 ((rate("bridge_events_duplicate_total"), "repeated"),),
                 unit="cps",
             ),
             Panel(
-                "Clients that came back",
-                "Streams that were resumed, by whether the log had all that they had missed. A `gap` is a page that "
-                "fetches its state afresh: a few in a hundred, after nights, are normal.",
+                "Clients that resumed",
+                "Streams that resumed, by whether the log had all missed events. With `gap` the page fetches its "
+                "state again: a few in a hundred, after nights, are normal.",
                 ((rate("bridge_replays_total", "outcome"), "{{outcome}}"),),
                 unit="cps",
                 stacked=True,
             ),
             Panel(
-                "What resuming reads",
-                "Entries of the log that are read for those who come back, by all pods together. About the rate of "
-                "all events, times the seconds that clients were away, once for each pass.",
+                "Log entries read",
+                "Entries of the log that are read for clients that resume, by all pods. Normal is about the rate of "
+                "all events, times the seconds that clients were away, once for each scan.",
                 ((rate("bridge_log_entries_read"), "entries"),),
                 unit="cps",
             ),
             Panel(
-                "Passes over the log",
-                "One pass serves all who wait at that moment. A few a minute are normal; many a second for long mean "
-                "that streams are cut again and again.",
+                "Scans of the log",
+                "One scan serves all clients that wait at that moment. A few a minute are normal. Many a second for "
+                "long mean that streams are cut again and again.",
                 ((rate("bridge_log_passes"), "passes"),),
                 unit="cps",
             ),
             Panel(
                 "Replays that wait",
-                "Clients that came back and for whom the log is not read yet. Short peaks after a deploy are normal. "
-                "`for budget` is users who have had more of the log read than `BRIDGE_LOG_ENTRIES_PER_USER` allows; "
-                "normal is none.",
+                "Clients that resumed and for which the log is not read yet. Short peaks after a deploy are normal. "
+                "`for budget`: their users have used up `BRIDGE_LOG_ENTRIES_PER_USER`; normal is none.",
                 (
                     (f"sum ({gauge('bridge_log_waiting')})", "all"),
                     (f"sum ({gauge('bridge_log_waiting_for_budget')})", "for budget"),
@@ -215,7 +216,8 @@ ROWS = (
             ),
             Panel(
                 "Wait of a replay for its first scan",
-                "The slowest in a hundred. Up to 15 s in a wave of thousands, which one scan serves; else below 2 s.",
+                "The slowest in a hundred. Up to 15 s in a wave of thousands, which one scan serves; otherwise below "
+                "2 s.",
                 ((quantile(0.99, "bridge_log_wait_seconds"), "p99"),),
                 unit="s",
                 width=12,
@@ -223,12 +225,12 @@ ROWS = (
         ),
     ),
     Row(
-        "What is refused, and why",
+        "Refusals and their reasons",
         (
             Panel(
                 "Refused messages",
-                "Messages that do not fit, by reason, within each step of the graph. They stand in the quarantine. "
-                "Normal is none: each is a publisher's mistake, or a catalogue that is behind.",
+                "Messages that are not valid events, by reason, in each step of the graph. They are in the "
+                "quarantine. Normal is none: the cause is a publisher's mistake, or a catalogue that is behind.",
                 (
                     (
                         f"sum by (reason) (increase(bridge_events_invalid_total{{{OURS}}}{RATE}))",
@@ -236,7 +238,7 @@ ROWS = (
                     ),
                     (
                         f"sum (increase(bridge_quarantine_dropped_total{{{OURS}}}{RATE}))",
-                        "not even quarantined",
+                        "not quarantined",
                     ),
                     (
                         f"sum by (reason) (increase(bridge_log_unreadable_total{{{OURS}}}{RATE}))",
@@ -247,26 +249,25 @@ ROWS = (
             ),
             Panel(
                 "Requests answered with an error",
-                "By code. After one of these an EventSource does not come back by itself. `missing-token` are "
-                "scanners and people who are logged out; a step in any other is a deploy of pages or of logins that "
-                "went wrong.",
+                "By code. After one of these, an EventSource does not reconnect. `missing-token` are scanners and "
+                "users who are logged out. A step in any other code is a faulty deploy of pages or of logins.",
                 ((rate("bridge_requests_refused_total", "code"), "{{code}}"),),
                 unit="cps",
                 stacked=True,
             ),
             Panel(
-                "Gaps told",
-                "Pages that were told to fetch their state afresh, within each step of the graph. `expired` is who "
-                "was away for longer than the log reaches; `not-readable` is a catalogue that is behind; `unknown` and "
-                "`no-log` are never normal.",
+                "Gaps sent",
+                "Gaps, after which pages fetch their state again, in each step of the graph. `expired`: away for "
+                "longer than the log reaches. `not-readable`: a catalogue that is behind. `unknown` and `no-log` are "
+                "never normal.",
                 ((f"sum by (reason) (increase(bridge_gaps_total{{{OURS}}}{RATE}))", "{{reason}}"),),
                 stacked=True,
             ),
             Panel(
-                "Clients sent away",
-                "Streams that were told `busy`: a cap is reached, or RabbitMQ or the token keys are away. Each of "
-                "them comes back after 10 s, so ten times this is how many stand outside. Those that were refused at "
-                "once are shown by cause, too. Normal is none.",
+                "Clients answered busy",
+                "Streams that were answered `busy`: a cap is reached, or RabbitMQ or the token keys are away. Each "
+                "client returns after 10 s, so ten times this is the number of waiting clients. Streams refused at "
+                "once are also shown by cause. Normal is none.",
                 (
                     (rate("bridge_streams_ended_total", extra=',reason="busy"'), "busy"),
                     (rate("bridge_streams_refused_total", "cause"), "at once: {{cause}}"),
@@ -276,9 +277,8 @@ ROWS = (
             ),
             Panel(
                 "Clients cut off",
-                "Streams that ended as `slow` (too far behind) or `stalled` (took no byte for 30 s), and those that "
-                "broke by a fault of the bridge's (`error`, normal is none). Phones that lose their network stall now"
-                " and then.",
+                "Streams that ended as `slow` (too far behind), `stalled` (took no byte for 30 s) or `error` (a fault "
+                "of the bridge; normal is none). Phones that lose their network stall now and then.",
                 (
                     (
                         rate("bridge_streams_ended_total", "reason", ',reason=~"slow|stalled|error"'),
@@ -292,12 +292,12 @@ ROWS = (
         ),
     ),
     Row(
-        "How late",
+        "Latency",
         (
             Panel(
                 "From RabbitMQ to the socket",
-                "How long the oldest event of each write was in the bridge. Normal is a p99 below 100 ms; a single "
-                "slow client shows in the p99 where little else is written.",
+                "How long the oldest event of each write was in the bridge. Normal is a p99 below 100 ms. If little "
+                "else is written, a single slow client shows in the p99.",
                 (
                     (quantile(0.99, "bridge_delivery_seconds"), "p99"),
                     (quantile(0.5, "bridge_delivery_seconds"), "p50"),
@@ -308,8 +308,9 @@ ROWS = (
             ),
             Panel(
                 "From a request to its ready",
-                "How long a new stream waits for its queue and its tick of the log. Normal is 10 to 100 ms. Seconds "
-                "mean that RabbitMQ is busy making queues, as just after its restart; at 20 s a stream is sent away.",
+                "How long a new stream waits for its queue and its watermark in the log. Normal is 10 to 100 ms. "
+                "Seconds mean that RabbitMQ is busy declaring queues, as after its restart. At 20 s a stream is "
+                "answered `busy`.",
                 (
                     (quantile(0.99, "bridge_attach_seconds"), "p99"),
                     (quantile(0.5, "bridge_attach_seconds"), "p50"),
@@ -320,16 +321,16 @@ ROWS = (
             ),
             Panel(
                 "Loop lag",
-                "How late each process comes to its timers, a look at each scrape. Normal is below 10 ms with single "
-                "peaks; above 0.1 s for long a pod has more to do than one core can.",
+                "How late the timers of each process are, measured every 0.5 s. Normal is below 10 ms with single "
+                "peaks. Above 0.1 s for long, a pod has more work than one core can do.",
                 ((gauge("bridge_loop_lag_seconds"), "{{pod}}"),),
                 unit="s",
                 line=0.1,
             ),
             Panel(
                 "Writes by how late they were",
-                "The same as the first panel, all of it: two bands are two kinds of clients, a band that moves "
-                "upwards is the bridge getting slower for all.",
+                "All writes behind the first panel. Two bands are two kinds of clients. A band that moves upwards is "
+                "a bridge that gets slower for all.",
                 ((f"sum by (le) (increase(bridge_delivery_seconds_bucket{{{OURS}}}{RATE}))", "{{le}}"),),
                 unit="s",
                 width=24,
@@ -338,12 +339,12 @@ ROWS = (
         ),
     ),
     Row(
-        "How near the limits",
+        "Limits",
         (
             Panel(
                 "Streams of the cap",
-                "Open streams of BRIDGE_MAX_CONNECTIONS, or of what the limit of open files allows, each pod. The "
-                "autoscaler should hold it near two thirds; a pod at 1 sends new streams away.",
+                "Open streams as a share of BRIDGE_MAX_CONNECTIONS, or of what open files allow, for each pod. Normal "
+                "with an autoscaler is up to two thirds. A pod at 1 answers new streams `busy`.",
                 ((f"{gauge('bridge_connections')} / {gauge('bridge_connections_limit')}", "{{pod}}"),),
                 unit="percentunit",
                 most=1,
@@ -356,9 +357,9 @@ ROWS = (
                 ((f"{gauge('bridge_connections_wanted')} - {gauge('bridge_connections_limit')}", "{{pod}}"),),
             ),
             Panel(
-                "Connections that are no streams",
-                "Public HTTP connections that ask, are answered, or wait for another request, of the most allowed. A "
-                "proxy keeps some. At 1 the quietest are ended when others come.",
+                "Connections that are not streams",
+                "Public HTTP connections with a request, an answer, or between two requests, as a share of the limit. "
+                "A proxy keeps some. At 1, the bridge closes the quietest when other clients connect.",
                 ((f"{gauge('bridge_guests')} / {gauge('bridge_guests_limit')}", "{{pod}}"),),
                 unit="percentunit",
                 most=1,
@@ -366,8 +367,8 @@ ROWS = (
             ),
             Panel(
                 "Connections ended before a stream",
-                "By reason: no whole request in 10 s, no further one in 75 s, an answer not taken in 60 s, or room "
-                "for others; and the times that the system had no descriptor for a new one. Idle ones are normal.",
+                "By reason: no complete request in 10 s, no further one in 75 s, an answer not taken in 60 s, or room "
+                "for others. Also the times that there was no descriptor for a new connection. Idle ones are normal.",
                 (
                     (rate("bridge_guests_ended_total", "reason"), "{{reason}}"),
                     (rate("bridge_accept_failures_total"), "no descriptor"),
@@ -375,8 +376,8 @@ ROWS = (
             ),
             Panel(
                 "Memory of the limit",
-                "Resident memory of what the container may have. It grows with streams (some 10 KB each) and with "
-                "what waits for slow ones, and should come down with them. At 1 the kernel kills the process.",
+                "Resident memory as a share of the container's limit. It grows with streams (about 10 KB each) and "
+                "with the backlogs of slow clients, and should fall with them. At 1 the kernel kills the process.",
                 (
                     (
                         f"max by (pod) ({gauge('process_resident_memory_bytes')}) / max by (pod) "
@@ -390,7 +391,8 @@ ROWS = (
             ),
             Panel(
                 "Core of the one it can use",
-                "CPU of each process. It uses one core at the most, so 1 is the end; above 0.7 for long the lag grows.",
+                "CPU of each process. A process uses one core at most, so 1 is the limit. Above 0.7 for long, the lag "
+                "grows.",
                 ((f"rate(process_cpu_seconds_total{{{OURS}}}{RATE})", "{{pod}}"),),
                 unit="percentunit",
                 most=1,
@@ -398,8 +400,8 @@ ROWS = (
             ),
             Panel(
                 "Files of those allowed",
-                "Open file descriptors of the process's limit: one for each stream and a few dozen. The bridge "
-                "keeps 64 for probes and RabbitMQ, so a limit of 1,024 is full at 0.94.",
+                "Open file descriptors as a share of the process's limit: one for each stream, and a few dozen. The "
+                "bridge reserves 64 for probes and RabbitMQ, so a limit of 1,024 is full at 0.94.",
                 ((f"{gauge('process_open_fds')} / {gauge('process_max_fds')}", "{{pod}}"),),
                 unit="percentunit",
                 most=1,
@@ -407,14 +409,14 @@ ROWS = (
             ),
             Panel(
                 "Queues that RabbitMQ refused",
-                "Refused for a limit of the virtual host or the cluster, in five minutes. Normal is 0; otherwise new "
-                "streams are sent away, and streams whose connection was lost wait.",
+                "Refused for a limit of the virtual host or the cluster, in five minutes. Normal is 0. Otherwise new "
+                "streams are answered `busy`, and streams that lost their queue wait.",
                 ((f"delta(bridge_broker_queues_refused{{{OURS}}}[5m])", "{{pod}}"),),
             ),
             Panel(
                 "Autoscaler",
-                "How many pods it wants, and what it may have (kube-state-metrics). Wanted at the maximum for long: "
-                "more clients make each pod fuller.",
+                "The number of pods that it wants, and its limits (kube-state-metrics). Wanted at the maximum for "
+                "long: each further client makes the pods fuller.",
                 tuple(
                     (
                         f'kube_horizontalpodautoscaler_{name}_replicas{{namespace="$namespace",'
@@ -428,47 +430,48 @@ ROWS = (
         ),
     ),
     Row(
-        "What a deploy did",
+        "Deploys",
         (
             Panel(
                 "Pods that drain",
-                "Pods that say goodbye to their streams. In a rollout one or two at a time, each for half a minute; "
-                "one that is here for longer is about to be killed.",
+                "Pods that end their streams. In a rollout, normal is one or two at a time, each for half a minute. A "
+                "pod that is here for longer is about to be killed.",
                 ((f"{gauge('bridge_draining')} == 1", "{{pod}}"),),
                 stacked=True,
             ),
             Panel(
                 "Streams ended, by reason",
-                "`drain` is the rollout, spread over the drain's seconds; `rotate` and `client` are every day; "
-                "`stalled` in a drain are phones that had gone already. A peak of `client` with a pod's end is a pod "
-                "that was killed, or a proxy that restarts.",
+                "`drain` is the rollout, spread over the drain's seconds; `rotate` and `client` are normal. `stalled` "
+                "in a drain are phones that had lost their network. A peak of `client` at a pod's end is a killed "
+                "pod, or a proxy that restarts.",
                 ((rate("bridge_streams_ended_total", "reason"), "{{reason}}"),),
                 unit="cps",
                 stacked=True,
             ),
             Panel(
                 "Streams opened, by pod",
-                "Where those went who were told goodbye: to all pods that are ready, within seconds. In a rollout an "
-                "old pod that takes many of them will send them on once more.",
+                "The pods to which drained clients return. Normal is all pods that are ready, within seconds. In a "
+                "rollout, an old pod that takes many of them will drain them once more.",
                 ((rate("bridge_streams_opened_total", "pod"), "{{pod}}"),),
                 unit="cps",
                 stacked=True,
             ),
             Panel(
                 "Pods by version",
-                "How the new version takes over. Two for longer than pods times minReadySeconds: the rollout is stuck.",
+                "How the new version takes over. Two versions for longer than pods times minReadySeconds: the rollout "
+                "is stuck.",
                 ((f"count by (version) ({gauge('bridge_build_info')})", "{{version}}"),),
                 stacked=True,
             ),
             Panel(
                 "Left when a pod was last seen",
-                "Seconds from a draining pod's last answer to the moment when Kubernetes kills it "
-                "(kube-state-metrics). Its lowest point is what was left of the grace period: about 15 s are normal, "
-                "below 10 the grace period is too short for the drain.",
+                "Seconds from a draining pod's last answer until Kubernetes kills it (kube-state-metrics). The lowest "
+                "point is the rest of the grace period. Normal is about 15 s. Below 10 s, the grace period is too "
+                "short for the drain.",
                 (
                     (
                         f'max by (pod) (kube_pod_deletion_timestamp{{namespace="$namespace",pod=~"$pod"}}) '
-                        # Of the series itself: `timestamp` of a comparison is the time of the question.
+                        # `timestamp` must have the series itself: for a comparison it returns the time of the query.
                         f"- max by (pod) (timestamp({gauge('bridge_draining')}) and {gauge('bridge_draining')} == 1)",
                         "{{pod}}",
                     ),
@@ -477,13 +480,12 @@ ROWS = (
             ),
             Panel(
                 "Restarts and reconnects",
-                "Processes that began anew in the same pod, and connections to RabbitMQ that were made again, within "
-                "each step of the graph. Normal is none but for a restart of RabbitMQ, once for each pod. "
-                "Messages that RabbitMQ dropped from the bridge's queues were read from the log; a policy on "
-                "bridge.* is the usual cause.",
+                "Processes that were restarted in the same pod, and new connections to RabbitMQ, in each step of the "
+                "graph. Normal is none, or one for each pod when RabbitMQ restarts. Messages that RabbitMQ dropped "
+                "from the bridge's queues were read from the log; a policy on bridge.* is the usual cause.",
                 (
-                    (f"sum (changes(process_start_time_seconds{{{OURS}}}{RATE}))", "process began anew"),
-                    (f"sum (changes(bridge_broker_connects{{{OURS}}}{RATE}))", "RabbitMQ connected anew"),
+                    (f"sum (changes(process_start_time_seconds{{{OURS}}}{RATE}))", "process restarted"),
+                    (f"sum (changes(bridge_broker_connects{{{OURS}}}{RATE}))", "RabbitMQ connected again"),
                     (f"sum (changes(bridge_broker_dropped{{{OURS}}}{RATE}))", "RabbitMQ dropped messages"),
                 ),
             ),
@@ -494,31 +496,32 @@ ROWS = (
         (
             Panel(
                 "CPU",
-                "Cores that all pods use together. Divided by the events written it is the price of one, which should"
-                " not change from one version to the next.",
+                "Cores that all pods use together. Divided by the events written it is the cost of one event, which "
+                "should not change between versions.",
                 ((rate("process_cpu_seconds_total"), "all pods"),),
                 width=6,
             ),
             Panel(
                 "CPU of one event",
-                "Seconds of CPU for each event written. 0.1 to 0.6 ms are normal under load; with little load it is "
-                "higher and means nothing, since to be woken costs more than an event.",
+                "Seconds of CPU for each event written. Normal under load is 0.1 to 0.6 ms. With little load it is "
+                "higher and means nothing, because waking the process costs more than an event.",
                 ((f"{rate('process_cpu_seconds_total')} / {rate('bridge_events_delivered_total')}", "each event"),),
                 unit="s",
                 width=6,
             ),
             Panel(
                 "Memory",
-                "Resident memory of each process: 60 to 80 MB with no streams. What grows for days with the same "
-                "number of streams is a leak.",
+                "Resident memory of each process: 60 to 80 MB without streams. Memory that grows for days with the "
+                "same number of streams is a leak.",
                 ((gauge("process_resident_memory_bytes"), "{{pod}}"),),
                 unit="bytes",
                 width=6,
             ),
             Panel(
                 "Garbage collections",
-                "Python's, by generation. The oldest generation walks everything and is what the others wait for: "
-                "well below one a minute is normal, since what lives for good is frozen at the start.",
+                "Python's, by generation. A collection of the oldest generation checks all objects, and everything "
+                "else waits for it. Normal is well below one a minute, because objects that live as long as the "
+                "process are excluded at the start.",
                 ((rate("python_gc_collections_total", "generation"), "generation {{generation}}"),),
                 unit="cps",
                 width=6,
@@ -538,7 +541,7 @@ def variable(name: str, label: str, query: str, **more: Any) -> dict[str, Any]:
         "datasource": DATASOURCE,
         "definition": query,
         "query": {"query": query, "refId": name},
-        "refresh": 2,  # With the time range: pods come and go.
+        "refresh": 2,  # At each change of the time range, because pods change.
         "sort": 1,
         "hide": 0,
         **more,
@@ -555,7 +558,7 @@ VARIABLES = [
         'label_values(bridge_connections{namespace="$namespace",job="$job"}, pod)',
         multi=True,
         includeAll=True,
-        # Not the list of those that there are: a rollout's new pods belong to it at once.
+        # Not the list of existing pods, so that a rollout's new pods are included at once.
         allValue=".*",
         current={"selected": True, "text": ["All"], "value": ["$__all"]},
     ),
@@ -633,7 +636,7 @@ def panel_json(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
 
 
 def lay_out() -> list[dict[str, Any]]:
-    """From left to right, and a new line where the next panel has no room."""
+    """Places panels from left to right, and begins a new line if the next panel has no room."""
     made: list[dict[str, Any]] = []
     number, y = 1, 0
     for row in ROWS:
@@ -661,9 +664,9 @@ def dashboard() -> dict[str, Any]:
     return {
         "uid": "rabbitmq-sse-bridge",
         "title": "Bridge: RabbitMQ to browsers",
-        "description": "Who is connected, what flows, what is refused, how late it is, and how near the limits.",
+        "description": "Connections, events, refusals, latency and limits.",
         "tags": ["bridge", "rabbitmq", "sse"],
-        "schemaVersion": 38,  # Grafana 10's; later ones bring it up to theirs.
+        "schemaVersion": 38,  # Grafana 10's. Later versions convert it.
         "version": 1,
         "editable": True,
         "graphTooltip": 1,
