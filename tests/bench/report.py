@@ -17,8 +17,9 @@ Results = dict[str, dict[str, list[Figures]]]
 
 HEADING = """# The bridge beside its peers
 
-Made by `make bench`. Figures of different runs do not compare, ratios within a run do. [speed.md](speed.md)
-says where an event's time goes.
+Reference, for readers who choose or change the bridge: CPU, memory and latency, beside comparable
+programs. `make bench` writes this page. Compare ratios within a run, not figures of different runs.
+[speed.md](speed.md) says where an event's time goes.
 
 ![benchmark](benchmark.svg)
 
