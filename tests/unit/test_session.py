@@ -15,7 +15,7 @@ from bridge.service.streams.session import (
     CHUNK_BYTES,
     RECENT_IDS,
     TABLE,
-    Event,
+    EventName,
     ReadTail,
     Replay,
     Session,
@@ -671,7 +671,7 @@ def in_state(state: State) -> Session:
     return made
 
 
-EVENTS: dict[Event, Callable[[Session], object]] = {
+EVENTS: dict[EventName, Callable[[Session], object]] = {
     "bound": lambda made: made.bound(2000, WATERMARK),
     "lost": lambda made: made.lost(),
     "found": lambda made: made.found(),
@@ -702,7 +702,7 @@ def everything_of(made: Session) -> dict[str, str]:
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("event", EVENTS)
-def test_each_event_does_in_each_state_as_the_table_says(event: Event, state: State) -> None:
+def test_each_event_does_in_each_state_as_the_table_says(event: EventName, state: State) -> None:
     made = in_state(state)
     before = everything_of(made)
     cell = TABLE[event][state]
@@ -719,7 +719,7 @@ def test_each_event_does_in_each_state_as_the_table_says(event: Event, state: St
 
 
 def test_the_table_is_complete() -> None:
-    assert set(TABLE) == set(EVENTS) == set(get_args(Event))
+    assert set(TABLE) == set(EVENTS) == set(get_args(EventName))
     assert all(set(cells) == set(State) for cells in TABLE.values())
 
 

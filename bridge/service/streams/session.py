@@ -71,7 +71,7 @@ class State(Enum):
     ENDED = "ended"
 
 
-Event = Literal[
+EventName = Literal[
     "bound", "lost", "found", "not_found", "replayed", "read_on", "caught_up", "extend", "offer", "offer_tail",
     "tail_ended", "unreadable", "watermark", "prove", "heartbeat", "send_position", "end", "take",
 ]  # fmt: skip
@@ -84,7 +84,7 @@ _OPENING, _REPLAYING, _LIVE, _DETACHED, _ENDED = State
 _STARTS = (_LIVE, _REPLAYING)
 
 # fmt: off
-_ROWS: dict[Event, tuple[Cell, Cell, Cell, Cell, Cell]] = {
+_ROWS: dict[EventName, tuple[Cell, Cell, Cell, Cell, Cell]] = {
     #                 OPENING              REPLAYING                LIVE             DETACHED             ENDED
     "bound":         (_STARTS,             "wrong",                 "wrong",         _STARTS,             "ignored"),
     "lost":          ((_OPENING,),         (_OPENING, _DETACHED),   (_DETACHED,),    (_DETACHED,),        "ignored"),
@@ -107,14 +107,16 @@ _ROWS: dict[Event, tuple[Cell, Cell, Cell, Cell, Cell]] = {
 }
 # fmt: on
 
-TABLE: dict[Event, dict[State, Cell]] = {event: dict(zip(State, cells, strict=True)) for event, cells in _ROWS.items()}
+TABLE: dict[EventName, dict[State, Cell]] = {
+    event: dict(zip(State, cells, strict=True)) for event, cells in _ROWS.items()
+}
 """By event and state: what may follow."""
 
 
 class WrongState(Exception):
     """The shell has a fault: this event cannot happen in this state. The stream ends; its client resumes by cursor."""
 
-    def __init__(self, event: Event, state: State) -> None:
+    def __init__(self, event: EventName, state: State) -> None:
         self.event = event
         self.state = state
         super().__init__(f"{event} in the state {state.value}")
@@ -311,7 +313,7 @@ class Session:
         """Whether a read of the log that stopped because the client is slow should go on."""
         return self._backlog_events * 2 <= self._max_events and self._backlog_bytes * 2 <= self._max_bytes
 
-    def _takes(self, event: Event) -> bool:
+    def _takes(self, event: EventName) -> bool:
         """Whether the event has an effect in this state.
 
         Raises:
