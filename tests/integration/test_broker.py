@@ -161,8 +161,12 @@ async def test_each_replica_hears_of_a_deleted_exchange(vhost: Vhost, start: Sta
         # The other stream may be bound a moment later: each gets an event of its own.
         await vhost.publish("user.42.job.completed", cloudevent(f"e{number}"))
         assert f"e{number}" in await stream.ids(1 + number)
+    # News of another bridge's exchange on this virtual host, and old news, change nothing.
+    await vhost.publish("bridge.exchange-gone", b'["parcels", "other", 0.1]', exchange="bridge.replicas")
+    await vhost.publish("bridge.exchange-gone", b'["events", "other", 1e9]', exchange="bridge.replicas")
     back = await connect(services[1], "42", "ops", headers={"Last-Event-ID": cursor}, ready=False)
     assert [(await back.next()).event for _ in range(2)] == ["bridge.ready", "bridge.gap"]
+    assert [await service.metric("bridge_broker_connects") for service in services] == [2, 2]
 
 
 ODD = {

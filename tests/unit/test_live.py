@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from bridge.service.broker.live import (
     CHANNELS_BESIDE_WORKERS,
     CHANNELS_OF_A_WORKER,
     Broker,
+    _Deletion,
     _Shared,
     count_channel_workers,
     describe_channels,
@@ -161,3 +163,27 @@ async def test_a_group_is_wanted_until_its_last_subscription_closes() -> None:
 
 
 def _nothing() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("body", "concerns"),
+    [
+        (["events", "other", 3.0], True),
+        (["events", "other", 11.0], False),  # Noticed before this process made its bindings.
+        (["events", "mine", 3.0], False),
+        (["parcels", "other", 3.0], False),  # Of another bridge on the same virtual host.
+        (["events", "other"], False),
+        ({"exchange": "events"}, False),
+        ("events", False),
+        (["events", "other", "soon"], False),
+        (["events", "other", float("nan")], False),
+    ],
+)
+def test_the_news_of_a_deletion_concerns_bindings_that_are_older_than_it(body: Any, concerns: bool) -> None:
+    news = _Deletion.parse(json.dumps(body).encode())
+    assert (news is not None and news.concerns("events", "mine", 10.0)) is concerns
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", b"[", b"[" * 100_000])
+def test_bytes_that_are_no_news_are_none(body: bytes) -> None:
+    assert _Deletion.parse(body) is None

@@ -17,13 +17,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
+import json
 import random
 import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import structlog
 from pamqp.commands import Basic
@@ -88,7 +88,7 @@ REPLICAS_EXCHANGE = "bridge.replicas"
 the events' exchange notifies the others: they may find it made again, but their bindings are gone."""
 
 EXCHANGE_GONE = "bridge.exchange-gone"
-"""Routing key of that message. Its body is the sender's `instance`."""
+"""Routing key of that message. Its body is a `_Deletion` as JSON."""
 
 DROPPED_SECONDS = 0.5
 """Wait after the first dropped message, before the streams are read from the log: many are dropped at once."""
@@ -244,10 +244,8 @@ class Broker:
         """Whether the log's binding was deleted with the exchange, and the bridge has not bound the log again."""
         self.exchanges_lost = 0
         """Deletions of the exchange since the start. Events published before the log is bound again are not in it."""
-        self.exchange_gone_at = -math.inf
-        """When a deletion was last noticed (monotonic)."""
-        self.has_to_notify = False
-        """Whether this process noticed the deletion itself and has not notified the other replicas yet."""
+        self.deletion_to_report: float | None = None
+        """When this process noticed a deletion (monotonic), until it has notified the other replicas."""
 
     @property
     def connected(self) -> bool:
@@ -324,8 +322,8 @@ class Broker:
                 if isinstance(cause, _ExchangeGone):
                     self.log_may_be_unbound = True
                     self.exchanges_lost += 1
-                    self.exchange_gone_at = time.monotonic()
-                    self.has_to_notify = cause.noticed_here
+                    if cause.noticed_here:
+                        self.deletion_to_report = time.monotonic()
                 if self.connects == 0 and not isinstance(cause, BrokerUnavailable):
                     raise
                 if isinstance(cause, LimitReached) and "channel" in str(cause):
@@ -392,6 +390,34 @@ class _ExchangeGone(BrokerUnavailable):
         super().__init__(f"the exchange is gone, and all bindings with it: {reason}")
 
 
+class _Deletion(NamedTuple):
+    """The news of a deleted exchange, from one process to the others on the virtual host."""
+
+    exchange: str
+    instance: str
+    """The sender's."""
+    age: float
+    """Seconds since the sender noticed it. The clocks of two machines may differ, so the message has no time."""
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self | None:
+        try:
+            exchange, instance, age = json.loads(body)
+            return cls(str(exchange), str(instance), float(age))
+        except (ValueError, TypeError, RecursionError):
+            return None
+
+    def concerns(self, exchange: str, instance: str, seconds_since_made: float) -> bool:
+        """Whether the bindings of this process may be gone.
+
+        Args:
+            exchange, instance: of this process. Bridges with other exchanges may share the virtual host.
+            seconds_since_made: since this process began to declare exchange and bindings. If it began after the sender
+                noticed the deletion, its bindings are newer than the deletion.
+        """
+        return self.exchange == exchange and self.instance != instance and self.age < seconds_since_made
+
+
 def _log_differences(what: str, declared: topology.Declared, detail: str = "no action is needed") -> None:
     if declared.differences:
         differences = [str(each) for each in declared.differences]
@@ -410,6 +436,8 @@ class _ConnectionEpoch:
     def __init__(self, broker: Broker, connection: aio_pika.abc.AbstractConnection, *, workers: int) -> None:
         self.broker = broker
         self.connection = connection
+        self.made_at = time.monotonic()
+        """When this process began to declare exchange and bindings on this connection."""
         self.has_been_up = False
         self.full_until = 0.0
         """The bridge asks for no live queue before this time (monotonic), after RabbitMQ refused one for a limit."""
@@ -815,11 +843,11 @@ class _Dropped:
                 channel = await amqp.open_channel(self._epoch.connection)
                 await channel.exchange_declare(REPLICAS_EXCHANGE, exchange_type="fanout", durable=True)
                 await channel.queue_bind(self._queue, REPLICAS_EXCHANGE)
-                if broker.has_to_notify:
-                    await channel.basic_publish(
-                        broker.instance.encode("ascii"), exchange=REPLICAS_EXCHANGE, routing_key=EXCHANGE_GONE
-                    )
-                    broker.has_to_notify = False
+                if (noticed_at := broker.deletion_to_report) is not None:
+                    age = time.monotonic() - noticed_at
+                    news = json.dumps(_Deletion(broker.exchange, broker.instance, age)).encode()
+                    await channel.basic_publish(news, exchange=REPLICAS_EXCHANGE, routing_key=EXCHANGE_GONE)
+                    broker.deletion_to_report = None
                 await channel.close()
         except (AccessRefused, TopologyMismatch) as error:
             _log.warning(
@@ -842,17 +870,16 @@ class _Dropped:
 
     def _on_message(self, _tag: bytes, key: str, body: bytes, _offset: int | None) -> None:
         if key == EXCHANGE_GONE:
-            self._on_exchange_gone(body.decode("ascii", "replace"))
+            self._on_exchange_gone(_Deletion.parse(body))
             return
         self._count += 1
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(DROPPED_SECONDS, self._report)
 
-    def _on_exchange_gone(self, instance: str) -> None:
-        broker = self._epoch.broker
-        # A process that has recently noticed the deletion has already made its bindings again.
-        if instance != broker.instance and time.monotonic() > broker.exchange_gone_at + 2 * EXCHANGE_CHECK_SECONDS:
-            self._exchange_gone = _ExchangeGone(f"replica {instance:.20} reports it", noticed_here=False)
+    def _on_exchange_gone(self, news: _Deletion | None) -> None:
+        broker, made_at = self._epoch.broker, self._epoch.made_at
+        if news is not None and news.concerns(broker.exchange, broker.instance, time.monotonic() - made_at):
+            self._exchange_gone = _ExchangeGone(f"replica {news.instance:.20} reports it", noticed_here=False)
             self._closed.set()
 
     def _report(self) -> None:
