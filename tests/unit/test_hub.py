@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -289,14 +290,14 @@ def test_a_stream_that_is_refused_for_another_cause_uses_no_opening(monkeypatch:
     "callback",
     [
         lambda connection: connection.offer(make_event(1), 1),
-        lambda connection: connection.read(9, "abcdef", "user.42.test.done", b"{}"),
         lambda connection: connection.found(),
         lambda connection: connection.caught_up(),
         lambda connection: connection.not_found("expired"),
         lambda connection: connection.unreadable(),
         lambda connection: connection.tail_ended(),
         lambda connection: connection.read_tail("user.42.test.done", b"{}"),
-        lambda connection: connection.on_delivery("user.42.test.done", b"{}"),
+        lambda connection: connection.on_lost(),
+        lambda connection: connection.on_refused(),
     ],
 )
 def test_a_fault_in_a_callback_is_kept_for_the_streams_writer_and_harms_nobody_else(callback: Any) -> None:
@@ -396,3 +397,21 @@ def test_a_stream_ends_when_its_token_expires(monkeypatch: pytest.MonkeyPatch) -
     connection = to.hub.attach(request, lambda: None)
     connection.advance(to.now)
     assert connection.session.end_reason == "expired"
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda hub, connection: connection.read(9, "abcdef", "user.42.test.done", BODY),
+        lambda hub, connection: connection.on_delivery("user.42.test.done", BODY),
+        lambda hub, connection: connection.on_delivery("bridge.live.1", hub.fence(1)),
+    ],
+)
+def test_a_fault_of_the_session_ends_its_stream_only(callback: Any) -> None:
+    quarantine: Any = Quarantine([], queue="q", on_dropped=lambda: None)
+    hub, _, connection = make(quarantine)
+    session: Any = SimpleNamespace(user="42", types=TypeFilter())  # Whatever else is asked of it raises.
+    connection.session = session
+    hub._on_watermark(anchor(1), 0)
+    callback(hub, connection)
+    assert isinstance(connection.fault, AttributeError)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bridge.event import EventData, Malformed, UnknownType, read_event
+from bridge.event import EventData, Malformed, SchemaViolation, UnknownType, read_event
 from bridge.service.metrics import Metrics
 from bridge.service.streams.reader import CACHE_BYTES, CACHE_EVENTS, REFUSALS, EventReader
 from bridge.service.streams.streamevent import StreamEvent
@@ -121,3 +121,16 @@ def test_the_cache_gives_its_bytes_back(reads: list[bytes]) -> None:
         for number in range(CACHE_EVENTS):
             reader.read(KEY, body("test.done", number), via=1)
     assert len(reads) == CACHE_EVENTS
+
+
+def test_a_fault_of_the_bridge_is_a_gap_and_a_kept_message_and_no_endless_resume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If it raised, every client that resumes would meet it again."""
+    reader, refused, _ = make()
+    monkeypatch.setattr("bridge.service.streams.reader.read_event", lambda *_, **__: 1 / 0)
+    for event in (reader.read(KEY, body("test.done"), via=1), reader.read_logged(KEY, body("test.done", 2))):
+        assert isinstance(event, SchemaViolation)
+        assert event.depends_on_catalogue, "pages are sent `not-readable`"
+        assert "ZeroDivisionError" in event.detail
+    assert refused == [body("test.done"), body("test.done", 2)]

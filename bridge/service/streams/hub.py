@@ -129,8 +129,8 @@ class StreamRequest:
 class Connection:
     """One open stream: its session, its subscription at the broker, its read of the log, its deadlines.
 
-    The broker's side, the log's side and the stream's writer call it. A fault in it, of which none is known, ends this
-    stream alone: the writer aborts it, and the client resumes by its cursor.
+    The broker's side, the log's side and the stream's writer call it. A fault in a callback ends this stream alone: the
+    writer aborts it, and the client resumes by its cursor.
     """
 
     __slots__ = (
@@ -195,13 +195,8 @@ class Connection:
             else:
                 self._hub.record_copy(routing_key)
             return
-        try:
-            hub = self._hub
-            event = hub.reader.read(routing_key, body, via=self.subscription.number, only=hub.is_only(self))
-        except Exception as fault:  # noqa: BLE001
-            self._fail(fault)
-            self.wake()
-            return
+        hub = self._hub
+        event = hub.reader.read(routing_key, body, via=self.subscription.number, only=hub.is_only(self))
         if isinstance(event, StreamEvent):
             self.offer(event, clock.now_ms())
         elif event.depends_on_catalogue:
@@ -231,16 +226,17 @@ class Connection:
             log.write_watermark(partial(self._on_bound_watermark, self._epoch))
 
     def on_lost(self) -> None:
-        self.forget()
-        self._waits_since = time.monotonic()
-        self.session.lost()
-        self.expect(self.session.is_ready or bool(self.request.last_event_id))
+        with self._contained():
+            self.forget()
+            self._waits_since = time.monotonic()
+            self.session.lost()
+            self.expect(self.session.is_ready or bool(self.request.last_event_id))
 
     def on_refused(self) -> None:
         """RabbitMQ takes no further queue. An open stream waits for one; a new stream is ended, and returns later."""
-        if not self.session.is_ready:
-            self.session.end("busy", deadlines.busy_retry_ms(random.random()))
-            self.wake()
+        with self._contained():
+            if not self.session.is_ready:
+                self.session.end("busy", deadlines.busy_retry_ms(random.random()))
 
     def expect(self, replay: bool) -> None:
         """Whether it will ask for a replay once its queues are bound. A scan waits for the clients that will."""
@@ -315,11 +311,12 @@ class Connection:
         # A fence passes a message that was dropped. Then it proves nothing, and the log is about to be read.
         if number is None or self._hub.broker.has_dropped:
             return
-        self._take_watermarks()
-        # The shared queue gets its own fence with each watermark.
-        anchor = self._hub.watermark(min(number, self._hub.shared_fence))
-        if anchor is not None:
-            self.session.prove(anchor)
+        with self._contained():
+            self._take_watermarks()
+            # The shared queue gets its own fence with each watermark.
+            anchor = self._hub.watermark(min(number, self._hub.shared_fence))
+            if anchor is not None:
+                self.session.prove(anchor)
 
     # Called by the log's side.
 
@@ -368,15 +365,15 @@ class Connection:
             self._carry_out(self.session.not_found(reason))
 
     def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
+        event = self._hub.reader.read_logged(routing_key, body)
+        if not isinstance(event, StreamEvent):
+            if event.depends_on_catalogue and self._wants(routing_key):
+                self.unreadable(logged=True)
+            return True
+        if not self.session.types.matches(event.type):
+            return True
         taken = True
         try:
-            event = self._hub.reader.read_logged(routing_key, body)
-            if not isinstance(event, StreamEvent):
-                if event.depends_on_catalogue and self._wants(routing_key):
-                    self.unreadable(logged=True)
-                return True
-            if not self.session.types.matches(event.type):
-                return True
             taken = self.session.replayed(Entry(offset, check, event, _is_shared(routing_key)))
         except Exception as fault:  # noqa: BLE001
             self._fail(fault)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from bridge.event import Cut, InvalidEvent, Models, read_event
+from bridge.event import Cut, InvalidEvent, Models, SchemaViolation, read_event
 from bridge.service.broker.quarantine import Quarantine
 from bridge.service.logs import RareLine
 from bridge.service.metrics import Metrics
@@ -110,6 +110,10 @@ class EventReader:
             return StreamEvent(event, routing_key)
         except InvalidEvent as error:
             return type(error)(error.detail)  # Kept in the cache, so without its traceback.
+        except Exception as error:  # noqa: BLE001
+            # If it were raised, each client would resume at this message and fail again. Pages are sent a gap instead.
+            _log.exception("event not read", routing_key=routing_key)
+            return SchemaViolation(f"the bridge failed to read it, which is a bug of the bridge: {error!r:.200}")
 
     def _refusal(self, routing_key: str, body: bytes) -> _Refusal:
         # By a digest: the body may be as large as the broker takes.
