@@ -158,6 +158,8 @@ BAD: dict[str, tuple[bytes, int]] = {
     "another protocol": (b"GET /schemas FTP/1.1\r\n" + HOST + b"\r\n", 400),
     "TLS": (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + 64 * b"x", 400),
     "a head that is too large": (START + HOST + b"X: " + 100_000 * b"a" + b"\r\n\r\n", 431),
+    "one that is so in one packet": (START + HOST + b"X: " + 20_000 * b"a" + b"\r\n\r\n", 431),
+    "trailers that are too large": (POST + CODING + b"\r\n0\r\nX: " + 20_000 * b"a" + b"\r\n\r\n", 0),
 }
 """Each with the status that answers it; 0 where an answer may have been given before the fault came."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bridge.service.http.requesthead import fault_of_head, fault_of_lines, origin_form
+from bridge.service.http.requesthead import MAX_HEAD_BYTES, fault_of_head, fault_of_lines, origin_form
 
 GOOD = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -95,3 +95,11 @@ def test_lines_of_a_body_in_chunks() -> None:
 )
 def test_a_target_with_a_host(target: bytes, read: tuple[bytes, bytes | None]) -> None:
     assert origin_form(target) == read
+
+
+def test_a_head_has_16_kb_at_most() -> None:
+    padding = b"X: " + b"a" * (MAX_HEAD_BYTES - len(GOOD) - len(b"X: \r\n")) + b"\r\n"
+    largest = GOOD[:-2] + padding + b"\r\n"
+    assert len(largest) == MAX_HEAD_BYTES
+    assert refused(largest) is None
+    assert refused(GOOD[:-2] + b"a" + padding + b"\r\n") == 431

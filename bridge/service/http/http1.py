@@ -22,7 +22,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from quart import Quart
 
 from bridge.service.http.entrance import Entrance, Guest, Why
-from bridge.service.http.requesthead import HeadFault, fault_of_head, fault_of_lines, origin_form
+from bridge.service.http.requesthead import MAX_HEAD_BYTES, HeadFault, fault_of_head, fault_of_lines, origin_form
 from bridge.service.http.web import PROBLEM_TYPE, TAKE_OVER, problem_document
 
 READ_BYTES = 65_536
@@ -182,7 +182,7 @@ class _Http1(H11Protocol):
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
-        self.connection = _Requests(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
+        self.connection = _Requests(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
 
     async def _check_protocol(self, event: Any) -> None:
         if event.http_version == b"2.0":
@@ -224,7 +224,7 @@ class _Http1(H11Protocol):
 _FAULTS = {
     400: ("bad-request", "the request is not valid HTTP/1.1 (RFC 9112)"),
     408: ("request-timeout", "the head of the request was not complete in time"),
-    431: ("headers-too-large", "the head of the request is larger than 16 KB"),
+    431: ("headers-too-large", "the headers of the request are larger than 16 KB: send fewer cookies"),
     501: ("not-implemented", "the only supported transfer coding is chunked"),
 }
 """Messages for requests that h11 refuses. h11's own messages repeat received text, which may be a token."""

@@ -14,6 +14,9 @@ METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"
 """Known methods, answered with 405 if a resource does not support them: RFC 9110, section 9.3, RFC 5789, and QUERY,
 which OpenAPI 3.2 names. Methods are case-sensitive (RFC 9110, section 9.1), so `get` is unknown."""
 
+MAX_HEAD_BYTES = 16_384
+"""Limit for a request head, and for the trailers after a chunked body."""
+
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _FOLD = re.compile(rb"\r\n[ \t]")
@@ -62,7 +65,14 @@ def fault_of_head(
 
 
 def fault_of_lines(lines: bytes) -> HeadFault | None:
-    """Returns the fault of the lines of a head, or of the last chunk and the trailers (RFC 9112, section 2.2)."""
+    """Returns the fault of the lines of a head, or of the last chunk and the trailers (RFC 9112, section 2.2).
+
+    The parser limits only lines that are incomplete. Lines that arrive complete in one packet may be larger.
+    """
+    if len(lines) > MAX_HEAD_BYTES:
+        return HeadFault(
+            431, "headers-too-large", "the headers of the request are larger than 16 KB: send fewer cookies"
+        )
     if _BARE_LF.search(lines) or _BARE_CR.search(lines):
         return HeadFault(400, "bad-request", "lines must end with CR LF, and neither may occur alone")
     return None
