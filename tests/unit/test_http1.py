@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 from collections.abc import AsyncIterator
 
 import pytest
+from hypercorn.asyncio.tcp_server import TCPServer
 
 from bridge.service.http import entrance as entrances
 from bridge.service.http.web import PROBLEM_TYPE
@@ -70,6 +72,7 @@ async def test_a_connection_is_kept_for_the_next_request() -> None:
         (GET + b" folded: x\r\n\r\n", 400, "bad-request"),
         (GET + b"Transfer-Encoding: gzip\r\n\r\n", 501, "not-implemented"),
         (GET + b"X: " + b"x" * 20_000, 431, "headers-too-large"),
+        (GET + b"X: " + b"x" * 20_000 + b"\r\n\r\n", 431, "headers-too-large"),  # Complete in one packet.
     ],
 )
 async def test_a_bad_head_gets_a_problem_document_and_the_end(request_bytes: bytes, status: int, code: str) -> None:
@@ -172,3 +175,21 @@ async def test_a_client_that_is_gone_before_its_stream_begins_leaves_nothing() -
             to.writer.write(head.encode())
             to.writer.transport.abort()
         await until(lambda: len(here.entrance) == 0 and len(here.hub) == 0)
+
+
+async def test_a_client_that_leaves_during_the_close_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio raises ENOTCONN if the socket is reset between the last write and the close."""
+    closes = TCPServer._close
+
+    async def close(server: TCPServer) -> None:
+        await closes(server)
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(TCPServer, "_close", close)
+    async with site() as here, client(here) as to:
+        assert (await to.ask(GET + b"\r\n"))[0] == 200
+        (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "http"]
+        await to.ask(GET + b"Connection: close\r\n\r\n")
+        to.writer.close()
+        await asyncio.wait({task})
+        assert task.exception() is None, "asyncio would log it as never retrieved"

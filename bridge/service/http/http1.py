@@ -108,6 +108,11 @@ class _Connection(TCPServer):
         guest.on_late = self._answer_late_head
         self.idle_task = _NoTask()  # type: ignore[assignment]
 
+    async def run(self) -> None:
+        # A client that leaves during the close causes, for example, ENOTCONN, which Hypercorn does not expect.
+        with contextlib.suppress(OSError):
+            await super().run()
+
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, Updated):
             if event.idle:
