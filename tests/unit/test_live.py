@@ -10,14 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from bridge.amqp import LimitReached
+from bridge.amqp import BrokerUnavailable, LimitReached
 from bridge.service.broker.live import (
     CHANNEL_WORKERS,
     CHANNELS_BESIDE_WORKERS,
     CHANNELS_OF_A_WORKER,
     Broker,
     _Deletion,
+    _Outage,
     _Shared,
     count_channel_workers,
     describe_channels,
@@ -187,3 +189,16 @@ def test_the_news_of_a_deletion_concerns_bindings_that_are_older_than_it(body: A
 @pytest.mark.parametrize("body", [b"", b"\xff", b"[", b"[" * 100_000])
 def test_bytes_that_are_no_news_are_none(body: bytes) -> None:
     assert _Deletion.parse(body) is None
+
+
+def test_an_outage_has_a_line_for_each_new_cause_and_few_for_the_same() -> None:
+    outage = _Outage()
+    with capture_logs() as lines:
+        for _ in range(20):
+            outage.log(BrokerUnavailable("refused"))
+        outage.log(LimitReached("too many connections"))
+        outage.log(BrokerUnavailable("refused"))
+    assert [(line["attempts"], line["kind"]) for line in lines] == [
+        (1, "BrokerUnavailable"), (2, "BrokerUnavailable"), (4, "BrokerUnavailable"), (8, "BrokerUnavailable"),
+        (16, "BrokerUnavailable"), (21, "LimitReached"), (22, "BrokerUnavailable"),
+    ]  # fmt: skip

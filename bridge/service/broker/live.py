@@ -232,6 +232,7 @@ class Broker:
         """Monotonic time since which the bridge does not consume; None while it consumes."""
         self._up_since = 0.0
         self.last_error: BrokerError | None = None
+        self._outage = _Outage()
         self.connects = 0
         """Connections since the start, the first included."""
         self.dropped = 0
@@ -328,7 +329,7 @@ class Broker:
                     raise
                 if isinstance(cause, LimitReached) and "channel" in str(cause):
                     self._most_workers = max(1, self._most_workers // 2)
-                _log.warning("broker unavailable", error=str(cause), kind=type(cause).__name__)
+                self._outage.log(cause)
             await asyncio.sleep(next_pause())
 
     @contextlib.asynccontextmanager
@@ -355,6 +356,7 @@ class Broker:
         self.down_since = None
         self._up_since = time.monotonic()
         self.last_error = None
+        self._outage = _Outage()
         if is_new:
             # The limit may be temporary, so the next connection tries more channels again.
             self._most_workers = min(CHANNEL_WORKERS, 2 * self._most_workers)
@@ -380,6 +382,24 @@ class Broker:
             subscription.worker = None
             subscription.consumed = False
             _mark_lost(subscription)
+
+
+class _Outage:
+    """The log lines of one outage: one for each new cause, and for the attempts 1, 2, 4, 8, and so on.
+
+    An outage of an hour has some 700 attempts, and a dozen lines.
+    """
+
+    def __init__(self) -> None:
+        self._attempts = 0
+        self._cause = ""
+
+    def log(self, cause: BrokerError) -> None:
+        self._attempts += 1
+        is_new, self._cause = str(cause) != self._cause, str(cause)
+        if is_new or self._attempts.bit_count() == 1:
+            kind = type(cause).__name__
+            _log.warning("broker unavailable", error=str(cause), kind=kind, attempts=self._attempts)
 
 
 class _ExchangeGone(BrokerUnavailable):
