@@ -242,6 +242,7 @@ async def test_listen_ends_with_1_where_it_is_refused() -> None:
     assert done.stderr.startswith("bridge: 401: ")
 
 
+@pytest.mark.contract("3.4")
 @pytest.mark.usefixtures("quiet")
 async def test_listen_resumes_after_a_cut_with_its_cursor() -> None:
     async with site(retry_seconds=0.1) as here:

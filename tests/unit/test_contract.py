@@ -14,14 +14,7 @@ TESTS = ROOT / "tests"
 # The list may only shrink. Each promise has the reason why no test holds it.
 UNTESTED = {
     "2.32": "a permission for later bridges; no test sends the browser client a frame that it does not know",
-    "2.59": "needs a running bridge: the suite sets 75 s only to a longer time",
-    "2.60": "needs a running bridge and a client that does not take its answer for 60 s",
-    "2.61": "needs a running bridge and 17 connections to the internal address",
-    "3.4": "needs a running bridge: the test of `bridge listen` cuts no connection",
-    "5.20": "needs RabbitMQ, a queue that differs, and a user who may not declare",
     "5.31": "a fact about RabbitMQ 4.3; the test of a cluster waits for the node, and expects no timeout",
-    "5.36": "needs RabbitMQ and a queue that is bound to everything",
-    "5.47": "needs RabbitMQ and a log that does not answer",
     "7.11": "needs a browser and a proxy that hides the header",
     "7.32": "a permission: a tab may get these events and need not",
 }
