@@ -67,6 +67,7 @@ def test_what_is_refused_needs_no_thread() -> None:
     assert made._workers == {}
 
 
+@pytest.mark.contract("4.9")
 def test_a_thread_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocking, "MARGIN_SECONDS", 0.01)
     made = publisher(timeout=0.01)

@@ -113,6 +113,7 @@ async def test_a_guest_goes_through_its_phases_and_leaves() -> None:
         assert len(here.entrance) == 0, "a guest leaves once"
 
 
+@pytest.mark.contract("2.58", "2.59", "2.60")
 @pytest.mark.parametrize(
     ("phase", "constant", "why"),
     [
@@ -174,6 +175,7 @@ async def test_a_full_house_lets_the_next_one_wait_until_a_guest_leaves() -> Non
         await here.has(2)
 
 
+@pytest.mark.contract("2.57")
 @pytest.mark.parametrize("phase", list(Phase))
 async def test_the_quietest_guest_makes_room(monkeypatch: pytest.MonkeyPatch, phase: Phase) -> None:
     monkeypatch.setattr(entrances, "ROOM_ANSWER_SECONDS", 0.0)

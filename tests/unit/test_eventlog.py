@@ -65,6 +65,7 @@ def test_from_behind_the_anchor_to_the_watermark_and_a_little_on() -> None:
     assert notes.told == ["found", 4, 5, 6, "caught up", "tail"]
 
 
+@pytest.mark.contract("2.25", "5.47")
 @pytest.mark.parametrize(("first", "check", "reason"), [(3, b"other", "unknown"), (5, b"3", "expired")])
 def test_an_anchor_that_is_not_there(first: int, check: bytes, reason: str) -> None:
     notes = Notes()

@@ -346,6 +346,7 @@ def test_a_quiet_stream_gets_a_heartbeat_and_later_its_position() -> None:
     assert b"id: " in connection.session.take()
 
 
+@pytest.mark.contract("2.52")
 @pytest.mark.parametrize(
     ("now", "down_since", "ends"), [(19.9, None, False), (20.0, None, True), (3.0, 0.0, True), (2.9, 0.0, False)]
 )
@@ -371,6 +372,7 @@ def test_a_group_is_forgotten_with_its_last_connection(monkeypatch: pytest.Monke
     assert (to.hub._by_group, to.hub._by_user, len(to.hub)) == ({}, Counter(), 0)
 
 
+@pytest.mark.contract("5.13")
 def test_a_copy_for_somebody_else_is_dropped() -> None:
     _, _, connection = make()
     connection.session.take()
@@ -381,6 +383,7 @@ def test_a_copy_for_somebody_else_is_dropped() -> None:
     assert [line["event"] for line in lines] == ["copy dropped"], "one line for all of them"
 
 
+@pytest.mark.contract("5.35")
 def test_a_stream_without_a_queue_is_sent_away_unless_it_has_begun() -> None:
     connection = due()
     connection.on_refused()

@@ -105,6 +105,7 @@ class Groups:
         return commands
 
 
+@pytest.mark.contract("1.17")
 async def test_a_group_is_bound_with_its_first_connection_and_unbound_with_its_last() -> None:
     to = Groups()
     to.come("a", "b")

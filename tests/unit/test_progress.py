@@ -93,6 +93,7 @@ def test_an_event_just_before_a_watermark_stays_named() -> None:
     assert progress.cursor(0).unnamed == (NONE, NONE)
 
 
+@pytest.mark.contract("5.54")
 @pytest.mark.parametrize("gap_ms", [NEAR_MS - 1, NEAR_MS])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_stream_that_cannot_name_all_waits_for_a_watermark_without_near_events(gap_ms: int, before: bool) -> None:

@@ -30,6 +30,7 @@ def seen(unnamed: BySource, *numbers: int, named: tuple[int, ...] = ()) -> tuple
     return recall, [each.offset for each in recall.entries if recall.was_sent(each)]
 
 
+@pytest.mark.contract("5.50", "5.53")
 @pytest.mark.parametrize(
     ("were_sent", "in_log", "found"),
     [

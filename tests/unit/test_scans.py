@@ -109,6 +109,7 @@ def test_one_that_leaves_pays_for_what_it_has_read() -> None:
     assert {each.user for each in scan.wants} == {"2", "3"}
 
 
+@pytest.mark.contract("2.46")
 def test_a_user_without_a_budget_waits_until_it_refills() -> None:
     schedule = Schedule(100)
     schedule.add(want(until=500), 0.0)
@@ -124,6 +125,7 @@ def test_a_user_without_a_budget_waits_until_it_refills() -> None:
     assert schedule.choose(pause + 1e-6) is not None
 
 
+@pytest.mark.contract("2.51")
 def test_what_extends_a_read_that_was_paid_for_needs_no_budget() -> None:
     schedule = Schedule(1)
     schedule.add(want(until=50), 0.0)

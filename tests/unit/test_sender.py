@@ -94,6 +94,7 @@ async def test_a_connection_that_cannot_be_made_is_tried_again() -> None:
     assert channel.bodies == [b"1"]
 
 
+@pytest.mark.contract("5.30")
 async def test_a_message_that_no_queue_takes_is_refused_unless_the_connection_is_young() -> None:
     channel = Channel(NO_QUEUE)
     with pytest.raises(Unroutable, match="no queue takes it"):
