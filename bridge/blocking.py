@@ -29,7 +29,7 @@ from bridge.publisher import (
     PublishTimeout,
     as_text,
     batch_error,
-    report_progress,
+    error_of_batch,
 )
 from bridge.routing import Audience
 from bridge.sender import PIPELINE_EVENTS, Message, Progress
@@ -152,12 +152,10 @@ class BlockingPublisher:
         except BaseException as error:
             # An event, the iterable or Ctrl-C raised this. Earlier events are not affected: wait for their confirms.
             failure = batch.settle(self._timeout if isinstance(error, Exception) else SETTLE_SECONDS)
-            if failure is not None and isinstance(error, Exception):
-                raise batch_error(failure, batch.progress()) from failure
-            reported = report_progress(error, batch.progress())
-            if reported is error:
+            made = error_of_batch(error, failure, batch.progress())
+            if made is error:
                 raise
-            raise reported from error.__cause__
+            raise made from made.__cause__
         return count
 
     def _worker(self) -> _Worker:

@@ -514,6 +514,12 @@ def describe_faults(error: ValidationError, within: tuple[str, ...] = ("data",))
     return "; ".join(faults)
 
 
+def shorten(value: Any) -> str:
+    """The value as Python writes it, for an error message: at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def write_event(attributes: Mapping[str, str], event_type: str, data: bytes) -> bytes:
     """The body of a message that publishes an event.
 

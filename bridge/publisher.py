@@ -296,12 +296,10 @@ class Publisher:
             # An event, the iterable or a cancellation raised this. Earlier events are not affected: wait for confirms.
             limit = SETTLE_SECONDS if isinstance(error, asyncio.CancelledError) else self._timeout
             failure = await settle(pipeline, limit)
-            if failure is not None and isinstance(error, Exception):
-                raise batch_error(failure, pipeline.progress()) from failure
-            reported = report_progress(error, pipeline.progress())
-            if reported is error:
+            made = error_of_batch(error, failure, pipeline.progress())
+            if made is error:
                 raise
-            raise reported from error.__cause__
+            raise made from made.__cause__
         return count
 
     def pipeline(self) -> Pipeline:
@@ -535,6 +533,23 @@ async def settle(pipeline: Pipeline, limit: float) -> BaseException | None:
         pipeline.abandon()
         return error
     return None
+
+
+def error_of_batch(error: BaseException, failure: BaseException | None, progress: Progress) -> BaseException:
+    """What `publish_many` raises, with its cause.
+
+    Args:
+        error: what ended the batch: of an event, of the iterable, or a cancellation.
+        failure: why the earlier events were not all confirmed; None if they were.
+    """
+    if failure is not None and isinstance(error, Exception):
+        made: BaseException = batch_error(failure, progress)
+        made.__cause__ = failure
+        return made
+    made = report_progress(error, progress)
+    if made is not error:
+        made.__cause__ = error.__cause__
+    return made
 
 
 def batch_error(error: BaseException, progress: Progress) -> PublishError:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Secret, SecretBytes, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
-from bridge.event import EventData, describe_faults
+from bridge.event import EventData, describe_faults, shorten
 from bridge.trial import samples
 
 MAX_SAFE_INTEGER = 2**53 - 1
@@ -133,7 +133,7 @@ def _compare_json(sent: Any, shown: Any, where: str) -> str | None:
         for name in {**sent, **shown}:
             if name not in shown or name not in sent:
                 made, got = sent.get(name, "nothing"), shown.get(name, "nothing")
-                return f"{where}.{name}: {_shown(made)} would be sent, and a page would get {_shown(got)}"
+                return f"{where}.{name}: {shorten(made)} would be sent, and a page would get {shorten(got)}"
             if loss := _compare_json(sent[name], shown[name], f"{where}.{name}"):
                 return loss
     elif isinstance(sent, list) and isinstance(shown, list) and len(sent) == len(shown):
@@ -143,7 +143,7 @@ def _compare_json(sent: Any, shown: Any, where: str) -> str | None:
         if any(losses) and sorted(map(json.dumps, sent)) != sorted(map(json.dumps, shown)):  # A set has no order.
             return next(loss for loss in losses if loss)
     elif sent != shown:
-        return f"{where}: {_shown(sent)} would be sent, and a page would get {_shown(shown)}"
+        return f"{where}: {shorten(sent)} would be sent, and a page would get {shorten(shown)}"
     return None
 
 
@@ -189,12 +189,7 @@ def _names_defined_by(kind: type) -> set[str]:
 
 
 def _differs(passed: Any, read: Any, where: str) -> str:
-    return f"{where}: {_shown(passed)} was passed, and a page would get {_shown(read)}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return f"{where}: {shorten(passed)} was passed, and a page would get {shorten(read)}"
 
 
 def _find_long_integer(text: bytes) -> str | None:
@@ -364,7 +359,7 @@ def _try_samples(model: type[EventData]) -> list[str]:
 
 
 def _try(model: type[EventData], data: EventData, sample: Any) -> str | None:
-    given = f"; tried with {_shown(sample)}"
+    given = f"; tried with {shorten(sample)}"
     try:
         text = model.__pydantic_serializer__.to_json(data, by_alias=True)
     except Exception as error:  # noqa: BLE001 - a serializer of the team may raise any error.

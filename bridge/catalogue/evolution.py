@@ -23,13 +23,17 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any, Literal
 
+from bridge.event import shorten
+
 Schema = Mapping[str, Any]
 
 Verdict = Literal["compatible", "breaks publishers", "breaks pages", "cannot tell"]
 
 RECEIVED = ":received"
+"""Name of the definition of the data that a page receives. No class has this name: pydantic uses no colon in names."""
+
 MARK = "bridge:"
-"""`facts.py` writes both."""
+"""Text in a `$comment` before the facts, which are JSON. `facts.py` writes them."""
 
 # How the set of allowed values changed. "same": it did not change, but the change is worth a report.
 _Relation = Literal["less", "more", "unknown", "same"]
@@ -245,7 +249,7 @@ class _Walk:
 
     def _defaults(self, old: Schema, new: Schema, where: str) -> Iterator[_Delta]:
         if "default" in old and "default" in new and _key(old["default"]) != _key(new["default"]):
-            yield _Delta("same", where, f"the default is {_shown(new['default'])}, was {_shown(old['default'])}")
+            yield _Delta("same", where, f"the default is {shorten(new['default'])}, was {shorten(old['default'])}")
 
     def _with_default(self, schema: Schema, side: _Side) -> Schema:
         """Adds the default to the schema's values: it is not validated, so `x: int = None` writes null to a page."""
@@ -296,7 +300,7 @@ class _Walk:
             yield _Delta("same", where, f"the text is now changed by {name}" if now else f"no longer changed by {name}")
         elif name in _BOUND_FACTS:
             relation = _bound_fact(was, now, _BOUND_FACTS[name])
-            yield _Delta(relation, where, f"{name} is now {_shown(now)}, was {_shown(was)}")
+            yield _Delta(relation, where, f"{name} is now {shorten(now)}, was {shorten(was)}")
         elif name in ("code", "writes"):
             change = "was added" if was is None else "is gone" if now is None else "has changed"
             yield _Delta("unknown", where, f"the catalogue's own code that checks or writes it {change}")
@@ -307,7 +311,7 @@ class _Walk:
             yield _Delta("more", where, "the option need no longer be named by a discriminator")
         else:
             what = f"a fact that JSON Schema does not express has changed ({name})"
-            yield _Delta("unknown", where, f"{what}, from {_shown(was)} to {_shown(now)}")
+            yield _Delta("unknown", where, f"{what}, from {shorten(was)} to {shorten(now)}")
 
     # Shapes
 
@@ -426,23 +430,23 @@ class _Walk:
         if before is not None and after is not None:
             was, now = {_key(value) for value in before}, {_key(value) for value in after}
             if gone := [value for value in before if _key(value) not in now]:
-                yield _Delta("less", where, f"no longer accepts {', '.join(map(_shown, gone))}")
+                yield _Delta("less", where, f"no longer accepts {', '.join(map(shorten, gone))}")
             if more := [value for value in after if _key(value) not in was]:
-                yield _Delta("more", where, f"may now be {', '.join(map(_shown, more))}")
+                yield _Delta("more", where, f"may now be {', '.join(map(shorten, more))}")
         elif before is not None:
             yield from self._from_choices(before, new, where)
         elif after is not None:
-            yield _Delta("less", where, f"must now be one of {', '.join(map(_shown, after))}")
+            yield _Delta("less", where, f"must now be one of {', '.join(map(shorten, after))}")
             verdicts = [_fits(value, old) for value in after]
             if not all(verdicts):
                 relation: _Relation = "more" if False in verdicts else "unknown"
-                yield _Delta(relation, where, f"may now be one of {', '.join(map(_shown, after))}")
+                yield _Delta(relation, where, f"may now be one of {', '.join(map(shorten, after))}")
 
     def _from_choices(self, before: list[Any], new: Schema, where: str) -> Iterator[_Delta]:
         yield _Delta("more", where, f"may now be any {_name(new, self._new)}, was one of a list")
         verdicts = {_key(value): _fits(value, new) for value in before}
         if gone := [value for value in before if verdicts[_key(value)] is False]:
-            yield _Delta("less", where, f"no longer accepts {', '.join(map(_shown, gone))}")
+            yield _Delta("less", where, f"no longer accepts {', '.join(map(shorten, gone))}")
         elif None in verdicts.values():
             yield _Delta("unknown", where, "it is not known whether all values of the old list are still accepted")
         elif not self._received and new.get("facts", {}).get("strict"):
@@ -554,7 +558,7 @@ class _Walk:
                 yield _Delta("less", place, "must now be given: events without it are refused")
             elif name in must and shown not in needs:
                 default = after[shown].get("default")
-                words = f"may now be left out; pages then read {_shown(default)}"
+                words = f"may now be left out; pages then read {shorten(default)}"
                 yield _Delta("more", place, "may now be missing" if self._received else words)
             yield from self._names(name, shown, taken, also.get(shown, [shown]), place)
             yield from self._values(before[name], after[shown], place)
@@ -676,11 +680,6 @@ def _key(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, sort_keys=True)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _heads(names: list[Any]) -> set[str]:
@@ -828,7 +827,7 @@ def _name(schema: Schema, side: _Side) -> str:
     """A name for an option in messages: its value, its class, or its JSON type."""
     choices = _choices_of(schema)
     if choices is not None:
-        return " or ".join(map(_shown, choices))
+        return " or ".join(map(shorten, choices))
     reference = schema.get("$ref")
     if isinstance(reference, str):
         return re.sub(r"^.*/", "", reference)

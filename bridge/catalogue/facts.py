@@ -27,12 +27,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticOmit
 
 from bridge.catalogue import dialects
-
-RECEIVED = ":received"
-"""Name of the definition of the data that a page receives. No class has this name: pydantic uses no colon in names."""
-
-MARK = "bridge:"
-"""Text in a `$comment` before the facts, which are JSON."""
+from bridge.catalogue.evolution import MARK, RECEIVED
 
 Schema = dict[str, Any]
 

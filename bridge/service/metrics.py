@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -30,8 +31,10 @@ CLOSE_REASONS = (*END_REASONS, "client", "stalled", "error")
 
 REPLAY_OUTCOMES = ("complete", "gap")
 
-GUEST_ENDS = ("header-timeout", "idle", "answer-timeout", "room")
+GuestEnd = Literal["header-timeout", "idle", "answer-timeout", "room"]
 """Why the bridge ended a connection that is not a stream: three deadlines, or room for others (`http.entrance`)."""
+
+GUEST_ENDS: tuple[GuestEnd, ...] = get_args(GuestEnd)
 
 GAP_REASONS: tuple[GapReason, ...] = ("expired", "unknown", "no-log", "not-readable")
 

@@ -25,7 +25,8 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from bridge.catalogue import facts
-from bridge.catalogue.facts import MARK, RECEIVED, describe
+from bridge.catalogue.evolution import MARK, RECEIVED
+from bridge.catalogue.facts import describe
 
 Hidden = Annotated[None, SkipJsonSchema()]
 

@@ -26,12 +26,13 @@ import sys
 import termios
 import time
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import cast
 
 import structlog
 
 from bridge.service.descriptors import count_open, current_limit
 from bridge.service.logs import RareLine
+from bridge.service.metrics import GuestEnd
 from bridge.service.settings import parse_bind
 
 BACKLOG = 4096
@@ -67,9 +68,6 @@ SHORTAGE_SECONDS = 0.2
 """Accepting pauses for this time if the system has no descriptor or memory for a connection."""
 
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-
-Why = Literal["header-timeout", "idle", "answer-timeout", "room"]
-"""Why the entrance closed a guest: three deadlines, or room for others. `metrics.GUEST_ENDS` has the same words."""
 
 _log = structlog.get_logger("bridge.entrance")
 
@@ -223,7 +221,7 @@ class Entrance:
         name: str,
         most: int,
         welcome: Welcome,
-        on_ended: Callable[[Why], object],
+        on_ended: Callable[[GuestEnd], object],
         on_shortage: Callable[[], object],
     ) -> None:
         self._listener = listener
@@ -369,7 +367,7 @@ class Entrance:
         self._end_late(Phase.ANSWERING, now - ANSWER_SECONDS, "answer-timeout")
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep) if self._count else None
 
-    def _end_late(self, phase: Phase, before: float, why: Why) -> None:
+    def _end_late(self, phase: Phase, before: float, why: GuestEnd) -> None:
         for guest in list(self._guests[phase]):
             if guest.since > before:
                 return

@@ -21,9 +21,10 @@ from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from quart import Quart
 
-from bridge.service.http.entrance import Entrance, Guest, Why
+from bridge.service.http.entrance import Entrance, Guest
 from bridge.service.http.requesthead import MAX_HEAD_BYTES, HeadFault, fault_of_head, fault_of_lines, origin_form
 from bridge.service.http.web import PROBLEM_TYPE, TAKE_OVER, problem_document
+from bridge.service.metrics import GuestEnd
 
 READ_BYTES = 65_536
 
@@ -42,7 +43,7 @@ async def host(
     *,
     name: str,
     guests: int,
-    on_ended: Callable[[Why], object],
+    on_ended: Callable[[GuestEnd], object],
     on_shortage: Callable[[], object],
     on_entrance: Callable[[Entrance], object] = lambda _: None,
 ) -> None:
