@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
+import aio_pika
 import hypothesis
 import pytest
 from hypothesis import HealthCheck
@@ -137,6 +138,18 @@ async def start(vhost: Vhost) -> AsyncIterator[StartService]:
 @pytest.fixture
 async def service(start: StartService) -> Service:
     return await start()
+
+
+@pytest.fixture
+async def queue(vhost: Vhost) -> AsyncIterator[aio_pika.abc.AbstractQueue]:
+    """Everything that is published, in a queue of the test's own."""
+    connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
+    async with connection:
+        channel = await connection.channel()
+        exchange = await channel.declare_exchange("events", "topic", durable=True)
+        made = await channel.declare_queue("all-of-it", durable=True)
+        await made.bind(exchange, "#")
+        yield made
 
 
 class OpenStream(Protocol):

@@ -26,6 +26,7 @@ from tests.browser.engines import (
     start_webkit,
     use_firefox,
 )
+from tests.browser.site import serve
 from tests.conftest import StartService
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
@@ -76,27 +77,13 @@ async def page(open_page: OpenPage) -> Page:
 def empty_pages() -> Iterator[str]:
     """An origin with an empty page, for scripts to run on. `/cookie` is the request's cookie."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = b"<!doctype html><link rel=icon href='data:,'><title>test</title>"
-            if self.path == "/cookie":
-                body = self.headers.get("Cookie", "").encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(request: http.server.BaseHTTPRequestHandler) -> tuple[str, bytes]:
+        if request.path == "/cookie":
+            return "text/html", request.headers.get("Cookie", "").encode()
+        return "text/html", b"<!doctype html><link rel=icon href='data:,'><title>test</title>"
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://localhost:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve(answer) as port:
+        yield f"http://localhost:{port}"
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.server
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -194,3 +196,28 @@ def _closing(writer: asyncio.StreamWriter) -> Iterator[None]:
     finally:
         # At once: the bridge should learn now that its client is gone.
         writer.transport.abort()
+
+
+@contextlib.contextmanager
+def serve(answer: Callable[[http.server.BaseHTTPRequestHandler], tuple[str, bytes]]) -> Iterator[int]:
+    """A server on loopback of what `answer` returns for each GET: the type and the body. Yields its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            kind, body = answer(self)
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()

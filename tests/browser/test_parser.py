@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import http.server
 import json
-import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 from playwright.async_api import Page
+
+from tests.browser.site import serve
 
 Block = tuple[str, str, str]
 """Name, data and last event id, which is empty where there was none."""
@@ -146,26 +147,14 @@ LISTEN = """
 def cases() -> Iterator[str]:
     """A server of the cases; `/3` is the third."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            number = self.path.strip("/")
-            body = CASES[int(number)].sent if number.isdigit() else b"<!doctype html>"
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream" if number.isdigit() else "text/html")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(request: http.server.BaseHTTPRequestHandler) -> tuple[str, bytes]:
+        number = request.path.strip("/")
+        if number.isdigit():
+            return "text/event-stream", CASES[int(number)].sent
+        return "text/html", b"<!doctype html>"
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve(answer) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 async def test_the_client_reads_each_case_however_it_is_cut(page: Page, cases: str) -> None:

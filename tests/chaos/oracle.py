@@ -351,3 +351,13 @@ def judge(ledger: Ledger, clients: list[Client]) -> Verdict:
                     f"client {name} ({client.user}) {key}: {of}: {_ranges(lost)}; since {client.history[-1]}"
                 )
     return verdict
+
+
+async def come_to_rest(ledger: Ledger, clients: list[Client], seconds: float) -> Verdict:
+    """The verdict once it is good, or after this time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        verdict = judge(ledger, clients)
+        if verdict.good or time.monotonic() > deadline:
+            return verdict
+        await asyncio.sleep(1)  # Between two looks.

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from bridge import Audience
 from deploy.local.node import MACHINES, Installation, Node, NodeFailed, free_ports
 from tests.chaos import inside
-from tests.chaos.oracle import Client, Ledger, Verdict, burst, judge, publish
+from tests.chaos.oracle import Client, Ledger, Verdict, burst, come_to_rest, publish
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import INSTALLATIONS, Vhost
@@ -182,7 +182,7 @@ class Chaos:
             clock.set(0.0)
         stop.set()
         await asyncio.wait(publishers, timeout=PATIENCE)
-        return await self._come_to_rest()
+        return await come_to_rest(self.ledger, self.clients, QUIET_SECONDS)
 
     @property
     def weights(self) -> list[tuple[int, Callable[[], Awaitable[None]]]]:
@@ -220,14 +220,6 @@ class Chaos:
             (fault,) = self.chance.choices(faults, weights)
             if not (fault in of_broker and self._broker_free.locked()):
                 yield fault
-
-    async def _come_to_rest(self) -> Verdict:
-        deadline = time.monotonic() + QUIET_SECONDS
-        while True:
-            verdict = judge(self.ledger, self.clients)
-            if verdict.good or time.monotonic() > deadline:
-                return verdict
-            await asyncio.sleep(1)  # Between two looks.
 
     # Faults. What lasts goes on beside the next ones; what is drawn is drawn first, so that a seed draws the same.
 

@@ -23,7 +23,7 @@ import httpx
 
 from bridge import Audience
 from deploy.local.node import Installation, Node
-from tests.chaos.oracle import Client, Ledger, Verdict, burst, judge, publish
+from tests.chaos.oracle import Client, Ledger, Verdict, burst, come_to_rest, publish
 from tests.client import Stream
 from tests.endurance.counts import CountedService, Counts
 from tests.patience import PATIENCE
@@ -123,7 +123,7 @@ class Soak:
         await asyncio.gather(*troubles, return_exceptions=True)
         stop.set()
         await asyncio.wait(publishers)
-        verdict = await self._come_to_rest()
+        verdict = await come_to_rest(self.ledger, self.clients, PATIENCE)
         for task in streams:
             task.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
@@ -145,14 +145,6 @@ class Soak:
 
     async def _lose(self) -> None:
         self.proxy.cut()
-
-    async def _come_to_rest(self) -> Verdict:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            verdict = judge(self.ledger, self.clients)
-            if verdict.good or time.monotonic() > deadline:
-                return verdict
-            await asyncio.sleep(1)  # Between two looks.
 
     async def _sample(self) -> Sample:
         counts = await self.service.count(self.vhost)

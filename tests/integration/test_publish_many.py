@@ -33,17 +33,6 @@ def items(count: int, *, start: int = 0) -> Iterator[Item]:
         yield USER, event(number), {"id": f"e-{number}"}
 
 
-@pytest.fixture
-async def queue(vhost: Vhost) -> AsyncIterator[aio_pika.abc.AbstractQueue]:
-    connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
-    async with connection:
-        channel = await connection.channel()
-        exchange = await channel.declare_exchange("events", "topic", durable=True)
-        made = await channel.declare_queue("all-of-it", durable=True)
-        await made.bind(exchange, "#")
-        yield made
-
-
 async def arrived(queue: aio_pika.abc.AbstractQueue) -> list[int]:
     """The numbers of the events in the queue, repeats too."""
     found = []

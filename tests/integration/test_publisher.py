@@ -35,18 +35,6 @@ from tests.service import ROOT, Service, bare_environment
 DONE = JobCompleted(job_id="r-7", duration_seconds=3.2)
 
 
-@pytest.fixture
-async def queue(vhost: Vhost) -> AsyncIterator[aio_pika.abc.AbstractQueue]:
-    """Everything that is published, in a queue of the test's own."""
-    connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
-    async with connection:
-        channel = await connection.channel()
-        exchange = await channel.declare_exchange("events", "topic", durable=True)
-        made = await channel.declare_queue("all-of-it", durable=True)
-        await made.bind(exchange, "#")
-        yield made
-
-
 async def publish_until(publisher: Publisher, event_id: str) -> str:
     """Publishes until it is confirmed: a second may not be enough for that on a slow machine."""
     while True:

@@ -33,9 +33,9 @@ def place(script: str, folder: Path) -> Path:
     return Path(shutil.copy(Path(__file__).parent / script, folder / script))
 
 
-def ask(script: str, question: Any, folder: Path) -> Any:
+def ask(script: str, question: Any, folder: Path, *arguments: str) -> Any:
     """What a script of this folder prints, as JSON, when it gets `question` as JSON by its standard input."""
-    command = [find_node(), str(place(script, folder))]
+    command = [find_node(), str(place(script, folder)), *arguments]
     done = subprocess.run(command, cwd=folder, input=json.dumps(question), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -51,7 +51,7 @@ def test_the_payloads_of_asyncapi_take_what_browsers_get_and_no_less(tmp_path: P
             if member != "sometimes":
                 events.append({**events[0], "data": rest})
         questions[kind] = {"schema": {**message["payload"], "components": document["components"]}, "cases": events}
-    answers = ask("draft07.mjs", questions, tmp_path)
+    answers = ask("ajv.mjs", questions, tmp_path, "draft-07")
     for kind, question in questions.items():
         good = len(VALID[kind])
         assert answers[kind] == {"verdicts": [number < good for number in range(len(question["cases"]))]}
@@ -63,7 +63,7 @@ def test_ajv_accepts_what_pydantic_accepts_and_refuses_what_it_refuses(tmp_path:
     expected = {kind: [takes(CATALOGUE[kind], data) for data in cases[kind]] for kind in CATALOGUE}
     assert expected == {kind: [True] * len(VALID[kind]) + [False] * len(INVALID[kind]) for kind in CATALOGUE}
     questions = {kind: {"schema": CATALOGUE.json_schema(kind), "cases": cases[kind]} for kind in CATALOGUE}
-    answers = ask("ajv.mjs", questions, tmp_path)
+    answers = ask("ajv.mjs", questions, tmp_path, "strict")
     for kind in CATALOGUE:
         assert "error" not in answers[kind], answers[kind]
         wrong = [

@@ -28,7 +28,7 @@ def test_each_frame_has_the_schema_of_its_data(tmp_path: Path) -> None:
             content = {**data["contentSchema"], "components": FULL["components"]}
             questions[name] = {"schema": content, "cases": [good, event, {**good, "type": "x"}]}
             questions["frame"]["cases"] += [{"id": "a", "event": name, "data": "{}"}, {"id": "a", "data": "{}"}]
-    answers = ask("openapi.mjs", questions, tmp_path)
+    answers = ask("ajv.mjs", questions, tmp_path, "openapi")
     assert answers["frame"] == {"verdicts": [True] * 2 * len(CATALOGUE)}
     # An event without data is refused also where the model has no members.
     for name in CATALOGUE:

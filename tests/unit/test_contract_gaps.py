@@ -406,19 +406,10 @@ async def test_a_user_who_may_not_declare_compares_nothing(monkeypatch: pytest.M
     assert asked == [False, True] * 3
 
 
-def event_log() -> EventLog:
-    return EventLog(
-        ["amqp://nobody/"],
-        log=LogSettings("events.log", "1h", 1_000_000),
-        exchange="events",
-        write_batch=contextlib.nullcontext(),
-        entries_per_user=1_000_000,
-    )
-
-
 @pytest.mark.contract("5.47")
-async def test_a_log_that_does_not_answer_within_eight_seconds_is_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = event_log()
+async def test_a_log_that_does_not_answer_within_eight_seconds_is_no_log(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers: dict[str, Anchor | None] = {}
     failures = 0
 
@@ -448,9 +439,10 @@ async def test_a_log_that_does_not_answer_within_eight_seconds_is_no_log(monkeyp
 
 
 @pytest.mark.contract("5.36")
-async def test_the_bridges_own_entries_go_to_the_logs_queue_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_bridges_own_entries_go_to_the_logs_queue_directly(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the default exchange (`""`), which leads to the queue of that name alone: no binding can get them."""
-    log = event_log()
     sent: list[dict[str, Any]] = []
     readers: list[Any] = []
 

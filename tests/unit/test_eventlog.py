@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
 
@@ -10,7 +9,6 @@ import pytest
 
 from bridge.service.broker.eventlog import MOST_SCANS, EventLog, Request, _Reading
 from bridge.service.broker.scans import NEAR_ENTRIES, SCAN_COST, WINDOW_SECONDS, Scan
-from bridge.service.settings import LogSettings
 from bridge.service.streams.cursor import Anchor, digest
 from bridge.service.streams.session import Replay
 
@@ -155,18 +153,6 @@ def test_who_joins_a_scan_is_read_to_from_its_start() -> None:
         reading.on_entry(offset, "user.42.x", b"%d" % offset)
     assert first.told == ["found", 4, 5, 6, 7, 8, 9, "caught up"]
     assert second.told == ["found", 6, 7, 8, "caught up", "tail"]
-
-
-@pytest.fixture
-def log() -> EventLog:
-    """Never run: asked for whom it would begin a scan."""
-    return EventLog(
-        ["amqp://nobody/"],
-        log=LogSettings("events.log", "1h", 1_000),
-        exchange="events",
-        write_batch=contextlib.nullcontext(),
-        entries_per_user=1_000_000,
-    )
 
 
 def replay(log: EventLog, behind: int, user: str = "42") -> Request:
