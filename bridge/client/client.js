@@ -322,6 +322,15 @@ async function readProblem(response) {
 
 /** @typedef {Position & {block: Block, eventId: string | null}} Entry */
 
+/**
+ * What a tab is to the tabs of its identity. docs/states.md has the table of messages and roles.
+ *   new      it does not know where the leader is
+ *   follows  it has taken everything up to `#at`, and the next block of the leader follows
+ *   behind   it catches up by a connection of its own
+ *   leads    it has the connection; also a tab that does not share
+ * @typedef {"new" | "follows" | "behind" | "leads"} Role
+ */
+
 /** @typedef {{kind: "event", event: any, cursor: string | null, size: number}} EventItem */
 /** @typedef {EventItem | {kind: "gap", reason: string} | {kind: "load", reason?: undefined}} Item */
 
@@ -354,8 +363,8 @@ class Subscription {
   #asked = null;
 
   // What the tabs share.
-  #leads = false;
-  #synced = false; // Everything up to `#at` has been taken, and the next block of the leader follows.
+  /** @type {Role} */
+  #role = "new";
   /** @type {Position} */
   #at = { term: 0, n: 0 };
   #term = 0; // The newest leader's. Messages of a lower term are ignored.
@@ -368,8 +377,9 @@ class Subscription {
   #union; // The types of all tabs; null is every type. It only grows: a cursor counts the events of its own filter.
   /** @type {string[] | null | undefined} */
   #open; // The types of this tab's connection.
-  /** @type {Set<string> | null} */
-  #behind = null; // Catching up by a connection of its own: events of the leader that it has not delivered yet.
+  // While it is behind.
+  /** @type {Set<string>} */
+  #owed = new Set(); // Events of the leader that its own connection has not delivered yet.
   /** @type {Set<string>} */
   #own = new Set(); // Events that it has delivered.
   #feed = { at: { term: 0, n: 0 }, cursor: /** @type {string | null} */ (null) }; // The leader's position meanwhile.
@@ -538,7 +548,7 @@ class Subscription {
     if (!this.#joined) return; // A handler has closed it.
     if (!this.shares) {
       this.#restore(null);
-      this.#leads = true;
+      this.#role = "leads";
       this.#connect();
       return;
     }
@@ -578,8 +588,7 @@ class Subscription {
     this.#probe = null;
     this.#connection?.stop();
     this.#connection = null;
-    this.#leads = this.#synced = false;
-    this.#behind = null;
+    this.#role = "new";
   }
 
   /** For a page without locks or channels (a sandboxed frame, storage forbidden), or a bridge that names no identity. */
@@ -623,7 +632,7 @@ class Subscription {
     else {
       // While a callback waits for a login it is not called a second time. Its token is kept until it is used.
       this.#asked ??= within(TOKEN_MS, this.#callToken(reason), "token").finally(() => (this.#asked = null));
-      token = await within(this.#leads && this.shares ? LEADER_TOKEN_MS : TOKEN_MS, this.#asked, "token");
+      token = await within(this.#role === "leads" && this.shares ? LEADER_TOKEN_MS : TOKEN_MS, this.#asked, "token");
     }
     if (method === "GET") this.#fresh = null;
     return token;
@@ -763,7 +772,7 @@ class Subscription {
     clearTimeout(this.#widening);
     this.#connection?.stop();
     this.#connection = null;
-    this.#leads = this.#synced = false;
+    this.#role = "new";
     this.#hello();
     this.#watchLeader();
   }
@@ -773,13 +782,11 @@ class Subscription {
     clearTimeout(this.#watch);
     await this.#gather();
     if (signal.aborted) return;
-    this.#leads = true;
-    this.#behind = null;
+    this.#role = "leads";
     this.#start = { ...this.#at, cursor: this.#cursor };
     // From the clock, which all tabs share: a tab that has just been opened knows no earlier term.
     this.#term = Math.max(Date.now(), Math.floor(this.#term) + 1) + Math.random();
     this.#at = { term: this.#term, n: 0 };
-    this.#synced = true;
     if (this.#connection) this.#setState(this.#state);
     else this.#connect();
   }
@@ -788,7 +795,7 @@ class Subscription {
   async #gather() {
     const { pending = [] } = await navigator.locks.query().catch(() => ({ pending: [] }));
     let others = pending.filter(({ name }) => name === this.key).length;
-    if (!others || this.#behind) return;
+    if (!others || this.#role === "behind") return;
     await new Promise((resolve) => {
       const timer = setTimeout(resolve, GATHER_MS); // A frozen tab does not answer.
       this.#gathering = (answer) => {
@@ -838,7 +845,7 @@ class Subscription {
       this.#take(block);
       return;
     }
-    if (!this.#leads) {
+    if (this.#role !== "leads") {
       this.#takeEntry({ term: -1, n: 0, block, eventId: eventId(block) }, false);
       this.#catchUp(eventId(block));
       return;
@@ -857,13 +864,13 @@ class Subscription {
       return;
     }
     if (state.attempt) this.#attempt = state.attempt;
-    if (this.#leads) this.#post({ kind: "state", term: this.#term, state });
+    if (this.#role === "leads") this.#post({ kind: "state", term: this.#term, state });
     this.#setState(state);
-    if (this.#leads && this.shares && state.status === "waiting" && state.problem?.code === "token-failed") {
+    if (this.#role === "leads" && this.shares && state.status === "waiting" && state.problem?.code === "token-failed") {
       // Another tab's callback may work.
       this.#connection?.stop();
       this.#connection = null;
-      this.#leads = false;
+      this.#role = "follows"; // It has taken all that it posted.
       this.#watchLeader();
       this.#giveUp();
     }
@@ -876,6 +883,12 @@ class Subscription {
     this.#channel?.postMessage(message);
   }
 
+  /** After a block that did not arrive: asks the leader for what is missing. */
+  #ask() {
+    this.#role = "new";
+    this.#hello();
+  }
+
   #hello() {
     this.#post({ kind: "hello", from: this.#me, at: this.#at, cursor: this.#cursor, types: this.types });
   }
@@ -886,7 +899,7 @@ class Subscription {
     if (message.to && message.to !== this.#me) return;
     if (kind === "hello") {
       const grows = this.#widen(message.types.length ? message.types : null);
-      if (this.#leads) this.#welcome(message, grows);
+      if (this.#role === "leads") this.#welcome(message, grows);
     } else if (kind === "gather") {
       const entries = this.#after(message);
       const union = this.#union && [...this.#union];
@@ -894,7 +907,7 @@ class Subscription {
       this.#post({ kind: "gathered", to: message.from, at: this.#at, cursor: this.#cursor, entries, recent, union });
     } else if (kind === "gathered") this.#gathering?.(message);
     else if (kind === "ping") {
-      if (this.#leads) this.#post({ kind: "pong", term: this.#term });
+      if (this.#role === "leads") this.#post({ kind: "pong", term: this.#term });
     } else {
       this.#hear(message);
     }
@@ -907,46 +920,42 @@ class Subscription {
     if (term < this.#term) return; // From a leader that was replaced and does not know it yet.
     if (term > this.#term) {
       this.#term = term;
-      if (this.#leads) {
+      if (this.#role === "leads") {
         // This tab was replaced: it was frozen, and its lock was stolen.
         this.#follow();
         return;
       }
       const starts = kind === "entry" && entry.n === 1 && message.start;
-      if (this.#synced && starts && this.#has(message.start)) this.#at = { term, n: 0 };
-      else if (this.#synced) {
-        this.#synced = false;
-        this.#hello();
+      if (this.#role === "follows") {
+        if (starts && this.#has(message.start)) this.#at = { term, n: 0 };
+        else this.#ask();
       }
     }
-    if (this.#leads) return;
+    if (this.#role === "leads") return;
     if (kind === "entry") this.#hearEntry(message);
     else if (kind === "welcome") this.#onWelcome(message);
-    else if (kind === "pong" && !this.#synced && !this.#behind) this.#hello();
-    else if (kind === "state" && (this.#synced || (message.state.status !== "live" && !this.#behind)))
+    else if (kind === "pong" && this.#role === "new") this.#hello();
+    else if (kind === "state" && (this.#role === "follows" || (this.#role === "new" && message.state.status !== "live")))
       this.#setState(message.state);
-    if (!this.#leads) this.#watchLeader();
+    this.#watchLeader();
   }
 
   /** @param {any} message */
   #hearEntry({ entry, start, types }) {
     const { block } = entry;
     if (types !== undefined) this.#widen(types);
-    if (this.#behind) {
+    if (this.#role === "behind") {
       // Not `#at`: nothing of it has been taken here.
       this.#feed = { at: { term: entry.term, n: entry.n }, cursor: block.id ?? this.#feed.cursor };
       if (this.#own.has(entry.eventId)) this.#joinFeed();
-      else if (entry.eventId !== null && !this.#recent.has(entry.eventId)) this.#behind.add(entry.eventId);
-    } else if (this.#synced) {
+      else if (entry.eventId !== null && !this.#recent.has(entry.eventId)) this.#owed.add(entry.eventId);
+    } else if (this.#role === "follows") {
       if (this.#isNext(entry)) this.#takeEntry(entry);
-      else if (entry.n > this.#at.n) {
-        this.#synced = false;
-        this.#hello();
-      }
+      else if (entry.n > this.#at.n) this.#ask();
     } else if (block.name === "bridge.ready" && (types === null || covers(types, this.types))) {
       // It asks for the blocks between, or, without a position, for where to begin.
       if (start && this.#has(start)) {
-        this.#synced = true;
+        this.#role = "follows";
         this.#takeEntry(entry);
       } else this.#hello();
     }
@@ -1013,16 +1022,16 @@ class Subscription {
   /** @param {any} message */
   #onWelcome({ at, ready, cursor, entries, recent, ids, types, state }) {
     this.#widen(types);
-    if (this.#synced) return;
+    if (this.#role === "follows") return;
     if (entries === null) {
-      this.#behind = new Set(ids.filter((/** @type {string} */ id) => !this.#recent.has(id)));
+      this.#role = "behind";
+      this.#owed = new Set(ids.filter((/** @type {string} */ id) => !this.#recent.has(id)));
       this.#own.clear();
       this.#feed = { at, cursor };
       if (!this.#connection) this.#connect();
       return;
     }
-    this.#synced = true;
-    this.#behind = null;
+    this.#role = "follows";
     this.#take(ready);
     for (const entry of entries) this.#takeEntry(entry);
     this.#rememberAll(recent);
@@ -1037,19 +1046,18 @@ class Subscription {
    * @param {string | null} id
    */
   #catchUp(id) {
-    if (!this.#behind || id === null) return;
+    if (this.#role !== "behind" || id === null) return;
     this.#own.add(id);
-    if (this.#behind.delete(id)) this.#joinFeed();
+    if (this.#owed.delete(id)) this.#joinFeed();
   }
 
   #joinFeed() {
-    if (this.#behind?.size) return;
-    this.#behind = null;
+    if (this.#owed.size) return;
     this.#own.clear();
     this.#connection?.stop();
     this.#connection = null;
     ({ at: this.#at, cursor: this.#cursor } = this.#feed);
-    this.#synced = true;
+    this.#role = "follows";
   }
 
   /** Adds the types of another tab. Returns whether the union grew. @param {Iterable<string> | null} types */
@@ -1074,10 +1082,10 @@ class Subscription {
     clearTimeout(this.#watch);
     this.#missed = 0;
     const ask = () => {
-      if (this.#leads || !this.#channel) return;
+      if (this.#role === "leads" || !this.#channel) return;
       const { status, retryAt } = this.#state;
       // The timers of a hidden page may be a minute late. A page that is seen does not wait for them.
-      const late = status === "waiting" && this.#synced && Date.now() > retryAt + PING_MS;
+      const late = status === "waiting" && this.#role === "follows" && Date.now() > retryAt + PING_MS;
       if (this.#missed >= 2 || (late && document.visibilityState === "visible")) {
         this.#runForLead(true);
         return;
@@ -1243,7 +1251,7 @@ class Subscription {
   }
 
   #describe() {
-    return Object.freeze({ ...this.#state, user: this.user, leads: this.#leads, loading: this.#loading > 0 });
+    return Object.freeze({ ...this.#state, user: this.user, leads: this.#role === "leads", loading: this.#loading > 0 });
   }
 
   /** @param {any} state */
