@@ -6,6 +6,8 @@ import ast
 import gzip
 import re
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import hypothesis
@@ -151,6 +153,21 @@ def test_each_library_has_its_file(library: str, owners: set[str]) -> None:
         name for name in FILES if any(found == library or found.startswith(library + ".") for found in imports(name))
     }
     assert users <= owners
+
+
+DISTRIBUTIONS = {"jwt": "pyjwt", "opentelemetry": "opentelemetry-sdk", "prometheus_client": "prometheus-client"}
+"""Packages whose distribution has another name."""
+
+
+def test_every_imported_library_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    server, tracing = project["optional-dependencies"]["server"], project["optional-dependencies"]["tracing"]
+    names = {re.match(r"[a-z0-9-]+", each)[0] for each in [*project["dependencies"], *server, *tracing]}  # type: ignore[index]
+    for name in FILES:
+        used = {found.partition(".")[0] for found in imports(name)} - sys.stdlib_module_names - {"bridge"}
+        if name == "pytest_plugin":
+            used -= {"pytest"}  # pytest loads it.
+        assert {DISTRIBUTIONS.get(each, each.replace("_", "-")) for each in used} <= names, name
 
 
 def test_only_settings_reads_the_environment() -> None:
