@@ -210,7 +210,7 @@ class Metrics:
         )
         self.log_wait_seconds = Histogram(
             "bridge_log_wait_seconds",
-            "Seconds that replays waited until a scan had read the log for them",
+            "Seconds that replays waited for their first scan",
             buckets=_ATTACH_BUCKETS,
             registry=self.registry,
         )

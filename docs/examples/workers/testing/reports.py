@@ -17,5 +17,5 @@ def make_report(job_id: str, user: str) -> None:
     try:
         publisher.to_user(user, done, id=f"{job_id}:completed")
     except PublishTimeout as error:
-        # The event may have arrived. The same id is the same event, so a second try never shows it twice.
+        # The event may have arrived. The same id is the same event, so a stream that has shown it does not repeat it.
         publisher.to_user(user, done, id=error.id)
