@@ -20,6 +20,7 @@ from tests.patience import DEADLINES, PATIENCE, VARIABLE
 SECRET = "a-secret-of-the-tests-0123456789abcdef"
 
 BRIDGE = os.environ.get("SUITE_BRIDGE", "tests.patience")
+FEED = os.environ.get("SUITE_FEED", "queues")
 """The module that is run: `bridge` with longer deadlines. `tests.slow` is the other one."""
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,7 @@ class Service:
             "BRIDGE_INTERNAL_BIND": "127.0.0.1:0",
             # A fast machine opens more streams of one user than any browser does. Tests of the limit set it.
             "BRIDGE_OPENINGS_PER_USER": "1000000",
+            **({"BRIDGE_FEED": FEED} if settings.get("LOG") != "" else {}),
             **{f"BRIDGE_{name}": value for name, value in settings.items()},
             VARIABLE: json.dumps(DEADLINES | (deadlines or {})),
         }

@@ -20,8 +20,9 @@ from bridge.catalogue.load import Catalogue
 from bridge.publisher import Publisher
 from bridge.service import descriptors
 from bridge.service.broker.eventlog import EventLog
-from bridge.service.broker.live import Broker, Delivery
+from bridge.service.broker.live import Broker
 from bridge.service.broker.quarantine import Quarantine
+from bridge.service.broker.tail import Tail
 from bridge.service.descriptors import INTERNAL_CONNECTIONS, Plan, TooFewDescriptors
 from bridge.service.health import Status, why_not_ready
 from bridge.service.http.auth import Authenticator, InvalidKeySet
@@ -31,7 +32,7 @@ from bridge.service.http.web import create_app, create_internal_app
 from bridge.service.logs import summarise_rare_lines
 from bridge.service.metrics import Metrics
 from bridge.service.settings import Settings, unknown_names
-from bridge.service.streams.hub import Hub
+from bridge.service.streams.hub import Feed, Hub
 from bridge.service.streams.reader import EventReader
 from bridge.service.streams.writer import WriteBatch
 
@@ -154,17 +155,17 @@ class _Service:
             ),
             limits=settings,
             metrics=metrics,
-            make_broker=self._make_broker,
+            make_feed=self._make_feed,
             log=self.log,
         )
-        broker = self.hub.broker
+        feed = self.hub.feed
         metrics.connections_limit.set(settings.max_connections)
         metrics.guests_limit.set(plan.guests)
         metrics.ready.set_function(lambda: self._why_not_ready() is None)
-        metrics.broker_connected.set_function(lambda: broker.connected)
-        metrics.broker_connects.set_function(lambda: broker.connects)
-        metrics.broker_dropped.set_function(lambda: broker.dropped)
-        metrics.queues_refused.set_function(lambda: broker.refused)
+        metrics.broker_connected.set_function(lambda: feed.connected)
+        metrics.broker_connects.set_function(lambda: feed.connects)
+        metrics.broker_dropped.set_function(lambda: feed.dropped)
+        metrics.queues_refused.set_function(lambda: feed.refused)
         if self.log is not None:
             log = self.log
             metrics.log_passes.set_function(lambda: log.scans)
@@ -184,28 +185,42 @@ class _Service:
         )
         self.internal = create_internal_app(why_not_ready=self._why_not_ready, metrics=metrics)
 
-    def _make_broker(self, on_shared: Delivery) -> Broker:
+    def _make_feed(self, hub: Hub) -> Feed:
         settings = self.settings
+        if settings.feed == "log":
+            assert self.log is not None, "the settings require a log"
+            assert settings.log_stream is not None, "the same"
+            return Tail(
+                settings.addresses,
+                exchange=settings.exchange,
+                quarantine=settings.quarantine,
+                log_stream=settings.log_stream,
+                log=self.log,
+                on_logged=hub.on_logged,
+                write_batch=self.write_batch,
+                max_body=settings.max_kept_bytes,
+            )
         return Broker(
             settings.addresses,
             exchange=settings.exchange,
             quarantine=settings.quarantine,
             log=settings.log_stream,
-            on_shared=on_shared,
+            on_shared=hub.on_shared,
+            write_watermark=None if self.log is None else self.log.write_watermark,
             write_batch=self.write_batch,
             max_body=settings.max_kept_bytes,
         )
 
     def _why_not_ready(self, exclude: Set[str] = frozenset()) -> str | None:
-        down_since = self.hub.broker.down_since
+        down_since = self.hub.feed.down_since
         status = Status(
-            started=self.hub.broker.connects > 0,
+            started=self.hub.feed.connects > 0,
             draining=self.hub.draining,
             connections=len(self.hub),
             max_connections=self.settings.max_connections,
             broker_away_seconds=None if down_since is None else time.monotonic() - down_since,
             missing_keys=self.authenticator.missing_keys,
-            broker_error=None if self.hub.broker.last_error is None else str(self.hub.broker.last_error),
+            broker_error=None if self.hub.feed.last_error is None else str(self.hub.feed.last_error),
         )
         return why_not_ready(status, grace_seconds=self.settings.broker_grace_seconds, exclude=exclude)
 
@@ -248,10 +263,11 @@ class _Service:
         quarantine = asyncio.create_task(self.quarantine.run(), name="quarantine")
         # The parts with connections to RabbitMQ. Each has its own task: in one `gather`, the first cancelled one would
         # end it, and the others could not close their connections before the loop ends.
-        connected = {asyncio.create_task(self.hub.broker.run(), name="broker")}
+        connected = {asyncio.create_task(self.hub.feed.run(), name="broker")}
         if self.log is not None:
             connected.add(asyncio.create_task(self.log.run(), name="log"))
-            connected.add(asyncio.create_task(self.hub.write_watermarks(), name="watermarks"))
+            if self.hub.feed.overlaps:
+                connected.add(asyncio.create_task(self.hub.write_watermarks(), name="watermarks"))
         stopping = asyncio.create_task(stop.wait(), name="stop")
         # Almost all objects that exist now live as long as the process: exclude them from further garbage collection.
         gc.collect()

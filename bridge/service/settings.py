@@ -142,6 +142,9 @@ class PublicSettings(BrokerSettings):
 class Settings(PublicSettings):
     """All settings of the service."""
 
+    feed: Annotated[Literal["queues", "log"], BeforeValidator(_lower)] = Field(
+        "queues", description="where live events come from: a queue for each stream, or the log, read once a process"
+    )
     bind: Bind = Field("127.0.0.1:8080", description="public address")
     internal_bind: Bind = Field("127.0.0.1:9090", description="address of probes and metrics, never exposed")
     jwt_secret: SecretStr | None = Field(None, description="key for HS256 tokens, at least 32 bytes")
@@ -255,6 +258,8 @@ def load(kind: type[Kind]) -> Kind:
             "BRIDGE_JWT_SECRET or BRIDGE_JWKS: set one of the two; without one, tokens cannot be verified "
             "(for development: export BRIDGE_JWT_SECRET=$(openssl rand -hex 32))"
         )
+    if isinstance(settings, Settings) and settings.feed == "log" and not settings.log:
+        faults.append("BRIDGE_FEED: 'log' reads the event log: set BRIDGE_LOG to its name, or BRIDGE_FEED to 'queues'")
     if faults or settings is None:
         raise InvalidSettings(faults)
     return settings

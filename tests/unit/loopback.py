@@ -58,6 +58,8 @@ class LiveQueues:
     has_dropped = False
     shared_queue = None
     last_error = None
+    overlaps = True
+    reached = None
 
     def __init__(self) -> None:
         self.down_since: float | None = None
@@ -95,7 +97,7 @@ class Site:
             reader=EventReader(catalogue, max_event_bytes=65_536, metrics=self.metrics, quarantine=quarantine),
             limits=self.settings,
             metrics=self.metrics,
-            make_broker=lambda _: broker,
+            make_feed=lambda _: broker,
             log=None,
         )
         secret = self.settings.jwt_secret

@@ -461,7 +461,7 @@ async def test_the_bridges_own_entries_go_to_the_logs_queue_directly(
 
     async def connect() -> None: ...
 
-    monkeypatch.setattr(eventlog, "_Consumer", Reading)
+    monkeypatch.setattr(eventlog, "LogConsumer", Reading)
     monkeypatch.setattr(log, "_connect", connect)
     monkeypatch.setattr(log._sender, "send", send)
     written = await log._write_watermark()
@@ -472,7 +472,7 @@ async def test_the_bridges_own_entries_go_to_the_logs_queue_directly(
     assert written.offset == 42
     # One in ten seconds for all streams that are open, and none without a stream.
     limits = Settings(jwt_secret=SecretStr(SECRET))
-    hub = Hub(reader=NOTHING, limits=limits, metrics=Metrics(), make_broker=lambda _: NOTHING, log=log)
+    hub = Hub(reader=NOTHING, limits=limits, metrics=Metrics(), make_feed=lambda _: NOTHING, log=log)
     pauses: list[float] = []
 
     async def sleep(seconds: float) -> None:

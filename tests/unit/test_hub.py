@@ -40,6 +40,8 @@ class Broker:
     shared_queue = "bridge.shared.1"
     has_dropped = False
     exchanges_lost = 0
+    overlaps = True
+    reached: Anchor | None = None
 
 
 class Limits:
@@ -87,7 +89,7 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
     metrics = Metrics()
     reader = EventReader({}, max_event_bytes=65_536, metrics=metrics, quarantine=quarantine)
     limits: Any = Limits()
-    hub = Hub(reader=reader, limits=limits, metrics=metrics, make_broker=lambda _: broker, log=log)
+    hub = Hub(reader=reader, limits=limits, metrics=metrics, make_feed=lambda _: broker, log=log)
     session = new_session()
     session.bound(0, Anchor(1, "AAAAAA"))
     session.tail_ended()
@@ -190,7 +192,7 @@ def test_a_fence_proves_nothing_while_messages_were_dropped() -> None:
         send(connection, 100 * number, count=9 if number == 1 else 1)
     (_, shared), (queue, own) = log.fences
     hub.on_shared("bridge.shared.1", shared)
-    broker: Any = hub.broker
+    broker: Any = hub.feed
     broker.has_dropped = True
     connection.on_delivery(queue, own)
     assert offset_of(connection) == 1
@@ -203,7 +205,7 @@ BODY = b'{"specversion":"1.0","id":"1","source":"/t","type":"test.done","data":{
 def test_a_live_event_that_cannot_be_read_is_a_gap_for_those_who_asked_for_its_type() -> None:
     quarantine: Any = Quarantine([], queue="q", on_dropped=lambda: None)
     hub, _, connection = make(quarantine)
-    hub._connections[connection] = None
+    hub._by_prefix = {"all.": {connection: None}}
     connection.session.take()
     connection.on_delivery("user.42.test.done", b"{")
     assert b"bridge.gap" not in connection.session.take(), "no catalogue can read it"
@@ -226,7 +228,7 @@ class Openings:
         broker: Any = Broker()
         broker.subscribe = self.subscribe
         made: Any = type("OfThisTest", (Limits,), limits)
-        self.hub = Hub(reader=NOTHING, limits=made, metrics=Metrics(), make_broker=lambda _: broker, log=None)
+        self.hub = Hub(reader=NOTHING, limits=made, metrics=Metrics(), make_feed=lambda _: broker, log=None)
 
     def subscribe(self, *_: Any, **__: Any) -> Any:
         self.asked += 1
@@ -314,7 +316,7 @@ def due(**changes: Any) -> Connection:
     hub, _, connection = make()
     limits: dict[str, float] = {"heartbeat_seconds": 15.0, "ends_at": 3_000.0, "expires_at": 2_000.0, **changes}
     connection.deadlines = Deadlines(0.0, **limits)
-    broker: Any = hub.broker
+    broker: Any = hub.feed
     broker.down_since = None
     connection.session.take()
     return connection
@@ -352,7 +354,7 @@ def test_a_quiet_stream_gets_a_heartbeat_and_later_its_position() -> None:
 )
 def test_a_stream_that_is_not_bound_in_time_is_told_busy(now: float, down_since: float | None, ends: bool) -> None:
     connection = due()
-    broker: Any = connection._hub.broker
+    broker: Any = connection._hub.feed
     broker.down_since = down_since
     connection.session = new_session()
     assert connection.deadline(0.0) == 3.0
@@ -367,9 +369,9 @@ def test_a_group_is_forgotten_with_its_last_connection(monkeypatch: pytest.Monke
     )
     one, other = to.hub.attach(request, lambda: None), to.hub.attach(request, lambda: None)
     to.hub.detach(one)
-    assert set(to.hub._by_group) == {"a", "b"}
+    assert set(to.hub._by_prefix) == {"user.42.", "group.a.", "group.b.", "all."}
     to.hub.detach(other)
-    assert (to.hub._by_group, to.hub._by_user, len(to.hub)) == ({}, Counter(), 0)
+    assert (to.hub._by_prefix, to.hub._by_user, len(to.hub)) == ({}, Counter(), 0)
 
 
 @pytest.mark.contract("5.13")

@@ -18,8 +18,8 @@ from bridge.service.broker.live import (
     CHANNELS_BESIDE_WORKERS,
     CHANNELS_OF_A_WORKER,
     Broker,
+    Outage,
     _Deletion,
-    _Outage,
     _Shared,
     count_channel_workers,
     describe_channels,
@@ -193,7 +193,7 @@ def test_bytes_that_are_no_news_are_none(body: bytes) -> None:
 
 
 def test_an_outage_has_a_line_for_each_new_cause_and_few_for_the_same() -> None:
-    outage = _Outage()
+    outage = Outage()
     with capture_logs() as lines:
         for _ in range(20):
             outage.log(BrokerUnavailable("refused"))

@@ -87,7 +87,7 @@ async def test_a_part_that_fails_ends_the_service_with_code_1(monkeypatch: pytes
     async def fail() -> None:
         raise RuntimeError("made by the test")
 
-    monkeypatch.setattr(made.hub.broker, "run", fail)
+    monkeypatch.setattr(made.hub.feed, "run", fail)
     with capture_logs() as lines:
         assert await made.run(*sockets(), asyncio.Event()) == 1
     assert [line["part"] for line in lines if line["event"] == "failed"] == ["broker"]
@@ -99,7 +99,7 @@ async def test_a_broker_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch) -
     async def refuse() -> None:
         raise BrokerError("the user may not")
 
-    monkeypatch.setattr(made.hub.broker, "run", refuse)
+    monkeypatch.setattr(made.hub.feed, "run", refuse)
     with capture_logs() as lines:
         assert await made.run(*sockets(), asyncio.Event()) == 1
     assert [line["error"] for line in lines if line["event"] == "cannot start"] == ["the user may not"]

@@ -23,8 +23,13 @@ async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> N
         ),
         limits=Settings(),
         metrics=metrics,
-        make_broker=lambda shared: Broker(
-            [], exchange="e", quarantine="q", log=LogSettings("l", "1h", 1), on_shared=shared, write_batch=WriteBatch()
+        make_feed=lambda hub: Broker(
+            [],
+            exchange="e",
+            quarantine="q",
+            log=LogSettings("l", "1h", 1),
+            on_shared=hub.on_shared,
+            write_batch=WriteBatch(),
         ),
         log=None,
     )

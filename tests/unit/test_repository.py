@@ -49,6 +49,7 @@ LAYERS = [
     ["service.streams.session", "service.settings", "service.metrics", "service.http.auth", "service.http.openapi"],
     ["service.broker.topology"],
     ["service.broker.live", "service.broker.eventlog", "service.broker.quarantine", "service.http.entrance"],
+    ["service.broker.tail"],
     ["service.streams.reader", "service.broker.lookup"],
     ["service.streams.hub"],
     ["service.tracing"],

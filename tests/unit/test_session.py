@@ -15,6 +15,7 @@ from bridge.service.streams.session import (
     CHUNK_BYTES,
     RECENT_IDS,
     TABLE,
+    UNREADABLE_MS,
     EventName,
     ReadTail,
     Replay,
@@ -606,6 +607,85 @@ def test_who_has_just_caught_up_is_not_ended_for_what_came_meanwhile() -> None:
     assert [frame.json["id"] for frame in frames(made)] == [f"e{100 + number}" for number in range(6)]
 
 
+# Events that come as entries of the log.
+
+
+def logged(number: int) -> Anchor:
+    return Anchor(number, f"{number:06}")
+
+
+def test_an_event_that_comes_as_an_entry_is_the_position_of_its_cursor() -> None:
+    made = live()
+    made.offer(make_event(1), 2000, anchor=logged(300))
+    made.offer(make_event(2), 2000, anchor=logged(305))
+    made.offer(make_event(2), 2001, anchor=logged(306))  # A publisher's retry.
+    assert [Cursor.parse(frame.id).anchor for frame in frames(made)] == [logged(300), logged(305)]
+    assert made.delivered == 2
+
+
+def test_an_entry_is_not_needed_before_the_stream_is_attached() -> None:
+    made = session(has_log=True)
+    made.offer(make_event(1), 900, anchor=logged(90))
+    made.bound(1000, WATERMARK)
+    made.lost()
+    made.offer(make_event(2), 2000, anchor=logged(200))
+    assert [frame.event for frame in frames(made)] == ["bridge.ready"]
+
+
+def test_a_stream_that_has_everything_needs_no_read_of_the_log() -> None:
+    made = live()
+    made.offer(make_event(1), 2000, anchor=logged(300))
+    made.reached(logged(310))
+    made.lost()
+    assert made.bound(3000, logged(310)) == Step()
+    assert made.state is State.LIVE
+    made.offer(make_event(2), 3001, anchor=logged(311))
+    assert [frame.json["id"] for frame in frames(made)] == ["e1", "e2"]
+    assert made._overlapping is False
+
+
+def test_a_stream_that_misses_something_reads_the_log() -> None:
+    made = live()
+    made.reached(logged(310))
+    made.lost()
+    assert made.bound(3000, logged(312)) == Step(Replay(310, 312, "000310"))
+
+
+def test_a_quiet_stream_moves_with_the_log() -> None:
+    made = live()
+    made.offer(make_event(1), 2000)
+    frames(made)
+    made.reached(logged(400))
+    made.send_position(2001)
+    *_, position = frames(made)
+    assert Cursor.parse(position.id) == Cursor(logged(400))
+
+
+def test_until_its_gap_is_sent_an_unreadable_event_stays_after_the_position() -> None:
+    made = session(has_log=True)
+    made.bound(1000, WATERMARK)
+    made.unreadable(2000)
+    frames(made)
+    made.unreadable(2001)
+    made.offer(make_event(1), 2002, anchor=logged(300))
+    made.reached(logged(310))
+    (event,) = frames(made)
+    assert Cursor.parse(event.id).anchor == WATERMARK
+    made.offer(make_event(2), 2000 + UNREADABLE_MS, anchor=logged(320))
+    assert next(frame.event for frame in frames(made)) == "bridge.gap"
+    made.offer(make_event(3), 2001 + UNREADABLE_MS, anchor=logged(321))
+    assert Cursor.parse(frames(made)[-1].id) == Cursor(logged(321), passed=(make_event(3).digest,))
+
+
+def test_entries_that_come_while_the_log_is_read_follow_it() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")))
+    made.offer(make_event(50), 5000, anchor=logged(150))
+    assert made.replayed(entry(1, 8))
+    assert made.caught_up(5001) == Step()
+    made.tail_ended()
+    assert [frame.json["id"] for frame in frames(made) if frame.event != "bridge.ready"] == ["e1", "e50"]
+
+
 @pytest.mark.contract("5.53")
 def test_a_retry_of_what_the_cursor_names_is_not_sent_again() -> None:
     made = returning(Cursor(Anchor(7, "abcdef"), (make_event(1).digest,)))
@@ -688,6 +768,7 @@ EVENTS: dict[EventName, Callable[[Session], object]] = {
     "prove": lambda made: made.prove(Anchor(300, "abcabc")),
     "heartbeat": lambda made: made.heartbeat(),
     "send_position": lambda made: made.send_position(2000),
+    "reached": lambda made: made.reached(WATERMARK),
     "end": lambda made: made.end("rotate", 1),
     "take": lambda made: made.take(),
 }

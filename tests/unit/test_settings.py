@@ -48,6 +48,16 @@ def test_without_any_key_it_does_not_start() -> None:
     assert load(BrokerSettings).exchange == "events"  # Publishing needs none.
 
 
+@pytest.mark.contract("8.1")
+def test_the_feed_from_the_log_needs_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, JWT_SECRET=SECRET, FEED="log", LOG="")
+    assert faults() == [
+        "BRIDGE_FEED: 'log' reads the event log: set BRIDGE_LOG to its name, or BRIDGE_FEED to 'queues'"
+    ]
+    set_all(monkeypatch, LOG="events.log")
+    assert load(Settings).feed == "log"
+
+
 def test_all_faults_are_named_with_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(
         monkeypatch,

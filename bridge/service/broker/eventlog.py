@@ -91,7 +91,17 @@ class Reader(Protocol):
 class Request(Want):
     """One request to read. `cancel` ends it at any time; its reader is not called after that."""
 
-    __slots__ = ("_on_cancel", "cancelled", "caught_up_at", "has_begun", "prefixes", "reader", "replay", "verified")
+    __slots__ = (
+        "_on_cancel",
+        "cancelled",
+        "caught_up_at",
+        "has_begun",
+        "prefixes",
+        "reader",
+        "reads_tail",
+        "replay",
+        "verified",
+    )
 
     def __init__(
         self,
@@ -103,6 +113,7 @@ class Request(Want):
         since: float = 0.0,
         extends: bool = False,
         tail_only: bool = False,
+        reads_tail: bool = True,
         on_cancel: Callable[[Request], object] = bool,
     ) -> None:
         super().__init__(
@@ -117,6 +128,8 @@ class Request(Want):
         self.replay = replay
         self.prefixes = prefixes
         self.reader = reader
+        self.reads_tail = reads_tail
+        """Whether the tail read follows. It does not if the stream gets every later entry."""
         self.verified = replay.check is None
         self.cancelled = False
         self.caught_up_at: float | None = None
@@ -220,6 +233,7 @@ class EventLog:
         user: str,
         since: float,
         extends: bool = False,
+        reads_tail: bool = True,
     ) -> Request:
         """Asks for the entries of a replay whose routing keys begin with one of the prefixes (`user.42.`, `all.`).
 
@@ -227,8 +241,18 @@ class EventLog:
             user: whose budget pays for it.
             since: when the client began to wait, by the monotonic clock.
             extends: it continues a replay that reached its end, with the events published since then.
+            reads_tail: whether the second after the end is read too. Without it, `tail_ended` follows `caught_up`.
         """
-        request = Request(replay, prefixes, reader, user=user, since=since, extends=extends, on_cancel=self._forget)
+        request = Request(
+            replay,
+            prefixes,
+            reader,
+            user=user,
+            since=since,
+            extends=extends,
+            reads_tail=reads_tail,
+            on_cancel=self._forget,
+        )
         self._add(request)
         return request
 
@@ -368,7 +392,7 @@ class EventLog:
         try:
             async with (
                 asyncio.timeout(WATERMARK_TIMEOUT_SECONDS),
-                _Consumer(await self._connect(), self._name, "next", on_entry),
+                LogConsumer(await self._connect(), self._name, "next", on_entry),
             ):
                 await self._sender.send(
                     mine,
@@ -383,16 +407,16 @@ class EventLog:
             raise NotFound(str(error)) from None
         except (TimeoutError, BrokerUnavailable) as error:
             _log.warning("the log takes no entry; using its newest", error=str(error) or "no answer in time")
-            return await self._newest()
+            return await self.newest()
 
-    async def _newest(self) -> Anchor:
+    async def newest(self) -> Anchor:
         """The last entry of the log.
 
         Raises:
             BrokerError: the log cannot be read, or is empty.
         """
         newest: list[Anchor] = []
-        async with _Consumer(
+        async with LogConsumer(
             await self._connect(),
             self._name,
             "last",
@@ -469,7 +493,7 @@ class EventLog:
         scan, readers = reading.scan, len(reading.active)
         began = time.monotonic()
         try:
-            async with _Consumer(await self._connect(), self._name, scan.start, reading.on_entry) as consumer:
+            async with LogConsumer(await self._connect(), self._name, scan.start, reading.on_entry) as consumer:
                 while reading.active and not reading.is_stopped:
                     await consumer.idle(TAIL_SECONDS / 4, reading.changed)
                     reading.end_tails(time.monotonic() - TAIL_SECONDS)
@@ -574,6 +598,9 @@ class _Reading:
         request.caught_up_at = time.monotonic()
         if not request.tail_only:
             request.reader.caught_up()
+        if not request.reads_tail and not request.cancelled:
+            self._remove(request)
+            request.reader.tail_ended()
 
     def _begin(self, request: Request, offset: int, check: str) -> None:
         if request.cancelled:
@@ -629,7 +656,7 @@ class _Reading:
             self.changed.set()
 
 
-class _Consumer:
+class LogConsumer:
     """Reads a RabbitMQ stream from an offset, on a channel of its own, within `async with`.
 
     On exit it stops consuming before it closes the channel: an ack after the channel's close would close the
@@ -642,7 +669,9 @@ class _Consumer:
         stream: str,
         offset: int | str,
         on_entry: Callable[[int, str, bytes], None],
+        on_failure: Callable[[], object] = bool,
     ) -> None:
+        self._on_failure = on_failure
         self._connection = connection
         self._stream = stream
         self._offset = offset
@@ -650,7 +679,7 @@ class _Consumer:
         self._consumer: Consumer
         self._failure: BaseException | None = None
 
-    async def __aenter__(self) -> _Consumer:
+    async def __aenter__(self) -> LogConsumer:
         self._consumer = await Consumer.open(self._connection, self._deliver, prefetch=PREFETCH)
         channel = self._consumer.channel
         channel.closing.add_done_callback(self._on_closed)
@@ -686,6 +715,8 @@ class _Consumer:
     def _on_closed(self, closing: asyncio.Future[object]) -> None:
         error = None if closing.cancelled() else closing.exception()
         self._failure = error or Exception("channel closed")
+        self._on_failure()
 
     def _on_cancelled(self, _: Basic.Cancel) -> None:
         self._failure = NotFound("the broker cancelled the consumer")
+        self._on_failure()

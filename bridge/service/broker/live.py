@@ -36,6 +36,7 @@ from bridge.service.broker.consumer import Batch, Consumer, ConsumingConnection
 from bridge.service.broker.deliveries import MAX_BODY_BYTES
 from bridge.service.logs import RareLine
 from bridge.service.settings import LogSettings
+from bridge.service.streams.cursor import Anchor
 
 if TYPE_CHECKING:
     import aio_pika
@@ -100,6 +101,8 @@ _RETRY_SECONDS = 1.0
 _LOG_PAUSE_SECONDS = 0.1
 
 _log = structlog.get_logger("bridge.broker")
+
+OnWatermark = Callable[[Anchor | None, int], None]
 
 Delivery = Callable[[str, bytes], None]
 """Called with the routing key and the body of a message. It must not raise."""
@@ -201,8 +204,12 @@ class Broker:
         exchange, quarantine, log: the topology, declared with every new connection.
         on_shared: called with each message of the shared queue.
         write_batch: entered and left around the callbacks of all messages of one packet.
+        write_watermark: writes an entry to the log, and calls back with it; None without a log.
         max_body: limit of a body in bytes; callbacks get a `Cut` of a larger one.
     """
+
+    overlaps = True
+    reached: Anchor | None = None
 
     def __init__(
         self,
@@ -213,9 +220,11 @@ class Broker:
         log: LogSettings | None,
         on_shared: Delivery,
         write_batch: Batch,
+        write_watermark: Callable[[OnWatermark], None] | None = None,
         max_body: int = MAX_BODY_BYTES,
     ) -> None:
         self._addresses = addresses
+        self._write_watermark = write_watermark
         self._write_batch = write_batch
         self._max_body = max_body
         self.log = log
@@ -232,7 +241,7 @@ class Broker:
         """Monotonic time since which the bridge does not consume; None while it consumes."""
         self._up_since = 0.0
         self.last_error: BrokerError | None = None
-        self._outage = _Outage()
+        self._outage = Outage()
         self.connects = 0
         """Connections since the start, the first included."""
         self.dropped = 0
@@ -261,6 +270,13 @@ class Broker:
     def shared_queue(self) -> str | None:
         """The name of the shared queue; None while it is not consumed."""
         return self._epoch.shared.queue if self._epoch is not None and self._epoch.shared.consuming else None
+
+    def find_position(self, on_found: OnWatermark) -> None:
+        """Calls back with an entry that is written to the log now; without a log, with None."""
+        if self._write_watermark is None:
+            on_found(None, 0)
+        else:
+            self._write_watermark(on_found)
 
     def subscribe(
         self,
@@ -356,7 +372,7 @@ class Broker:
         self.down_since = None
         self._up_since = time.monotonic()
         self.last_error = None
-        self._outage = _Outage()
+        self._outage = Outage()
         if is_new:
             # The limit may be temporary, so the next connection tries more channels again.
             self._most_workers = min(CHANNEL_WORKERS, 2 * self._most_workers)
@@ -384,7 +400,7 @@ class Broker:
             _mark_lost(subscription)
 
 
-class _Outage:
+class Outage:
     """The log lines of one outage: one for each new cause, and for the attempts 1, 2, 4, 8, and so on.
 
     An outage of an hour has some 700 attempts, and a dozen lines.
@@ -438,7 +454,7 @@ class _Deletion(NamedTuple):
         return self.exchange == exchange and self.instance != instance and self.age < seconds_since_made
 
 
-def _log_differences(what: str, declared: topology.Declared, detail: str = "no action is needed") -> None:
+def log_differences(what: str, declared: topology.Declared, detail: str = "no action is needed") -> None:
     if declared.differences:
         differences = [str(each) for each in declared.differences]
         _log.warning(f"the {what} differs, and fits", differences=differences, detail=detail)
@@ -479,7 +495,7 @@ class _ConnectionEpoch:
         Raises:
             BrokerError: names the difference or the missing right, and how to fix it.
         """
-        _log_differences("exchange", await topology.declare_exchange(self.connection, self.broker.exchange))
+        log_differences("exchange", await topology.declare_exchange(self.connection, self.broker.exchange))
         await self._declare_quarantine()
         if self.broker.log is not None:
             try:
@@ -504,7 +520,7 @@ class _ConnectionEpoch:
             raise
         if declaring.done():
             try:
-                _log_differences("quarantine", declaring.result())
+                log_differences("quarantine", declaring.result())
             except NotFound as error:
                 _log.error("no quarantine", error=str(error))
         else:
@@ -516,7 +532,7 @@ class _ConnectionEpoch:
         if declaring.cancelled() or self._closed.is_set():
             return
         try:
-            _log_differences("quarantine", declaring.result())
+            log_differences("quarantine", declaring.result())
         except BrokerError as error:
             _log.error("no quarantine", error=str(error))
         else:
@@ -534,7 +550,7 @@ class _ConnectionEpoch:
                 if time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(_LOG_PAUSE_SECONDS)
-        _log_differences(
+        log_differences(
             "log",
             declared,
             "the limits of the existing log apply. Set BRIDGE_LOG_MAX_AGE and BRIDGE_LOG_MAX_BYTES to them. To apply "

@@ -13,17 +13,17 @@ import random
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, get_args
 
 import structlog
 
+from bridge.amqp import BrokerError
 from bridge.routing import Audience, RoutingError, TypeFilter, split_key
 from bridge.service import clock
 from bridge.service.broker.eventlog import EventLog, Request
-from bridge.service.broker.live import Broker, Delivery, Subscription
 from bridge.service.budgets import Budgets
 from bridge.service.http.auth import Subscriber
 from bridge.service.metrics import Metrics
@@ -101,6 +101,88 @@ class Limits(Protocol):
     def backlog_bytes(self) -> int: ...
 
 
+class Subscription(Protocol):
+    """What a feed has for one stream."""
+
+    number: int
+    """Of the stream, in this process."""
+
+    @property
+    def queue(self) -> str:
+        """The stream's own queue; empty without one."""
+
+    @property
+    def bound(self) -> bool: ...
+    def close(self) -> None:
+        """Ends the deliveries at once. May be called again."""
+
+
+class Feed(Protocol):
+    """Where live events come from: a queue for each stream (`broker.live`), or the log itself (`broker.tail`).
+
+    Positions, and what has to be read besides, are the feed's. So the hub and the sessions do not know which it is.
+    """
+
+    @property
+    def down_since(self) -> float | None:
+        """Monotonic time since which no event arrives; None while they do."""
+
+    @property
+    def connected(self) -> bool: ...
+    @property
+    def connects(self) -> int:
+        """Connections since the start, the first included."""
+
+    @property
+    def last_error(self) -> BrokerError | None: ...
+    @property
+    def dropped(self) -> int:
+        """Messages that RabbitMQ has dropped from queues of the feed since the start."""
+
+    @property
+    def refused(self) -> int:
+        """Queues that RabbitMQ has refused for a limit since the start."""
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether RabbitMQ has just dropped messages, and the streams are not being read from the log yet."""
+
+    @property
+    def shared_queue(self) -> str | None: ...
+    @property
+    def exchanges_lost(self) -> int:
+        """How often events may have been lost before the log had them."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether an event may arrive live before or after it is in the log. If not, each comes as its log's entry."""
+
+    @property
+    def reached(self) -> Anchor | None:
+        """The entry up to which the hub was given everything; None if events do not come as entries."""
+
+    def find_position(self, on_found: Callable[[Anchor | None, int], None]) -> None:
+        """Calls back with an entry of the log: every later event of a bound stream arrives live."""
+
+    def subscribe(
+        self,
+        keys: Sequence[str],
+        groups: Sequence[str],
+        *,
+        on_delivery: Callable[[str, bytes], None],
+        on_bound: Callable[[], None],
+        on_lost: Callable[[], None],
+        on_refused: Callable[[], None],
+    ) -> Subscription: ...
+
+    async def run(self) -> None:
+        """Keeps the feed until it is cancelled.
+
+        Raises:
+            AccessRefused, TopologyMismatch, NotFound: at the start only: waiting does not fix it.
+        """
+
+
 class Refused(Exception):
     """No stream is opened now. `reason` and `retry_ms` belong into the `bridge.bye` to send."""
 
@@ -140,13 +222,13 @@ class Connection:
         "_hub",
         "_paused_at",
         "_prefix",
-        "_prefixes",
         "_request",
         "_waits_since",
         "_watermarks_seen",
         "deadlines",
         "fault",
         "opened_at",
+        "prefixes",
         "ready_at",
         "request",
         "session",
@@ -183,8 +265,8 @@ class Connection:
         """The newest watermark for which a fence was put into its queue."""
         subscriber = request.subscriber
         audiences = [Audience.user(subscriber.user), *map(Audience.group, subscriber.groups), Audience.everyone()]
-        self._prefixes = [audience.prefix for audience in audiences]
-        self._prefix = self._prefixes[0]
+        self.prefixes = [audience.prefix for audience in audiences]
+        self._prefix = self.prefixes[0]
 
     # Called by the broker's side.
 
@@ -202,11 +284,11 @@ class Connection:
         elif event.depends_on_catalogue:
             self.unreadable()
 
-    def offer(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
+    def offer(self, event: StreamEvent, now_ms: int, *, shared: bool = False, anchor: Anchor | None = None) -> None:
         try:
             if self._watermarks_seen != self._hub.watermarks:
                 self._take_watermarks()
-            self.session.offer(event, now_ms, shared=shared)
+            self.session.offer(event, now_ms, shared=shared, anchor=anchor)
         except Exception as fault:  # noqa: BLE001
             self._fail(fault)
         self.wake()
@@ -218,17 +300,17 @@ class Connection:
             self.session.unreadable(clock.now_ms(), logged=logged)
 
     def on_bound(self) -> None:
-        log = self._hub.log
         self._epoch += 1
-        if log is None:
+        if self._hub.log is None:
             self._on_bound_watermark(self._epoch, None, 0)
         else:
-            log.write_watermark(partial(self._on_bound_watermark, self._epoch))
+            self._hub.feed.find_position(partial(self._on_bound_watermark, self._epoch))
 
     def on_lost(self) -> None:
         with self._contained():
             self.forget()
             self._waits_since = time.monotonic()
+            self._take_reached()
             self.session.lost()
             self.expect(self.session.is_ready or bool(self.request.last_event_id))
 
@@ -292,6 +374,10 @@ class Connection:
         if self.session.sent_behind_anchor >= MANY_BEHIND:
             self.ask_for_proof()
 
+    def _take_reached(self) -> None:
+        if (anchor := self._hub.feed.reached) is not None:
+            self.session.reached(anchor)
+
     def _skip_watermarks(self) -> None:
         """A stream that goes live is sent buffered events. They may be on either side of an earlier watermark."""
         self._watermarks_seen = self._hub.watermarks
@@ -309,7 +395,7 @@ class Connection:
     def _on_fence(self, body: bytes) -> None:
         number = self._hub.read_fence(body)
         # A fence passes a message that was dropped. Then it proves nothing, and the log is about to be read.
-        if number is None or self._hub.broker.has_dropped:
+        if number is None or self._hub.feed.has_dropped:
             return
         with self._contained():
             self._take_watermarks()
@@ -347,12 +433,18 @@ class Connection:
         assert log is not None, "the session asks for the log only after a watermark"
         if isinstance(action, Replay):
             since = self._waits_since
-            self._request = log.replay(action, self._prefixes, self, user=user, since=since, extends=extends)
+            reads_tail = self._hub.feed.overlaps
+            self._request = log.replay(
+                action, self.prefixes, self, user=user, since=since, extends=extends, reads_tail=reads_tail
+            )
         elif isinstance(action, ReadTail):
-            self._request = log.read_tail(action.after, self._prefixes, self, user=user)
+            if self._hub.feed.overlaps:
+                self._request = log.read_tail(action.after, self.prefixes, self, user=user)
+            else:
+                self.session.tail_ended()
         else:
             self._end_request()
-            log.write_watermark(partial(self._on_later_watermark, self._epoch))
+            self._hub.feed.find_position(partial(self._on_later_watermark, self._epoch))
 
     def found(self) -> None:
         with self._contained():
@@ -420,6 +512,7 @@ class Connection:
             if now >= self.opened_at + ATTACH_SECONDS or self._hub.broker_is_away(now):
                 session.end("busy", deadlines.busy_retry_ms(random.random()))
         elif due.position_due(now):
+            self._take_reached()
             session.send_position(clock.now_ms())
             due.moved(now)
             self._take_watermarks()
@@ -448,7 +541,7 @@ class Hub:
     """
     Args:
         reader: reads messages of all queues and of the log.
-        make_broker: given the function for shared deliveries, makes the broker's side.
+        make_feed: given the hub, makes the source of live events. It calls `on_shared` or `on_logged`.
         log: what clients resume from; None without one.
     """
 
@@ -458,7 +551,7 @@ class Hub:
         reader: EventReader,
         limits: Limits,
         metrics: Metrics,
-        make_broker: Callable[[Delivery], Broker],
+        make_feed: Callable[[Hub], Feed],
         log: EventLog | None,
     ) -> None:
         self.reader = reader
@@ -466,11 +559,12 @@ class Hub:
         self._metrics = metrics
         for cause in CAUSES:
             metrics.streams_refused.labels(cause)
-        self.broker = make_broker(self.on_shared)
+        self.feed = make_feed(self)
         self.log = log
         self.draining = False
         self._connections: dict[Connection, None] = {}
-        self._by_group: dict[str, dict[Connection, None]] = {}
+        self._by_prefix: dict[str, dict[Connection, None]] = {}
+        """By the first words of their routing keys, as in `user.42.`: the connections whose audience it is."""
         self._by_user: Counter[str] = Counter()
         openings = limits.openings_per_user or max(LEAST_OPENINGS, OPENINGS_FACTOR * limits.max_connections_per_user)
         self._openings = Budgets(openings, OPENINGS_SECONDS / openings, most=USERS_KEPT)
@@ -529,12 +623,12 @@ class Hub:
         connection = Connection(self, request, session, own_deadlines, wake, now)
         self._connections[connection] = None
         self._by_user[user] += 1
-        for group in request.subscriber.groups:
-            self._by_group.setdefault(group, {})[connection] = None
+        for prefix in connection.prefixes:
+            self._by_prefix.setdefault(prefix, {})[connection] = None
         self._empty.clear()
         self._metrics.connections.set(len(self._connections))
         connection.expect(bool(request.last_event_id))
-        connection.subscription = self.broker.subscribe(
+        connection.subscription = self.feed.subscribe(
             request.keys,
             request.subscriber.groups,
             on_delivery=connection.on_delivery,
@@ -565,11 +659,11 @@ class Hub:
         self._by_user[user] -= 1
         if not self._by_user[user]:
             del self._by_user[user]
-        for group in connection.request.subscriber.groups:
-            members = self._by_group[group]
+        for prefix in connection.prefixes:
+            members = self._by_prefix[prefix]
             del members[connection]
             if not members:
-                del self._by_group[group]
+                del self._by_prefix[prefix]
         if not self._connections:
             self._empty.set()
         self._metrics.connections.set(len(self._connections))
@@ -579,7 +673,7 @@ class Hub:
 
     def broker_is_away(self, now: float) -> bool:
         """Whether it has been away for longer than a restart takes."""
-        down_since = self.broker.down_since
+        down_since = self.feed.down_since
         return down_since is not None and now >= down_since + BROKER_MOMENT_SECONDS
 
     def record(self, connection: Connection, gap: GapReason | None, *, outcome: str = "gap") -> None:
@@ -609,7 +703,7 @@ class Hub:
         self.watermarks += 1
         # An event reaches the log and the queues at slightly different moments. So a fence proves the watermark before
         # the newest: since then RabbitMQ has answered, and has had ten seconds for events on their way.
-        if self.watermarks > 1 and (queue := self.broker.shared_queue) is not None:
+        if self.watermarks > 1 and (queue := self.feed.shared_queue) is not None:
             self.log.fence(queue, self.fence(self.watermarks - 1))
 
     def complete_from(self, watermark: Anchor | None) -> int:
@@ -618,8 +712,8 @@ class Hub:
         Args:
             watermark: was written after the queues were bound, and so after the log was.
         """
-        if watermark is not None and self._exchanges_lost != self.broker.exchanges_lost:
-            self._exchanges_lost = self.broker.exchanges_lost
+        if watermark is not None and self._exchanges_lost != self.feed.exchanges_lost:
+            self._exchanges_lost = self.feed.exchanges_lost
             self._log_complete_from = watermark.offset
         return self._log_complete_from
 
@@ -667,19 +761,34 @@ class Hub:
             if connection.session.types.matches(event.type):
                 connection.offer(event, now_ms, shared=True)
 
-    def _report_unreadable(self, routing_key: str) -> None:
+    def on_logged(self, anchor_of: Callable[[], Anchor], routing_key: str, body: bytes) -> None:
+        """An entry of the log, from a feed that reads the log. Nearly all of a busy log are for nobody here."""
+        # `user.42.job.done` -> `user.42.`, `all.job.done` -> `all.`
+        kind, _, rest = routing_key.partition(".")
+        members = self._by_prefix.get("all." if kind == "all" else f"{kind}.{rest.partition('.')[0]}.")
+        if not members:
+            return
+        event = self.reader.read(routing_key, body, via=0, only=len(members) == 1)
+        if not isinstance(event, StreamEvent):
+            if event.depends_on_catalogue:
+                self._report_unreadable(routing_key, everyone=True)
+            return
+        now_ms, anchor, shared = clock.now_ms(), anchor_of(), _is_shared(routing_key)
+        for connection in list(members) if len(members) > 1 else tuple(members):
+            if connection.session.types.matches(event.type):
+                connection.offer(event, now_ms, shared=shared, anchor=anchor)
+
+    def _report_unreadable(self, routing_key: str, *, everyone: bool = False) -> None:
         try:
             audience, event_type = split_key(routing_key)
         except RoutingError:
             return
-        for connection in self._members(audience) if audience.kind != "user" else ():
+        for connection in self._members(audience) if everyone or audience.kind != "user" else ():
             if connection.session.types.matches(event_type):
                 connection.unreadable()
 
     def _members(self, audience: Audience) -> list[Connection]:
-        if audience.kind == "all":
-            return list(self._connections)
-        return list(self._by_group.get(audience.id, ()))
+        return list(self._by_prefix.get(audience.prefix, ()))
 
     def record_copy(self, routing_key: str) -> None:
         """Reports a message that a `CC` or `BCC` header sent to a queue that its own key does not lead to.

@@ -48,6 +48,8 @@ class Entry:
     event: StreamEvent
     shared: bool = False
     """Whether its audience is a group or everybody, which the shared queue serves."""
+    received_ms: int | None = None
+    """When it was received live; None if it was read for this client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,13 @@ class Reset:
     """In the backlog: from here on this is the position, and nothing after it has been sent."""
 
     anchor: Anchor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """In the backlog: everything up to this entry of the log has been sent, or is not for this client."""
+
+    anchor: Anchor
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +102,9 @@ class Live(NamedTuple):
     shared: bool
 
 
-Item = Entry | Live | Reset | Watermark | Proof | Passed | Forget | bytes
+Item = Entry | Live | Reset | Reached | Watermark | Proof | Passed | Forget | bytes
 
-Silent = Reset | Watermark | Proof | Passed | Forget
+Silent = Reset | Reached | Watermark | Proof | Passed | Forget
 
 
 class _Sent(NamedTuple):
@@ -171,6 +180,11 @@ class Progress:
             # Everything up to here has been sent. Live events that were sent from after it stay as they are.
             self.anchor = Anchor(item.offset, item.check)
             self.passed.append(item.event.digest)
+            if item.received_ms is not None:
+                self._forget_sent()  # It is newer than all events before it.
+        elif isinstance(item, Reached):
+            self.anchor = item.anchor
+            self._forget_sent()
         elif isinstance(item, Passed):
             self._pass(item)
         elif isinstance(item, Watermark):
@@ -190,11 +204,16 @@ class Progress:
             self._unnamed[item.shared] = NONE
         elif isinstance(item, Reset):
             self.anchor = item.anchor
-            self._digests = ""
-            self._named.clear()
-            self._unnamed = [NONE, NONE]
+            self._forget_sent()
             self._pending.clear()
             self.passed.clear()
+
+    def _forget_sent(self) -> None:
+        """Nothing has been sent after the position."""
+        if self._named:
+            self._digests = ""
+            self._named.clear()
+        self._unnamed = [NONE, NONE]
 
     def _send(self, item: Live) -> None:
         event, received_ms, shared = item

@@ -22,7 +22,7 @@ from typing import Literal
 
 from bridge.routing import TypeFilter
 from bridge.service.streams import sse
-from bridge.service.streams.cursor import Anchor, Cursor, InvalidCursor
+from bridge.service.streams.cursor import NONE, Anchor, Cursor, InvalidCursor
 from bridge.service.streams.progress import (
     OVERLAP_MS,
     Entry,
@@ -32,6 +32,7 @@ from bridge.service.streams.progress import (
     Passed,
     Progress,
     Proof,
+    Reached,
     Reset,
     Silent,
     Watermark,
@@ -73,7 +74,7 @@ class State(Enum):
 
 EventName = Literal[
     "bound", "lost", "found", "not_found", "replayed", "read_on", "caught_up", "extend", "offer", "offer_tail",
-    "tail_ended", "unreadable", "watermark", "prove", "heartbeat", "send_position", "end", "take",
+    "tail_ended", "unreadable", "reached", "watermark", "prove", "heartbeat", "send_position", "end", "take",
 ]  # fmt: skip
 """The session's methods that take an event."""
 
@@ -82,6 +83,7 @@ Cell = tuple[State, ...] | Literal["ignored", "wrong"]
 
 _OPENING, _REPLAYING, _LIVE, _DETACHED, _ENDED = State
 _STARTS = (_LIVE, _REPLAYING)
+_NOT_ATTACHED = (_OPENING, _DETACHED)
 
 # fmt: off
 _ROWS: dict[EventName, tuple[Cell, Cell, Cell, Cell, Cell]] = {
@@ -98,6 +100,7 @@ _ROWS: dict[EventName, tuple[Cell, Cell, Cell, Cell, Cell]] = {
     "offer_tail":    ("wrong",             "wrong",                 (_LIVE, _ENDED), "wrong",             "ignored"),
     "tail_ended":    ("wrong",             "wrong",                 (_LIVE, _ENDED), "wrong",             "ignored"),
     "unreadable":    ((_OPENING,),         (_REPLAYING,),           (_LIVE,),        "ignored",           "ignored"),
+    "reached":       ("ignored",           "ignored",               (_LIVE,),        "ignored",           "ignored"),
     "watermark":     ("ignored",           "ignored",               (_LIVE,),        "ignored",           "ignored"),
     "prove":         ("ignored",           "ignored",               (_LIVE,),        "ignored",           "ignored"),
     "heartbeat":     ("ignored",           (_REPLAYING,),           (_LIVE,),        (_DETACHED,),        "ignored"),
@@ -264,7 +267,7 @@ class Session:
         self._recent: dict[str, None] = {}
 
         # Kept back: live events while the log is read, and events of the tail read while older ones may arrive live.
-        self._buffered: OrderedDict[str, Live] = OrderedDict()  # By event id.
+        self._buffered: OrderedDict[str, Entry | Live] = OrderedDict()  # By event id.
         self._buffered_bytes = 0
         self._buffer_overflowed = False
         self._pending: dict[str, Live] | None = None  # By event id.
@@ -357,11 +360,19 @@ class Session:
             return self._go_live("unknown")  # A cursor of a log that was deleted, or an invented one.
         if resume_from.anchor.offset < complete_from:
             return self._go_live("no-log")
+        if self.is_ready and resume_from.anchor == watermark and self._has_sent_nothing_after(resume_from):
+            self._release_buffered()  # Nothing was published meanwhile.
+            self._overlapping = False
+            return _NOTHING
         self.state = State.REPLAYING
         self._replay = Replay(resume_from.anchor.offset, watermark.offset, resume_from.anchor.check)
         self._sent_by_cursor = frozenset(resume_from.digests + resume_from.passed)
         self._recall = Recall(resume_from.unnamed)
         return Step(self._replay)
+
+    @staticmethod
+    def _has_sent_nothing_after(cursor: Cursor) -> bool:
+        return not cursor.digests and cursor.unnamed == (NONE, NONE)
 
     def _progress_behind_backlog(self) -> Progress:
         progress = self._progress.copy()
@@ -497,7 +508,7 @@ class Session:
 
     def _append(self, item: Silent) -> None:
         if self._backlog:
-            if isinstance(item, Reset) and isinstance(self._backlog[-1], Reset):
+            if isinstance(item, Reset | Reached) and type(item) is type(self._backlog[-1]):
                 self._backlog.pop()  # Nothing was sent between the two: losses must not pile up.
             self._backlog.append(item)
         else:
@@ -521,7 +532,7 @@ class Session:
             # now on events are buffered, and not from the answer on: the answer comes by another connection, and may be
             # later than events that are behind the watermark.
             while self._buffered and (
-                next(iter(self._buffered.values())).received_ms < now_ms - OVERLAP_MS
+                (next(iter(self._buffered.values())).received_ms or 0) < now_ms - OVERLAP_MS
                 or self._is_over(2 * len(self._buffered), 2 * self._buffered_bytes)
             ):
                 self._unbuffer(next(iter(self._buffered)))
@@ -594,8 +605,11 @@ class Session:
 
     # Live events.
 
-    def offer(self, event: StreamEvent, now_ms: int, *, shared: bool = False) -> None:
-        """Takes an event that RabbitMQ delivered, by the client's own queue or by the shared one.
+    def offer(self, event: StreamEvent, now_ms: int, *, shared: bool = False, anchor: Anchor | None = None) -> None:
+        """Takes an event that RabbitMQ delivered: by the client's own queue, by the shared one, or by the log itself.
+
+        With `anchor`, the event is this entry of the log, and every event before it in the log was offered before it.
+        While the stream is not attached such an event is not needed: `bound` names an entry that is not before it.
 
         An event whose id was offered a short while ago is the same event: a publisher's retry, or one that arrived by
         two of the connection's audiences. It is dropped. A backlog over its limit ends the stream as `slow`.
@@ -604,7 +618,13 @@ class Session:
             return
         if now_ms > self._now_ms:
             self._now_ms = now_ms
-        item = Live(event, now_ms, shared)
+        item: Entry | Live
+        if anchor is None or self._unreadable_pending:  # Until that gap is sent, the position must not move.
+            item = Live(event, now_ms, shared)
+        else:
+            item = Entry(anchor.offset, anchor.check, event, shared, now_ms)
+        if anchor is not None and self.state in _NOT_ATTACHED:
+            return
         if self.state is State.LIVE:
             if self._unreadable_pending and now_ms >= (self._unreadable_gap_ms or 0) + UNREADABLE_MS:
                 self._send_unreadable_gap()
@@ -650,6 +670,11 @@ class Session:
         self._backlog_bytes += len(event.named)
 
     # Positions and deadlines.
+
+    def reached(self, anchor: Anchor) -> None:
+        """Every event up to this entry of the log was offered: it becomes the client's position."""
+        if self._takes("reached") and not self._unreadable_pending:
+            self._append(Reached(anchor))
 
     def watermark(self, anchor: Anchor, seen_ms: int) -> None:
         """The bridge has just written this entry to the log. `prove` may make it the client's position."""
@@ -712,11 +737,7 @@ class Session:
 
         Each with when it was received live, in ms; None for an event from the log.
         """
-        return [
-            (item.event, item.received_ms if isinstance(item, Live) else None)
-            for item in self._backlog
-            if isinstance(item, Entry | Live)
-        ]
+        return [(item.event, item.received_ms) for item in self._backlog if isinstance(item, Entry | Live)]
 
     def take(self) -> bytes:
         """Returns the bytes to write now: whole frames, about 64 KiB at most (and one frame more if it is larger).
@@ -741,7 +762,7 @@ class Session:
             self._backlog_events -= 1
             self._backlog_bytes -= len(event.named)
             self.delivered += 1
-            if self.oldest_ms is None and isinstance(item, Live):
+            if self.oldest_ms is None:
                 self.oldest_ms = item.received_ms
             if self._audience:
                 tail = event.with_audience(named=self._named)

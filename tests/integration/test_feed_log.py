@@ -1,0 +1,158 @@
+"""The feed `log`: one reader of the event log for all streams of a process. And both feeds side by side."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.client import Stream
+from tests.conftest import OpenStream, StartService
+from tests.proxy import Proxy
+from tests.rabbit import Vhost, cloudevent
+from tests.service import Service
+
+USER = "user.42.job.completed"
+OTHER = "user.43.job.completed"
+GROUP = "group.ops.job.completed"
+ALL = "all.job.completed"
+
+SHORT_CHECKS = {"service.broker.tail.EXCHANGE_CHECK_SECONDS": 0.2}
+
+
+async def come_back(service: Service, connect: OpenStream, cursor: str) -> Stream:
+    return await connect(service, "42", "ops", headers={"Last-Event-ID": cursor}, ready=False)
+
+
+def gaps(stream: Stream) -> list[str]:
+    return [frame.json["reason"] for frame in stream.frames if frame.event == "bridge.gap"]
+
+
+@pytest.mark.contract("8.1", "8.2")
+async def test_each_stream_gets_its_events_and_no_queue(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+    service = await start(FEED="log")
+    stream = await connect(service, "42", "ops")
+    filtered = await connect(service, "42", query="?types=billing.%23")
+    stranger = await connect(service, "44")
+    assert sorted(vhost.queues()) == ["events.invalid", "events.log"]
+    await vhost.publish_all(
+        [
+            (USER, cloudevent("own")),
+            (OTHER, cloudevent("other")),
+            (GROUP, cloudevent("group")),
+            (ALL, cloudevent("all")),
+        ]
+    )
+    assert (await stream.ids(3)) == ["own", "group", "all"]
+    assert await stranger.ids(1) == ["all"]
+    assert [frame.event for frame in filtered.frames] == ["bridge.ready"]
+
+
+@pytest.mark.contract("8.2")
+async def test_what_was_missed_comes_in_order_and_then_live(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    service = await start(FEED="log")
+    stream = await connect(service, "42", "ops")
+    await vhost.publish(USER, cloudevent("e0"))
+    assert await stream.ids(1) == ["e0"]
+    await stream.close()
+    await vhost.publish_all([(GROUP, cloudevent(f"e{n}")) for n in range(1, 40)])
+    again = await come_back(service, connect, stream.frames[-1].id)
+    assert await again.ids(39) == [f"e{n}" for n in range(1, 40)]
+    await vhost.publish(ALL, cloudevent("live"))
+    assert await again.ids(1) == ["live"]
+    assert gaps(again) == []
+
+
+@pytest.mark.contract("8.3")
+async def test_each_feed_reads_the_cursors_of_the_other(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+    services = [await start(FEED="queues"), await start(FEED="log")]
+    cursor = (await connect(services[0], "42", "ops")).frames[0].id
+    number = 0
+    for turn in range(6):
+        stream = await come_back(services[turn % 2], connect, cursor)
+        await stream.ready()
+        for _ in range(3):
+            await vhost.publish(USER if number % 2 else GROUP, cloudevent(f"e{number}"))
+            number += 1
+        # The last event is not read, so that it is missed and comes by the next replica.
+        missed = 0 if turn == 0 else 1
+        wanted = [f"e{n}" for n in range(number - 3 - missed, number - 1)]
+        assert await stream.ids(len(wanted)) == wanted
+        cursor = stream.frames[-1].id
+        await stream.close()
+        assert gaps(stream) == []
+
+
+@pytest.mark.contract("8.4")
+async def test_a_lost_connection_is_no_gap(
+    start: StartService, vhost: Vhost, proxy: Proxy, connect: OpenStream
+) -> None:
+    service = await start(amqp_url=vhost.url_at(proxy.port), FEED="log", HEARTBEAT_SECONDS="0.2")
+    stream = await connect(service, "42", "ops")
+    await vhost.publish(USER, cloudevent("before"))
+    assert await stream.ids(1) == ["before"]
+    await proxy.refuse()
+    proxy.cut()
+    assert (await stream.until("bridge.status")).json == {"receiving": False}
+    await vhost.publish(USER, cloudevent("meanwhile"))
+    await proxy.open()
+    assert (await stream.until("bridge.status")).json == {"receiving": True}
+    await vhost.publish(GROUP, cloudevent("after"))
+    assert await stream.ids(2) == ["meanwhile", "after"]
+    assert gaps(stream) == []
+
+
+@pytest.mark.contract("8.5")
+@pytest.mark.parametrize("what", ["log", "exchange"])
+async def test_what_the_log_has_lost_is_a_gap(
+    start: StartService, vhost: Vhost, connect: OpenStream, what: str
+) -> None:
+    service = await start(FEED="log", deadlines=SHORT_CHECKS)
+    stream = await connect(service, "42", "ops")
+    await vhost.publish(USER, cloudevent("before"))
+    assert await stream.ids(1) == ["before"]
+    if what == "log":
+        vhost.delete_queue("events.log")
+    else:
+        vhost.delete_exchange("events")
+    await stream.until("bridge.gap")
+    await vhost.publish(USER, cloudevent("after"))
+    assert await stream.ids(1) == ["after"]
+
+
+@pytest.mark.contract("8.6")
+async def test_what_is_refused_goes_to_quarantine_once(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+    service = await start(FEED="log")
+    streams = [await connect(service, "42"), await connect(service, "43")]
+    await vhost.publish(ALL, json.dumps({"not": "an event"}).encode())
+    await vhost.publish(ALL, cloudevent("good"))
+    for stream in streams:
+        assert await stream.ids(1) == ["good"]
+    await service.logged("message refused")
+    (kept,) = await vhost.take("events.invalid")
+    assert json.loads(kept.body) == {"not": "an event"}
+
+
+@pytest.mark.contract("8.7")
+async def test_the_right_to_read_the_log_is_enough(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+    await (await start()).stop()  # It declares exchange, quarantine and log.
+    user = f"reader-{vhost.name}"
+    vhost.add_user(user)
+    try:
+        vhost.grant(user, configure="^$", write=r"^amq\.default$", read=r"^events\.log$")
+        address = vhost.url_at(vhost.node.port, user=user, password="secret-" + user)
+        service = await start(amqp_url=address, FEED="log", deadlines=SHORT_CHECKS)
+        stream = await connect(service, "42", "ops")
+        await vhost.publish(GROUP, cloudevent("e0"))
+        await vhost.publish(USER, b"{")
+        assert await stream.ids(1) == ["e0"]
+        again = await come_back(service, connect, stream.frames[0].id)
+        assert await again.ids(1) == ["e0"]
+        await vhost.publish(USER, cloudevent("e1"))
+        assert await again.ids(1) == ["e1"]
+        assert await service.metric("bridge_broker_connects") == 1
+        assert gaps(stream) == []
+    finally:
+        vhost.delete_user(user)

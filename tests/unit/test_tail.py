@@ -1,0 +1,175 @@
+"""The feed `log`: the position of the reader, and when streams hear of it. The broker's answers are put in by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bridge import amqp
+from bridge.amqp import BrokerUnavailable
+from bridge.service.broker import tail
+from bridge.service.broker.tail import Tail
+from bridge.service.settings import LogSettings
+from bridge.service.streams.cursor import Anchor, digest
+
+BODY = b"last"
+LAST = Anchor(7, digest(BODY))
+
+
+class Log:
+    """Answers with `found`, or has no entry. An entry that is written becomes the newest."""
+
+    def __init__(self, found: Anchor | None) -> None:
+        self.found = found
+        self.written = 0
+
+    async def newest(self) -> Anchor:
+        if self.found is None:
+            raise BrokerUnavailable("the log gives no entry")
+        return self.found
+
+    def write_watermark(self, on_written: Callable[[Anchor | None, int], None]) -> None:
+        self.written += 1
+        self.found = Anchor(0, digest(b"mine"))
+        on_written(self.found, 0)
+
+
+class Consumer:
+    """A consumer of the log that delivers these entries at once, and then fails when it is told to."""
+
+    entries: tuple[tuple[int, str, bytes], ...] = ()
+    starts: list[int | str]
+    ends: asyncio.Event
+
+    def __init__(self, _: Any, __: str, offset: int | str, on_entry: Any, on_failure: Any) -> None:
+        Consumer.starts.append(offset)
+        self._on_entry = on_entry
+
+    async def __aenter__(self) -> Consumer:
+        for entry in self.entries:
+            self._on_entry(*entry)
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def idle(self, _: float, changed: asyncio.Event) -> None:
+        if not changed.is_set() and self.entries:
+            await Consumer.ends.wait()
+            raise BrokerUnavailable("the connection is lost")
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log(LAST)
+
+
+@pytest.fixture
+def made(log: Log, monkeypatch: pytest.MonkeyPatch) -> Tail:
+    monkeypatch.setattr(tail, "LogConsumer", Consumer)
+    monkeypatch.setattr(amqp, "address", lambda _: "amqp://here")
+    Consumer.starts, Consumer.ends = [], asyncio.Event()
+    return Tail(
+        [],
+        exchange="events",
+        quarantine="events.invalid",
+        log_stream=LogSettings("events.log", "1h", 1_000_000),
+        log=log,
+        on_logged=lambda name, key, body: got.append((name(), key, body)),
+        write_batch=contextlib.nullcontext(),
+    )
+
+
+got: list[tuple[Anchor, str, bytes]] = []
+
+
+def subscribe(made: Tail) -> list[str]:
+    heard: list[str] = []
+    made.subscribe(
+        [],
+        [],
+        on_delivery=lambda *_: heard.append("delivery"),
+        on_bound=lambda: heard.append("bound"),
+        on_lost=lambda: heard.append("lost"),
+        on_refused=lambda: heard.append("refused"),
+    )
+    return heard
+
+
+async def read(made: Tail, *entries: tuple[int, str, bytes]) -> None:
+    """One connection, until it is lost."""
+    got.clear()
+    Consumer.entries = entries
+    Consumer.ends.set()
+    connection: Any = object()
+    with contextlib.suppress(BrokerUnavailable):
+        await made._read(connection)
+    made._mark_lost()
+
+
+async def test_it_begins_after_the_newest_entry(made: Tail) -> None:
+    heard = subscribe(made)
+    await read(made, (7, "user.42.x", BODY), (8, "user.42.y", b"next"))
+    assert Consumer.starts == [7]
+    assert got == [(Anchor(8, digest(b"next")), "user.42.y", b"next")]
+    assert heard == ["bound", "lost"]
+    assert made.reached == Anchor(8, digest(b"next"))
+
+
+async def test_after_a_loss_it_continues_with_the_last_entry_that_it_read(made: Tail) -> None:
+    await read(made, (7, "user.42.x", BODY), (8, "user.42.y", b"next"))
+    await read(made, (8, "user.42.y", b"next"), (9, "all.x", b"new"))
+    assert Consumer.starts == [7, 8]
+    assert [key for _, key, _ in got] == ["all.x"]
+    assert made.exchanges_lost == 0
+
+
+@pytest.mark.parametrize("first", [(8, b"another"), (11, b"next")])
+async def test_a_log_with_another_entry_there_is_an_interruption(made: Tail, first: tuple[int, bytes]) -> None:
+    await read(made, (7, "user.42.x", BODY), (8, "user.42.y", b"next"))
+    heard = subscribe(made)
+    await read(made, (first[0], "user.42.y", first[1]), (12, "all.x", b"new"))
+    assert (got, heard, made.exchanges_lost, made.reached) == ([], [], 1, None)
+
+
+async def test_a_log_that_was_made_again_is_an_interruption(made: Tail, log: Log) -> None:
+    await read(made, (7, "user.42.x", BODY))
+    log.found = Anchor(0, "AAAAAA")
+    await read(made)
+    assert (made.exchanges_lost, made.reached) == (1, None)
+
+
+async def test_an_empty_log_gets_a_first_entry(made: Tail, log: Log) -> None:
+    log.found = None
+    await read(made, (0, "events.log", b"mine"), (1, "all.x", b"new"))
+    assert (log.written, Consumer.starts) == (1, [0])
+    assert [key for _, key, _ in got] == ["all.x"]
+
+
+async def test_a_stream_that_opens_while_it_reads_is_bound_in_the_next_iteration(made: Tail) -> None:
+    connection: Any = object()
+    await read(made, (7, "user.42.x", BODY))
+    made._mark_connected(connection)
+    heard = subscribe(made)
+    assert heard == []
+    await asyncio.sleep(0)
+    assert heard == ["bound"]
+
+
+async def test_a_closed_stream_hears_nothing(made: Tail) -> None:
+    heard: list[str] = []
+    subscription = made.subscribe(
+        [],
+        [],
+        on_delivery=lambda *_: None,
+        on_bound=lambda: heard.append("bound"),
+        on_lost=lambda: heard.append("lost"),
+        on_refused=lambda: None,
+    )
+    subscription.close()
+    subscription.close()
+    await read(made, (7, "user.42.x", BODY))
+    assert heard == []
