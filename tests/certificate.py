@@ -1,4 +1,4 @@
-"""A certificate of the tests' own."""
+"""A self-signed certificate for the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cryptography.x509.oid import NameOID
 
 
 def make() -> tuple[bytes, bytes]:
-    """For localhost and 127.0.0.1, to be trusted as its own issuer, for a day; and its key. Both in PEM."""
+    """A self-signed certificate for localhost and 127.0.0.1, valid for a day, and its key. Both in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))])

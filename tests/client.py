@@ -1,4 +1,4 @@
-"""A browser's end of a stream: a plain socket, HTTP/1.1 by hand, and the independent decoder."""
+"""A client of a stream, in place of a browser: a plain socket, hand-written HTTP/1.1, and the independent decoder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.patience import PATIENCE
 class Stream:
     """
     Args:
-        base: as in http://127.0.0.1:8080.
+        base: the bridge's address, as in http://127.0.0.1:8080.
         token: sent as Authorization: Bearer, unless None.
-        headers: more of them.
-        receive_buffer: bytes that the kernel may take in while nobody reads.
-        tls: whom to trust, where `base` is an https one.
+        headers: further request headers.
+        receive_buffer: bytes that the kernel buffers while the test does not read.
+        tls: the certificates to trust, if `base` is an https address.
         segment_bytes: send the request in TCP segments of this many bytes.
     """
 
@@ -46,15 +46,15 @@ class Stream:
         self._segment_bytes = segment_bytes
         self.decoder = Decoder()
         self.frames: list[Frame] = []
-        """All frames so far; `next` hands out one after another."""
+        """All frames so far; `next` returns one after another."""
         self.raw = b""
         self.status = 0
         self.headers: dict[str, str] = {}
         self.ended = False
-        """The body ended in order, with its last chunk."""
+        """The body ended properly, with its last chunk."""
         self._taken = 0
         self._size: int | None = None
-        """Of the chunk whose size line has been read and whose bytes have not."""
+        """Size of the chunk whose size line has been read, but not yet its bytes."""
         self._writer: asyncio.StreamWriter | None = None
 
     async def __aenter__(self) -> Stream:
@@ -74,7 +74,7 @@ class Stream:
                 self.headers[name.lower()] = value.strip()
 
     async def request(self) -> None:
-        """Sends the request and waits for nothing."""
+        """Sends the request and does not wait for the answer."""
         assert self._address.hostname is not None
         raw = socket.socket()
         if self._receive_buffer is not None:
@@ -99,11 +99,11 @@ class Stream:
                 await asyncio.sleep(0)  # The bridge gets a chance to read this segment alone.
 
     async def body(self) -> bytes:
-        """Of an answer that is no stream."""
+        """The body of an answer that is not a stream."""
         return await self._reader.readexactly(int(self.headers["content-length"]))
 
     async def _read_chunk(self) -> None:
-        """Cancelled at any point, it loses no byte."""
+        """Loses no byte if it is cancelled."""
         if self._size is None:
             self._size = int(await self._reader.readline() or b"-1", 16)
         if self._size <= 0:
@@ -137,7 +137,7 @@ class Stream:
         return frame
 
     async def next_event(self, *, seconds: float = PATIENCE) -> dict[str, Any]:
-        """The next CloudEvent; the bridge's own frames are passed over."""
+        """The next CloudEvent; the bridge's own frames are skipped."""
         while (frame := await self.next(seconds=seconds)).event.startswith("bridge."):
             pass
         value: dict[str, Any] = frame.json
@@ -162,17 +162,17 @@ class Stream:
                 return found
 
     async def comments(self, count: int, *, seconds: float = PATIENCE) -> None:
-        """Until so many heartbeats have come."""
+        """Waits until so many heartbeats have arrived."""
         async with asyncio.timeout(seconds):
             while self.decoder.comments < count:
                 await self._read_chunk()
 
     @contextlib.asynccontextmanager
     async def read_on(self) -> AsyncIterator[None]:
-        """Reads while the block lasts, as a browser does; `next` hands the frames out afterwards.
+        """Reads in the background during the block, as a browser does; `next` returns the frames afterwards.
 
         A test that publishes for some time needs it: a fast machine publishes more than the
-        bridge holds for a client that does not read.
+        bridge buffers for a client that does not read.
         """
 
         async def run() -> None:
@@ -196,11 +196,11 @@ class Stream:
             await asyncio.shield(self._writer.wait_closed())
 
     def half_close(self) -> None:
-        """Sends FIN and goes on reading."""
+        """Sends FIN and still reads."""
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write_eof()
 
     def abort(self) -> None:
-        """Gone without a word more: a reset."""
+        """Resets the connection."""
         if self._writer is not None:
             self._writer.transport.abort()

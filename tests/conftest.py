@@ -1,4 +1,4 @@
-"""One RabbitMQ for the whole run, a fresh virtual host and a bridge of its own for each test that asks."""
+"""One RabbitMQ for the whole run; a new virtual host and a bridge for each test that needs them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.proxy import Proxy
 from tests.rabbit import FURTHER, INSTALLATIONS, Vhost
 from tests.service import Service, mint
 
-# Every property test inherits this profile: how fast the machine is, and how lucky a draw was, fails
-# none of them. The health checks left on find mistakes in a test, the same ones in every run.
+# All property tests use this profile. None fails because the machine is slow, or because a random example was
+# large. The health checks that stay on find mistakes in a test, the same ones in every run.
 hypothesis.settings.register_profile(
     "suite",
     deadline=None,
@@ -29,7 +29,7 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("suite")
-# For the mutants: only that one is found matters, not its smallest form.
+# For the mutants: it is enough to find a failing example. It is not made smaller.
 hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], print_blob=False)
 
 
@@ -49,7 +49,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says how many tests passed and failed on each RabbitMQ, and what was not tried."""
+    """Prints how many tests passed and failed on each RabbitMQ, and what was not tested."""
     counts: Counter[tuple[str, str]] = Counter()
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.getreports(outcome):
@@ -60,10 +60,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("RabbitMQ")
     for version in sorted({version for version, _ in counts}):
         numbers = [f"{counts[version, outcome]} {outcome}" for outcome in ("passed", "failed", "error")]
-        terminalreporter.line(f"{f'RabbitMQ {version}' if version else 'without one'}: {', '.join(numbers)}")
+        terminalreporter.line(f"{f'RabbitMQ {version}' if version else 'without RabbitMQ'}: {', '.join(numbers)}")
     if not FURTHER:
         terminalreporter.line(
-            f"Not tried: any RabbitMQ but {MACHINES.version}. `make test` as root runs the tests on 4.3 too."
+            f"Not tested: any RabbitMQ but {MACHINES.version}. `make test` as root runs the tests on 4.3 too."
         )
 
 
@@ -74,7 +74,7 @@ def nodes_by_version(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
 
     def node_of(rabbitmq: Installation) -> Node:
         if rabbitmq not in nodes:
-            # A missing package fails the suite with the words of what to install; nothing is skipped.
+            # A missing package fails the suite with a message that says what to install; nothing is skipped.
             made = nodes[rabbitmq] = Node(tmp_path_factory.mktemp("rabbitmq"), management=True, rabbitmq=rabbitmq)
             made.start()
         return nodes[rabbitmq]
@@ -114,7 +114,7 @@ class StartService(Protocol):
 
 @pytest.fixture
 async def start(vhost: Vhost) -> AsyncIterator[StartService]:
-    """Starts a bridge with these settings; ended with the test."""
+    """Starts a bridge with these settings; it is stopped after the test."""
     services: list[Service] = []
 
     async def start_service(
@@ -142,7 +142,7 @@ async def service(start: StartService) -> Service:
 
 @pytest.fixture
 async def queue(vhost: Vhost) -> AsyncIterator[aio_pika.abc.AbstractQueue]:
-    """Everything that is published, in a queue of the test's own."""
+    """A queue that gets every published event."""
     connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
     async with connection:
         channel = await connection.channel()
@@ -167,7 +167,7 @@ class OpenStream(Protocol):
 
 @pytest.fixture
 async def connect() -> AsyncIterator[OpenStream]:
-    """Opens a stream for a user and waits for its ready; closed with the test."""
+    """Opens a stream for a user and waits for its `bridge.ready`; it is closed after the test."""
     streams: list[Stream] = []
 
     async def open_stream(
@@ -200,16 +200,16 @@ async def proxy(node: Node) -> AsyncIterator[Proxy]:
 
 
 class Eventually(Protocol):
-    async def __call__(self, look: Callable[[], bool], *, seconds: float = PATIENCE) -> None: ...
+    async def __call__(self, condition: Callable[[], bool], *, seconds: float = PATIENCE) -> None: ...
 
 
 @pytest.fixture
 def eventually() -> Eventually:
-    """Waits until what only an operator's view shows has come about."""
+    """Waits for a condition that can only be polled, for example in RabbitMQ's management API."""
 
-    async def wait(look: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
+    async def wait(condition: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
         async with asyncio.timeout(seconds):
-            while not look():  # noqa: ASYNC110 - RabbitMQ's API has nothing to wait on.
-                await asyncio.sleep(0.05)  # Between two questions.
+            while not condition():  # noqa: ASYNC110 - RabbitMQ's API sends no signal.
+                await asyncio.sleep(0.05)  # Between two polls.
 
     return wait

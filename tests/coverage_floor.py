@@ -25,11 +25,11 @@ PURE = [
     "service/streams/sse.py",
     "service/streams/streamevent.py",
 ]
-"""Files that decide and never wait."""
+"""Files of pure logic: without I/O and without waiting."""
 
 PURE_FLOOR = 97
 OVERALL_FLOOR = 85
-"""Percent of the lines and branches. The integration tests cover the shell around RabbitMQ (`live.py`, `topology.py`,
+"""Percent of the lines and branches. The integration tests cover the code around RabbitMQ (`live.py`, `topology.py`,
 `eventlog.py`). They are not measured: tracing would change their timing."""
 
 

@@ -1,7 +1,7 @@
-"""An independent eye on a stream: the algorithm of the HTML standard, section 9.2.6, written from its text alone.
+"""An independent decoder of streams: the algorithm of the HTML standard, section 9.2.6, written from its text alone.
 
-Shares no code with the bridge. It takes bytes in any pieces and gives out what an EventSource would dispatch, and notes
-what some clients trip over and an EventSource does not: blocks that are no events.
+It shares no code with the bridge. It takes bytes in any pieces and returns what an EventSource would dispatch. It also
+records blocks without data: an EventSource ignores them, but some clients make an empty event of them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Decoder:
         self._retry: int | None = None
         self.last_event_id = ""
         self.comments = 0
-        self.phantoms: list[str] = []
-        """Blank lines that ended a block without data: harmless to EventSource, an empty event to others."""
+        self.empty_blocks: list[str] = []
+        """The event type of each block without data."""
 
     def feed(self, chunk: bytes) -> list[Frame]:
         frames = []
@@ -84,6 +84,6 @@ class Decoder:
         data, kind, retry = self._data, self._type, self._retry
         self._data, self._type, self._retry = "", "", None
         if data == "":
-            self.phantoms.append(kind)
+            self.empty_blocks.append(kind)
             return None
         return Frame(kind or "message", data.removesuffix("\n"), self.last_event_id, retry)

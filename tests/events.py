@@ -1,4 +1,4 @@
-"""Events for tests of what comes after reading."""
+"""Makes events as the bridge has them after it has read a message."""
 
 from bridge.event import Event
 from bridge.service.streams.streamevent import StreamEvent

@@ -1,6 +1,6 @@
-"""A catalogue that uses all of pydantic's common features, each model with data to try it with.
+"""A catalogue that uses all of pydantic's common features, with test data for each model.
 
-`VALID` and `INVALID` are what a publisher writes: pydantic itself is asked in the tests whether it takes them.
+`VALID` and `INVALID` are data as a publisher writes it. The tests check with pydantic itself that they are so.
 """
 
 # ruff: noqa: RUF012 - pydantic copies a default.
@@ -294,7 +294,7 @@ class Naming(EventData, type="test.naming"):
 
 
 class Written(EventData, type="test.written"):
-    """Data that is written otherwise than it is read."""
+    """Data that is serialized in another form than it is parsed."""
 
     parsed: Json[list[int]]
     hidden: Annotated[str, Field(exclude=True)] = "x"

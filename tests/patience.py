@@ -1,6 +1,6 @@
-"""How long the tests wait for a signal, and the bridge's own deadlines that a slow machine must not trip.
+"""How long the tests wait for a signal, and longer deadlines of the bridge, so that a slow machine fails no test.
 
-`python -m tests.patience serve` is `bridge serve` with those deadlines raised.
+`python -m tests.patience serve` is `bridge serve` with these deadlines.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import os
 from tests.chaos import inside
 
 PATIENCE = 120.0
-"""Seconds. Every wait for a signal has this limit, and nothing in a test depends on how much of it
-is used: in a quiet hour a wait takes milliseconds, on a busy machine it may take a thousand times
-as long."""
+"""Seconds. Every wait for a signal has this limit. No test depends on how long a wait takes: milliseconds on an idle
+machine, and up to a thousand times as long on a busy one."""
 
 DEADLINES = {
-    # Without an answer of the log for so long, the bridge tells a gap.
+    # If the log does not answer for this long, a stream gets a gap.
     "service.broker.eventlog.PATIENCE_SECONDS": 0.8 * PATIENCE,
-    # Without its queues for so long, a new stream is told `busy`.
+    # If its queues are not bound for this long, a new stream ends as `busy`.
     "service.streams.hub.ATTACH_SECONDS": 0.9 * PATIENCE,
     "amqp.CONNECT_SECONDS": PATIENCE / 2,
-    # Without an answer about the quarantine for so long, streams are made without it.
+    # If RabbitMQ does not answer about the quarantine for this long, streams start without it.
     "service.broker.live.QUARANTINE_SECONDS": PATIENCE,
-    # A client that is slow for so long is sent away.
+    # If a client is slow for this long, the bridge closes its connection.
     "service.http.entrance.HEADER_SECONDS": PATIENCE,
     "service.http.entrance.ANSWER_SECONDS": PATIENCE,
     "service.http.entrance.KEEP_ALIVE_SECONDS": 2 * PATIENCE,
@@ -32,7 +31,7 @@ DEADLINES = {
     # A look-up of the console that takes longer is an error.
     "service.broker.lookup.LOOK_SECONDS": PATIENCE,
 }
-"""Of the bridge under test, unless a test sets them itself: constants of modules of `bridge`."""
+"""Constants of modules of `bridge`, for the bridge under test. A test may set other values."""
 
 VARIABLE = "SUITE_DEADLINES"
 

@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts, stalls and goes away: the network between the bridge and its RabbitMQ."""
+"""A TCP proxy between the bridge and its RabbitMQ. It can reset, stall and refuse connections."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import TracebackType
 
 
 class Proxy:
-    """Forwards to `127.0.0.1:target`. `stall` keeps connections open and moves no byte; `cut` resets them all.
+    """Forwards to `127.0.0.1:target`. `stall` keeps connections open and forwards no byte; `cut` resets them all.
 
     Args:
-        tls: to speak TLS on the side of those who connect.
+        tls: to use TLS towards the connecting clients.
     """
 
     def __init__(self, target: int, *, tls: ssl.SSLContext | None = None) -> None:
@@ -42,12 +42,12 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def open(self) -> None:
-        """Takes connections, again if it did before."""
+        """Accepts connections; also again, after `refuse`."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def refuse(self) -> None:
-        """Takes no connection any more; those that stand are left alone."""
+        """Accepts no new connection; open ones stay open."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -58,7 +58,7 @@ class Proxy:
             writer.transport.abort()
 
     def inject(self, data: bytes, connection: int) -> None:
-        """Sends bytes to a client that the target never sent; its connections are counted from 0."""
+        """Sends bytes to a client that the target never sent; connections are counted from 0."""
         self._clients[connection].write(data)
 
     def half_close(self) -> None:
@@ -102,7 +102,7 @@ class Proxy:
             size = self.segment_bytes or len(data)
             try:
                 target.write(data[at : at + size])
-            except RuntimeError:  # After `half_close` there is nowhere to write to.
+            except RuntimeError:  # `half_close` has closed this direction.
                 return
             await target.drain()
             at += size

@@ -1,4 +1,4 @@
-"""A real RabbitMQ for the tests: one private node a run, a fresh virtual host a test, and its management API."""
+"""A real RabbitMQ for the tests: one private node per run, a new virtual host per test, and its management API."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tests.patience import PATIENCE
 
 
 @contextlib.contextmanager
-def unless_a_queue_dies() -> Iterator[None]:
-    """Leaves the block when a live queue dies while a message is on its way to it: connect, and send it again.
+def ignore_deleted_queue() -> Iterator[None]:
+    """Ends the block without an error if a live queue is deleted while a message is on its way to it.
 
-    RabbitMQ nacks such messages, several with one frame, or (4.3) closes the connection with 506. The
-    other queues may have them; with the same id it is the same event.
+    RabbitMQ nacks such messages, several with one frame, or (4.3) closes the connection with 506. The caller connects
+    and sends them again. The other queues may have them already; with the same id it is the same event.
     """
     try:
         yield
     except (aio_pika.exceptions.DeliveryError, aiormq.exceptions.ConnectionResourceError):
         pass
     except asyncio.CancelledError:
-        # aiormq's word for a connection that is gone, too, in a task that nobody has cancelled.
+        # aiormq also raises this for a lost connection, in a task that was not cancelled.
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
@@ -95,7 +95,7 @@ class Vhost:
         return [queue["name"] for queue in self._call("GET", f"queues/{self.name}?columns=name")]
 
     def count(self, queue: str) -> int:
-        """Messages in a queue, as RabbitMQ's statistics last had it."""
+        """Messages in a queue, as of RabbitMQ's last statistics."""
         found = self._call("GET", f"queues/{self.name}/{queue}?columns=messages") or {}
         return int(found.get("messages", 0))
 
@@ -108,11 +108,11 @@ class Vhost:
         return sorted((binding["destination"], binding["routing_key"]) for binding in found or [])
 
     def delete_queue(self, name: str) -> None:
-        """Also an exclusive one, which the management API would not touch."""
+        """Also an exclusive one, which the management API does not delete."""
         self.node.ctl("delete_queue", "--vhost", self.name, name)
 
     def wait_for_log(self, node: Node, replicas: int, *, seconds: float = PATIENCE) -> None:
-        """Until so many replicas of the log run, as `node` sees it: a node that is back is not yet one that has it."""
+        """Waits until so many replicas of the log run, as `node` sees it. A restarted node has none at first."""
         deadline = time.monotonic() + seconds
         while True:
             listed = json.loads(node.ctl("list_queues", "-p", self.name, "name", "online", "--formatter", "json"))
@@ -120,19 +120,19 @@ class Vhost:
             if online >= replicas:
                 return
             assert time.monotonic() < deadline, f"{online} of {replicas} replicas of the log run"
-            time.sleep(0.5)  # RabbitMQ's command line has nothing to wait on.
+            time.sleep(0.5)  # RabbitMQ's command line can only be polled.
 
     def add_exchange(self, name: str) -> None:
         self._call("PUT", f"exchanges/{self.name}/{name}", type="topic", durable=True)
 
     def add_everything(self) -> None:
-        """The exchange, and a queue that gets all that is published there: what a worker finds beside a bridge."""
+        """Declares the exchange, and a queue that gets everything that is published there."""
         self.add_exchange("events")
         self._call("PUT", f"queues/{self.name}/everything", durable=True)
         self._call("POST", f"bindings/{self.name}/e/events/q/everything", routing_key="#")
 
     def set_policy(self, name: str, **definition: Any) -> None:
-        """For every queue of the virtual host, as an operator's `.*` does."""
+        """Sets a policy for every queue of the virtual host, as an operator's pattern `.*` does."""
         body = {"pattern": ".*", "definition": definition, "apply-to": "queues"}
         self._call("PUT", f"policies/{self.name}/{name}", **body)
 
@@ -140,10 +140,10 @@ class Vhost:
         self._call("DELETE", f"exchanges/{self.name}/{name}")
 
     def close_connections(self, *, named: str = "") -> int:
-        """As an operator's "force close"; returns how many.
+        """Closes connections, as an operator's "force close" does; returns how many.
 
         Args:
-            named: only those whose client gave a name that holds this.
+            named: only connections whose name, as their client gave it, contains this.
         """
         names = [
             found["name"]
@@ -155,18 +155,18 @@ class Vhost:
         return len(names)
 
     def cut_off(self, *, seconds: float = PATIENCE) -> list[str]:
-        """The publishers here whose connection ended without a close, by name; once all connections have ended."""
+        """Waits until all publishers' connections have ended. Returns the names of those that ended without a close."""
         ends = r"([\d.:]+ -> [\d.:]+) - (publisher [^,)\n]*)"
         deadline = time.monotonic() + seconds
         while True:
             log = "\n".join(path.read_text() for path in (self.node.folder / "log").glob("*.log"))
             opened = re.findall(rf"{ends}\)?: user .* granted access to vhost '{self.name}'", log)
-            # One entry of two lines, if it ended so: which connection, and what happened.
+            # For a connection that ended without a close, the entry has two lines: the connection, and what happened.
             found = re.findall(rf"closing AMQP .*?{ends}, vhost: '{self.name}'.*\)(:\n.* client unexpectedly)?", log)
             if opened and len(found) >= len(opened):  # RabbitMQ writes its log a moment later.
                 return [name for _, name, cut in found if cut]
             assert time.monotonic() < deadline, f"{len(opened)} connections, {len(found)} of them have ended"
-            time.sleep(0.05)  # A file has nothing to wait on.
+            time.sleep(0.05)  # A file can only be polled.
 
     async def publish(self, key: str, body: bytes | dict[str, Any], *, exchange: str = "events") -> None:
         """Publishes with aio-pika alone, as a worker in another language would: no code of the bridge's."""
@@ -178,11 +178,11 @@ class Vhost:
         waiting = deque(messages)
         async with asyncio.timeout(PATIENCE):
             while waiting:
-                with unless_a_queue_dies():
+                with ignore_deleted_queue():
                     await self._publish_some(waiting, exchange)
 
     async def _publish_some(self, waiting: deque[tuple[str, bytes | dict[str, Any]]], exchange: str) -> None:
-        """Takes from `waiting` what is confirmed."""
+        """Publishes what is in `waiting`, and removes from it what is confirmed."""
         connection = await aio_pika.connect(self.url_at(self.node.port))
         async with connection:
             channel = await connection.channel()

@@ -1,4 +1,4 @@
-"""Publishes with frames made by hand, so that no library keeps a message from being as odd as the broker takes it."""
+"""Publishes with hand-made frames: a library would refuse some odd messages that the broker accepts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def frame(kind: int, channel: int, payload: bytes) -> bytes:
     return struct.pack(">BHI", kind, channel, len(payload)) + payload + b"\xce"
 
 
-def greetings(vhost: str) -> list[bytes]:
-    """What a client says until its channel 1 is open, without heartbeats; each waits for one frame in answer."""
+def handshake(vhost: str) -> list[bytes]:
+    """What a client sends until its channel 1 is open, without heartbeats. RabbitMQ answers each with one frame."""
     login = short_string(b"PLAIN") + struct.pack(">I", 12) + b"\0guest\0guest" + short_string(b"en_US")
     return [
         b"AMQP\x00\x00\x09\x01",
@@ -49,8 +49,8 @@ async def publish_raw(
         return await reader.readexactly(size + 1)
 
     try:
-        for asked in greetings(vhost):
-            writer.write(asked)
+        for request in handshake(vhost):
+            writer.write(request)
             await answer()
         writer.write(frame(1, 1, struct.pack(">HHB", 85, 10, 0)))  # confirm.select
         await answer()

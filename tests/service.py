@@ -1,4 +1,4 @@
-"""`bridge serve` as a process of its own, started and ended as an operator would."""
+"""Runs `bridge serve` as a process of its own, started and stopped as an operator does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAMPLES = "bridge.samples"
 
 
 def bare_environment() -> dict[str, str]:
-    """Ours, without settings of the bridge's that may stand in it."""
+    """The environment of this process, without settings of the bridge."""
     return {name: value for name, value in os.environ.items() if not name.startswith("BRIDGE_")}
 
 
@@ -43,7 +43,7 @@ class Service:
     Args:
         amqp_url: where its RabbitMQ is.
         deadlines: constants of modules of `bridge`, in seconds, as in {"service.streams.hub.ATTACH_SECONDS": 5}.
-        descriptors: its soft and hard limit of open files, as `ulimit -Sn` and `-Hn` set them; ours by default.
+        descriptors: its soft and hard limit of open files, as `ulimit -Sn` and `-Hn` set them.
         settings: environment variables, without their prefix.
     """
 
@@ -71,23 +71,23 @@ class Service:
         }
         self.lines: list[dict[str, Any]] = []
         self.text = ""
-        self._heard = asyncio.Condition()
+        self._new_output = asyncio.Condition()
         self._reader: asyncio.Task[None] | None = None
         self.public = ""
         self.internal = ""
 
     def set(self, name: str, value: str) -> None:
-        """For its next start."""
+        """Changes a setting for the next start."""
         self._environment[f"BRIDGE_{name}"] = value
 
     def set_variable(self, name: str, value: str) -> None:
-        """Any environment variable, by its whole name, for its next start."""
+        """Changes any environment variable, by its whole name, for the next start."""
         self._environment[name] = value
 
     async def start(self, *, ready: bool = True) -> None:
-        """Until it serves, and with `ready` until /readyz says so. What it logged in a life before is forgotten."""
+        """Waits until it serves, and with `ready` until it is connected. Drops the log lines of an earlier run."""
         self.lines, self.text = [], ""
-        # The shell's own command: a function that runs between fork and exec is not safe beside threads.
+        # The shell sets the limits: a function that runs between fork and exec is not safe with threads.
         limits = self._descriptors
         shell = [] if limits is None else ["/bin/sh", "-c", 'ulimit -Sn "$0" && ulimit -Hn "$1" && shift && exec "$@"']
         self._process = await asyncio.create_subprocess_exec(
@@ -114,18 +114,18 @@ class Service:
         assert self._process.stdout is not None
         async for raw in self._process.stdout:
             self.text += raw.decode()
-            async with self._heard:
+            async with self._new_output:
                 try:
                     self.lines.append(json.loads(raw))
                 except ValueError:
                     self.lines.append({"event": raw.decode()})
-                self._heard.notify_all()
-        async with self._heard:
+                self._new_output.notify_all()
+        async with self._new_output:
             self.lines.append({"event": "(end of output)"})
-            self._heard.notify_all()
+            self._new_output.notify_all()
 
     async def logged(self, event: str, *, count: int = 1, seconds: float = PATIENCE, **fields: Any) -> dict[str, Any]:
-        """The log line with this event and these fields, the `count`-th of them, once it is there."""
+        """Waits for the log line with this event and these fields, the `count`-th of them."""
 
         def find() -> dict[str, Any] | None:
             found = [
@@ -135,13 +135,13 @@ class Service:
             ]
             return found[count - 1] if len(found) >= count else None
 
-        async with self._heard:
+        async with self._new_output:
             try:
                 async with asyncio.timeout(seconds):
                     while (line := find()) is None:
                         if self.lines and self.lines[-1]["event"] == "(end of output)":
                             raise AssertionError(f"ended without logging {event!r}:\n{self.text}")
-                        await self._heard.wait()
+                        await self._new_output.wait()
             except TimeoutError:
                 raise AssertionError(f"did not log {event!r} within {seconds} s:\n{self.text}") from None
         return line
@@ -176,7 +176,7 @@ class Service:
             return await client.request(method, path, **options)
 
     async def metric(self, name: str) -> float:
-        """The value of one series, labels and all, as in `bridge_streams_ended_total{reason="drain"}`."""
+        """The value of one series, by its name and labels, as in `bridge_streams_ended_total{reason="drain"}`."""
         text = (await self.get("/metrics", internal=True)).text
         for line in text.splitlines():
             if line.rpartition(" ")[0] == name:

@@ -2,7 +2,7 @@
 
     SUITE_BRIDGE=tests.slow python -m pytest tests/integration
 
-What the suite finds must not depend on which of the two brings the messages.
+The results of the tests must not depend on which of the two delivers the messages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests import patience
 
 
 class LibraryConsumer:
-    """What `Consumer` is, by way of the library."""
+    """Has the methods of `Consumer`, and uses the library's own deliveries."""
 
     def __init__(self, channel: AbstractChannel, on_message: Sink, max_body: int) -> None:
         self.channel = channel
@@ -50,7 +50,7 @@ class LibraryConsumer:
         assert offset is None or isinstance(offset, int)
         size = len(message.body)
         body = message.body if size <= self._max_body else Cut(message.body[:KEPT_BYTES], size)
-        # aiormq runs this as a task a message, started in the order of arrival: up to the first await the order stays.
+        # aiormq runs this as one task per message, started in order of arrival. Until the first await, the order stays.
         self._on_message((message.consumer_tag or "").encode(), message.routing_key or "", body, offset)
         if not self._stopped and not self.channel.is_closed:
             await self.channel.basic_ack(message.delivery_tag or 0, wait=False)
@@ -62,5 +62,5 @@ class LibraryConsumer:
 if __name__ == "__main__":
     patience.apply()
     for user in (live, eventlog):
-        setattr(user, "Consumer", LibraryConsumer)  # noqa: B010 - Its type is another one.
+        setattr(user, "Consumer", LibraryConsumer)  # noqa: B010 - The type is another one on purpose.
     main()

@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 
-from tests.raw_amqp import frame, greetings, short_string
+from tests.raw_amqp import frame, handshake, short_string
 
 TICK_SECONDS = 0.002
 
@@ -28,7 +28,7 @@ def connect(port: int, vhost: str) -> socket.socket:
         head = broker.recv(7, socket.MSG_WAITALL)
         broker.recv(struct.unpack(">BHI", head)[2] + 1, socket.MSG_WAITALL)
 
-    for asked in greetings(vhost):
+    for asked in handshake(vhost):
         broker.sendall(asked)
         answer()
     return broker

@@ -193,7 +193,7 @@ class Client:
         self.longest_away = 0.0
         """Seconds from the end of a stream to the next one's ready."""
         self._left_at: float | None = None
-        self.phantoms = 0
+        self.empty_blocks = 0
         self.history: list[str] = []
         """What it did and was told, for who looks for a fault."""
 
@@ -257,7 +257,7 @@ class Client:
             except (OSError, EOFError, ValueError, IndexError, asyncio.IncompleteReadError, TimeoutError):
                 pass  # However it broke, it comes back.
             finally:
-                self.phantoms += len(stream.decoder.phantoms)
+                self.empty_blocks += len(stream.decoder.empty_blocks)
                 stream.abort()
             self._left_at = self._left_at or time.monotonic()
             self._do("pauses after a stream", replica)

@@ -481,7 +481,7 @@ class Chaos:
             "gaps_told": sum(client.gaps for client in self.clients),
             "connects": sum(client.connects for client in self.clients),
             "resumed": sum(client.resumed for client in self.clients),
-            "phantoms": sum(client.phantoms for client in self.clients),
+            "empty_blocks": sum(client.empty_blocks for client in self.clients),
             "byes": dict(sum((Counter(client.byes) for client in self.clients), Counter())),
             "shortages": self.shortages,
             "most_descriptors": self.most_descriptors,

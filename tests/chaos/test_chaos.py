@@ -17,7 +17,7 @@ async def test_a_minute_of_everything_loses_nothing(rabbitmq: Installation) -> N
     faults = "\n".join(verdict.faults[:40])
     assert verdict.good, f"{faults}\n{json.dumps(report)}\n{logs}"
     assert verdict.owed > LEAST_EVENTS
-    assert report["phantoms"] == 0
+    assert report["empty_blocks"] == 0
     assert report["gaps_told"] == 0
     assert not storm.crashes, storm.crashes
     assert set(storm.faults) == {fault.__name__ for _, fault in storm.weights}

@@ -22,7 +22,7 @@ from tests.conftest import StartService
 from tests.decoder import Decoder, Frame
 from tests.deploy.proxies import BRIDGE_HOSTS, Edge
 from tests.patience import PATIENCE
-from tests.rabbit import Vhost, cloudevent, unless_a_queue_dies
+from tests.rabbit import Vhost, cloudevent, ignore_deleted_queue
 from tests.service import Service, mint
 
 SILENT_HEARTBEAT = 30.0
@@ -181,7 +181,7 @@ async def flow(vhost: Vhost, key: str, *, every: float) -> AsyncIterator[dict[st
 
     async def run_on() -> None:
         while not enough.is_set() or confirmed < len(began):
-            with unless_a_queue_dies():
+            with ignore_deleted_queue():
                 await run()
 
     running = asyncio.create_task(run_on())

@@ -68,18 +68,18 @@ class CountedService(Service):
             self.events[line["event"]] += 1
             if line.get("level") != "info":
                 self.complaints.append(raw.decode())
-            async with self._heard:
+            async with self._new_output:
                 if line["event"] in ("serving", "broker connected") and len(self.lines) < 10:
                     self.lines.append(line)
-                self._heard.notify_all()
-        async with self._heard:
+                self._new_output.notify_all()
+        async with self._new_output:
             self.lines.append({"event": "(end of output)"})
-            self._heard.notify_all()
+            self._new_output.notify_all()
 
     async def happened(self, event: str, count: int) -> None:
         """Waits until the bridge has logged this event so many times."""
-        async with asyncio.timeout(PATIENCE), self._heard:
-            await self._heard.wait_for(lambda: self.events[event] >= count)
+        async with asyncio.timeout(PATIENCE), self._new_output:
+            await self._new_output.wait_for(lambda: self.events[event] >= count)
 
     async def count(self, vhost: Vhost) -> Counts:
         self._answers += 1

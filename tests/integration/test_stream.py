@@ -50,7 +50,7 @@ async def test_ready_then_events_of_the_users_audiences_and_no_others(
         **cloudevent("last"),
         "data": {"job_id": "é\n\n", "duration_seconds": 3.2, "result_url": None},
     }
-    assert not stream.decoder.phantoms
+    assert not stream.decoder.empty_blocks
 
 
 @pytest.mark.contract("2.24", "2.35", "2.36")

@@ -47,7 +47,7 @@ class Program:
             **environment,
         }
         self.text = ""
-        self._heard = asyncio.Condition()
+        self._new_output = asyncio.Condition()
 
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
@@ -59,20 +59,20 @@ class Program:
     async def _read(self) -> None:
         assert self._process.stdout is not None
         async for raw in self._process.stdout:
-            async with self._heard:
+            async with self._new_output:
                 self.text += raw.decode()
-                self._heard.notify_all()
-        async with self._heard:
-            self._heard.notify_all()
+                self._new_output.notify_all()
+        async with self._new_output:
+            self._new_output.notify_all()
 
     async def said(self, pattern: str) -> re.Match[str]:
         """The first place in its output that matches, once it is there."""
-        async with self._heard:
+        async with self._new_output:
             try:
                 async with asyncio.timeout(PATIENCE):
                     while (found := re.search(pattern, self.text)) is None:
                         assert not self._reader.done(), f"ended without saying {pattern!r}:\n{self.text}"
-                        await self._heard.wait()
+                        await self._new_output.wait()
             except TimeoutError:
                 raise AssertionError(f"did not say {pattern!r} within {PATIENCE} s:\n{self.text}") from None
         return found

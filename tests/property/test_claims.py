@@ -1,4 +1,4 @@
-"""A token is anybody's text: whatever it is, it is read or refused, and never breaks a request."""
+"""A client may send any text as a token. It is read or refused, and no other exception is raised."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_any_claims_are_read_or_refused(reader: ClaimsReader, given_claims: dict
     assert all(subscriber.groups)
     assert len(set(subscriber.groups)) == len(subscriber.groups)
     assert subscriber.expires_at > NOW
-    # What was given as text or list appears as it was, and nothing else does.
+    # A group that was given as text appears unchanged.
     groups = given_claims.get("groups")
     if reader.groups == "groups" and isinstance(groups, str):
         assert subscriber.groups == ((groups,) if groups else ())

@@ -1,4 +1,4 @@
-"""What is cut out of a connection's bytes, and what is left of them, against the AMQP library's own parser."""
+"""`Deliveries` takes deliveries out of a connection's bytes. The AMQP library's own parser checks it, and the rest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ headers = st.dictionaries(st.text("abcx-", min_size=1, max_size=8), values, max_
 
 @st.composite
 def messages(draw: st.DrawFn) -> tuple[list[Any], str, bytes, int | None]:
-    """The frames of one delivery, with what has to be left of it."""
+    """The frames of one delivery, and what must remain of it: its key, body and offset."""
     key, body = draw(keys), draw(st.binary(max_size=30))
     offset = draw(st.none() | st.integers(0, 2**40))
     table_of: dict[str, Any] = dict(draw(headers))
@@ -65,10 +65,10 @@ def test_deliveries_keep_their_key_their_body_and_a_streams_offset(
     for frames, *_ in deliveries:
         raw += b"".join(pamqp.frame.marshal(frame, 7) for frame in frames)
         raw += pamqp.frame.marshal(Heartbeat(), 0) + pamqp.frame.marshal(Queue.DeclareOk("q", 1, 2), 3)
-    sieve, out, at = Deliveries(), b"", 0
+    cutter, out, at = Deliveries(), b"", 0
     while at < len(raw):
         size = cuts[at % len(cuts)]
-        out += sieve.feed(raw[at : at + size])
+        out += cutter.feed(raw[at : at + size])
         at += size
     for _, key, body, offset in deliveries:
         out, _, deliver = take(out)
@@ -80,8 +80,8 @@ def test_deliveries_keep_their_key_their_body_and_a_streams_offset(
         if body:
             out, _, content = take(out)
             assert content.value == body
-        out, _, beat = take(out)
-        assert isinstance(beat, Heartbeat)
+        out, _, heartbeat = take(out)
+        assert isinstance(heartbeat, Heartbeat)
         out, _, declared = take(out)
         assert declared.message_count == 1
     assert out == b""
@@ -93,7 +93,7 @@ TAKEN = [1, 2]
 
 @st.composite
 def conversations(draw: st.DrawFn) -> list[list[bytes]]:
-    """For each channel, its frames in order; bodies in several frames, empty ones, and other methods between them."""
+    """For each channel, its frames in order: bodies in several frames, empty bodies, and other methods between them."""
     found = []
     for channel in CHANNELS:
         raw = []
@@ -114,7 +114,7 @@ def conversations(draw: st.DrawFn) -> list[list[bytes]]:
 
 
 class Library:
-    """What aiormq itself makes of the same bytes: its frame receiver, and its rules for putting messages together."""
+    """Reads the same bytes as aiormq does: with its frame receiver, and its rules for assembling messages."""
 
     def __init__(self, raw: bytes) -> None:
         self.deliveries: list[tuple[int, str, int, str, bytes, int | None]] = []
@@ -161,8 +161,8 @@ async def read_frames(raw: bytes) -> None:
 def test_it_finds_what_the_library_finds(
     conversation: list[list[bytes]], cuts: list[int], random: Random, whole: bool
 ) -> None:
-    # The frames of each channel in order, those of different channels in any (4.2.6: content frames may be interleaved
-    # with those of other channels).
+    # The frames of one channel stay in order; those of different channels are mixed (4.2.6: content frames may be
+    # interleaved with those of other channels).
     waiting = [list(frames) for frames in conversation]
     raw = b""
     while any(waiting):
@@ -209,7 +209,7 @@ def delivery(body: bytes, channel: int = 1) -> list[bytes]:
     ]
 
 
-def test_a_channel_closed_in_mid_message_takes_the_rest_of_it_along() -> None:
+def test_the_rest_of_a_message_is_dropped_if_its_channel_closes() -> None:
     found: list[bytes] = []
     cutter = Deliveries()
     cutter.take(1, lambda _tag, _key, body, _offset: found.append(body))
@@ -217,14 +217,14 @@ def test_a_channel_closed_in_mid_message_takes_the_rest_of_it_along() -> None:
     assert cutter.feed(deliver + header) == b""
     close = pamqp.frame.marshal(Channel.Close(406, "no", 0, 0), 1)
     assert cutter.feed(close) == close
-    # The number is another channel's now: the library has it until it is taken.
+    # The number now belongs to another channel: its deliveries go to the library, until `take` is called for it.
     assert cutter.feed(b"".join(delivery(b"second"))) != b""
     cutter.take(1, lambda _tag, _key, body, _offset: found.append(body))
     assert cutter.feed(b"".join(delivery(b"third"))) == b""
     assert found == [b"third"]
 
 
-def test_who_drops_a_channel_late_leaves_it_to_who_has_its_number_now() -> None:
+def test_a_late_drop_leaves_a_new_channel_with_the_same_number_alone() -> None:
     found: list[bytes] = []
 
     def first(_tag: bytes, _key: str, _body: bytes, _offset: int | None) -> None: ...
@@ -242,7 +242,7 @@ def test_who_drops_a_channel_late_leaves_it_to_who_has_its_number_now() -> None:
     assert cutter.take_acks() != b""
 
 
-def test_a_channel_that_was_dropped_is_neither_heard_nor_acknowledged() -> None:
+def test_deliveries_of_a_dropped_channel_reach_no_callback_and_are_not_acknowledged() -> None:
     found: list[bytes] = []
 
     def sink(_tag: bytes, _key: str, body: bytes, _offset: int | None) -> None:
@@ -260,7 +260,7 @@ def test_a_channel_that_was_dropped_is_neither_heard_nor_acknowledged() -> None:
     assert cutter.feed(closed) == closed
 
 
-def test_a_callback_that_fails_keeps_no_other_delivery_back() -> None:
+def test_a_callback_that_fails_does_not_stop_other_deliveries() -> None:
     found: list[bytes] = []
 
     def sink(_tag: bytes, _key: str, body: bytes, _offset: int | None) -> None:
@@ -275,7 +275,7 @@ def test_a_callback_that_fails_keeps_no_other_delivery_back() -> None:
     assert [str(fault) for fault in cutter.faults] == ["bad"]
 
 
-def test_the_heartbeat_is_one_to_the_library() -> None:
+def test_the_library_reads_the_heartbeat_frame() -> None:
     _, channel, frame = take(HEARTBEAT)
     assert (channel, frame.name) == (0, "Heartbeat")
 
@@ -286,7 +286,7 @@ def take(raw: bytes) -> tuple[bytes, int, Any]:
 
 
 @given(st.binary(max_size=40), st.integers(0, 0xFFFF))
-def test_whatever_the_properties_are_the_library_can_read_what_is_left(properties: bytes, flags: int) -> None:
+def test_with_any_properties_the_library_can_read_the_rest(properties: bytes, flags: int) -> None:
     payload = struct.pack(">HHQH", 60, 0, 5, flags) + properties
     raw = struct.pack(">BHI", 2, 1, len(payload)) + payload + b"\xce"
     _, _, header = take(Deliveries().feed(raw))
@@ -306,7 +306,7 @@ def test_any_routing_key_becomes_text(key: bytes) -> None:
         assert frame.routing_key == "".join(chr(byte) if byte < 0x80 else "?" for byte in key)
 
 
-def test_what_is_no_amqp_goes_on_as_it_is() -> None:
+def test_bytes_that_are_not_amqp_pass_unchanged() -> None:
     assert Deliveries().feed(b"AMQP\x00\x00\x08\x00") == b"AMQP\x00\x00\x08\x00"
     assert Deliveries().feed(b"HTTP/1.1 400 Bad Request\r\n") in (b"", b"HTTP/1.1 400 Bad Request\r\n")
 
@@ -329,16 +329,16 @@ Found = list[tuple[int, bytes, bytes, tuple[bytes, int], Any]]
 """Channel, consumer's tag, routing key, body and the size of all of it, offset."""
 
 MAX_BODY = 12
-"""For the cutter under test: the bodies of `messages` are smaller and larger."""
+"""For the object under test: some bodies of `messages` are smaller, some are larger."""
 
 MAX_FRAME = 100
-"""What the broker announces, so that many a damaged length is above it, and no good one is."""
+"""The frame size that the broker announces: many damaged lengths are above it, and no correct one is."""
 
 TUNE = pamqp.frame.marshal(Connection.Tune(2047, MAX_FRAME, 0), 0)
 
 
 def parse_plainly(raw: bytes) -> tuple[Found, bool]:
-    """The deliveries of the channels that were taken, read one frame at a time, and whether all of it was AMQP."""
+    """The deliveries of the channels in `TAKEN`, read one frame at a time, and whether all of it was AMQP."""
     found: Found = []
     taken, begun, at = set(TAKEN), dict[int, list[Any]](), 0
     while at < len(raw):
@@ -393,12 +393,12 @@ def parse_plainly(raw: bytes) -> tuple[Found, bool]:
 
 
 def offset_of(payload: bytes) -> Any:
-    """By the library's own decoder. `...` where it cannot read the properties: then any offset or none is right."""
+    """The offset, by the library's own decoder. `...` if it cannot read the properties: then any offset is right."""
     try:
         header = ContentHeader()
         header.unmarshal(payload)
         table_of = header.properties.headers
-    except Exception:  # noqa: BLE001 - It raises many kinds over what it cannot read.
+    except Exception:  # noqa: BLE001 - It raises many kinds of errors for bytes that it cannot read.
         return ...
     return (table_of or {}).get("x-stream-offset")
 
@@ -425,7 +425,7 @@ def cut_out(raw: bytes, cuts: list[int]) -> tuple[Found, bytes, Deliveries]:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A conversation with some of its bytes, lengths and frames changed, lost, repeated or in another order."""
+    """A conversation of which some bytes, lengths and frames are changed, lost, repeated or in another order."""
     conversation = draw(conversations())
     frames = [frame for frames in conversation for frame in frames]
     frames = draw(st.permutations(frames)) if draw(st.booleans()) else frames
@@ -476,7 +476,7 @@ def test_no_bytes_raise_and_none_that_are_not_amqp_reach_a_callback(raw: bytes, 
         assert got == key or (got == got.decode().encode() and b"?" in got)
         assert offset == wanted or wanted is ...
     assert [type(fault).__name__ for fault in cutter.faults] in ([], ["NotAmqp"])
-    # In any pieces it is the same.
+    # The result is the same if the bytes arrive in pieces.
     again, out_again, in_pieces = cut_out(raw, cuts)
     assert again == whole
     rest, rest_again = cutter.feed(b""), in_pieces.feed(b"")
@@ -484,14 +484,14 @@ def test_no_bytes_raise_and_none_that_are_not_amqp_reach_a_callback(raw: bytes, 
     if is_amqp:
         assert out + rest == out_again + rest_again
         return
-    # The library refuses what it is given, this frame or one before it, and does not wait for a byte behind it.
+    # The library refuses this frame or one before it. It does not wait for further bytes.
     for refused in (out + rest, out_again + rest_again):
         with pytest.raises(Exception, match=r"^(?!Server connection unexpectedly closed)"):
             asyncio.run(read_frames(refused))
 
 
 @given(st.binary(max_size=60), st.sampled_from([b"\x00\x3c\x00\x3c", b"\x00\x3c\x00\x47"]), st.booleans())
-def test_a_method_that_ends_too_early_is_the_librarys(payload: bytes, method: bytes, is_taken: bool) -> None:
+def test_a_truncated_method_raises_nothing(payload: bytes, method: bytes, is_taken: bool) -> None:
     cutter = Deliveries()
     if is_taken:
         cutter.take(1, lambda *_: None)
@@ -510,7 +510,7 @@ def test_a_method_that_ends_too_early_is_the_librarys(payload: bytes, method: by
         (8, b"a heartbeat of a channel"),
     ],
 )
-def test_a_frame_out_of_its_order_is_refused_by_the_library(kind: int, payload: bytes) -> None:
+def test_the_library_refuses_a_frame_out_of_order(kind: int, payload: bytes) -> None:
     cutter = Deliveries()
     cutter.take(1, lambda *_: None)
     out = cutter.feed(struct.pack(">BHI", kind, 1, len(payload)) + payload + b"\xce")
@@ -518,12 +518,12 @@ def test_a_frame_out_of_its_order_is_refused_by_the_library(kind: int, payload: 
         take(out)
 
 
-def test_a_method_that_ends_early_goes_on_in_a_form_that_the_library_refuses() -> None:
+def test_a_truncated_method_is_passed_on_in_a_form_that_the_library_refuses() -> None:
     found: list[bytes] = []
     cutter = Deliveries()
     cutter.take(1, lambda _tag, _key, body, _offset: found.append(body))
     good = b"".join(delivery(b"good"))
-    # The key claims 200 bytes, and the next frames have them. The library by itself reads five bytes as the key.
+    # The key's length says 200 bytes, and the next frames have them. The library alone would read five bytes of key.
     short = b"\x00\x3c\x00\x3c" + short_string(b"tag") + b"\0" * 9 + short_string(b"events") + b"\xc8all.x"
     frame = struct.pack(">BHI", 1, 1, len(short)) + short + b"\xce"
     take(frame)

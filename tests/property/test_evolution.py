@@ -1,4 +1,4 @@
-"""What `compare` says of two models, against what pydantic does with data."""
+"""Checks the verdicts of `compare` about two models against what pydantic does with data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from bridge.catalogue.load import Catalogue
 from bridge.event import EventData
 
 Spec = dict[str, Any]
-"""A type as values: `kind`, `of` (the types inside) and what else the kind has."""
+"""The description of a type: `kind`, `of` (the types inside it) and what else a kind needs."""
 
 
 class Level(enum.IntEnum):
@@ -91,10 +91,10 @@ configs = st.fixed_dictionaries({}, optional={
 
 
 class Names:
-    """No two members of a pair of models have one name, unless they are the same member.
+    """Names of members. Two members of a pair of models have the same name only if they are the same member.
 
-    A member that a model does not declare is dropped, whatever it is. So a new optional member refuses data that had
-    something else under its name by chance, and that is not reported.
+    A model drops a member that it does not declare. So a new optional member can refuse data that already had another
+    value under its name, and `compare` does not report that.
     """
 
     def __init__(self) -> None:
@@ -133,10 +133,10 @@ def model(draw: Any, names: Names, depth: int) -> Spec:
 
 
 def member(draw: Any, names: Names, depth: int) -> Spec:
-    return {"name": names.next(), "of": [make(draw, names, depth)], **draw(manners)}
+    return {"name": names.next(), "of": [make(draw, names, depth)], **draw(member_options)}
 
 
-manners = st.fixed_dictionaries({}, optional={
+member_options = st.fixed_dictionaries({}, optional={
     "left_out": st.just(True), "default": st.sampled_from([None, 1, "a"]), "alias": st.booleans(),
     "choices": st.booleans(), "exclude": st.booleans(), "exclude_if": st.booleans(), "renamed": st.booleans(),
 })  # fmt: skip
@@ -180,12 +180,12 @@ def edit(draw: Any, spec: Spec, names: Names) -> Spec:
 
 def edit_model(draw: Any, spec: Spec, names: Names) -> Spec:
     members = list(spec["members"])
-    what = draw(st.sampled_from(["inside", "inside", "inside", "manner", "manner", "config", "more", "fewer"]))
+    what = draw(st.sampled_from(["inside", "inside", "inside", "member", "member", "config", "more", "fewer"]))
     index = draw(st.integers(0, len(members) - 1))
     if what == "inside":
         members[index] = {**members[index], "of": [edit(draw, members[index]["of"][0], names)]}
-    elif what == "manner":
-        members[index] = {"name": members[index]["name"], "of": members[index]["of"], **draw(manners)}
+    elif what == "member":
+        members[index] = {"name": members[index]["name"], "of": members[index]["of"], **draw(member_options)}
     elif what == "config":
         return {**spec, "config": draw(configs)}
     elif what == "more":
@@ -274,7 +274,7 @@ FITTING: dict[str, Any] = {
 
 
 def value_of(draw: Any, spec: Spec) -> Any:
-    """Mostly fitting, sometimes nearly."""
+    """A value that mostly fits the type, and sometimes does not."""
     kind = spec["kind"]
     if draw(st.integers(0, 9)) == 0 or kind == "any":
         return draw(noise)
@@ -318,7 +318,7 @@ def export(model: Any) -> dict[str, Any]:
 
 
 def accepted(model: Any, data: Any) -> Any:
-    """The model's value, None where it is refused."""
+    """The model's value; None if the data is refused."""
     try:
         return model.model_validate_json(json.dumps(data))
     except ValidationError:
@@ -326,7 +326,7 @@ def accepted(model: Any, data: Any) -> Any:
 
 
 def written_by(value: BaseModel) -> Any:
-    """What a page receives, None where pydantic cannot write the value: a default of another type may be the reason."""
+    """What a page receives; None if pydantic cannot write the value, for example a default of another type."""
     try:
         return json.loads(value.model_dump_json(by_alias=True, warnings=False))
     except PydanticSerializationError:
@@ -344,7 +344,7 @@ def pairs(draw: Any) -> tuple[Spec, Spec, list[Any], list[Any]]:
 
 
 def described(export: dict[str, Any]) -> Any:
-    """What the export says that pages receive. A default is written as it is, though it be of another type."""
+    """A validator for what pages receive, as the export says. A default is written as it is, even of another type."""
 
     def with_default(schema: Any) -> Any:
         if isinstance(schema, list):
@@ -360,7 +360,7 @@ def described(export: dict[str, Any]) -> Any:
 
 @pytest.mark.contract("3.14", "3.15", "3.16")
 @given(pairs())
-def test_what_is_called_compatible_is(pair: tuple[Spec, Spec, list[Any], list[Any]]) -> None:
+def test_a_change_that_is_reported_as_compatible_is_compatible(pair: tuple[Spec, Spec, list[Any], list[Any]]) -> None:
     one, other, for_old, for_new = pair
     old, new = build_model(one, EventData), build_model(other, EventData)
     before, after = export(old), export(new)
@@ -376,26 +376,26 @@ def test_what_is_called_compatible_is(pair: tuple[Spec, Spec, list[Any], list[An
         for data in for_old + for_new:
             value = accepted(new, data)
             if value is not None and (written := written_by(value)) is not None:
-                # The next test but one is about models that do not keep what their own export says.
+                # For models that do not fit their own export, see `test_what_a_model_writes_fits_its_export`.
                 assert received.is_valid(written) or not own.is_valid(written), (written, changes)
 
 
 @given(pairs())
-def test_what_is_the_same_is_no_change(pair: tuple[Spec, Spec, list[Any], list[Any]]) -> None:
+def test_equal_models_have_no_change(pair: tuple[Spec, Spec, list[Any], list[Any]]) -> None:
     spec = pair[0]
     old, new = export(build_model(spec, EventData)), export(build_model(spec, EventData))
     assert compare(old, json.loads(json.dumps(new))) == []
 
 
 @given(pairs())
-def test_what_a_model_writes_fits_what_its_export_says(pair: tuple[Spec, Spec, list[Any], list[Any]]) -> None:
-    """Without it the comparison of what pages receive would stand on sand."""
+def test_what_a_model_writes_fits_its_export(pair: tuple[Spec, Spec, list[Any], list[Any]]) -> None:
+    """The comparison of what pages receive relies on this."""
     spec, _, for_old, _ = pair
     found = build_model(spec, EventData)
     text = json.dumps(spec)
     if '"written"' in text or '"to_upper"' in text or "str_max_length" in text:
-        # Code whose result nobody declares; a pattern of the text before pydantic changes it; a longest text that
-        # pydantic notes of a decimal and of asterisks, and does not hold them to.
+        # Known exceptions: a serializer without a declared type; a pattern that pydantic checks before it changes the
+        # text; a maximum length that pydantic exports for decimals and secrets, but does not enforce.
         return
     received = described(export(found))
     for data in for_old:

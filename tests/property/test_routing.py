@@ -1,4 +1,4 @@
-"""Laws of the words: one word an id, and patterns that mean what a topic exchange means by them."""
+"""Properties of routing keys: an id becomes one word, and patterns match as they do in a topic exchange."""
 
 import re
 
@@ -42,26 +42,26 @@ def test_two_ids_never_share_a_word(one: str, other: str) -> None:
 
 
 @given(st.sampled_from(["user", "group"]), ids, types)
-def test_a_key_comes_apart_as_it_was_put_together(kind: str, identity: str, event_type: str) -> None:
+def test_a_key_is_split_into_the_parts_that_it_was_made_of(kind: str, identity: str, event_type: str) -> None:
     audience = Audience(kind, identity)  # type: ignore[arg-type]
     assert split_key(audience.routing_key(event_type)) == (audience, event_type)
 
 
 @given(ids, ids, types)
-def test_one_users_binding_never_takes_anothers_event(one: str, other: str, event_type: str) -> None:
+def test_one_users_binding_never_matches_anothers_event(one: str, other: str, event_type: str) -> None:
     binding = Audience.user(one).binding_key()
     key = Audience.user(other).routing_key(event_type)
     assert broker_matches(binding.split("."), key.split(".")) == (one == other)
 
 
 @given(st.lists(patterns, min_size=1, max_size=4), types)
-def test_a_filter_takes_what_the_brokers_bindings_take(chosen: list[str], event_type: str) -> None:
+def test_a_filter_matches_what_the_brokers_bindings_match(chosen: list[str], event_type: str) -> None:
     expected = any(broker_matches(pattern.split("."), event_type.split(".")) for pattern in chosen)
     assert TypeFilter.parse(",".join(chosen)).matches(event_type) == expected
 
 
 few = st.sampled_from("aab")
-"""Words that match each other often, where a matcher that goes back and tries again has the most to try."""
+"""Words that often match each other: the worst case for a matcher that backtracks."""
 
 long_types = st.lists(few, min_size=1, max_size=64).map(".".join)
 long_patterns = st.lists(few | st.just("*"), min_size=1, max_size=60).flatmap(
@@ -77,11 +77,11 @@ def with_hashes(words: list[str], places: list[int]) -> str:
 
 
 @given(st.lists(long_patterns, min_size=1, max_size=16), st.lists(long_types, min_size=1, max_size=40))
-def test_a_filter_of_long_patterns_takes_what_a_table_of_all_places_takes(
+def test_a_filter_of_long_patterns_matches_what_a_table_of_all_places_matches(
     chosen: list[str], event_types: list[str]
 ) -> None:
     types = TypeFilter.parse(",".join(chosen))
-    for event_type in event_types * 2:  # The second time from memory.
+    for event_type in event_types * 2:  # The second time from the cache.
         expected = any(table_matches(pattern.split("."), event_type.split(".")) for pattern in chosen)
         assert types.matches(event_type) == expected
     assert len(types._known) <= TYPES_KEPT
@@ -111,7 +111,7 @@ def test_a_pattern_is_tried_in_one_step_for_each_of_its_words(pattern: str, even
 
 
 @given(st.text("a.*#, ", max_size=60))
-def test_a_text_is_refused_or_holds_few_patterns_that_are_short(text: str) -> None:
+def test_a_text_is_refused_or_has_few_and_short_patterns(text: str) -> None:
     try:
         types = TypeFilter.parse(text)
     except InvalidPattern:
@@ -122,7 +122,7 @@ def test_a_text_is_refused_or_holds_few_patterns_that_are_short(text: str) -> No
 
 
 def table_matches(pattern: list[str], key: list[str]) -> bool:
-    """The same as below, by a table: whether the first words of the one take the first of the other."""
+    """Like `broker_matches`, with a table: row[n] says whether the pattern's words so far match n words of the key."""
     row = [True] + [False] * len(key)
     for word in pattern:
         above, row = row, [False] * (len(key) + 1)
@@ -135,7 +135,7 @@ def table_matches(pattern: list[str], key: list[str]) -> bool:
 
 
 def broker_matches(pattern: list[str], key: list[str]) -> bool:
-    """AMQP 0-9-1, section 3.1.3.3, word for word."""
+    """The rules of AMQP 0-9-1, section 3.1.3.3, applied directly."""
     if not pattern:
         return not key
     if pattern[0] == "#":

@@ -1,7 +1,10 @@
-"""Whose turn it is to have the log read, as a world of users, streams and time. Reading is played here, entry by entry.
+"""The schedule of scans, with random users, streams and times. The test itself reads the log, entry by entry.
 
-What must hold, whatever happens: each want is read to its end, in order, without a hole and nothing twice; what is read
-is paid for; nobody reads more than the budget allows; nobody waits for ever; wants that want the same are read once.
+What must hold in every run:
+
+- Each read reaches its end, in order, without a hole and nothing twice.
+- The entries that are read are charged to users, and no user reads more than the budget allows.
+- No read waits for ever. Reads of the same range share one scan.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from bridge.service.broker import scans
 from bridge.service.broker.scans import Scan, Schedule, Want
 
-# A small log, so that Hypothesis meets every bound of it.
+# Small limits, so that Hypothesis reaches each of them.
 NEAR = 20
 SCAN = 10
 JOIN = 3
@@ -39,14 +42,14 @@ def small() -> object:
 
 
 class Log:
-    """Reads what the schedule says, and holds it to what must be true of any schedule."""
+    """Reads what the schedule chooses, and checks what must be true of every schedule."""
 
     def __init__(self, end: int = 100, budget: int = BUDGET) -> None:
         self.schedule = Schedule(budget)
         self.now = 0.0
         self.end = end
         self.open: dict[Want, None] = {}
-        """Wants that have not been read to their end and were not given up."""
+        """Reads that have not reached their end and were not given up."""
         self.queued: set[Want] = set()
         self.running: dict[Scan, None] = {}
         self.done: list[Want] = []
@@ -56,7 +59,7 @@ class Log:
         self.paid: Counter[str] = Counter()
         """What each user was charged, budget or not."""
         self.carried: list[set[str]] = []
-        """Of each scan, whose wants it began with."""
+        """For each scan, the users whose reads it began with."""
 
     def want(self, user: str, behind: int, *, extends: bool = False) -> Want:
         want = Want(user, self.end - behind, self.end, since=self.now, extends=extends)
@@ -87,7 +90,7 @@ class Log:
         return scan
 
     def step(self, scan: Scan) -> bool:
-        """One entry. False when the scan has ended."""
+        """Reads one entry. False when the scan has ended."""
         offset = scan.position
         if scan.is_done:
             self.finish(scan)
@@ -111,24 +114,24 @@ class Log:
         return True
 
     def may_go_on(self, scan: Scan) -> bool:
-        self.note_bills(scan)
+        self.record_bills(scan)
         return self.schedule.may_go_on(scan, self.now)
 
-    def note_bills(self, scan: Scan) -> None:
+    def record_bills(self, scan: Scan) -> None:
         bills = scan.bills()
         for user, amount, _ in bills:
             self.paid[user] += amount  # type: ignore[assignment]
         scan._bills = bills
 
     def finish(self, scan: Scan) -> None:
-        self.note_bills(scan)
+        self.record_bills(scan)
         del self.running[scan]
         self.schedule.end(scan, self.now)
         for want in scan.wants:
             self.add(want)
 
     def read_all(self, limit: int = 100_000) -> None:
-        """Until nothing is left to read, with time passing where a budget has to refill."""
+        """Reads until nothing is left to read. Time passes where a budget has to refill."""
         for _ in range(limit):
             while self.begin() is not None:
                 pass
@@ -136,7 +139,7 @@ class Log:
                 if not self.open:
                     return
                 pause = self.schedule.seconds_until_change(self.now)
-                assert pause is not None, "somebody waits, and nothing would ever change that"
+                assert pause is not None, "a read waits, and nothing would ever change that"
                 self.now += pause + 0.001
             for scan in list(self.running):
                 self.step(scan)
@@ -185,18 +188,18 @@ class World(RuleBasedStateMachine):
                 break
 
     @invariant()
-    def lanes_are_not_overfull(self) -> None:
+    def each_lane_keeps_its_limit_of_scans(self) -> None:
         assert sum(scan.is_far for scan in self.log.running) <= scans.FAR_SCANS
         assert sum(not scan.is_far for scan in self.log.running) <= scans.NEAR_SCANS
 
     @invariant()
-    def the_queue_is_what_waits(self) -> None:
+    def the_schedule_counts_the_waiting_reads(self) -> None:
         assert self.log.schedule.waiting == len(self.log.queued)
 
     def teardown(self) -> None:
         self.log.read_all()
         assert self.log.schedule.waiting == 0
-        # What was read, and what each scan cost to open, was paid by those it was read for.
+        # Users were charged for the entries that were read and for the opening of scans, and for no more.
         assert sum(self.log.paid.values()) <= self.log.entries + OPEN * self.log.scans + 1e-6
 
 
@@ -206,7 +209,7 @@ TestWorld.settings = settings(max_examples=150, stateful_step_count=40)
 
 @pytest.mark.contract("2.48")
 @given(st.integers(1, 20), st.integers(0, 90))
-def test_streams_that_want_the_same_cost_one_scan_of_it(count: int, behind: int) -> None:
+def test_reads_of_the_same_range_cost_one_scan(count: int, behind: int) -> None:
     log = Log()
     for number in range(count):
         log.want("attacker" if number % 2 else f"user {number}", behind)
@@ -215,8 +218,8 @@ def test_streams_that_want_the_same_cost_one_scan_of_it(count: int, behind: int)
 
 
 @given(st.integers(2, 20), st.integers(30, 50))
-def test_streams_that_come_one_after_another_are_soon_read_to_together(count: int, behind: int) -> None:
-    """Streams of one user with one old cursor, which come when the first of them has been read to for a while."""
+def test_streams_that_arrive_one_after_another_soon_share_a_scan(count: int, behind: int) -> None:
+    """Streams of one user with the same old cursor. They arrive after the scan of the first one has begun."""
     log = Log()
     log.want("attacker", behind)
     scan = log.begin()
@@ -248,7 +251,7 @@ def test_an_innocent_user_is_next_however_many_streams_another_has(count: int, b
             pass
         for running in list(log.running):
             log.step(running)
-        # Served about alike from the moment that it came: the attacker is never two scans ahead.
+        # From then on both get about as many scans: the attacker is never more than two ahead.
         with_it = sum("innocent" in users for users in log.carried)
         assert len(log.carried) - with_it <= with_it + 2
 
@@ -274,7 +277,7 @@ def test_short_reads_never_wait_for_long_ones(own: int, count: int) -> None:
 
 @pytest.mark.contract("2.46")
 @given(st.lists(st.tuples(st.floats(0, 50), st.integers(0, 90)), min_size=1, max_size=40))
-def test_nobody_has_more_read_than_the_budget_allows(wants: list[tuple[float, int]]) -> None:
+def test_no_user_reads_more_than_the_budget_allows(wants: list[tuple[float, int]]) -> None:
     log = Log()
     for pause, behind in wants:
         log.now += pause
@@ -286,7 +289,7 @@ def test_nobody_has_more_read_than_the_budget_allows(wants: list[tuple[float, in
                 log.step(scan)
             while log.begin() is not None:
                 pass
-        # A scan that was begun ends, in each of the two lanes, and its opening costs, too.
+        # In each of the two lanes, a scan that has begun may end. Its opening costs, too.
         most = BUDGET + RATE * log.now + 2 * (SCAN + OPEN + 1)
         assert log.entries + OPEN * log.scans <= most
     log.read_all()
@@ -317,7 +320,7 @@ def test_a_user_without_budget_waits_and_others_do_not() -> None:
     assert log.now >= (190 - BUDGET - 60 - SCAN) / RATE
 
 
-def test_new_users_who_come_all_the_time_do_not_starve_anybody() -> None:
+def test_a_constant_flow_of_new_users_starves_no_other_user() -> None:
     log = Log(budget=10_000)
     log.want("first", 90)
     for _ in range(3):
@@ -335,7 +338,7 @@ def test_new_users_who_come_all_the_time_do_not_starve_anybody() -> None:
             pass
         if not waiting & set(log.open):
             return
-    raise AssertionError("never its turn")
+    raise AssertionError("the waiting reads never got a scan")
 
 
 @pytest.mark.parametrize(
@@ -344,11 +347,11 @@ def test_new_users_who_come_all_the_time_do_not_starve_anybody() -> None:
         (0.0, 1, 0, False),
         (0.0, 1, 9_999, True),
         (0.19, 1, 1, True),
-        (0.2, 1, 1, False),  # One user is not waited for for long.
+        (0.2, 1, 1, False),  # For one user the window stays open only for a moment.
         (4.9, 25, 25, True),
         (5.1, 25, 25, False),
         (scans.WINDOW_SECONDS - 0.1, 1, 9_999, True),
-        (scans.WINDOW_SECONDS, 2_000, 1_000, False),  # As it looks, over at the 15th second.
+        (scans.WINDOW_SECONDS, 2_000, 1_000, False),  # At this rate all have arrived after 15 s.
         (scans.WINDOW_SECONDS, 2_000, 999, True),
         (scans.LONGEST_WINDOW_SECONDS - 0.1, 2_000, 1, True),
         (scans.LONGEST_WINDOW_SECONDS, 2_000, 1, False),
@@ -362,7 +365,7 @@ def returning(user: str, *, since: float, behind: int = 50) -> Want:
     return Want(user, 100 - behind, 100, since=since, returns=True)
 
 
-def test_a_window_is_counted_from_when_its_first_began_to_wait() -> None:
+def test_a_window_is_counted_from_when_its_first_read_began_to_wait() -> None:
     schedule = Schedule(BUDGET)
     schedule.add(returning("first", since=100.0), 101.0)
     schedule.add(returning("last", since=109.9), 110.0)
@@ -377,7 +380,7 @@ def test_a_client_that_reads_slowly_opens_and_closes_no_window() -> None:
     schedule = Schedule(BUDGET)
     schedule.add(Want("slow", 20, 100, since=0.0), 100.0)
     schedule.add(returning("other", since=100.0), 100.0)
-    assert schedule.choose(100.1, expected=1_000) is None, "the window of the other"
+    assert schedule.choose(100.1, expected=1_000) is None, "the other's window is open"
 
 
 def test_a_scan_goes_on_while_others_wait_in_a_window() -> None:

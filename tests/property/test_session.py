@@ -1,13 +1,16 @@
-"""The join of log and live, against a world of a few lines: several publishers, a log, live queues that cross.
+"""Joining the log with live events, tested with a small model of everything around a session.
 
-The world is a list (the log) and live queues, of which any may deliver next, however far behind the others are. In one
-world there are two, the client's own and the shared one, each in the log's order. In the other there is one for each
-publisher and audience: then the order of two publishers is another in every queue. In a third, some events are of a
-type that only newer replicas can read, and the client comes back to replicas of both versions. The client is cut
-anywhere, has read as much as it pleases of what was written, and comes back to a new session with the last id it saw.
-Laws, checked whenever nothing is under way:
+The model has several publishers, a log (a list), and live queues. Any queue may deliver next, however far behind the
+others are. There are three variants:
 
-    nothing lost        it has every event written to the log after its first ready, unless it was told a gap before
+    World           two queues, the client's own and the shared one, each in the log's order
+    CrossingWorld   one queue for each publisher and audience: events of two publishers have another order in each queue
+    RollingWorld    some events are of a type that only newer replicas can read; the client uses old and new replicas
+
+The client's connection breaks at any point. It has read any part of what was written, and returns to a new session with
+the last id that it saw. What must hold, checked whenever nothing is on its way:
+
+    nothing lost        it has every event written to the log after its first ready, unless it got a gap before
     nothing twice       no event came twice, where each queue was in the log's order and the watermarks were too
     in order            events of one publisher to one audience came as they were published
     none of others      it never saw an event that is not for it
@@ -32,7 +35,7 @@ from tests.decoder import Decoder, Frame
 from tests.events import make_event
 
 PUBLISHERS = 3
-AUDIENCES = ("user", "group", "stranger")
+AUDIENCES = ("user", "group", "other user")
 MINE = ("user", "group")
 MAX_EVENTS = 12
 
@@ -70,19 +73,19 @@ class World(RuleBasedStateMachine):
         self.bound = False
         self.reading: int | None = None
         self.extending = False
-        self.tail: int | None = None  # The entry of the log from which it is read on behind the watermark.
-        self.replayed = False  # Whether it was read up to there.
+        self.tail: int | None = None  # The next entry of the tail read.
+        self.replayed = False  # Whether the log was read up to the watermark.
         self.asked: Anchor | None = None  # A watermark that is written, and not yet known to the bridge.
         self.anchors: list[tuple[Anchor, int]] = []
         self.decoder = Decoder()
         self.written: deque[Frame] = deque()
         self.last_id = ""
-        self.since: int | None = None  # The offset behind which the client is owed everything.
+        self.since: int | None = None  # From this offset on the client must get everything.
         self.got: list[int] = []
         self.newest = 0
         self.may_repeat = False
         self.is_new = True
-        self.state_at = 0  # What the client's page has in the state that it fetched last: all up to this number.
+        self.state_at = 0  # The state that the page fetched last has all events up to this number.
         self.open()
 
     # The broker.
@@ -101,18 +104,18 @@ class World(RuleBasedStateMachine):
         self.count += 1
         event = Published(self.count, publisher, audience)
         self.log.append(event)
-        # Of a new stream's first events it is not known whether they stand before its watermark or behind it.
+        # It is not known whether a new stream's first events are before its watermark or after it.
         self.may_repeat = self.may_repeat or (self.bound and not self.last_id)
         if self.bound and audience in MINE:
             self.queues.setdefault(self.queue_of(publisher, audience), deque()).append(event)
 
     @rule(publisher=st.integers(0, PUBLISHERS - 1))
     def publish_again(self, publisher: int) -> None:
-        """A publisher that had no confirm repeats its last event: it stands in the log twice."""
+        """A publisher that got no confirm repeats its last event: it is in the log twice."""
         last = self.log[-1] if self.log else None
         if isinstance(last, Published) and last.publisher == publisher:
             self.log.append(last)
-            # One copy may stand before an anchor that the other stands behind.
+            # One copy may be before an anchor, and the other after it.
             self.may_repeat = self.may_repeat or bool(self.anchors)
             if self.bound and last.audience in MINE:
                 self.queues.setdefault(self.queue_of(publisher, last.audience), deque()).append(last)
@@ -132,10 +135,10 @@ class World(RuleBasedStateMachine):
 
     @rule(forward=st.integers(0, 3000))
     def pass_time(self, forward: int) -> None:
-        """However far a live queue is behind."""
+        """Time passes, while a live queue may be far behind."""
         self.now_ms += forward
 
-    # The shell around a session, as the hub is.
+    # What the hub does around a session.
 
     def open(self) -> None:
         self.session = Session(
@@ -171,7 +174,7 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.awaits_watermark)
     @rule()
     def ask_for_watermark(self) -> None:
-        """The answer comes by another connection than events do, any time later."""
+        """The answer arrives on another connection than events, at any time later."""
         if self.asked is None:
             self.asked = self.write_mark()
 
@@ -219,7 +222,7 @@ class World(RuleBasedStateMachine):
             elif isinstance(item, Published) and item.audience in MINE:
                 entry = Entry(offset, self.check(offset), make_event(item.number), item.audience != "user")
                 if not self.session.replayed(entry):
-                    assert not self.session.wants_more, "stopped though it wants more"
+                    assert not self.session.wants_more, "it stopped, but wants more"
                     return
             if offset == self.session.replay.until:
                 self.reading = None
@@ -236,7 +239,7 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.tail is not None)
     @rule(steps=st.integers(1, 30))
     def read_tail(self, steps: int) -> None:
-        """The log's reading behind the watermark may be ahead of the live queues, or far behind them."""
+        """The tail read may be ahead of the live queues, or far behind them."""
         assert self.session is not None
         for _ in range(steps):
             if self.tail is None or self.tail >= len(self.log):
@@ -251,7 +254,8 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.tail is not None)
     @rule()
     def end_tail(self) -> None:
-        """A second later. If the log was not read up to the watermark, a later live queue is out of order."""
+        """A second later. If the log was not read up to the watermark, all live events arrive before this: later ones
+        would be out of order."""
         assert self.session is not None
         while not self.replayed and (key := next((key for key, queue in self.queues.items() if queue), None)):
             self.deliver_one(key)
@@ -265,14 +269,14 @@ class World(RuleBasedStateMachine):
         self.now_ms += 1
         anchor = self.write_mark()
         self.anchors.append((anchor, self.count))
-        # What is still on its way from before it is taken for what follows it.
+        # Events from before it that are still on their way are treated as later ones.
         self.may_repeat = self.may_repeat or any(self.queues.values())
         self.session.watermark(anchor, self.now_ms)
 
     @precondition(lambda self: bool(self.anchors))
     @rule()
     def prove_watermark(self) -> None:
-        """Marks that were put into the queues behind it have come: so has all that was published before it."""
+        """The fences that were put into the queues after it have arrived, so everything published before it has too."""
         anchor, count = self.anchors.pop(0)
         if all(event.number > count for queue in self.queues.values() for event in queue):
             assert self.session is not None
@@ -302,7 +306,7 @@ class World(RuleBasedStateMachine):
         assert self.session is not None
         while chunk := self.session.take():
             self.written.extend(self.decoder.feed(chunk))
-        assert not self.decoder.phantoms
+        assert not self.decoder.empty_blocks
 
     @rule(count=st.integers(1, 20))
     def read(self, count: int) -> None:
@@ -323,11 +327,11 @@ class World(RuleBasedStateMachine):
         elif not frame.event.startswith("bridge."):
             self.got.append(int(frame.json["id"][1:]))
 
-    # What matters most takes several steps that chance seldom puts in a row.
+    # The most important cases take several steps, which chance seldom puts in a row.
 
     @rule(count=st.integers(0, 3), later=st.integers(0, 3), delivered=st.booleans())
     def reconnect(self, count: int, later: int, delivered: bool) -> None:
-        """Up to the log read. An event between the binding and the watermark arrives by both ways."""
+        """Up to the read of the log. An event between the binding and the watermark arrives live and from the log."""
         self.cut()
         self.bind()
         self.publish_some(count, delivered)
@@ -347,21 +351,21 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.bound)
     @rule(count=st.integers(1, 25))
     def burst(self, count: int) -> None:
-        """More than a cursor can name, sometimes."""
+        """Sometimes more events than a cursor can name."""
         self.publish_some(count, True)
 
     @rule(before=st.integers(1, 4), later=st.integers(1, 4), delivered=st.booleans())
     def fall_behind(self, before: int, later: int, delivered: bool) -> None:
-        """More comes live during a replay than may be held, and more until the later watermark is known."""
+        """More live events arrive during a replay than may be buffered, and more until the later watermark is known."""
         self.reconnect(0, 0, True)
         self.publish_some(MAX_EVENTS + before, True)
-        self.come_as_far(lambda: self.extending)
+        self.read_until(lambda: self.extending)
         if self.extending:
             self.ask_for_watermark()
             self.publish_some(later, delivered)
             self.answer_later_watermark()
 
-    def come_as_far(self, done: Callable[[], bool]) -> None:
+    def read_until(self, done: Callable[[], bool]) -> None:
         for _ in range(50):
             if done() or self.reading is None:
                 return
@@ -370,7 +374,7 @@ class World(RuleBasedStateMachine):
 
     @precondition(lambda self: self.bound)
     @rule(before=st.integers(0, 20), behind=st.integers(0, 40))
-    def anchor_under_load(self, before: int, behind: int) -> None:
+    def watermark_under_load(self, before: int, behind: int) -> None:
         self.publish_some(before, True)
         self.anchors = []
         self.write_watermark()
@@ -378,7 +382,7 @@ class World(RuleBasedStateMachine):
         self.prove_watermark()
 
     @rule()
-    def heal(self) -> None:
+    def lose_and_bind_again(self) -> None:
         assert self.session is not None
         if self.bound and self.session.state is State.LIVE:
             self.lose_queues()
@@ -400,13 +404,13 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.session is not None and self.session.state is State.ENDED)
     @rule()
     def come_back(self) -> None:
-        """After a goodbye, as after a cut; what had been written before it is read first."""
+        """Returns after `bridge.bye`, as after a cut. The client first reads what was written before it."""
         self.write()
         while self.written:
             self.see(self.written.popleft())
         self.cut()
 
-    # The laws.
+    # What must hold.
 
     @invariant()
     def none_of_others_nothing_twice_in_order(self) -> None:
@@ -420,18 +424,18 @@ class World(RuleBasedStateMachine):
             event = events[number]
             assert event.audience in MINE
             if event.is_new:
-                continue  # A newer replica may send it after what followed it; the page was told of it in time.
+                continue  # A newer replica may send it after later events; the page got a gap in time.
             key = (event.publisher, event.audience)
             assert last.get(key, 0) < number, "out of order"
             last[key] = number
 
     def teardown(self) -> None:
         if hasattr(self, "log"):
-            self.come_to_rest()
+            self.deliver_everything()
 
     @rule()
-    def come_to_rest(self) -> None:
-        """Everything that is under way arrives, and then nothing is missing."""
+    def deliver_everything(self) -> None:
+        """Everything on its way arrives. Then nothing is missing."""
         for _ in range(400):
             assert self.session is not None
             if self.session.state is State.ENDED:
@@ -453,19 +457,19 @@ class World(RuleBasedStateMachine):
         assert self.session is not None
         assert self.session.state is State.LIVE
         assert self.since is not None
-        owed = [item for item in self.log[self.since :] if isinstance(item, Published) and item.audience in MINE]
+        expected = [item for item in self.log[self.since :] if isinstance(item, Published) and item.audience in MINE]
         first = {item.number for item in self.log[: self.since] if isinstance(item, Published)}
-        numbers = {item.number for item in owed if not item.is_new}
+        numbers = {item.number for item in expected if not item.is_new}
         assert numbers - first <= set(self.got), "lost"
         self.session.heartbeat()
         self.write()
         self.read(len(self.written))
-        hidden = {item.number for item in owed if item.is_new and item.number > self.state_at}
+        hidden = {item.number for item in expected if item.is_new and item.number > self.state_at}
         assert hidden - first <= set(self.got), "hidden"
         self.none_of_others_nothing_twice_in_order()
 
 
-def test_an_event_overtaken_just_as_names_fall_out_of_the_cursor() -> None:
+def test_an_event_is_overtaken_when_the_cursor_drops_names() -> None:
     world = World()
     world.begin()
     world.fall_behind(before=1, later=1, delivered=False)
@@ -473,17 +477,17 @@ def test_an_event_overtaken_just_as_names_fall_out_of_the_cursor() -> None:
     world.prove_watermark()
     for publisher in (0, 0, 1):
         world.publish(publisher, "user")
-    world.anchor_under_load(before=3, behind=3)  # The last of the three is still on its way.
+    world.watermark_under_load(before=3, behind=3)  # The last of the three is still on its way.
     world.lose_queues()
-    world.come_to_rest()
+    world.deliver_everything()
 
 
-def test_what_the_log_has_behind_the_watermark_waits_for_what_is_on_its_way_from_before() -> None:
+def test_an_event_of_the_tail_read_waits_for_live_events_from_before_the_watermark() -> None:
     world = World()
     world.begin()
     world.reconnect(count=1, later=1, delivered=False)
     world.read_tail(1)
-    world.come_to_rest()
+    world.deliver_everything()
 
 
 class CrossingWorld(World):
@@ -499,7 +503,7 @@ class CrossingWorld(World):
 
 
 class RollingWorld(World):
-    """Replicas of two versions, of which the newer one can read more."""
+    """Replicas of two versions. The newer one can read more types."""
 
     @initialize()
     def begin(self) -> None:

@@ -1,4 +1,4 @@
-"""The bytes of frames through an independent decoder, in any pieces."""
+"""An independent decoder reads the bytes of frames, in any pieces."""
 
 from itertools import pairwise
 
@@ -28,13 +28,13 @@ def test_ready(user: str, cursor: str, retry_ms: int, cuts: list[int]) -> None:
     )
     (frame,), decoder = decode(raw + sse.HEARTBEAT, cuts)
     assert (frame.event, frame.id, frame.retry, frame.json["user"]) == ("bridge.ready", cursor, retry_ms, user)
-    assert (decoder.comments, decoder.phantoms) == (2, [])
+    assert (decoder.comments, decoder.empty_blocks) == (2, [])
 
 
 @given(
     data=st.binary(max_size=60), event_type=st.text("abc.", min_size=1, max_size=9), cuts=st.lists(st.integers(0, 99))
 )
-def test_a_tail_is_one_frame_or_is_refused(data: bytes, event_type: str, cuts: list[int]) -> None:
+def test_an_event_is_one_frame_or_is_refused(data: bytes, event_type: str, cuts: list[int]) -> None:
     try:
         raw = sse.encode_id("c") + sse.encode_type(event_type) + sse.encode_data(data)
         data.decode("utf-8")

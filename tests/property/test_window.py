@@ -1,4 +1,4 @@
-"""Many messages through a broker that loses connections and nacks: what a reader sees, in which order."""
+"""Many messages go through a broker that loses connections and nacks: what a reader sees, and in which order."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Batch(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.window = Window(SIZE)
-        self.flying: list[Entry] = []
+        self.in_flight: list[Entry] = []
         self.arrived: list[int] = []
-        """In the order of arrival, repeats too."""
+        """In the order of arrival, with repeats."""
         self.certain: set[int] = set()
         self.nacked = False
 
@@ -36,15 +36,15 @@ class Batch(RuleBasedStateMachine):
     @rule()
     def send(self) -> None:
         taken = self.window.take_unsent()
-        assert not self.flying or not taken or taken[0].index > self.flying[-1].index or self.nacked
-        self.flying += taken
+        assert not self.in_flight or not taken or taken[0].index > self.in_flight[-1].index or self.nacked
+        self.in_flight += taken
 
-    @precondition(lambda self: self.flying)
+    @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
     def confirm(self, data: st.DataObject) -> None:
         """The broker takes a prefix of what is on its way, and the confirms of it come in any order."""
-        count = data.draw(st.integers(1, len(self.flying)))
-        taken, self.flying = self.flying[:count], self.flying[count:]
+        count = data.draw(st.integers(1, len(self.in_flight)))
+        taken, self.in_flight = self.in_flight[:count], self.in_flight[count:]
         self.arrived += [entry.index for entry in taken]
         for entry in data.draw(st.permutations(taken)):
             self.window.confirm(entry)
@@ -53,22 +53,22 @@ class Batch(RuleBasedStateMachine):
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
         """The connection breaks: the broker has a prefix of what was on its way, and no confirm comes."""
-        count = data.draw(st.integers(0, len(self.flying)))
-        self.arrived += [entry.index for entry in self.flying[:count]]
-        self.flying = []
+        count = data.draw(st.integers(0, len(self.in_flight)))
+        self.arrived += [entry.index for entry in self.in_flight[:count]]
+        self.in_flight = []
         self.window.go_back()
 
-    @precondition(lambda self: self.flying)
+    @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
     def nack(self, data: st.DataObject) -> None:
         """One is nacked, and all others that were on their way are confirmed."""
-        lost = data.draw(st.sampled_from(self.flying))
-        for entry in self.flying:
+        lost = data.draw(st.sampled_from(self.in_flight))
+        for entry in self.in_flight:
             if entry is not lost:
                 self.arrived.append(entry.index)
                 self.window.confirm(entry)
                 self.certain.add(entry.index)
-        self.flying = []
+        self.in_flight = []
         self.nacked = True
         self.window.go_back()
 
@@ -87,7 +87,7 @@ class Batch(RuleBasedStateMachine):
             assert seen == list(range(len(seen)))
 
     def teardown(self) -> None:
-        # The broker is well again: everything arrives.
+        # The broker works again: everything arrives.
         self.window.go_back()
         for entry in self.window.take_unsent():
             self.arrived.append(entry.index)

@@ -59,7 +59,7 @@ def frames(made: Session) -> list[Frame]:
     found = []
     while chunk := made.take():
         found += decoder.feed(chunk)
-    assert not decoder.phantoms
+    assert not decoder.empty_blocks
     return found
 
 
