@@ -1,6 +1,6 @@
-"""Heavy input costs its sender, not everybody: what is bounded, and that an innocent stream gets everything.
+"""Expensive input is limited, and an innocent stream still gets all its events.
 
-How late the innocent stream's events are is measured by `make attacks`, not here.
+`make attacks` measures how late these events are; the tests here do not.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from tests.service import BRIDGE, Service, mint
 LARGE_BYTES = 10_000_000
 
 STREAMS = 20
-"""Of one user: as many as may be open."""
+"""The most streams that one user may have open."""
 
 
 def peak_bytes(service: Service) -> int:
-    """The most memory that the process has had resident, since its start."""
+    """The peak of the process's resident memory since its start."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{service.pid}/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
 
 
-def check_not_gathered(service: Service, before: int) -> None:
-    """That memory never grew by as much as one body. `make test-slow` lets the library gather them."""
+def assert_not_held_in_memory(service: Service, before: int) -> None:
+    """Memory never grew by the size of one body. In `make test-slow` the library collects whole bodies."""
     if BRIDGE != "tests.slow":
         assert peak_bytes(service) - before < LARGE_BYTES
 
 
 async def quarantined(vhost: Vhost, count: int) -> list[aio_pika.abc.AbstractIncomingMessage]:
-    """The messages of the quarantine, once there are so many."""
+    """Waits for so many messages in the quarantine, and takes them out."""
     found: list[aio_pika.abc.AbstractIncomingMessage] = []
     async with asyncio.timeout(PATIENCE):
         while len(found) < count:
@@ -53,17 +53,17 @@ async def quarantined(vhost: Vhost, count: int) -> list[aio_pika.abc.AbstractInc
 
 
 def hostile(number: int) -> str:
-    """Sixteen patterns of 120 characters, which a matcher that goes back has much to try with."""
+    """Sixteen patterns of 120 characters: the worst case for a matcher that backtracks."""
     words = "*.a." * 27
     return ",".join(f"#.p{number}x{index}.{words}%23".replace("#", "%23") for index in range(MAX_PATTERNS))
 
 
-async def test_hostile_patterns_are_taken_and_mean_what_they_say(
+async def test_hostile_patterns_are_accepted_and_filter_correctly(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
     innocent = await connect(service, "innocent")
     authorization = {"Authorization": f"Bearer {mint('attacker')}"}
-    # Each set is new, so that none is remembered from the one before.
+    # Each set is new, so that none comes from a cache.
     answers = [
         await service.get(f"/events?types={hostile(number)}", method="HEAD", headers=authorization)
         for number in range(200)
@@ -83,13 +83,13 @@ async def test_hostile_patterns_are_taken_and_mean_what_they_say(
 
 
 @pytest.mark.contract("1.23", "5.26")
-async def test_large_bodies_to_many_streams_are_not_gathered(
+async def test_large_bodies_to_many_streams_are_not_held_in_memory(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
     service = await start()
     attacked = [await connect(service, "attacker") for _ in range(STREAMS)]
     innocent = await connect(service, "innocent")
-    # Everything that memory is needed for once has been done once.
+    # A first event, so that memory for things that are done once is already allocated.
     await vhost.publish("user.innocent.job.completed", cloudevent("first"))
     assert await innocent.ids(1) == ["first"]
     before = peak_bytes(service)
@@ -97,11 +97,11 @@ async def test_large_bodies_to_many_streams_are_not_gathered(
         await vhost.publish("user.attacker.job.completed", b"%d" % number + b"x" * LARGE_BYTES)
         await vhost.publish("user.innocent.job.completed", cloudevent(f"e{number}"))
     assert await innocent.ids(3) == ["e0", "e1", "e2"]
-    # Behind the bodies, the attacked streams get what is for them, and the gap for what could not be read.
+    # After the bodies, the attacked streams get their next event, and a gap for what could not be read.
     await vhost.publish("user.attacker.job.completed", cloudevent("last"))
     for stream in attacked:
         assert await stream.ids(1) == ["last"]
-        # One in five seconds at most, so that a slow machine may see several.
+        # At most one gap in five seconds: on a slow machine there may be several.
         assert {frame.data for frame in stream.frames if frame.event == "bridge.gap"} == {'{"reason":"not-readable"}'}
     messages = await quarantined(vhost, 3)
     for number, message in enumerate(messages):
@@ -110,12 +110,12 @@ async def test_large_bodies_to_many_streams_are_not_gathered(
         assert message.headers["x-reason"] == "too-large"
         assert f"{LARGE_BYTES + 1} bytes" in str(message.headers["x-detail"])
     assert await service.metric('bridge_events_invalid_total{reason="too-large"}') == 3
-    # Sixty bodies came. Not one of them was held as a whole.
-    check_not_gathered(service, before)
+    # Sixty bodies arrived. None of them was ever in memory as a whole.
+    assert_not_held_in_memory(service, before)
 
 
 @pytest.mark.contract("1.23", "5.26")
-async def test_a_large_body_in_the_log_is_not_gathered_either(
+async def test_a_large_body_in_the_log_is_not_held_in_memory(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
     service = await start()
@@ -131,7 +131,7 @@ async def test_a_large_body_in_the_log_is_not_gathered_either(
     assert await back.ids(1) == ["second"]
     (message,) = await quarantined(vhost, 1)
     assert (len(message.body), message.headers["x-size"]) == (4096, LARGE_BYTES)
-    check_not_gathered(service, before)
+    assert_not_held_in_memory(service, before)
 
 
 @pytest.mark.contract("5.28")
@@ -154,11 +154,11 @@ async def test_a_frame_larger_than_agreed_ends_the_connection_and_nothing_is_los
 
 
 FLOOD = 5_000
-"""Fewer than the quarantine holds, so that it drops none by itself, however slow the machine is."""
+"""Less than the capacity of the quarantine, so that it drops none by itself, even on a slow machine."""
 
 
 @pytest.mark.contract("5.22")
-async def test_of_a_flood_of_refused_messages_a_part_is_kept_and_the_rest_is_counted_and_told(
+async def test_of_a_flood_of_refused_messages_a_part_is_kept_and_the_rest_is_counted_and_logged(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
     service = await start()
@@ -175,11 +175,11 @@ async def test_of_a_flood_of_refused_messages_a_part_is_kept_and_the_rest_is_cou
                 if number % 100 == 0:
                     event = json.dumps(cloudevent(f"e{number}")).encode()
                     await events.publish(aio_pika.Message(event), "user.innocent.job.completed", mandatory=False)
-        # Another reason, after all of them: one that a person will look for.
+        # Then a message that is refused for another reason: a person will look for this one.
         await vhost.publish("all.job.completed", b'{"hello": "world"}')
         async with asyncio.timeout(PATIENCE):
             while await service.metric('bridge_events_invalid_total{reason="not-a-cloudevent"}') < 1:  # noqa: ASYNC110
-                await asyncio.sleep(0.1)  # A metric has nothing to wait on.
+                await asyncio.sleep(0.1)  # A metric can only be polled.
     assert await innocent.ids(FLOOD // 100) == [f"e{number}" for number in range(0, FLOOD, 100)]
     refused = await service.metric('bridge_events_invalid_total{reason="malformed"}')
     assert refused == FLOOD
@@ -187,12 +187,12 @@ async def test_of_a_flood_of_refused_messages_a_part_is_kept_and_the_rest_is_cou
     kept = await quarantined(vhost, FLOOD + 1 - int(dropped))
     reasons = Counter(str(message.headers["x-reason"]) for message in kept)
     assert reasons == {"malformed": FLOOD - dropped, "not-a-cloudevent": 1}
-    # All of them are in the log: one by one, or as a number.
+    # All of them are in the log output: as a line of their own, or counted in another line.
     service.signal(signal.SIGTERM)
     assert await service.ended() == 0
     for name, expected in (("message refused", FLOOD + 1), ("message not quarantined", dropped)):
         lines = [line for line in service.lines if line["event"] == name]
-        # Summaries have no message of their own.
+        # A line that only counts others has no routing key.
         assert sum(line["left_out"] + ("routing_key" in line) for line in lines) == expected
         assert len(lines) < FLOOD / 10
 

@@ -1,4 +1,4 @@
-"""Users who cost the log and the broker more than their share, and what others get meanwhile. A real broker."""
+"""Users who use the log and the broker too much, and what other users get meanwhile. With a real broker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
 
 NEVER = 1000 * PATIENCE
-"""Of a deadline that is not over before the test is."""
+"""A deadline that is longer than the test."""
 
 DONE = "job.completed"
 
@@ -30,7 +30,7 @@ async def cursor_of(service: Service, connect: OpenStream, user: str) -> str:
 
 
 async def fill(vhost: Vhost, count: int) -> None:
-    """Puts so many entries into the log that are for somebody else."""
+    """Puts so many entries for another user into the log."""
 
     def publish() -> None:
         broker = raw_publisher(vhost.port, vhost.name)
@@ -46,10 +46,10 @@ async def come_back(service: Service, connect: OpenStream, user: str, cursor: st
 
 
 @pytest.mark.contract("2.45", "5.57")
-async def test_a_token_that_connects_again_and_again_costs_the_broker_nothing(
+async def test_a_token_that_connects_again_and_again_causes_no_work_at_the_broker(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
-    # No opening comes back before the test is over.
+    # The user's budget of openings does not refill during the test.
     service = await start(OPENINGS_PER_USER="5", deadlines={"service.streams.hub.OPENINGS_SECONDS": 1000 * PATIENCE})
     token = mint("attacker")
     cursor = ""
@@ -69,7 +69,7 @@ async def test_a_token_that_connects_again_and_again_costs_the_broker_nothing(
     refusals = [line for line in service.lines if line["event"] == "stream refused"]
     assert len(refusals) + refusals[-1]["left_out"] <= 45
     assert (refusals[0]["user"], refusals[0]["cause"]) == ("attacker", "openings-per-user")
-    # Each user has openings of its own.
+    # Each user has a separate budget of openings.
     innocent = await connect(service, "42")
     await vhost.publish("user.42.job.completed", cloudevent("e1"))
     assert await innocent.ids(1) == ["e1"]
@@ -99,21 +99,21 @@ async def test_a_user_without_budget_waits_with_heartbeats_while_others_are_serv
     assert await innocent.ids(1) == ["for-42"]
     returning = await come_back(service, connect, "43", cursor)
     assert (await returning.ready()).json["resumed"] is True
-    # What was read for the attacker is the budget and a scan that was begun; for the other who is far behind, likewise.
+    # For the attacker, at most the budget and one scan that had begun were read; for the other user far behind, too.
     assert await service.metric("bridge_log_entries_read") <= 2 * (10_000 + 20_000) + 3_000
     # The attacker's streams wait, with heartbeats where they are ready, and nothing is skipped.
     await first.comments(first.decoder.comments + 2)
     assert [frame.event for frame in first.frames] == ["bridge.ready"]
     assert [stream.raw for stream in further if stream.raw and b'resumed":true' not in stream.raw] == []
-    # The further ones may share the scan of the other user, who wants the same.
+    # The further streams may share the scan of the other user, who needs the same entries.
     assert await service.metric("bridge_log_waiting_for_budget") >= 1
 
 
 @pytest.mark.contract("2.49")
-async def test_replays_take_turns_and_each_is_whole_and_in_order(
+async def test_replays_alternate_and_each_is_complete_and_in_order(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
-    """While one user has the log read from its beginning again and again, in short scans."""
+    """Meanwhile one user makes the bridge read the log from its beginning again and again, in short scans."""
     service = await start(
         OPENINGS_PER_USER="100000",
         MAX_CONNECTIONS_PER_USER="1000",
@@ -146,9 +146,9 @@ async def test_replays_take_turns_and_each_is_whole_and_in_order(
         assert (await stream.ready()).json["resumed"] is True
         assert await stream.ids(len(expected[user])) == expected[user], user
         assert [frame.event for frame in stream.frames].count("bridge.gap") == 0
-    assert not any(task.done() for task in attacking), "it went on all the time"
+    assert not any(task.done() for task in attacking), "the attack ended too early"
     for task in attacking:
         task.cancel()
     await asyncio.gather(*attacking, return_exceptions=True)
-    broken_off = [line for line in service.lines if line["event"] == "log read" and line["unfinished"]]
-    assert broken_off, "scans ended for others before their streams were at the end"
+    unfinished = [line for line in service.lines if line["event"] == "log read" and line["unfinished"]]
+    assert unfinished, "no scan ended early to let another user's scan begin"

@@ -1,4 +1,4 @@
-"""The blocking publisher in real programs: forks, threads, a broker that is away or silent or says no."""
+"""The blocking publisher in real programs: forks, threads, and a broker that is away, silent or refuses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(script: str, *arguments: str, timeout: float = PATIENCE) -> subprocess.C
 
 
 def publish_until(publisher: BlockingPublisher, event_id: str) -> str:
-    """Publishes until it is confirmed: a second may not be enough for that on a slow machine."""
+    """Publishes until it is confirmed: one second may be too short on a slow machine."""
     while True:
         try:
             return publisher.to_user("42", DONE, id=event_id)
@@ -46,7 +46,7 @@ def publish_until(publisher: BlockingPublisher, event_id: str) -> str:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """A listener that takes connections and never says a word."""
+    """A listener that accepts connections and sends nothing."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -83,7 +83,7 @@ for number in range(4):
         finally:
             os._exit(0)
     pids.append(pid)
-# The parent's connection is as good as before, while the children publish and when they have ended.
+# The parent's connection still works, while the children publish and after they have ended.
 ids = [publisher.to_user("42", DONE) for _ in range(10)]
 for pid in pids:
     os.waitpid(pid, 0)
@@ -148,21 +148,21 @@ publisher.to_user("42", JobCompleted(job_id="r-7", duration_seconds=3.2))
 """
     done = run(script, vhost.url)
     assert (done.returncode, done.stderr) == (0, "")
-    assert vhost.cut_off() == [], "RabbitMQ was told goodbye"
+    assert vhost.cut_off() == [], "the connection was not closed properly"
 
 
-# A broker that is away, silent, or says no
+# A broker that is away, silent, or refuses
 
 
 @pytest.mark.contract("4.8", "4.16")
-async def test_it_connects_when_the_broker_is_there_at_last(vhost: Vhost, proxy: Proxy) -> None:
+async def test_it_connects_once_the_broker_is_there(vhost: Vhost, proxy: Proxy) -> None:
     vhost.add_everything()
     await proxy.refuse()
     publisher = Publisher.blocking(vhost.url_at(proxy.port), source="/t", timeout=1)
 
     def enter() -> None:
         with publisher:
-            raise AssertionError("there is nobody to connect to")
+            raise AssertionError("there is no broker to connect to")
 
     with pytest.raises(PublishTimeout, match="no connection within 1 s; last error: connecting to") as entered:
         await asyncio.to_thread(enter)
@@ -181,8 +181,8 @@ async def test_it_connects_when_the_broker_is_there_at_last(vhost: Vhost, proxy:
 
 
 @pytest.mark.contract("4.9")
-def test_every_call_ends_at_a_listener_that_says_nothing(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without the limit of one try to connect: that the calls end at all shows whose limit it was.
+def test_every_call_ends_if_the_listener_sends_nothing(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The limit of one try to connect is long here. So if a call ends, it was by the publisher's own limit.
     monkeypatch.setattr("bridge.amqp.CONNECT_SECONDS", 10 * PATIENCE)
     publisher = Publisher.blocking(silent, source="/t", timeout=0.5)
     for call in (publisher.open, lambda: publisher.to_user("42", DONE), lambda: publisher.publish_many([])):
@@ -201,14 +201,14 @@ def test_closing_ends_the_calls_of_other_threads(silent: str) -> None:
     def publish() -> None:
         try:
             publisher.to_user("42", DONE)
-        except Exception as error:  # noqa: BLE001 - looked at below.
+        except Exception as error:  # noqa: BLE001 - checked below.
             errors.append(error)
 
     threads = [threading.Thread(target=publish) for _ in range(5)]
     for thread in threads:
         thread.start()
     while sum(thread.name == "bridge-publisher" for thread in threading.enumerate()) == 0:
-        time.sleep(0.01)  # Until the first of them has begun; those that come after the close are refused.
+        time.sleep(0.01)  # Until the first of them has begun; calls after the close are refused.
     publisher.close()
     for thread in threads:
         thread.join(PATIENCE)
@@ -231,15 +231,15 @@ async def test_closing_ends_the_tasks_of_the_async_form(silent: str) -> None:
         assert len(error.id) == 36
 
 
-# RabbitMQ's own words
+# RabbitMQ's own error messages
 
 
 @pytest.fixture
 def user(vhost: Vhost) -> Iterator[str]:
-    vhost.add_user("words-test")
-    vhost.grant("words-test")
-    yield "words-test"
-    vhost.delete_user("words-test")
+    vhost.add_user("messages-test")
+    vhost.grant("messages-test")
+    yield "messages-test"
+    vhost.delete_user("messages-test")
 
 
 def url_of(vhost: Vhost, user: str, name: str = "") -> str:
@@ -251,7 +251,7 @@ PUBLISH = ["publish", "--to", "all", "--type", "job.completed", "--timeout", "1"
 
 
 def messages(url: str, *commands: list[str]) -> list[str]:
-    """What each command says that connects there."""
+    """What each command prints that connects to this address."""
     found = []
     for command in commands:
         environment = bare_environment() | {
@@ -272,9 +272,9 @@ def messages(url: str, *commands: list[str]) -> list[str]:
 
 
 @pytest.mark.contract("5.33")
-def test_a_virtual_host_that_is_none(vhost: Vhost, user: str) -> None:
+def test_a_virtual_host_that_does_not_exist(vhost: Vhost, user: str) -> None:
     url = url_of(vhost, user, "no-such-place")
-    # Waiting would not help, so nothing waits: the test ends.
+    # Waiting would not help, so the publisher does not wait: the test ends.
     with pytest.raises(PublishForbidden, match="NOT_ALLOWED - vhost no-such-place not found"):
         Publisher.blocking(url, source="/t", timeout=10 * PATIENCE).to_user("42", DONE)
     for text in messages(url, PUBLISH, ["check"], ["serve"]):
@@ -304,7 +304,7 @@ def test_a_limit_that_is_reached(vhost: Vhost, node: Node, user: str, limit: str
     node.ctl(*set_limit)
     words = "limit" if limit != "channels" else "maximum allowed user limit"
     publisher = Publisher.blocking(url_of(vhost, user), source="/t", timeout=1)
-    # It may pass, as other connections end: so it is waited for, and can be tried again.
+    # A limit may be temporary, as other connections end. So the publisher waits, and the call can be repeated.
     with pytest.raises(PublishTimeout, match=f"NOT_ALLOWED - .*{words}") as caught:
         publisher.to_user("42", DONE)
     for text in messages(url_of(vhost, user), PUBLISH, ["check"]):
@@ -314,7 +314,7 @@ def test_a_limit_that_is_reached(vhost: Vhost, node: Node, user: str, limit: str
     publisher.close()
 
 
-# What a program's log gets of it
+# Lines in a program's log
 
 NOISE = """
 import logging, sys
@@ -352,7 +352,7 @@ async def test_a_lost_connection_is_one_line_in_the_log_and_its_return_another(v
         assert (await process.stdout.readline()) == b"published\n"
         await proxy.refuse()
         proxy.cut()
-        process.stdin.write(b"\n")  # The second publish meets the outage.
+        process.stdin.write(b"\n")  # The second publish is during the outage.
         lost = (await process.stderr.readline()).decode()
         await proxy.open()
         _, rest = await process.communicate(b"\n\n")

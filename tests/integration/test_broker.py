@@ -1,4 +1,4 @@
-"""The broker goes away, comes back, takes queues away, refuses: streams stay open and events flow again."""
+"""The broker stops, restarts, deletes queues or refuses. Streams stay open, and events flow again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.service import Service
 
 @pytest.fixture
 def own_vhost(tmp_path_factory: pytest.TempPathFactory, rabbitmq: Installation) -> Iterator[Vhost]:
-    """A virtual host on a node of the test's own, to kill."""
+    """A virtual host on a node that only this test uses, and may kill."""
     node = Node(tmp_path_factory.mktemp("own-node"), management=True, rabbitmq=rabbitmq)
     try:
         node.start()
@@ -38,8 +38,8 @@ def own_vhost(tmp_path_factory: pytest.TempPathFactory, rabbitmq: Installation) 
         node.remove()
 
 
-async def flows_again(stream: Stream, vhost: Vhost, event_id: str, *, gaps: int = 0) -> None:
-    """The stream is live again, with so many gaps since its start."""
+async def assert_flows_again(stream: Stream, vhost: Vhost, event_id: str, *, gaps: int = 0) -> None:
+    """Asserts that the stream is live again, with so many gaps since its start."""
     await vhost.publish("user.42.job.completed", cloudevent(event_id))
     await vhost.publish("group.ops.job.completed", cloudevent(event_id + "-group"))
     await vhost.publish("all.job.completed", cloudevent(event_id + "-all"))
@@ -62,11 +62,11 @@ async def test_a_broker_killed_and_started_again_is_invisible(
     await service.logged("broker unavailable")
     async with asyncio.timeout(PATIENCE):
         while (await service.get("/readyz", internal=True)).status_code != 503:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)  # Between two questions.
+            await asyncio.sleep(0.1)  # Between two polls.
     assert (await service.get("/livez", internal=True)).status_code == 200
     assert (await service.get("/readyz?exclude=broker", internal=True)).status_code == 200
     assert await service.metric("bridge_broker_connected") == 0
-    # Who comes now waits for a moment and is then told to come back.
+    # A client that arrives now waits for a moment and then gets `busy`.
     late = await connect(service, "43", ready=False)
     assert [frame.json for frame in await late.rest()] == [{"reason": "busy"}]
 
@@ -89,19 +89,19 @@ async def test_a_connection_cut_by_the_network(
     stream = await connect(service, "42", "ops")
     for number in range(3):
         proxy.cut()
-        await flows_again(stream, vhost, f"e{number}")
+        await assert_flows_again(stream, vhost, f"e{number}")
 
 
 async def test_a_connection_closed_by_an_operator(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops")
     async with asyncio.timeout(PATIENCE):
         while not vhost.close_connections():  # noqa: ASYNC110 - the API shows connections some seconds late.
-            await asyncio.sleep(0.2)  # Between two questions.
-    await flows_again(stream, vhost, "e1")
+            await asyncio.sleep(0.2)  # Between two polls.
+    await assert_flows_again(stream, vhost, "e1")
 
 
 @pytest.mark.contract("2.31")
-async def test_a_network_that_swallows_everything_is_noticed_by_heartbeats(
+async def test_heartbeats_detect_a_network_that_drops_everything(
     vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
 ) -> None:
     service = await start(amqp_url=vhost.url_at(proxy.port) + "?heartbeat=2")
@@ -110,7 +110,7 @@ async def test_a_network_that_swallows_everything_is_noticed_by_heartbeats(
     await service.logged("broker unavailable")
     proxy.cut()
     proxy.flow()
-    await flows_again(stream, vhost, "e1")
+    await assert_flows_again(stream, vhost, "e1")
 
 
 async def test_a_live_queue_deleted_by_an_operator(service: Service, vhost: Vhost, connect: OpenStream) -> None:
@@ -118,7 +118,7 @@ async def test_a_live_queue_deleted_by_an_operator(service: Service, vhost: Vhos
     other = await connect(service, "43")
     (queue,) = [name for name, key in vhost.bindings() if key == "user.42.#"]
     vhost.delete_queue(queue)
-    await flows_again(stream, vhost, "e1")
+    await assert_flows_again(stream, vhost, "e1")
     await vhost.publish("user.43.job.completed", cloudevent("unharmed"))
     assert "bridge.gap" not in [frame.event for frame in other.frames]
 
@@ -127,27 +127,29 @@ async def test_the_shared_queue_deleted_by_an_operator(service: Service, vhost: 
     stream = await connect(service, "42", "ops")
     (queue,) = {name for name, key in vhost.bindings() if key == "all.#"}
     vhost.delete_queue(queue)
-    await flows_again(stream, vhost, "e1")
+    await assert_flows_again(stream, vhost, "e1")
 
 
-@pytest.mark.parametrize("noticed_by", ["newcomer", "itself"])
-async def test_the_exchange_deleted_by_an_operator_is_made_again_with_everybodys_bindings(
+@pytest.mark.parametrize("noticed_by", ["new stream", "check"])
+async def test_the_exchange_deleted_by_an_operator_is_made_again_with_all_bindings(
     service: Service, vhost: Vhost, connect: OpenStream, noticed_by: str
 ) -> None:
     old = await connect(service, "42", "ops")
     vhost.delete_exchange("events")
-    if noticed_by == "newcomer":
+    if noticed_by == "new stream":
         new = await connect(service, "43", ready=False)
         assert (await new.next()).event == "bridge.ready"
     await service.logged("broker connected", count=2)
     # The bridge cannot prove that nothing was published before the queues were bound again.
     assert (await old.until("bridge.gap")).json == {"reason": "no-log"}
-    await flows_again(old, vhost, "e1", gaps=1)
+    await assert_flows_again(old, vhost, "e1", gaps=1)
 
 
 @pytest.mark.contract("5.76", "5.77")
-async def test_each_replica_hears_of_a_deleted_exchange(vhost: Vhost, start: StartService, connect: OpenStream) -> None:
-    """One of them finds it gone and makes it again. The other finds it there, and its own bindings gone."""
+async def test_each_replica_is_notified_of_a_deleted_exchange(
+    vhost: Vhost, start: StartService, connect: OpenStream
+) -> None:
+    """One replica notices that it is gone and makes it again. The other finds it there, without its own bindings."""
     never = {"service.broker.live.EXCHANGE_CHECK_SECONDS": 1000 * PATIENCE}
     services = [await start(), await start(deadlines=never)]
     streams = [await connect(service, "42", "ops") for service in services]
@@ -161,7 +163,7 @@ async def test_each_replica_hears_of_a_deleted_exchange(vhost: Vhost, start: Sta
         # The other stream may be bound a moment later: each gets an event of its own.
         await vhost.publish("user.42.job.completed", cloudevent(f"e{number}"))
         assert f"e{number}" in await stream.ids(1 + number)
-    # News of another bridge's exchange on this virtual host, and old news, change nothing.
+    # A notice about another bridge's exchange on this virtual host changes nothing, and an old notice neither.
     await vhost.publish("bridge.exchange-gone", b'["parcels", "other", 0.1]', exchange="bridge.replicas")
     await vhost.publish("bridge.exchange-gone", b'["events", "other", 1e9]', exchange="bridge.replicas")
     back = await connect(services[1], "42", "ops", headers={"Last-Event-ID": cursor}, ready=False)
@@ -182,7 +184,7 @@ ODD = {
 
 
 @pytest.mark.contract("1.15")
-async def test_no_property_of_a_message_breaks_the_connection_nor_the_log(
+async def test_no_property_of_a_message_breaks_the_connection_or_the_log(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
     stream = await connect(service, "42")
@@ -200,7 +202,7 @@ async def test_no_property_of_a_message_breaks_the_connection_nor_the_log(
     assert await again.ids(len(ODD)) == [f"odd{number}" for number in range(len(ODD))]
 
 
-async def test_a_group_that_goes_and_comes_in_the_same_moment_is_bound(
+async def test_a_group_that_ends_and_starts_at_the_same_moment_is_bound(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
     for attempt in range(10):
@@ -214,7 +216,7 @@ async def test_a_group_that_goes_and_comes_in_the_same_moment_is_bound(
         await service.logged("stream ended", count=attempt * 2 + 2)
 
 
-async def test_everyone_is_on_each_of_their_groups_again(
+async def test_after_a_reconnect_each_stream_has_all_its_groups(
     vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
 ) -> None:
     service = await start(amqp_url=vhost.url_at(proxy.port))
@@ -223,7 +225,7 @@ async def test_everyone_is_on_each_of_their_groups_again(
     streams = [await connect(service, f"u{first}", *groups[first]) for first in range(12)]
     proxy.cut()
     await service.logged("broker connected", count=2)
-    # Twice, because the log helps with what is published before they are bound.
+    # Twice, because the first events may come from the log: they may be published before the groups are bound.
     for turn in "once", "again":
         await vhost.publish_all(
             [(f"group.g{number}.job.completed", cloudevent(f"g{number}-{turn}")) for number in range(15)]
@@ -234,7 +236,7 @@ async def test_everyone_is_on_each_of_their_groups_again(
             assert set(await stream.ids(len(expected))) == expected
 
 
-async def test_connections_cut_again_while_they_come_back(
+async def test_connections_cut_again_while_they_reconnect(
     vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
 ) -> None:
     service = await start(amqp_url=vhost.url_at(proxy.port))
@@ -244,13 +246,13 @@ async def test_connections_cut_again_while_they_come_back(
         proxy.cut()
         async with asyncio.timeout(PATIENCE):
             while proxy.accepted == accepted:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)  # Between two looks.
+                await asyncio.sleep(0.001)  # Between two polls.
         await asyncio.sleep(milliseconds / 1000)  # The fault: a cut at another point each time.
     proxy.cut()
-    await flows_again(stream, vhost, "e1")
+    await assert_flows_again(stream, vhost, "e1")
 
 
-async def test_a_broker_that_is_not_there_yet_is_waited_for(
+async def test_the_bridge_waits_for_a_broker_that_is_not_there_yet(
     vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
 ) -> None:
     await proxy.refuse()
@@ -266,7 +268,7 @@ async def test_a_broker_that_is_not_there_yet_is_waited_for(
 
 
 @pytest.mark.contract("1.16")
-async def test_queues_go_with_their_streams(
+async def test_queues_end_with_their_streams(
     service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:
     streams = [await connect(service, str(n)) for n in range(10)]
@@ -279,7 +281,7 @@ async def test_queues_go_with_their_streams(
     assert await service.metric("bridge_connections") == 0
 
 
-async def test_streams_that_leave_while_they_are_being_opened_leave_nothing(
+async def test_streams_that_end_while_they_are_opened_leave_no_queue(
     service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:
     async def come_and_go(number: int) -> None:
@@ -300,15 +302,15 @@ async def test_streams_that_leave_while_they_are_being_opened_leave_nothing(
 async def test_streams_do_not_wait_for_a_queue_that_does_not_answer(
     vhost: Vhost, node: Node, start: StartService, connect: OpenStream, eventually: Eventually, queue: str
 ) -> None:
-    """RabbitMQ 4.3 says after more than a minute that the node of a queue is down, and nothing before."""
+    """RabbitMQ 4.3 answers only after more than a minute that the node of a queue is down."""
 
-    async def tell_process(word: str) -> None:
+    async def signal_process(action: str) -> None:
         found = f'{{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost.name}">>, queue, <<"{queue}">>))'
-        await asyncio.to_thread(node.ctl, "eval", f"{found}, sys:{word}(amqqueue:get_pid(Queue)).")
+        await asyncio.to_thread(node.ctl, "eval", f"{found}, sys:{action}(amqqueue:get_pid(Queue)).")
 
     service = await start(deadlines={"service.broker.live.QUARANTINE_SECONDS": 2.0})
     stream = await connect(service)
-    await tell_process("suspend")
+    await signal_process("suspend")
     try:
         await eventually(lambda: vhost.close_connections(named="consumer") > 0)
         await service.logged("broker connected", count=2)
@@ -319,14 +321,12 @@ async def test_streams_do_not_wait_for_a_queue_that_does_not_answer(
             service.signal(signal.SIGTERM)
             assert await service.ended() == 0, "it can be ended before there is an answer"
     finally:
-        await tell_process("resume")
+        await signal_process("resume")
 
 
 @pytest.mark.contract("5.14")
 @pytest.mark.parametrize("what", ["exchange", "quarantine", "log"])
-async def test_topology_that_differs_stops_the_start_with_what_to_do(
-    vhost: Vhost, start: StartService, what: str
-) -> None:
+async def test_topology_that_differs_stops_the_start_with_advice(vhost: Vhost, start: StartService, what: str) -> None:
     import aio_pika
 
     connection = await aio_pika.connect(vhost.url)
@@ -381,15 +381,15 @@ async def test_few_rights_are_enough_and_a_missing_one_is_named(
         assert await service.ended() == 1
         error = (await service.logged("cannot start"))["error"]
         assert "exchange 'events' does not exist" in error
-        # Once somebody with the right has made both, those rights are enough.
+        # Once a user with the right has made both, these rights are enough.
         maker = await start()
         await maker.stop()
         service = await start(amqp_url=url)
         stream = await connect(service, "42", "ops")
         await vhost.publish("group.ops.job.completed", cloudevent("e1"))
         assert await stream.ids(1) == ["e1"]
-        # It may not read the log, and is not asked again and again whether it may by now.
-        await asyncio.sleep(3)  # What must not happen would happen every half second.
+        # It may not read the log, and must not try it again and again.
+        await asyncio.sleep(3)  # A wrong retry would happen every half second.
         assert [line["event"] for line in service.lines].count("watermark not written") == 1
     finally:
         vhost.delete_user("bridge-test")
@@ -406,7 +406,7 @@ async def test_an_address_where_something_else_listens_is_tried_again(
 
     other = await asyncio.start_server(answer_and_close, "127.0.0.1", 0)
     port = other.sockets[0].getsockname()[1]
-    # Two nodes of a cluster, as it were, one of which is not what it should be.
+    # Like two nodes of a cluster, of which one is something else.
     service = await start(amqp_url=f"{vhost.url_at(port)},{vhost.url_at(port)}", ready=False)
     await service.logged("broker unavailable", count=4)
     assert service.is_running
@@ -419,7 +419,7 @@ async def test_an_address_where_something_else_listens_is_tried_again(
 async def test_over_tls_events_of_all_sizes_arrive(
     vhost: Vhost, start: StartService, connect: OpenStream, tmp_path: Path
 ) -> None:
-    """A record of TLS ends where it likes, not where a frame does."""
+    """TLS records and AMQP frames do not end at the same bytes."""
     pem = tmp_path / "broker.pem"
     pem.write_bytes(b"".join(certificate.make()))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -439,7 +439,7 @@ async def test_over_tls_events_of_all_sizes_arrive(
         assert await service.metric("bridge_events_received_total") == len(sizes)
 
 
-async def test_a_connection_that_brings_nothing_but_events_is_not_taken_for_dead(
+async def test_a_connection_that_delivers_only_events_is_not_treated_as_dead(
     vhost: Vhost, start: StartService, connect: OpenStream
 ) -> None:
     """The broker sends no heartbeat while it sends anything else, and the library sees none of the events."""
@@ -455,8 +455,8 @@ async def test_a_connection_that_brings_nothing_but_events_is_not_taken_for_dead
     assert await service.metric("bridge_broker_connects") == 1
 
 
-async def test_a_greeting_in_two_pieces_is_one_greeting(vhost: Vhost, start: StartService) -> None:
-    """Nothing of ours may stand in a handshake that is slow to come."""
+async def test_a_handshake_in_two_pieces_is_one_handshake(vhost: Vhost, start: StartService) -> None:
+    """The bridge must send nothing of its own during a slow handshake."""
     tasks = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -470,7 +470,7 @@ async def test_a_greeting_in_two_pieces_is_one_greeting(vhost: Vhost, start: Sta
         tasks.add(asyncio.create_task(forward(reader, broker_writer)))
         for size in (3, 100):
             writer.write(await broker_reader.readexactly(size))
-            await asyncio.sleep(1.2)  # The fault: a handshake that is slow to come.
+            await asyncio.sleep(1.2)  # The fault: a slow handshake.
         tasks.add(asyncio.create_task(forward(broker_reader, writer)))
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)

@@ -1,4 +1,4 @@
-"""RabbitMQ's limits of queues, channels and connections: what is over them waits or is `busy`, and cuts nobody else."""
+"""RabbitMQ's limits of queues, channels and connections: above them streams wait or are `busy`, and others stay."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ async def assert_gets(vhost: Vhost, stream: Stream, user: str, event_id: str) ->
 
 async def reason(service: Service) -> str | None:
     answer = await service.get("/readyz?exclude=connections", internal=True)
-    said: dict[str, str] = answer.json()
-    assert (answer.status_code == 200) is ("reason" not in said)
-    return said.get("reason")
+    document: dict[str, str] = answer.json()
+    assert (answer.status_code == 200) is ("reason" not in document)
+    return document.get("reason")
 
 
 def cut(vhost: Vhost) -> None:
@@ -67,14 +67,14 @@ async def test_a_new_stream_beyond_the_limit_of_queues_is_busy(
 
 
 @pytest.mark.contract("5.34")
-async def test_the_limit_of_queues_is_waited_for_at_the_start(start: StartService, vhost: Vhost) -> None:
+async def test_at_the_start_the_bridge_waits_while_queues_are_at_their_limit(start: StartService, vhost: Vhost) -> None:
     limit(vhost, "max-queues", 0)
     service = await start(ready=False)
     await service.logged("broker unavailable")
-    told = await reason(service)
-    assert told is not None
-    assert "starting" in told
-    assert "queue limit" in told
+    not_ready = await reason(service)
+    assert not_ready is not None
+    assert "starting" in not_ready
+    assert "queue limit" in not_ready
     assert await service.metric("bridge_broker_connected") == 0
     await assert_busy(service, "1")
     limit(vhost, "max-queues", None)
@@ -86,7 +86,7 @@ async def test_the_limit_of_queues_is_waited_for_at_the_start(start: StartServic
 async def test_an_open_stream_waits_for_its_queue(start: StartService, connect: OpenStream, vhost: Vhost) -> None:
     service = await start(deadlines=SOON)
     streams = {str(user): await connect(service, str(user)) for user in range(30)}
-    # RabbitMQ 4.3 counts a moment late, so that some queues declared at once may pass: hence room for none of many.
+    # RabbitMQ 4.3 counts a moment late: some of many queues that are declared at once may pass. So none has room.
     limit(vhost, "max-queues", len(vhost.queues()) - len(streams))
     cut(vhost)
     await service.logged("live queues refused")
@@ -100,15 +100,15 @@ async def test_an_open_stream_waits_for_its_queue(start: StartService, connect: 
         await assert_gets(vhost, stream, user, "live")
 
 
-async def test_without_its_shared_queue_a_bridge_is_away(start: StartService, vhost: Vhost) -> None:
+async def test_without_its_shared_queue_a_bridge_is_not_ready(start: StartService, vhost: Vhost) -> None:
     service = await start(deadlines=SOON, BROKER_GRACE_SECONDS="0")
     (shared,) = [name for name in vhost.queues() if name.startswith("bridge.shared.")]
     limit(vhost, "max-queues", 0)
     vhost.delete_queue(shared)
     await service.logged("shared queue lost", count=2)
-    told = await reason(service)
-    assert told is not None
-    assert "queue limit" in told
+    not_ready = await reason(service)
+    assert not_ready is not None
+    assert "queue limit" in not_ready
     assert await service.metric("bridge_broker_connected") == 0
     limit(vhost, "max-queues", None)
     await service.logged("shared queue made again")
@@ -124,15 +124,13 @@ def channel_max(node: Node) -> Iterator[None]:
 
 @pytest.mark.contract("5.34")
 @pytest.mark.usefixtures("channel_max")
-async def test_a_bridge_fits_into_few_channels(
-    start: StartService, connect: OpenStream, vhost: Vhost, node: Node
-) -> None:
+async def test_a_bridge_needs_few_channels(start: StartService, connect: OpenStream, vhost: Vhost, node: Node) -> None:
     node.ctl("eval", "application:set_env(rabbit, channel_max, 5).")
     service = await start(ready=False)
     await service.logged("broker unavailable")
-    told = await reason(service)
-    assert told is not None
-    assert "channel_max" in told
+    not_ready = await reason(service)
+    assert not_ready is not None
+    assert "channel_max" in not_ready
     node.ctl("eval", "application:set_env(rabbit, channel_max, 7).")
     await service.logged("broker connected")
     streams = {str(user): await connect(service, str(user)) for user in range(30)}
@@ -151,7 +149,7 @@ def user(vhost: Vhost) -> Iterator[str]:
     vhost.delete_user(name)
 
 
-async def test_a_bridge_fits_into_its_users_channels(
+async def test_a_bridge_works_with_the_channels_of_its_user(
     start: StartService, connect: OpenStream, vhost: Vhost, user: str
 ) -> None:
     vhost.node.ctl("set_user_limits", user, '{"max-channels": 16}')
@@ -168,13 +166,15 @@ async def test_a_bridge_fits_into_its_users_channels(
 
 
 @pytest.mark.contract("5.34")
-async def test_a_limit_of_connections_is_waited_for(start: StartService, connect: OpenStream, vhost: Vhost) -> None:
+async def test_the_bridge_waits_while_connections_are_at_their_limit(
+    start: StartService, connect: OpenStream, vhost: Vhost
+) -> None:
     limit(vhost, "max-connections", 0)
     service = await start(ready=False, BROKER_GRACE_SECONDS="0")
     await service.logged("broker unavailable")
-    told = await reason(service)
-    assert told is not None
-    assert "connection limit" in told
+    not_ready = await reason(service)
+    assert not_ready is not None
+    assert "connection limit" in not_ready
     limit(vhost, "max-connections", None)
     await service.logged("broker connected")
     stream = await connect(service, "1")
@@ -182,9 +182,9 @@ async def test_a_limit_of_connections_is_waited_for(start: StartService, connect
     known = sum(line.get("kind") == "LimitReached" for line in service.lines)
     cut(vhost)
     await service.logged("broker unavailable", kind="LimitReached", count=known + 1)
-    told = await reason(service)
-    assert told is not None
-    assert "connection limit" in told
+    not_ready = await reason(service)
+    assert not_ready is not None
+    assert "connection limit" in not_ready
     assert not stream.ended
     limit(vhost, "max-connections", None)
     await service.logged("broker connected", count=2)
@@ -217,15 +217,15 @@ async def test_the_limit_of_queues_of_a_whole_cluster(
 
 @pytest.mark.any_rabbitmq
 @pytest.mark.usefixtures("node_limits")
-async def test_a_bridge_fits_into_a_nodes_channels(
+async def test_a_bridge_works_with_the_channels_of_its_node(
     start: StartService, connect: OpenStream, vhost: Vhost, node: Node
 ) -> None:
     node.ctl("eval", "application:set_env(rabbit, channel_max_per_node, 3).")
     service = await start(ready=False, deadlines={"service.broker.eventlog.PATIENCE_SECONDS": 1.0})
     await service.logged("broker unavailable")
-    told = await reason(service)
-    assert told is not None
-    assert "channel" in told
+    not_ready = await reason(service)
+    assert not_ready is not None
+    assert "channel" in not_ready
     node.ctl("eval", "application:set_env(rabbit, channel_max_per_node, 16).")
     await service.logged("broker connected")
     stream = await connect(service, "1")
@@ -239,17 +239,17 @@ async def test_a_bridge_fits_into_a_nodes_channels(
     assert await service.metric("bridge_broker_connects") == 1
 
 
-async def test_a_limit_of_a_users_connections_is_waited_for(
+async def test_the_bridge_waits_while_its_users_connections_are_at_their_limit(
     start: StartService, connect: OpenStream, vhost: Vhost, user: str
 ) -> None:
     vhost.node.ctl("set_user_limits", user, '{"max-connections": 0}')
     url = vhost.url_at(vhost.port, user=user, password=f"secret-{user}")
     service = await start(amqp_url=url, ready=False, BROKER_GRACE_SECONDS="0")
     await service.logged("broker unavailable")
-    told = await reason(service)
-    assert told is not None
-    assert "connection" in told
-    assert "limit" in told
+    not_ready = await reason(service)
+    assert not_ready is not None
+    assert "connection" in not_ready
+    assert "limit" in not_ready
     vhost.node.ctl("set_user_limits", user, '{"max-connections": -1}')
     await service.logged("broker connected")
     assert await reason(service) is None

@@ -1,4 +1,4 @@
-"""A rolling deploy of the catalogue: workers ahead of replicas and behind them, clients online and away."""
+"""A rolling deploy of the catalogue: workers are newer or older than replicas, and clients are online or away."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class JobArchived(EventData, type="job.archived"):
     """The type that only the new catalogue has."""
     job_id: str
 '''
-"""A type more than the sample catalogue, and one model that is narrower: it refuses jobs of less than a second."""
+"""One more type than the sample catalogue, and one stricter model: it refuses jobs of less than a second."""
 
 GAP = {"reason": "not-readable"}
 
@@ -42,7 +42,7 @@ class Fleet:
         self._vhost = vhost
 
     async def publish(self, key: str, event_id: str, *, seconds: float = 5) -> None:
-        """As a worker does that knows both catalogues, or neither."""
+        """Publishes like a worker that knows both catalogues, or neither."""
         event_type = ".".join(key.rsplit(".", 2)[1:])
         data = {"job_id": event_id} | ({"duration_seconds": seconds} if event_type == "job.completed" else {})
         await self._vhost.publish(key, {**cloudevent(event_id, event_type), "data": data})
@@ -62,7 +62,7 @@ async def fleet(
 
 
 async def frames_to(stream: Stream, event_id: str) -> list[Frame]:
-    """What the client is sent, up to this event; frames of the bridge's own but `bridge.gap` left out."""
+    """The frames up to this event, without the bridge's own frames except `bridge.gap`."""
     frames: list[Frame] = []
     while not (frames and not frames[-1].event.startswith("bridge.") and frames[-1].json["id"] == event_id):
         frame = await stream.next()
@@ -74,20 +74,20 @@ async def frames_to(stream: Stream, event_id: str) -> list[Frame]:
 async def come_back(
     connect: OpenStream, service: Service, last_event_id: str, to: str = "last"
 ) -> tuple[list[object], str]:
-    """What a client that returns with this id is sent, and the id of its `ready`."""
+    """What a client gets that returns with this id, and the id of its `ready`."""
     stream = await connect(service, "42", "ops", headers={"Last-Event-ID": last_event_id})
     ready = stream.frames[0]
     assert ready.json["resumed"]
-    return said(await frames_to(stream, to)), ready.id
+    return ids_and_gaps(await frames_to(stream, to)), ready.id
 
 
-def said(frames: list[Frame]) -> list[object]:
+def ids_and_gaps(frames: list[Frame]) -> list[object]:
     return [frame.json if frame.event == "bridge.gap" else frame.json["id"] for frame in frames]
 
 
 @pytest.mark.contract("5.58", "5.60")
 @pytest.mark.parametrize("key", ["user.42", "group.ops", "all"])
-async def test_a_worker_is_ahead_of_the_replica(
+async def test_a_worker_is_newer_than_the_replica(
     fleet: Callable[[], Awaitable[Fleet]], connect: OpenStream, key: str
 ) -> None:
     """The client is online at an old replica, and then away."""
@@ -98,8 +98,8 @@ async def test_a_worker_is_ahead_of_the_replica(
     before = (await frames_to(online, "first"))[-1].id
     await replicas.publish(f"{key}.job.archived", "ahead")
     await replicas.publish(f"{key}.job.completed", "last")
-    assert said(await frames_to(online, "last")) == [GAP, "last"]
-    assert said(await frames_to(other_types, "last")) == ["first", "last"], "it did not ask for this type"
+    assert ids_and_gaps(await frames_to(online, "last")) == [GAP, "last"]
+    assert ids_and_gaps(await frames_to(other_types, "last")) == ["first", "last"], "it did not ask for this type"
 
     for service, expected in (
         (replicas.new, ["ahead", "last"]),
@@ -118,7 +118,7 @@ async def test_a_worker_is_ahead_of_the_replica(
 
 
 @pytest.mark.contract("5.25", "5.59")
-async def test_a_model_became_narrower_and_a_worker_is_behind(
+async def test_a_model_became_stricter_and_a_worker_is_older(
     fleet: Callable[[], Awaitable[Fleet]], connect: OpenStream, vhost: Vhost
 ) -> None:
     """The log holds events that the new replica cannot read, and the old one can."""
@@ -133,14 +133,14 @@ async def test_a_model_became_narrower_and_a_worker_is_behind(
     assert [frames for frames, _ in returns] == [[GAP, "last"]] * 5
     expected = [*(f"short{number}" for number in range(20)), "last"]
     assert (await come_back(connect, replicas.old, start_id))[0] == expected
-    # Each was put aside once, however many clients read the log.
+    # Each was quarantined once, though many clients read the log.
     await replicas.new.logged("message refused", count=20)
     assert await replicas.new.metric('bridge_events_invalid_total{reason="schema"}') == 20
     assert await replicas.new.metric('bridge_log_unreadable_total{reason="schema"}') >= 20
 
 
 @pytest.mark.contract("5.62")
-async def test_a_message_that_no_catalogue_can_read_is_no_gap(
+async def test_a_message_that_no_catalogue_can_read_causes_no_gap(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
     service = await start()
@@ -150,7 +150,7 @@ async def test_a_message_that_no_catalogue_can_read_is_no_gap(
     await vhost.publish("user.42.job.completed", {**cloudevent("x"), "specversion": "2.0"})
     await vhost.publish("user.42.job.completed", {**cloudevent("x"), "type": "job.failed"})
     await vhost.publish("user.42.job.completed", cloudevent("last"))
-    assert said(await frames_to(online, "last")) == ["last"]
+    assert ids_and_gaps(await frames_to(online, "last")) == ["last"]
     assert (await come_back(connect, service, start_id))[0] == ["last"]
 
 
@@ -162,5 +162,5 @@ async def test_an_event_over_the_limit_of_this_replica_is_a_gap(
     streams = [await connect(small, "42"), await connect(large, "42")]
     await vhost.publish("user.42.job.completed", cloudevent("long", result_url="x" * 1500))
     await vhost.publish("user.42.job.completed", cloudevent("last"))
-    assert said(await frames_to(streams[0], "last")) == [GAP, "last"]
-    assert said(await frames_to(streams[1], "last")) == ["long", "last"]
+    assert ids_and_gaps(await frames_to(streams[0], "last")) == [GAP, "last"]
+    assert ids_and_gaps(await frames_to(streams[1], "last")) == ["long", "last"]

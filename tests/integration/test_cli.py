@@ -36,7 +36,7 @@ async def run(
 ) -> Result:
     """
     Args:
-        descriptors: the hard limit of them.
+        descriptors: the hard limit of file descriptors.
     """
     given = {f"BRIDGE_{name}": value for name, value in settings.items()}
     environment = {**bare_environment(), "BRIDGE_SCHEMAS": SAMPLES, **given}
@@ -67,7 +67,7 @@ async def test_publish_one(service: Service, vhost: Vhost, connect: OpenStream) 
 
 
 @pytest.mark.contract("3.2")
-async def test_publish_one_a_line(service: Service, vhost: Vhost, connect: OpenStream, tmp_path: Path) -> None:
+async def test_publish_one_event_per_line(service: Service, vhost: Vhost, connect: OpenStream, tmp_path: Path) -> None:
     stream = await connect(service)
     lines = "\n".join(json.dumps({"job_id": str(n), "duration_seconds": n}) for n in range(5)) + "\n\n"
     done = await run("publish", "--to", "user:42", "--type", "job.completed", stdin=lines, amqp_url=vhost.url)
@@ -100,7 +100,7 @@ async def test_publish_one_a_line(service: Service, vhost: Vhost, connect: OpenS
     ],
 )
 async def test_bad_input_is_named_and_nothing_is_published(args: list[str], stdin: str, words: str) -> None:
-    # No broker at this address: it must not be asked before the input is good.
+    # There is no broker at this address: the command must not connect before it has checked the input.
     done = await run("publish", *args, stdin=stdin, amqp_url="amqp://127.0.0.1:1/")
     assert done.code == 2
     assert words in done.err
@@ -122,7 +122,7 @@ async def test_publish_without_a_confirm_fails(vhost: Vhost) -> None:
 
 
 @pytest.mark.contract("4.2")
-async def test_a_team_brings_its_own_catalogue(vhost: Vhost, service: Service, tmp_path: Path) -> None:
+async def test_a_team_uses_its_own_catalogue(vhost: Vhost, service: Service, tmp_path: Path) -> None:
     (tmp_path / "our_events").mkdir()
     (tmp_path / "our_events/__init__.py").write_text(
         'from bridge import EventData\nclass Shipped(EventData, type="parcel.shipped"):\n    parcel: int\n'
@@ -217,7 +217,7 @@ async def _publish_until_delivered(service: Service, vhost: Vhost, event_id: str
 
 
 @pytest.mark.contract("3.8")
-async def test_check_says_what_is_right_and_what_is_not(vhost: Vhost) -> None:
+async def test_check_prints_what_is_right_and_what_is_wrong(vhost: Vhost) -> None:
     done = await run("check", amqp_url=vhost.url, JWT_SECRET=SECRET, ALLOWED_ORIGIN="x")
     assert done.code == 0, done.out
     assert "did you mean BRIDGE_ALLOWED_ORIGINS?" in done.out
@@ -249,13 +249,13 @@ async def test_quarantine_is_listed_and_replayed(service: Service, vhost: Vhost,
     good = cloudevent("fixed")
     await vhost.publish("user.42.job.completed", b"hopeless \xff")
     await vhost.publish("user.42.job.completed", cloudevent("bad", duration_seconds=-1))
-    # As it would be after the catalogue has learnt a type: a message that is good now.
+    # A message that is good now, as after the catalogue has got a new type.
     import aio_pika
 
     connection = await aio_pika.connect(vhost.url)
     async with connection:
         channel = await connection.channel()
-        # Both refused ones are in the queue first: the bridge answers streams before it puts anything aside.
+        # Wait for both refused ones: the bridge writes to streams before it writes to the quarantine.
         async with asyncio.timeout(PATIENCE):
             while (await channel.declare_queue("events.invalid", passive=True)).declaration_result.message_count != 2:
                 pass

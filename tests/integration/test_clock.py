@@ -1,4 +1,4 @@
-"""The wall clock of a bridge is set while streams are open."""
+"""The wall clock of a bridge jumps while streams are open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOUR = 3_600.0
 
 
 @pytest.mark.parametrize("jump", [-HOUR, HOUR])
-async def test_a_busy_stream_still_hears_of_events_that_cannot_be_read(
+async def test_a_busy_stream_still_gets_a_gap_for_events_that_cannot_be_read(
     vhost: Vhost, tmp_path: Path, jump: float
 ) -> None:
     clock = inside.Clock(tmp_path / "clock")
@@ -40,7 +40,7 @@ async def test_a_busy_stream_still_hears_of_events_that_cannot_be_read(
             while True:
                 await vhost.publish("user.42.job.completed", cloudevent(f"e{number}"))
                 number += 1
-                await asyncio.sleep(0.2)  # So often that no heartbeat is due.
+                await asyncio.sleep(0.2)  # Often enough that no heartbeat is due.
 
         publishing = asyncio.create_task(keep_busy())
         try:

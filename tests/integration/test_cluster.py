@@ -1,4 +1,4 @@
-"""Three nodes: one of them dies, and browsers see a pause at most. What the SDK confirmed is on the others."""
+"""One of three nodes dies: browsers notice a pause at most, and the other nodes have all confirmed events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, rabbitmq: Installation) -> I
     first = Node(folder / "0", management=True, rabbitmq=rabbitmq)
     nodes = [first, *(Node(folder / str(number), peer=first, rabbitmq=rabbitmq) for number in (1, 2))]
     try:
-        first.start()  # And with it the epmd that all three use.
+        first.start()  # It also starts the epmd that all three use.
         with ThreadPoolExecutor() as pool:
             list(pool.map(Node.start, nodes[1:]))
         for node in nodes[1:]:
@@ -37,7 +37,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, rabbitmq: Installation) -> I
 
 
 async def node_of(nodes: list[Node], service: Service, *, connects: int) -> Node:
-    """The node that a bridge consumes from, by what it logged when it connected."""
+    """The node that a bridge consumes from, as its log line says."""
     address = (await service.logged("broker connected", count=connects))["address"]
     return next(node for node in nodes if f":{node.port}/" in address)
 
@@ -46,7 +46,7 @@ async def test_the_node_that_a_replica_is_connected_to_dies(nodes: list[Node]) -
     vhost = Vhost(nodes[0])
     vhost.create()
     addresses = ",".join(vhost.url_at(node.port) for node in nodes)
-    # The quarantine may be on a node that dies, and RabbitMQ 4.3 says so after a minute only.
+    # The quarantine may be on the node that dies. RabbitMQ 4.3 reports this only after a minute.
     service = Service(addresses, deadlines={"service.broker.live.QUARANTINE_SECONDS": 2.0})
     publisher = Publisher(addresses, source="/cluster", timeout=PATIENCE)
     stream = Stream(service.public, "")
@@ -72,7 +72,7 @@ async def test_the_node_that_a_replica_is_connected_to_dies(nodes: list[Node]) -
                 before = confirmed
                 while confirmed < before + count:
                     assert not publishing.done(), publishing
-                    await asyncio.sleep(0.05)  # Between two looks.
+                    await asyncio.sleep(0.05)  # Between two polls.
 
         for node in nodes:
             node.flush()
@@ -81,13 +81,13 @@ async def test_the_node_that_a_replica_is_connected_to_dies(nodes: list[Node]) -
                 await more(100)
                 await asyncio.to_thread(victim.kill)
                 if is_4:
-                    # It goes on routing to the queues of a node that is down, and nacks for them
-                    # (docs/rabbitmq.md): nothing more is confirmed until the node is back.
+                    # RabbitMQ 4 still routes to the queues of a node that is down, and nacks (docs/rabbitmq.md):
+                    # nothing more is confirmed until the node is back.
                     await service.logged("broker connected", count=turn + 2)
                     await asyncio.to_thread(victim.start)
                 await more(100)
                 if turn == 0:
-                    # It comes back, and the node that took over dies: a quarantine or a stream's leader was on one.
+                    # Then the node that took over dies: one of the two had the quarantine or the stream's leader.
                     if not is_4:
                         await asyncio.to_thread(victim.start)
                     await asyncio.to_thread(vhost.wait_for_log, victim, 3)

@@ -1,4 +1,4 @@
-"""A client's two queues, as far apart as they please: no cursor of a burst loses an event, and no pause does."""
+"""A client's two queues may be far apart: no cursor of a burst loses an event, and a pause loses none."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tests.service import Service, mint
 EVENTS = 600
 PUBLISHERS = 4
 TOGETHER = 40
-"""Clients that come back at once."""
+"""Clients that return at the same time."""
 
 END = "last"
 
 
 async def publish_burst(vhost: Vhost, count: int, *, first: int = 0, step: int = 1) -> None:
-    """One publisher on one channel, to one user and to everybody in turn, as fast as the broker takes it.
+    """One publisher on one channel, to one user and to everybody in turn, as fast as possible.
 
     Args:
         count: of all publishers together.
         first: the number of its first event; `step` is the number of publishers.
     """
     connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
-    # Closing a connection drops what its client has not yet written; closing a channel waits for its turn.
+    # Closing the connection drops what is not yet written; so close the channel first, which waits for it.
     async with connection, connection.channel(publisher_confirms=False) as channel:
         target = await channel.get_exchange("events", ensure=False)
         for number in range(first, count, step):
@@ -51,7 +51,7 @@ async def read_all(stream: Stream, *, until: str) -> list[Frame]:
 
 
 class Ids(Decoder):
-    """Only splits frames, which is fast enough for a thousand streams of a thousand events."""
+    """A decoder that only splits frames: fast enough for a thousand streams of a thousand events."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Ids(Decoder):
 
 
 async def resumed(service: Service, cursor: str) -> list[str]:
-    """The ids that a client gets that comes back with this cursor, up to the end."""
+    """The ids that a client gets that returns with this cursor, up to the end."""
     stream = Stream(service.public, mint("42"), headers={"Last-Event-ID": cursor})
     stream.decoder = Ids()
     await stream.open()
@@ -86,10 +86,10 @@ async def resumed(service: Service, cursor: str) -> list[str]:
 
 @pytest.mark.contract("2.39", "5.49")
 @pytest.mark.parametrize("process", ["running", "stopped"])
-async def test_every_cursor_of_a_burst_brings_all_that_came_after_it(
+async def test_every_cursor_of_a_burst_resumes_with_all_later_events(
     start: StartService, vhost: Vhost, connect: OpenStream, process: str
 ) -> None:
-    """Every id that was sent is tried, by a client each. Nothing may be missing; the price is shown with `-s`.
+    """A client returns with each id that was sent. Nothing may be missing. `-s` shows how much was sent twice.
 
     Events of several publishers may be in the log in another order than in a queue.
     """
@@ -124,12 +124,12 @@ async def test_every_cursor_of_a_burst_brings_all_that_came_after_it(
     print(
         f"{process}, {PUBLISHERS} publishers: {len(frames)} ids; "
         f"sent twice: mean {sum(twice) / len(twice):.2f}, worst {max(twice)}; "
-        f"entries of the log read: {read / len(frames):.0f} a client, {TOGETHER} of whom share a scan"
+        f"entries of the log read: {read / len(frames):.0f} per client; {TOGETHER} clients share a scan"
     )
 
 
-async def cut_off_while_it_works_off(service: Service, streams: list[Stream]) -> list[list[Frame]]:
-    """What each had read when it was cut off, somewhere in the middle of what had piled up."""
+async def cut_off_while_it_catches_up(service: Service, streams: list[Stream]) -> list[list[Frame]]:
+    """What each client had read when its connection was cut, somewhere in the middle of the backlog."""
     found = []
     for number, stream in enumerate(streams):
         frames: list[Frame] = []
@@ -148,7 +148,7 @@ async def cut_off_while_it_works_off(service: Service, streams: list[Stream]) ->
 async def test_a_pause_of_the_process_loses_nothing(
     start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually, connection: str
 ) -> None:
-    """As throttling, a move of the machine or a long collection is one. The broker fills both queues meanwhile."""
+    """A pause as by throttling, a move of the machine or garbage collection. The broker fills both queues meanwhile."""
     service = await start(BACKLOG_EVENTS="10000", BACKLOG_BYTES="10000000", MAX_CONNECTIONS_PER_USER="100")
     streams = [await connect(service) for _ in range(6)]
     count = 2_000
@@ -172,7 +172,7 @@ async def test_a_pause_of_the_process_loses_nothing(
                     ids.append(frame.json["id"])
         return
     twice = 0
-    for frames in await cut_off_while_it_works_off(service, streams):
+    for frames in await cut_off_while_it_catches_up(service, streams):
         seen = [frame.json["id"] for frame in frames]
         ids = await resumed(service, frames[-1].id)
         missing = everything - set(seen) - set(ids)

@@ -1,4 +1,4 @@
-"""What a policy or an expiration takes out of the bridge's queues is noticed, and comes from the log."""
+"""The bridge notices messages that a policy or an expiration drops from its queues, and reads them from the log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNT = 3_000
 
 async def publish_burst(vhost: Vhost, **properties: Any) -> None:
     connection = await aio_pika.connect(vhost.url_at(vhost.node.port))
-    # Closing a connection drops what its client has not yet written; closing a channel waits for its turn.
+    # Closing the connection drops what is not yet written; so close the channel first, which waits for it.
     async with connection, connection.channel(publisher_confirms=False) as channel:
         target = await channel.get_exchange("events", ensure=False)
         for number in range(COUNT):
@@ -34,16 +34,16 @@ async def test_what_is_dropped_while_the_bridge_is_slow_comes_from_the_log(
     service = await start(BACKLOG_EVENTS="10000", BACKLOG_BYTES="10000000")
     streams = [await connect(service, "42", "ops"), await connect(service, "43", "ops")]
     limits: dict[str, int] = {"max-length": 100, "max-length-bytes": 10_000, "message-ttl": 1}
-    # Added when the queues are there already, as policies are. The log is a stream, which has limits of its own.
+    # The policy is added while the queues exist, as policies are. It does not apply to the log, which is a stream.
     if cause in limits:
-        vhost.set_policy("house-rule", **{cause: limits[cause]})
-    service.signal(signal.SIGSTOP)  # As throttling of its processor would, for a moment.
+        vhost.set_policy("all-queues", **{cause: limits[cause]})
+    service.signal(signal.SIGSTOP)  # A pause, as by throttling of its processor.
     try:
         await publish_burst(vhost, **({"expiration": 0.001} if cause == "expiration" else {}))
     finally:
         service.signal(signal.SIGCONT)
-    for stream, owed in zip(streams, [range(COUNT), [n for n in range(COUNT) if n % 3]], strict=True):
-        missing = {f"e{number}" for number in owed}
+    for stream, expected in zip(streams, [range(COUNT), [n for n in range(COUNT) if n % 3]], strict=True):
+        missing = {f"e{number}" for number in expected}
         while missing:
             frame = await stream.next()
             assert frame.event != "bridge.gap", frame
@@ -59,7 +59,7 @@ async def test_what_is_dropped_while_the_bridge_is_slow_comes_from_the_log(
 async def test_without_a_log_it_is_a_gap(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start(LOG="", BACKLOG_EVENTS="10000", BACKLOG_BYTES="10000000")
     stream = await connect(service, "42", "ops")
-    vhost.set_policy("house-rule", **{"max-length": 100})
+    vhost.set_policy("all-queues", **{"max-length": 100})
     service.signal(signal.SIGSTOP)
     try:
         await publish_burst(vhost)

@@ -1,6 +1,6 @@
-"""Clients from npm and PyPI get the same events from a stream as the independent decoder, and nothing besides.
+"""Clients from npm and PyPI get the same events from a stream as the independent decoder, and nothing else.
 
-Those of npm are packages of tests/node.
+The npm packages are those of tests/node.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ async def read_sseclient(service: Service) -> AsyncIterator[Dispatched]:
         while True:
             yield await found.get()
     finally:
-        await service.stop()  # Nothing else ends a thread that reads.
+        await service.stop()  # Only this ends the thread that reads.
         await asyncio.gather(reading, return_exceptions=True)
 
 
@@ -109,7 +109,7 @@ async def read_sseclient(service: Service) -> AsyncIterator[Dispatched]:
         "sseclient-py",
     ],
 )
-async def test_each_gets_the_same_events_and_no_phantom(
+async def test_each_gets_the_same_events_and_no_empty_event(
     start: StartService, vhost: Vhost, connect: OpenStream, read: Reader
 ) -> None:
     service = await start(HEARTBEAT_SECONDS="0.1")
@@ -120,7 +120,7 @@ async def test_each_gets_the_same_events_and_no_phantom(
         assert (name, json.loads(data)["user"]) == ("bridge.ready", "42")
         for number, text in enumerate(TEXTS):
             await vhost.publish("user.42.notification", cloudevent(f"e{number}", "notification", title="x", body=text))
-            # Heartbeats in between: comments, of which a client hands out nothing.
+            # Heartbeats in between: a client must report nothing for these comments.
             await ours.comments(ours.decoder.comments + 2)
         await vhost.publish("all.job.completed", cloudevent("last"))
         expected = [await ours.next() for _ in range(len(TEXTS) + 1)]

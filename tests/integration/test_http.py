@@ -1,4 +1,4 @@
-"""What is said before the first byte: who asks, from where, for what, and every error's document."""
+"""Requests and their answers before a stream begins: tokens, origins, parameters, and the document of each error."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_no_token_and_bad_tokens(service: Service) -> None:
 
 
 @pytest.mark.contract("2.1")
-async def test_the_first_of_header_cookie_and_query_counts(start: StartService) -> None:
+async def test_the_first_of_header_cookie_and_query_is_used(start: StartService) -> None:
     service = await start(QUERY_TOKEN="true", COOKIE="session")
     query = f"access_token={mint('query')}"
     cookie = {"Cookie": f"session={mint('cookie')}"}
@@ -63,7 +63,7 @@ async def test_the_first_of_header_cookie_and_query_counts(start: StartService) 
         (cookie, mint("header"), "header"),
         (cookie, None, "cookie"),
         (None, None, "query"),
-        # A proxy's own authentication does not stand in the way.
+        # The authentication of a proxy is ignored.
         ({"Authorization": "Basic dTpw"}, None, "query"),
     ]:
         async with Stream(service.public, token, query=query, headers=headers) as stream:
@@ -82,7 +82,7 @@ async def test_bad_types(service: Service, types: str) -> None:
 
 @pytest.mark.contract("5.38")
 @pytest.mark.parametrize("name", ["named", "audience"])
-async def test_a_bad_word_for_a_flag(service: Service, name: str) -> None:
+async def test_a_bad_value_of_a_flag(service: Service, name: str) -> None:
     await problem(service, 400, f"invalid-{name}", f"/events?{name}=maybe", headers=TOKEN)
 
 
@@ -115,19 +115,19 @@ async def test_an_accept_that_does_not_admit_a_stream(service: Service, connect:
         assert (await service.get("/events", method="HEAD", headers={**TOKEN, "Accept": accept})).status_code == 200
 
 
-async def test_two_lines_of_accept_count_together(service: Service) -> None:
+async def test_two_accept_headers_are_combined(service: Service) -> None:
     accept = [*TOKEN.items(), ("Accept", "text/html"), ("Accept", "text/event-stream")]
     assert (await service.get("/events", method="HEAD", headers=accept)).status_code == 200
 
 
 @pytest.mark.contract("6.25")
-async def test_each_cookie_of_our_name_is_tried(service: Service) -> None:
+async def test_each_cookie_of_the_name_is_tried(service: Service) -> None:
     good = f"bridge_token={mint('42')}"
     for cookie in [
         f"bridge_token=left.over.one; {good}",
         f"bridge_token={mint('42', ttl=-35)}; {good}",
         f"bridge_token=; {good}",
-        f'bridge_token="{mint("42")}"',  # RFC 6265, section 4.1.1: the quotes are no part of what a server meant.
+        f'bridge_token="{mint("42")}"',  # RFC 6265, section 4.1.1: the quotes are not part of the value.
         f"a=\xe9; {good}; b",
     ]:
         headers = {"Cookie": cookie.encode("latin-1")}
@@ -146,7 +146,7 @@ async def test_forms_of_the_authorization_line(start: StartService) -> None:
         assert (await service.get("/events", method="HEAD", headers=headers)).status_code == 200
     two = [("Authorization", "Basic dTpw"), ("Authorization", f"Bearer {mint('42')}")]
     assert (await service.get("/events", method="HEAD", headers=two)).status_code == 200
-    # A script without a token leaves the cookie to decide, and an empty member of the query the next one.
+    # An empty bearer token is ignored, so the cookie is used. An empty query parameter is ignored, so the next is used.
     empty = {"Authorization": "Bearer", "Cookie": f"bridge_token={mint('42')}"}
     assert (await service.get("/events", method="HEAD", headers=empty)).status_code == 200
     path = f"/events?access_token=&access_token={mint('42').replace('.', '%2E')}"
@@ -174,7 +174,7 @@ async def test_ports_that_a_scheme_implies(start: StartService) -> None:
 
 
 @pytest.mark.contract("2.10", "6.20", "6.21")
-async def test_groups_that_the_token_leaves_out_are_a_403(start: StartService) -> None:
+async def test_a_token_that_leaves_groups_out_is_a_403(start: StartService) -> None:
     import jwt
 
     service = await start()
@@ -200,7 +200,7 @@ async def test_claims_of_another_name(start: StartService, connect: OpenStream, 
 
 
 @pytest.mark.contract("5.44")
-async def test_no_such_page(service: Service) -> None:
+async def test_an_unknown_path_is_a_404(service: Service) -> None:
     await problem(service, 404, "not-found", "/nothing")
     await problem(service, 404, "not-found", "/metrics")
     await problem(service, 404, "unknown-type", "/schemas/no.such")
@@ -236,13 +236,13 @@ async def test_cors_for_exactly_the_origins_allowed(start: StartService, connect
         document = await problem(service, 403, "origin-not-allowed", headers={**TOKEN, "Origin": origin})
         assert "access-control-allow-origin" not in document["headers"]
         assert "Origin" in document["headers"]["vary"]
-    # A page that may read streams may read why it got none.
+    # An allowed page may also read the error document.
     document = await problem(service, 401, "missing-token", headers={"Origin": APP})
     assert document["headers"]["access-control-allow-origin"] == APP
 
 
 @pytest.mark.contract("5.39")
-async def test_a_page_of_the_bridges_own_host_needs_no_leave(service: Service, connect: OpenStream) -> None:
+async def test_a_page_of_the_bridges_own_host_needs_no_permission(service: Service, connect: OpenStream) -> None:
     stream = await connect(service, headers={"Origin": service.public})
     assert "access-control-allow-origin" not in stream.headers
 
@@ -273,9 +273,9 @@ async def test_a_preflight_admits_what_the_browser_asks_for(start: StartService,
     assert set(asked.split(",")) <= set(response.headers["access-control-allow-headers"].lower().split(", "))
     varies = {name.strip().lower() for name in response.headers["vary"].split(",")}
     assert varies == {"origin", "access-control-request-headers"}
-    # Nothing for another origin.
-    stranger = await service.get(path, method="OPTIONS", headers={**ask, "Origin": "https://evil"})
-    assert not [name for name in stranger.headers if name.startswith("access-control-")]
+    # Another origin gets no such header.
+    other = await service.get(path, method="OPTIONS", headers={**ask, "Origin": "https://evil"})
+    assert not [name for name in other.headers if name.startswith("access-control-")]
 
 
 @pytest.mark.contract("2.68", "2.69", "2.70")
@@ -317,7 +317,7 @@ async def test_probes_and_metrics_are_on_the_internal_port(service: Service, con
 
 
 @pytest.mark.contract("2.1")
-async def test_a_stream_is_two_log_lines_and_no_token_stands_in_them(
+async def test_a_stream_is_two_log_lines_without_a_token(
     start: StartService, connect: OpenStream, vhost: Vhost
 ) -> None:
     service = await start(QUERY_TOKEN="true")
@@ -353,7 +353,7 @@ async def test_keys_from_a_jwks_file_beside_the_secret(start: StartService, tmp_
 
 
 @pytest.mark.contract("5.41")
-async def test_who_cannot_be_judged_for_now_is_busy_and_counted(start: StartService) -> None:
+async def test_a_token_that_cannot_be_verified_yet_is_busy_and_counted(start: StartService) -> None:
     import jwt
     from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -365,12 +365,12 @@ async def test_who_cannot_be_judged_for_now_is_busy_and_counted(start: StartServ
     assert (stream.status, bye.event, bye.json) == (200, "bridge.bye", {"reason": "busy"})
     await service.logged("token not judged")
     assert await service.metric('bridge_streams_ended_total{reason="busy"}') == 1
-    assert math.isnan(await service.metric("bridge_log_answers"))  # There is no log that could.
+    assert math.isnan(await service.metric("bridge_log_answers"))  # There is no log.
 
 
 @pytest.mark.contract("5.43")
 async def test_an_upgrade_to_http_2_is_ignored(service: Service, vhost: Vhost) -> None:
-    """As Java's HttpClient and curl ask for it, unasked (RFC 9110, section 7.8)."""
+    """Java's HttpClient and curl offer this upgrade by themselves (RFC 9110, section 7.8)."""
     upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
     async with Stream(service.public, mint("42"), headers=upgrade) as stream:
         assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream")
@@ -383,9 +383,9 @@ async def test_an_upgrade_to_http_2_is_ignored(service: Service, vhost: Vhost) -
 
 
 @pytest.mark.contract("5.43")
-async def test_http_2_in_the_clear_is_refused(service: Service) -> None:
+async def test_http_2_without_tls_is_refused(service: Service) -> None:
     reader, writer = await asyncio.open_connection(*service.public.removeprefix("http://").split(":"))
-    # The preface, empty SETTINGS, and HEADERS of GET http://x/events: whole, and encoded by the static table.
+    # The preface, empty SETTINGS, and complete HEADERS of GET http://x/events, encoded with the static table.
     head = bytes.fromhex("82 86 41 01 78 04 07") + b"/events"
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
     writer.write(len(head).to_bytes(3, "big") + b"\x01\x05\0\0\0\x01" + head)
@@ -414,7 +414,7 @@ async def test_a_client_that_hangs_up_after_an_answer_leaves_no_connection(
 
 
 @pytest.mark.contract("6.4")
-async def test_a_rotated_key_is_busy_until_it_is_known_and_a_strangers_is_refused(
+async def test_a_rotated_key_is_busy_until_it_is_known_and_an_unknown_key_is_refused(
     start: StartService, tmp_path: Path
 ) -> None:
     import jwt
@@ -433,8 +433,8 @@ async def test_a_rotated_key_is_busy_until_it_is_known_and_a_strangers_is_refuse
 
     show(old=old)
     service = await start(JWKS=str(document))
-    stranger = {"Authorization": f"Bearer {token(new, 'no-such')}"}
-    document_of = await problem(service, 401, "invalid-token", headers=stranger)
+    other = {"Authorization": f"Bearer {token(new, 'no-such')}"}
+    document_of = await problem(service, 401, "invalid-token", headers=other)
     assert "does not have key 'no-such'" in document_of["detail"]
     document.write_text("<html>under construction</html>")
     for _ in range(2):
@@ -453,18 +453,18 @@ async def test_a_rotated_key_is_busy_until_it_is_known_and_a_strangers_is_refuse
     "first", [b"404 Not Found\r\n\r\n", b"200 OK\r\n\r\n<html>", b'200 OK\r\n\r\n{"keys": []}', None]
 )
 async def test_not_ready_before_a_key_set_was_read_once(start: StartService, first: bytes | None) -> None:
-    """A wrong address (None: nobody listens there) must not pass a rollout."""
+    """With a wrong address of the key set (None: no server), a rollout must not succeed."""
     import jwt
     from cryptography.hazmat.primitives.asymmetric import ed25519
 
     key = ed25519.Ed25519PrivateKey.generate()
     jwk = jwt.get_algorithm_by_name("EdDSA").to_jwk(key.public_key(), as_dict=True)
     good = b"200 OK\r\n\r\n" + json.dumps({"keys": [jwk]}).encode()
-    said = first
+    response = first
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.0 " + (said or b""))
+        writer.write(b"HTTP/1.0 " + (response or b""))
         writer.close()
 
     (port,) = free_ports(1)
@@ -474,20 +474,20 @@ async def test_not_ready_before_a_key_set_was_read_once(start: StartService, fir
         JWKS=f"http://me:hidden@127.0.0.1:{port}/keys", deadlines={"service.http.keys.FIRST_READ_EVERY_SECONDS": 0.1}
     )
     for path in ("/readyz", "/readyz?exclude=broker&exclude=connections"):
-        told = await service.get(path, internal=True)
-        assert told.status_code == 503
-        assert url.replace("//", "//***@") in told.json()["reason"]
+        ready = await service.get(path, internal=True)
+        assert ready.status_code == 503
+        assert url.replace("//", "//***@") in ready.json()["reason"]
     assert await service.metric("bridge_ready") == 0
     assert (await service.get("/livez", internal=True)).status_code == 200
-    said = good
+    response = good
     server = server or await asyncio.start_server(answer, "127.0.0.1", port)
     await service.logged("key set read")
     assert (await service.get("/readyz", internal=True)).status_code == 200
-    # A set that was read once stays in use, whatever becomes of its endpoint.
-    said = b"503 Service Unavailable\r\n\r\n"
+    # A key set that was read once stays in use, even if its endpoint fails.
+    response = b"503 Service Unavailable\r\n\r\n"
     failures = sum(line["event"] == "key set not read" for line in service.lines)
-    stranger = jwt.encode({"sub": "ed", "exp": 4_000_000_000}, ed25519.Ed25519PrivateKey.generate(), algorithm="EdDSA")
-    await service.get("/events", headers={"Authorization": f"Bearer {stranger}"})
+    other = jwt.encode({"sub": "ed", "exp": 4_000_000_000}, ed25519.Ed25519PrivateKey.generate(), algorithm="EdDSA")
+    await service.get("/events", headers={"Authorization": f"Bearer {other}"})
     await service.logged("key set not read", count=failures + 1)
     assert (await service.get("/readyz", internal=True)).status_code == 200
     assert "hidden" not in service.text
@@ -516,9 +516,9 @@ async def test_the_identity_names_what_the_stream_may_show(start: StartService, 
 
 
 @pytest.mark.contract("2.21")
-async def test_a_token_that_cannot_be_judged_has_no_identity_yet(service: Service) -> None:
+async def test_a_token_that_is_not_valid_yet_has_no_identity(service: Service) -> None:
     now = int(time.time())
-    # Good in a while: `busy` until then.
+    # The token becomes valid later; until then the answer is `busy`.
     token = jwt.encode({"sub": "42", "exp": now + 9000, "nbf": now + 250}, SECRET, algorithm="HS256")
     answer = await service.get("/events", method="HEAD", headers={"Authorization": f"Bearer {token}"})
     assert answer.status_code == 200

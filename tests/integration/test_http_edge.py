@@ -1,4 +1,4 @@
-"""The HTTP side at its edge: raw bytes in, and answers as RFC 9110 and RFC 9112 have them."""
+"""Raw bytes as HTTP requests: answers must follow RFC 9110 and RFC 9112."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Answer:
 
 
 def talk(address: tuple[str, int], *pieces: bytes) -> bytes:
-    """All that comes back, until the bridge closes; we say that we have no more to say, and do not close before."""
+    """Sends the pieces and closes only the sending side. Returns all bytes until the bridge closes."""
     with socket.create_connection(address, timeout=PATIENCE) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -50,12 +50,12 @@ def read_all(client: socket.socket) -> bytes:
     return bytes(found)
 
 
-def answers(said: bytes, methods: list[bytes]) -> list[Answer]:
-    """Reads what a server said, with nothing of the server's own parser."""
+def answers(received: bytes, methods: list[bytes]) -> list[Answer]:
+    """Parses a server's answers, without the server's own parser."""
     found: list[Answer] = []
-    while said:
-        head, end, rest = said.partition(b"\r\n\r\n")
-        assert end, f"an answer without an end of its head: {said[:200]!r}"
+    while received:
+        head, end, rest = received.partition(b"\r\n\r\n")
+        assert end, f"an answer whose head does not end: {received[:200]!r}"
         first, *lines = head.decode("latin-1").split("\r\n")
         status = re.fullmatch(r"HTTP/1\.1 (\d{3}) [ -~]*", first)
         assert status, first
@@ -69,19 +69,19 @@ def answers(said: bytes, methods: list[bytes]) -> list[Answer]:
             headers[name.lower()] = value.strip()
         code = int(status[1])
         if code == 100:
-            said = rest
+            received = rest
             continue
         method = methods[len(found)] if len(found) < len(methods) else b""
         if method == b"HEAD" or code in (204, 304):
-            body, said = b"", rest
+            body, received = b"", rest
         elif headers.get("transfer-encoding") == "chunked":
-            body, said = chunks(rest)
+            body, received = chunks(rest)
         elif "content-length" in headers:
             size = int(headers["content-length"])
             assert len(rest) >= size, "an answer that is shorter than it says"
-            body, said = rest[:size], rest[size:]
+            body, received = rest[:size], rest[size:]
         else:
-            body, said = rest, b""
+            body, received = rest, b""
         found.append(Answer(code, headers, body))
     return found
 
@@ -97,7 +97,7 @@ def chunks(rest: bytes) -> tuple[bytes, bytes]:
         body += rest[:size]
         assert rest[size : size + 2] == b"\r\n"
         rest = rest[size + 2 :]
-    return body, b""  # A stream whose client has gone.
+    return body, b""  # A stream whose client closed.
 
 
 def address_of(service: Service) -> tuple[str, int]:
@@ -130,8 +130,8 @@ BAD: dict[str, tuple[bytes, int]] = {
     "two lengths": (START + HOST + LENGTH + b"1\r\n" + LENGTH + b"2\r\n\r\nab", 400),
     "a list of lengths": (START + HOST + LENGTH + b"1, 2\r\n\r\nab", 400),
     "a signed length": (START + HOST + LENGTH + b"+1\r\n\r\na", 400),
-    "a coding that nobody knows": (START + HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
-    "a chunk's size that is none": (POST + CODING + b"\r\nxyz\r\n", 0),
+    "an unknown coding": (START + HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
+    "a bad size of a chunk": (POST + CODING + b"\r\nxyz\r\n", 0),
     "LF after a trailer": (POST + CODING + b"\r\n0\r\nX: y\n\r\n", 0),
     "lower case": (b"get /schemas HTTP/1.1\r\n" + HOST + b"\r\n", 501),
     "mixed case": (b"Get /schemas HTTP/1.1\r\n" + HOST + b"\r\n", 501),
@@ -143,7 +143,7 @@ BAD: dict[str, tuple[bytes, int]] = {
     "CR in a header": (START + b"X: a\rb\r\n" + HOST + b"\r\n", 400),
     "folded by a space": (START + HOST + b"X: a\r\n b\r\n\r\n", 400),
     "folded by a tab": (START + HOST + b"X: a\r\n\tb\r\n\r\n", 400),
-    "folded at once": (START + b" X: a\r\n" + HOST + b"\r\n", 400),
+    "a first line that is folded": (START + b" X: a\r\n" + HOST + b"\r\n", 400),
     "a space before the colon": (START + HOST + b"X : a\r\n\r\n", 400),
     "a header without a name": (START + HOST + b": a\r\n\r\n", 400),
     "NUL in a header": (START + HOST + b"X: a\0b\r\n\r\n", 400),
@@ -158,19 +158,19 @@ BAD: dict[str, tuple[bytes, int]] = {
     "another protocol": (b"GET /schemas FTP/1.1\r\n" + HOST + b"\r\n", 400),
     "TLS": (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + 64 * b"x", 400),
     "a head that is too large": (START + HOST + b"X: " + 100_000 * b"a" + b"\r\n\r\n", 431),
-    "one that is so in one packet": (START + HOST + b"X: " + 20_000 * b"a" + b"\r\n\r\n", 431),
+    "a head that is too large in one packet": (START + HOST + b"X: " + 20_000 * b"a" + b"\r\n\r\n", 431),
     "trailers that are too large": (POST + CODING + b"\r\n0\r\nX: " + 20_000 * b"a" + b"\r\n\r\n", 0),
 }
-"""Each with the status that answers it; 0 where an answer may have been given before the fault came."""
+"""Each with the status of the answer; 0 if the bridge may have answered before the fault arrived."""
 
 
 @pytest.mark.contract("6.31", "6.32", "6.33", "6.34", "6.35", "6.36", "6.37")
-async def test_what_is_refused_and_that_the_connection_closes(service: Service) -> None:
+async def test_bad_requests_are_refused_and_the_connection_closes(service: Service) -> None:
     for name, (request, status) in BAD.items():
-        # Behind a good request, and with another one behind it, which must not be answered.
+        # Also after a good request; and a good request that follows must not be answered.
         for pieces in [(request, GOOD), (request + GOOD,), (GOOD, request + GOOD)]:
-            said = await asyncio.to_thread(talk, address_of(service), *pieces)
-            found = answers(said, [])
+            received = await asyncio.to_thread(talk, address_of(service), *pieces)
+            found = answers(received, [])
             if pieces[0] is GOOD:
                 assert found.pop(0).status == 200
             assert len(found) == 1, (name, found)
@@ -180,12 +180,12 @@ async def test_what_is_refused_and_that_the_connection_closes(service: Service) 
 
 
 async def test_a_refused_head_request_has_no_body(service: Service) -> None:
-    said = await asyncio.to_thread(talk, address_of(service), b"HEAD /schemas HTTP/1.1\r\nHost: x\n\r\n")
-    (answer,) = answers(said, [b"HEAD"])
+    received = await asyncio.to_thread(talk, address_of(service), b"HEAD /schemas HTTP/1.1\r\nHost: x\n\r\n")
+    (answer,) = answers(received, [b"HEAD"])
     assert answer.status == 400
 
 
-TAKEN = [
+ACCEPTED = [
     (b"\r\n" + GOOD, 200),
     (b"GET http://bridge.example/schemas HTTP/1.1\r\n" + HOST + b"\r\n", 200),
     (b"GET HTTP://elsewhere:80/schemas HTTP/1.1\r\n" + HOST + b"\r\n", 200),
@@ -209,17 +209,17 @@ TAKEN = [
 
 
 @pytest.mark.contract("5.43", "6.38", "6.39")
-async def test_what_is_taken(service: Service) -> None:
-    for request, status in TAKEN:
-        said = await asyncio.to_thread(talk, address_of(service), request)
-        (answer,) = answers(said, [request.split()[0]])
+async def test_what_is_accepted(service: Service) -> None:
+    for request, status in ACCEPTED:
+        received = await asyncio.to_thread(talk, address_of(service), request)
+        (answer,) = answers(received, [request.split()[0]])
         assert answer.status == status, request
         assert status != 405 or "GET" in answer.headers["allow"]
     assert "Traceback" not in service.text
 
 
-async def test_an_error_reaches_a_client_that_goes_on_sending(service: Service) -> None:
-    """Were the connection closed at once, the kernel would reset it, and the answer would be lost."""
+async def test_an_error_reaches_a_client_that_still_sends(service: Service) -> None:
+    """If the bridge closed the connection at once, the kernel would reset it, and the answer would be lost."""
 
     def send() -> bytes:
         with socket.create_connection(address_of(service), timeout=PATIENCE) as client:
@@ -232,7 +232,7 @@ async def test_an_error_reaches_a_client_that_goes_on_sending(service: Service) 
         assert answer.status == 501
 
 
-# The fuzz: requests of all kinds, cut into pieces anywhere, one behind another.
+# The fuzz test: requests of all kinds, cut into pieces anywhere, one after another.
 
 TOKENS = st.sampled_from([b"", b"abc", mint("fuzz").encode(), b"eyJhbGciOiJub25lIn0.e30."])
 PATHS = st.sampled_from(
@@ -290,20 +290,20 @@ KNOWN = {200, 204, 304, 400, 401, 403, 404, 405, 406, 408, 413, 417, 431, 501, 5
 LEAKS = re.compile(rb"Traceback|File \"|site-packages|\.py\b|hypercorn|quart|werkzeug|0x[0-9a-f]{6}", re.IGNORECASE)
 
 
-def read_somehow(said: bytes) -> list[Answer]:
-    """The answers. Which of them is to HEAD, and so without a body, nobody can say of such requests: all are tried."""
+def parse_answers(received: bytes) -> list[Answer]:
+    """The answers. It is unknown which of them answer HEAD and so have no body: all combinations are tried."""
     for methods in itertools.product([b"GET", b"HEAD"], repeat=4):
         with contextlib.suppress(AssertionError, ValueError):
-            return answers(said, list(methods))
-    raise AssertionError(f"not a row of answers: {said!r}")
+            return answers(received, list(methods))
+    raise AssertionError(f"not a sequence of answers: {received!r}")
 
 
-def assert_by_the_rules(pieces: list[bytes], said: bytes) -> None:
+def assert_follows_the_rules(pieces: list[bytes], received: bytes) -> None:
     data = b"".join(pieces)
     if b"PRI * HTTP/2" in data:
         return
-    body_of_client = said.count(b"text/javascript") > 0
-    found = read_somehow(said)
+    body_of_client = received.count(b"text/javascript") > 0
+    found = parse_answers(received)
     for answer in found:
         assert answer.status in KNOWN, answer
         if not body_of_client:
@@ -315,25 +315,25 @@ def assert_by_the_rules(pieces: list[bytes], said: bytes) -> None:
         assert answer.headers.get("connection", "").lower() != "close", found
 
 
-async def becomes(service: Service, name: str, value: float) -> None:
+async def wait_until_metric_is(service: Service, name: str, value: float) -> None:
     async with asyncio.timeout(PATIENCE):
         while await service.metric(name) != value:  # noqa: ASYNC110 - a metric gives no signal.
-            await asyncio.sleep(0.05)  # Between two questions.
+            await asyncio.sleep(0.05)  # Between two polls.
 
 
-async def test_whatever_is_sent_is_answered_by_the_rules(service: Service, connect: OpenStream, vhost: Vhost) -> None:
+async def test_answers_to_any_bytes_follow_the_rules(service: Service, connect: OpenStream, vhost: Vhost) -> None:
     innocent = await connect(service, "42")
     address = address_of(service)
 
     @settings(max_examples=150)
     @given(conversations())
     def fuzz(pieces: list[bytes]) -> None:
-        assert_by_the_rules(pieces, talk(address, *pieces))
+        assert_follows_the_rules(pieces, talk(address, *pieces))
 
     await asyncio.to_thread(fuzz)
-    # The last connections may still be on their way out.
-    await becomes(service, "bridge_connections", 1)
-    await becomes(service, "bridge_guests", 0)
+    # The last connections may still be closing.
+    await wait_until_metric_is(service, "bridge_connections", 1)
+    await wait_until_metric_is(service, "bridge_guests", 0)
     await vhost.publish("user.42.job.completed", cloudevent("still-there"))
     assert (await innocent.next_event())["id"] == "still-there"
     faults = [line.get("exception") or line for line in service.lines if line.get("level", "error") == "error"]

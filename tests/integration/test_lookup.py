@@ -1,4 +1,4 @@
-"""What the console in development looks up: the event log and the quarantine, on a real broker."""
+"""The look-ups of the development console: the event log and the quarantine, on a real broker."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ids(answer: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.contract("5.23", "5.66", "5.67")
-async def test_entries_of_the_log_are_found_the_newest_first(development: Service, vhost: Vhost) -> None:
+async def test_entries_of_the_log_are_found_newest_first(development: Service, vhost: Vhost) -> None:
     assert await ask_log(development) == {"entries": [], "further": None}
     await vhost.publish_all(
         [
@@ -93,9 +93,9 @@ async def test_refused_messages_are_shown_and_stay(development: Service, vhost: 
     await vhost.publish("user.42.job.completed", b"\xff{")
     await development.logged("message refused")
     async with asyncio.timeout(PATIENCE):
-        # The bridge puts it aside after it has logged it.
+        # The bridge logs it first and then quarantines it.
         while not (messages := (await ask(development, "quarantine")).json()["messages"]):  # noqa: ASYNC110
-            await asyncio.sleep(0.05)  # Between two questions.
+            await asyncio.sleep(0.05)  # Between two polls.
     again = (await ask(development, "quarantine", {"limit": "1"})).json()["messages"]
     assert again == messages
     (message,) = messages
@@ -106,7 +106,7 @@ async def test_refused_messages_are_shown_and_stay(development: Service, vhost: 
 @pytest.mark.contract("5.64", "5.66")
 @pytest.mark.any_rabbitmq
 @pytest.mark.parametrize("path", ["log", "quarantine"])
-async def test_who_may_look(development: Service, start: StartService, path: str) -> None:
+async def test_which_requests_may_look_up(development: Service, start: StartService, path: str) -> None:
     own = development.public
     cases: list[tuple[int, dict[str, Any]]] = [
         (200, {}),
@@ -131,7 +131,7 @@ async def test_who_may_look(development: Service, start: StartService, path: str
 
 @pytest.mark.contract("5.64")
 @pytest.mark.any_rabbitmq
-async def test_an_origin_that_may_listen_may_not_look(start: StartService) -> None:
+async def test_an_origin_that_may_open_streams_may_not_look_up(start: StartService) -> None:
     service = await start(CONSOLE="development", ALLOWED_ORIGINS="https://app.example.com")
     answer = await ask(service, "log", headers={"Origin": "https://app.example.com"})
     assert answer.status_code == 403
@@ -142,7 +142,7 @@ async def test_an_origin_that_may_listen_may_not_look(start: StartService) -> No
     "query",
     [{"types": "A"}, {"audience": "x:1"}, {"audience": "user:"}, {"before": "x"}, {"types": ""}, {"audience": ""}],
 )
-async def test_a_question_that_cannot_be_read(development: Service, query: dict[str, str]) -> None:
+async def test_a_look_up_that_cannot_be_parsed(development: Service, query: dict[str, str]) -> None:
     answer = await ask(development, "log", query)
     assert (answer.status_code, answer.json()["type"]) == (400, "urn:bridge:problem:bad-look-up")
 
@@ -155,7 +155,7 @@ async def test_without_a_log_it_says_so(start: StartService) -> None:
 
 
 @pytest.mark.contract("5.68")
-async def test_a_user_without_the_right_is_told_which_one_is_missing(
+async def test_without_the_right_the_answer_names_it(
     start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:
     await start()  # Makes exchange, log and quarantine.

@@ -1,4 +1,4 @@
-"""The OpenAPI document of a running bridge: what it promises is what the bridge does."""
+"""The OpenAPI document of a running bridge: the bridge does what the document says."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PLAIN = {"Origin": "https://app.example"}
 
 
 def check_frame(document: dict[str, Any], frame: Frame) -> None:
-    """Both the frame and the JSON in its data."""
+    """Validates the frame, and the JSON in its data."""
     block = {"event": frame.event, "data": frame.data, "id": frame.id, "retry": frame.retry}
-    held = {name: value for name, value in block.items() if value not in ("", None)}
+    present = {name: value for name, value in block.items() if value not in ("", None)}
     schema = document["paths"]["/events"]["get"]["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]
     whole = {**schema, "components": document["components"]}
-    jsonschema.Draft202012Validator(whole).validate(held)
+    jsonschema.Draft202012Validator(whole).validate(present)
     options = document["components"]["schemas"]["bridge-frame"]["anyOf"]
     [fitting] = [it for it in options if it["properties"]["event"]["const"] == frame.event]
     content = {**fitting["properties"]["data"]["contentSchema"], "components": document["components"]}
@@ -60,7 +60,7 @@ async def test_frames_are_as_the_document_says(start: StartService, vhost: Vhost
 async def test_schemathesis_finds_no_answer_that_the_document_does_not_have(
     start: StartService, tmp_path: Path
 ) -> None:
-    # Schemathesis reads an answer to its end, which a stream has when its age has one.
+    # Schemathesis reads an answer to its end. So streams end after a short time.
     service = await start(MAX_AGE_SECONDS="0.2", QUERY_TOKEN="true", CONSOLE="development")
     process = await asyncio.create_subprocess_exec(
         Path(sys.executable).parent / "schemathesis",
@@ -68,7 +68,7 @@ async def test_schemathesis_finds_no_answer_that_the_document_does_not_have(
         f"{service.public}/openapi.json",
         "--header",
         f"Authorization: Bearer {mint('42')}",
-        # What it takes is for the catalogue's models to say. OPTIONS lists GET, which is `/console/{name}`.
+        # The catalogue's models define what this path accepts. OPTIONS lists GET, which is `/console/{name}`.
         "--exclude-path=/console/publish",
         "--generation-deterministic",
         "--suppress-health-check=all",

@@ -1,4 +1,4 @@
-"""The wheel: which names it takes, and that a user's `schemas/` lives beside it."""
+"""The wheel: which top-level names it installs, and that a user's `schemas/` works beside it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pip(*args: str | Path) -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    # No index: what builds it is installed here.
+    # No index: the build packages are installed here.
     pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder, ROOT)
     (made,) = folder.glob("*.whl")
     return made
@@ -41,8 +41,8 @@ class Installed:
         self.bridge = folder / "bin" / "bridge"
         (self.site,) = (folder / "lib").glob("python*/site-packages")
         self.pip("install", "--no-index", "--no-deps", wheel)
-        # The tests' site-packages come after its own. Added as a plain place, the path file there that
-        # names this repository is not read.
+        # The tests' site-packages come after its own. Python reads no path files in a folder that is added so;
+        # otherwise the path file there would add this repository.
         (self.site / "dependencies.pth").write_text(str(Path(pytest.__file__).parent.parent) + "\n")
 
     def pip(self, *args: str | Path) -> None:
@@ -80,7 +80,7 @@ def write(folder: Path, name: str, event_type: str) -> Path:
 
 
 @pytest.mark.contract("4.3")
-def test_the_wheel_takes_one_name(wheel: Path) -> None:
+def test_the_wheel_installs_one_name(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"bridge"}
@@ -91,7 +91,7 @@ def test_the_wheel_takes_one_name(wheel: Path) -> None:
 
 
 @pytest.mark.contract("5.73")
-def test_what_the_user_has_is_found_and_survives(installed: Installed, tmp_path: Path) -> None:
+def test_the_users_catalogue_is_found_and_is_not_overwritten(installed: Installed, tmp_path: Path) -> None:
     """In the target folder itself, where an installed `schemas` would overwrite it."""
     file = write(installed.site / "schemas", "Jobs", "mine.installed")
     text = file.read_text()
@@ -126,8 +126,8 @@ def test_without_a_catalogue_it_says_what_to_do(installed: Installed, tmp_path: 
 
 
 @pytest.mark.contract("5.73")
-def test_files_in_the_working_directory_replace_no_module_of_ours(installed: Installed, tmp_path: Path) -> None:
-    """The command imports its own modules first. What it does not need the catalogue for, it does without."""
+def test_files_in_the_working_directory_replace_no_module_of_the_bridge(installed: Installed, tmp_path: Path) -> None:
+    """The command imports its own modules first. A command that needs no catalogue loads none."""
     for name in ["secrets", "hmac", "quart", "jwt", "structlog", "bridge"]:
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('the {name} of the working directory')\n")
     write(tmp_path / "schemas", "Jobs", "mine.here")

@@ -1,4 +1,4 @@
-"""A batch through failures of every kind: what is confirmed, what the error says, and the order that a page sees."""
+"""A batch with failures of every kind: what is confirmed, what the error says, and the order that a page sees."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def items(count: int, *, start: int = 0) -> Iterator[Item]:
 
 
 async def arrived(queue: aio_pika.abc.AbstractQueue) -> list[int]:
-    """The numbers of the events in the queue, repeats too."""
+    """The numbers of the events in the queue, with repeats."""
     found = []
     while (message := await queue.get(no_ack=True, fail=False)) is not None:
         found.append(int(json.loads(message.body)["data"]["job_id"]))
@@ -90,12 +90,12 @@ async def test_a_cancelled_batch_says_what_is_confirmed(vhost: Vhost, queue: aio
         with pytest.raises(asyncio.CancelledError) as caught:
             await task
         assert caught.value.__notes__ == ["publish_many: 100 events are confirmed"]
-        assert await publisher.to_user("42", event(100)), "the publisher is as good as before"
+        assert await publisher.to_user("42", event(100)), "the publisher still works"
     assert await arrived(queue) == list(range(101))
 
 
 @pytest.mark.contract("4.14")
-async def test_a_batch_that_times_out_is_taken_up_where_it_stopped(
+async def test_a_batch_that_times_out_can_continue_where_it_stopped(
     vhost: Vhost, proxy: Proxy, queue: aio_pika.abc.AbstractQueue
 ) -> None:
     async def cut_off() -> AsyncIterator[Item]:
@@ -116,7 +116,7 @@ async def test_a_batch_that_times_out_is_taken_up_where_it_stopped(
         assert error.unconfirmed[error.index] == error.id  # type: ignore[index]
         assert all(identity == f"e-{index}" for index, identity in error.unconfirmed.items())
         before = await arrived(queue)
-        assert set(before) >= set(range(error.confirmed)), "what is called confirmed is there"
+        assert set(before) >= set(range(error.confirmed)), "an event that is reported as confirmed is missing"
         await proxy.open()
         assert await publisher.publish_many(items(2_000 - error.confirmed, start=error.confirmed)) == (
             2_000 - error.confirmed
@@ -143,7 +143,7 @@ async def test_the_order_is_kept_over_lost_connections(
 
 
 @pytest.mark.contract("4.14")
-async def test_a_forbidden_event_is_found_among_those_on_their_way(
+async def test_a_forbidden_event_is_found_among_unconfirmed_ones(
     vhost: Vhost, node: Node, queue: aio_pika.abc.AbstractQueue
 ) -> None:
     vhost.add_user("batch-test")
@@ -172,7 +172,7 @@ async def test_a_forbidden_event_is_found_among_those_on_their_way(
 @pytest.mark.contract("4.10")
 def test_the_iterable_runs_in_the_callers_thread(vhost: Vhost) -> None:
     vhost.add_everything()
-    rows = sqlite3.connect(":memory:")  # Its cursors refuse any other thread.
+    rows = sqlite3.connect(":memory:")  # SQLite's cursors refuse any other thread.
     rows.execute("create table job (id)")
     rows.executemany("insert into job values (?)", [(number,) for number in range(300)])
     threads = set()
@@ -188,7 +188,7 @@ def test_the_iterable_runs_in_the_callers_thread(vhost: Vhost) -> None:
     rows.close()
 
 
-def test_a_generator_may_publish_by_itself(vhost: Vhost) -> None:
+def test_a_generator_may_also_publish(vhost: Vhost) -> None:
     vhost.add_everything()
     with Publisher.blocking(vhost.url, source="/t") as publisher:
 
@@ -201,8 +201,8 @@ def test_a_generator_may_publish_by_itself(vhost: Vhost) -> None:
         assert publisher.publish_many(generator()) == 2 * PIPELINE_EVENTS
 
 
-async def test_a_slow_iterable_does_not_keep_events_back(vhost: Vhost, queue: aio_pika.abc.AbstractQueue) -> None:
-    """Each is sent when it comes, not when some number of them are together."""
+async def test_a_slow_iterable_does_not_delay_earlier_events(vhost: Vhost, queue: aio_pika.abc.AbstractQueue) -> None:
+    """Each event is sent when the iterable gives it, not when a number of them is complete."""
     loop = asyncio.get_running_loop()
     came = threading.Event()
 
@@ -213,7 +213,7 @@ async def test_a_slow_iterable_does_not_keep_events_back(vhost: Vhost, queue: ai
 
     def generator() -> Iterator[Item]:
         yield USER, event(0)
-        assert came.wait(60), "the first arrives while the second is not made yet"
+        assert came.wait(60), "the first must arrive before the second is made"
         yield USER, event(1)
 
     def publish() -> int:
@@ -272,7 +272,7 @@ async def test_a_timeout_in_the_blocking_form(vhost: Vhost, proxy: Proxy, queue:
 
 
 class Ours(PublishTimeout):
-    """An error of the caller's own, with rules of its own."""
+    """An exception class of the caller, with another constructor."""
 
     def __init__(self, one: int, other: int) -> None:
         super().__init__(f"{one} and {other}")
@@ -298,7 +298,7 @@ async def test_what_the_iterable_raises_is_raised_as_it_is(vhost: Vhost, queue: 
         assert (caught.value.confirmed, repr(caught.value.__cause__)) == (3, "KeyError('why')")
 
 
-def test_a_signals_handler_may_publish(vhost: Vhost) -> None:
+def test_a_signal_handler_may_publish(vhost: Vhost) -> None:
     vhost.add_everything()
     came = []
     with Publisher.blocking(vhost.url, source="/t") as publisher:
@@ -308,7 +308,7 @@ def test_a_signals_handler_may_publish(vhost: Vhost) -> None:
 
         before = signal.signal(signal.SIGUSR1, on_signal)
         try:
-            for _ in range(100):  # At any place of a call that is just running.
+            for _ in range(100):  # At any point of a running call.
                 timer = threading.Timer(0.002, os.kill, (os.getpid(), signal.SIGUSR1))
                 timer.start()
                 publisher.to_user("42", event(1))

@@ -1,4 +1,4 @@
-"""The SDK against a real broker: confirmed, refused, away, blocked, forbidden."""
+"""The SDK with a real broker: events are confirmed, refused or forbidden, and the broker is away or blocked."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DONE = JobCompleted(job_id="r-7", duration_seconds=3.2)
 
 
 async def publish_until(publisher: Publisher, event_id: str) -> str:
-    """Publishes until it is confirmed: a second may not be enough for that on a slow machine."""
+    """Publishes until it is confirmed: one second may be too short on a slow machine."""
     while True:
         try:
             return await publisher.to_user("42", DONE, id=event_id)
@@ -111,13 +111,13 @@ async def test_what_the_bridge_would_refuse_is_refused_before_it_is_sent(
     vhost: Vhost, queue: aio_pika.abc.AbstractQueue
 ) -> None:
     async with Publisher(vhost.url, source="/t") as publisher:
-        bent = JobCompleted(job_id="r", duration_seconds=1)
-        bent.duration_seconds = float("inf")
+        infinite = JobCompleted(job_id="r", duration_seconds=1)
+        infinite.duration_seconds = float("inf")
         wrong = JobCompleted.model_construct(job_id=7, duration_seconds=1.0)  # type: ignore[arg-type]
         with pytest.warns(UserWarning, match="serialized"), pytest.raises(EventRefused, match=r"data\.job_id"):
             await publisher.to_user("42", wrong)
         for user, data, attributes, words in [
-            ("42", bent, {}, "infinite"),
+            ("42", infinite, {}, "infinite"),
             ("", DONE, {}, "empty"),
             ("x" * 300, DONE, {}, "255"),
             ("42", DONE, {"id": "a b"}, "id must be"),
@@ -132,7 +132,7 @@ async def test_what_the_bridge_would_refuse_is_refused_before_it_is_sent(
     assert await take_all(queue) == []
 
 
-def test_a_bad_address_is_told_when_it_is_given() -> None:
+def test_a_bad_address_is_an_error_at_once() -> None:
     with pytest.raises(ValueError, match="not an AMQP address"):
         Publisher("localhost:5672", source="/t")
     with pytest.raises(ValueError, match="source must be a str that is not empty"):
@@ -154,7 +154,7 @@ async def test_credentials_are_refused(vhost: Vhost, node: Node) -> None:
     assert "s3cret" not in str(caught.value)
 
 
-async def test_one_forbidden_event_does_not_take_the_others_with_it(
+async def test_one_forbidden_event_does_not_affect_the_others(
     vhost: Vhost, node: Node, queue: aio_pika.abc.AbstractQueue
 ) -> None:
     vhost.add_user("publisher-test")
@@ -189,7 +189,7 @@ async def test_a_broker_away_past_the_deadline(vhost: Vhost, proxy: Proxy, queue
         ) as caught:
             await publisher.to_user("42", DONE)
         assert time.monotonic() - began > 0.9
-        # And it comes back by itself.
+        # And it reconnects by itself.
         await proxy.open()
         assert await publish_until(publisher, caught.value.id) == caught.value.id
     assert len({message.message_id for message in await take_all(queue)}) == 2
@@ -252,7 +252,7 @@ async def test_many_events_in_order(vhost: Vhost, queue: aio_pika.abc.AbstractQu
     assert jobs == [str(n) for n in range(2000)]
 
 
-async def test_many_events_through_a_cut_arrive_all(
+async def test_many_events_arrive_though_the_connection_is_cut(
     vhost: Vhost, proxy: Proxy, queue: aio_pika.abc.AbstractQueue
 ) -> None:
     async def events() -> AsyncIterator[tuple[Audience, EventData]]:
@@ -305,16 +305,16 @@ def test_the_blocking_form_in_plain_scripts_and_threads(vhost: Vhost) -> None:
         publisher.to_user("42", DONE)
 
 
-def test_the_blocking_form_says_what_is_wrong(vhost: Vhost) -> None:
-    nobody = Publisher.blocking("amqp://127.0.0.1:1/", source="/t", timeout=1)
-    with pytest.raises(PublishTimeout, match="no connection within 1 s"), nobody:
+def test_the_blocking_form_raises_what_is_wrong(vhost: Vhost) -> None:
+    unreachable = Publisher.blocking("amqp://127.0.0.1:1/", source="/t", timeout=1)
+    with pytest.raises(PublishTimeout, match="no connection within 1 s"), unreachable:
         pass
     with Publisher.blocking(vhost.url, source="/t") as publisher, pytest.raises(ExchangeMissing):
         publisher.to_user("42", DONE)
     assert [thread.name for thread in threading.enumerate() if thread.name == "bridge-publisher"] == []
 
 
-def test_the_sdk_imports_nothing_of_the_servers() -> None:
+def test_the_sdk_imports_no_library_of_the_server() -> None:
     script = (
         "import sys, bridge, bridge.cli, bridge.samples.jobs\n"
         "found = {'quart', 'hypercorn', 'httpx', 'jwt', 'structlog', 'prometheus_client', 'uvloop', 'werkzeug'}\n"

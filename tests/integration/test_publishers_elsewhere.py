@@ -1,4 +1,4 @@
-"""The examples of docs/publishing.md, for programs without the SDK, keep its promises, also when the broker dies."""
+"""The examples of docs/publishing.md for programs without the SDK do what the page says, also if the broker dies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.service import Service
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 
-# Publishes for as long as its input is open, and says the id of each event that was confirmed.
+# Publishes for as long as its input is open, and prints the id of each confirmed event.
 DRIVERS = {
     "publish.mjs": """
 import { Events, word } from "./publish.mjs";
@@ -50,7 +50,7 @@ events.close()
 """,
 }
 
-PATIENT = {"publish.mjs": "PATIENCE_MS = 30_000", "publish.py": "PATIENCE_SECONDS = 30.0"}
+TIMEOUTS = {"publish.mjs": "PATIENCE_MS = 30_000", "publish.py": "PATIENCE_SECONDS = 30.0"}
 
 
 @pytest.fixture(params=sorted(DRIVERS))
@@ -62,18 +62,18 @@ def example(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def make_impatient(example: Path) -> None:
+def shorten_timeout(example: Path) -> None:
     text = example.read_text()
-    patient = PATIENT[example.name]
-    assert patient in text
-    example.write_text(text.replace(patient, patient.replace("30", "3")))
+    timeout = TIMEOUTS[example.name]
+    assert timeout in text
+    example.write_text(text.replace(timeout, timeout.replace("30", "3")))
 
 
-def make_patient(example: Path) -> None:
+def lengthen_timeout(example: Path) -> None:
     """RabbitMQ's restart takes longer than half a minute on a slow machine."""
     text = example.read_text()
-    assert PATIENT[example.name] in text
-    example.write_text(text.replace(PATIENT[example.name], PATIENT[example.name].replace("30", "300")))
+    assert TIMEOUTS[example.name] in text
+    example.write_text(text.replace(TIMEOUTS[example.name], TIMEOUTS[example.name].replace("30", "300")))
 
 
 @asynccontextmanager
@@ -97,7 +97,7 @@ async def running(script: Path, url: str, *arguments: str) -> AsyncIterator[asyn
 
 
 async def ended(process: asyncio.subprocess.Process) -> list[str]:
-    """What it has printed by its end, which it comes to by itself."""
+    """Waits until it ends by itself, and returns what it has printed."""
     async with asyncio.timeout(PATIENCE):
         printed, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
@@ -116,7 +116,7 @@ async def test_an_event_for_a_user_with_a_difficult_id(
     assert event["data"] == {"job_id": "r-7", "duration_seconds": 3.2, "result_url": None}
 
 
-async def test_what_waiting_does_not_mend_is_told_at_once(vhost: Vhost, example: Path) -> None:
+async def test_an_error_that_waiting_does_not_fix_is_raised_at_once(vhost: Vhost, example: Path) -> None:
     """No bridge has made the exchange."""
     async with running(example, vhost.url, "42") as process:
         async with asyncio.timeout(PATIENCE):
@@ -125,9 +125,9 @@ async def test_what_waiting_does_not_mend_is_told_at_once(vhost: Vhost, example:
         assert "no exchange 'events'" in errors.decode()
 
 
-async def test_an_alarm_is_told_and_holds_nobody_for_ever(service: Service, vhost: Vhost, example: Path) -> None:
-    """RabbitMQ reads nothing of who publishes then, and so answers nothing either: no confirm, and no close."""
-    make_impatient(example)
+async def test_an_alarm_is_reported_and_the_call_ends(service: Service, vhost: Vhost, example: Path) -> None:
+    """During an alarm RabbitMQ reads nothing from publishers. So it answers nothing: no confirm, and no close."""
+    shorten_timeout(example)
     vhost.node.ctl("set_vm_memory_high_watermark", "0.00000001")
     try:
         async with running(example, vhost.url, "42") as process:
@@ -139,10 +139,10 @@ async def test_an_alarm_is_told_and_holds_nobody_for_ever(service: Service, vhos
         vhost.node.ctl("set_vm_memory_high_watermark", "absolute", "2GB")
 
 
-async def test_a_broker_that_dies_costs_no_event_that_was_confirmed(
+async def test_a_broker_that_dies_loses_no_confirmed_event(
     service: Service, vhost: Vhost, node: Node, connect: OpenStream, example: Path
 ) -> None:
-    make_patient(example)
+    lengthen_timeout(example)
     stream = await connect(service, "42")
     driver = example.with_stem("driver")
     driver.write_text(DRIVERS[example.name])

@@ -1,4 +1,4 @@
-"""Coming back: from the log, in order, everything once, or an honest gap."""
+"""Resuming from the log: in order and everything once, or a gap."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def come_back(service: Service, connect: OpenStream, cursor: str, *, query
 
 
 @pytest.mark.contract("2.33")
-async def test_what_was_missed_comes_in_order_and_then_live(
+async def test_missed_events_come_in_order_and_then_live_ones(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
     stream = await connect(service, "42", "ops")
@@ -72,12 +72,12 @@ async def test_a_client_can_be_cut_after_every_single_event(
 
 
 @pytest.mark.contract("2.39")
-async def test_any_replica_will_do(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+async def test_a_client_resumes_at_any_replica(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     one, two = await start(), await start()
     stream = await connect(one, "42", "ops")
     await vhost.publish_all(numbered(USER, 0, 40))
     await stream.ids(40)
-    cursor = stream.frames[25].id  # As if the rest had been lost on the way.
+    cursor = stream.frames[25].id  # As if the rest had been lost in the network.
     await vhost.publish_all(numbered(ALL, 40, 45))
     one.signal(signal.SIGKILL)
     again = await come_back(two, connect, cursor)
@@ -108,7 +108,7 @@ async def test_types_are_filtered_in_the_log_as_they_are_live(
         ("2.1.AAAAAA.~BBBBBB", "unknown"),
     ],
 )
-async def test_hostile_cursors_are_told_a_gap_and_stream_on(
+async def test_hostile_cursors_get_a_gap_and_then_live_events(
     service: Service, vhost: Vhost, connect: OpenStream, cursor: str, reason: str
 ) -> None:
     await vhost.publish_all(numbered("user.43.job.completed", 0, 10))
@@ -127,25 +127,25 @@ async def test_a_cursor_of_another_user_discloses_nothing(service: Service, vhos
     await vhost.publish_all([*numbered("user.43.job.completed", 0, 5), *numbered("group.dev.job.completed", 5, 9)])
     await victim.ids(9)
     await vhost.publish(USER, cloudevent("mine"))
-    thief = await come_back(service, connect, cursor)
-    await thief.ready()
-    assert await thief.ids(1) == ["mine"]
-    assert b"e0" not in thief.raw.replace(cursor.encode(), b"")
+    attacker = await come_back(service, connect, cursor)
+    await attacker.ready()
+    assert await attacker.ids(1) == ["mine"]
+    assert b"e0" not in attacker.raw.replace(cursor.encode(), b"")
 
 
-async def test_a_log_that_no_longer_reaches_back_says_so(
+async def test_a_log_that_no_longer_has_the_position_is_a_gap(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
     service = await start(LOG_MAX_BYTES="1000000")
     stream = await connect(service, "42", "ops")
     cursor = stream.frames[0].id
     await stream.close()
-    # Streams are cut by whole segments, whose size no setting of ours makes small; so the operator deletes it here.
+    # RabbitMQ shortens a stream by whole segments, and no setting of the bridge makes them small. So delete the log.
     vhost.delete_queue("events.log")
     again = await come_back(service, connect, cursor)
     frames = [await again.next() for _ in range(2)]
     assert [frame.event for frame in frames] == ["bridge.ready", "bridge.gap"]
-    # It is made anew, and serves those who come after.
+    # The bridge makes a new log, and later clients resume from it.
     async with asyncio.timeout(PATIENCE):
         while (cursor := (await connect(service)).frames[0].id).startswith("0."):
             pass
@@ -166,7 +166,7 @@ async def test_without_a_log_every_return_is_a_gap(start: StartService, vhost: V
     assert (await again.next()).json == {"reason": "no-log"}
 
 
-async def test_a_client_far_behind_gets_it_in_pieces_and_is_not_cut_off(
+async def test_a_client_far_behind_gets_events_in_parts_and_stays_connected(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
     service = await start(BACKLOG_EVENTS="20")
@@ -177,20 +177,22 @@ async def test_a_client_far_behind_gets_it_in_pieces_and_is_not_cut_off(
     again = await connect(service, "42", "ops", headers={"Last-Event-ID": cursor}, receive_buffer=4096, ready=False)
     assert (await again.ready()).json["resumed"] is True
     assert await again.ids(250) == [f"e{n}" for n in range(250)]
-    # Events that come live while it is behind are more than it may hold; they come from the log as well.
+    # More live events arrive meanwhile than may be buffered: they come from the log as well.
     await vhost.publish_all(numbered(USER, 500, 600))
     assert await again.ids(350) == [f"e{n}" for n in range(250, 600)]
     await vhost.publish_all(numbered(USER, 600, 605))
     assert await again.ids(5) == [f"e{n}" for n in range(600, 605)]
 
 
-async def test_ten_at_once_share_a_pass(start: StartService, vhost: Vhost, proxy: Proxy, connect: OpenStream) -> None:
+async def test_ten_clients_at_once_share_a_scan(
+    start: StartService, vhost: Vhost, proxy: Proxy, connect: OpenStream
+) -> None:
     service = await start(amqp_url=vhost.url_at(proxy.port))
     stream = await connect(service, "42", "ops")
     cursor = stream.frames[0].id
     await vhost.publish_all(numbered(USER, 0, 200))
     assert await stream.ids(200) == [f"e{n}" for n in range(200)]
-    # RabbitMQ answers none of them until all are there: that is at once, however slow the machine is.
+    # RabbitMQ answers none of them until all are there. So they arrive at once, even on a slow machine.
     proxy.stall()
     opening = [asyncio.create_task(come_back(service, connect, cursor)) for _ in range(10)]
     async with asyncio.timeout(PATIENCE):
@@ -231,7 +233,7 @@ async def test_a_lost_queue_is_invisible(
     assert [frame.event for frame in stream.frames].count("bridge.gap") == 0
 
 
-async def test_a_memory_alarm_stops_publishers_and_no_stream(
+async def test_a_memory_alarm_stops_publishers_but_no_stream(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
     stream = await connect(service, "42", "ops")
@@ -254,7 +256,7 @@ async def test_a_memory_alarm_stops_publishers_and_no_stream(
 async def test_what_is_confirmed_while_a_broker_starts_is_in_the_log(
     service: Service, vhost: Vhost, node: Node, connect: OpenStream, eventually: Eventually
 ) -> None:
-    """RabbitMQ 3.10 takes connections, and confirms, before it has recovered its streams."""
+    """RabbitMQ 3.10 accepts connections, and confirms, before it has recovered its streams."""
     stream = await connect(service, "42")
     cursor = stream.frames[0].id
     await stream.close()
@@ -288,10 +290,10 @@ async def test_what_is_confirmed_while_a_broker_starts_is_in_the_log(
 
 
 @pytest.mark.contract("5.32")
-async def test_a_page_that_leaves_costs_no_publisher_an_event(
+async def test_a_page_that_closes_loses_no_publisher_an_event(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
-    """RabbitMQ nacks what is on its way to a queue that dies, or (4.3) closes the publisher's connection."""
+    """If a queue is deleted, RabbitMQ nacks messages on their way to it, or (4.3) closes the publisher's connection."""
     service = await start(MAX_CONNECTIONS_PER_USER="100")
     first = await connect(service, "42")
     cursor = first.frames[0].id
@@ -318,11 +320,11 @@ async def test_a_page_that_leaves_costs_no_publisher_an_event(
     assert [frame.event for frame in again.frames].count("bridge.gap") == 0
 
 
-@pytest.mark.parametrize("gives_up", [False, True], ids=["comes", "gives up"])
-async def test_from_far_behind_one_waits_for_who_is_expected(
+@pytest.mark.parametrize("gives_up", [False, True], ids=["arrives", "gives up"])
+async def test_a_scan_from_far_behind_waits_for_expected_clients(
     start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually, *, gives_up: bool
 ) -> None:
-    # Without an end of the wait that only the clock brings.
+    # The batch window must not end by time during the test.
     endless = 10 * PATIENCE
     window = {"service.broker.scans.WINDOW_SECONDS": endless, "service.broker.scans.WINDOW_SECONDS_PER_USER": endless}
     service = await start(deadlines=window)
@@ -341,7 +343,7 @@ async def test_from_far_behind_one_waits_for_who_is_expected(
     await asyncio.to_thread(fill)
     for user in cursors:
         await vhost.publish(f"user.{user}.job.completed", cloudevent(f"for-{user}"))
-    # Each group is one more question to the broker, before the first of which the other is bound.
+    # Each group is one more request to the broker. So the other client is bound first.
     groups = [f"g{number}" for number in range(400)]
     late = await connect(service, "43", *groups, headers={"Last-Event-ID": cursors["43"]}, ready=False)
     early = await connect(service, "42", headers={"Last-Event-ID": cursors["42"]}, ready=False)
@@ -351,8 +353,8 @@ async def test_from_far_behind_one_waits_for_who_is_expected(
     if not gives_up:
         assert await late.ids(1) == ["for-43"]
 
-    def far_passes() -> list[int]:
+    def far_scans() -> list[int]:
         return [line["readers"] for line in service.lines if line["event"] == "log read" and line["entries"] > 20_000]
 
-    await eventually(lambda: len(far_passes()) > 0)
-    assert far_passes() == [1 if gives_up else 2]
+    await eventually(lambda: len(far_scans()) > 0)
+    assert far_scans() == [1 if gives_up else 2]

@@ -1,4 +1,4 @@
-"""docs/examples/acme-events, installed as a worker and a bridge in other repositories would."""
+"""docs/examples/acme-events, installed as workers and bridges in other repositories install it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLE = ROOT / "docs" / "examples" / "acme-events"
 
 
 def install(source: Path, target: Path) -> None:
-    # No index: what builds it is here already, and what it depends on is this tree.
+    # No index: the build packages are installed here, and its dependency is this tree.
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-index"]
     subprocess.run(
         [*command, "--no-build-isolation", "--no-deps", "--target", str(target), str(source)],

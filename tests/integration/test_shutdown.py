@@ -1,4 +1,4 @@
-"""SIGTERM with open, idle, busy and stalled streams: goodbye, then exit 0."""
+"""SIGTERM with open, idle, busy and stalled streams: each gets `bridge.bye`, then the process exits with 0."""
 
 from __future__ import annotations
 
@@ -15,19 +15,17 @@ from tests.proxy import Proxy
 from tests.rabbit import Vhost, cloudevent
 
 FOR_EVER = {"service.main.STOP_SECONDS": 10 * PATIENCE, "amqp.CLOSE_SECONDS": 10 * PATIENCE}
-"""With these a service that waits for something that does not come is still there when the test gives up."""
+"""With these, a service that waits without a reason still runs when the test gives up, so the test fails."""
 
 
 @pytest.mark.contract("2.12", "2.34", "2.54")
-async def test_a_drain_says_goodbye_to_each_stream_at_its_own_time(
-    start: StartService, vhost: Vhost, connect: OpenStream
-) -> None:
+async def test_a_drain_ends_each_stream_at_its_own_time(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start(DRAIN_SECONDS="2", RETRY_SECONDS="50")
     streams = [await connect(service, str(n)) for n in range(40)]
     began = time.monotonic()
     service.signal(signal.SIGTERM)
 
-    async def goodbye(number: int) -> tuple[float, int]:
+    async def read_bye(number: int) -> tuple[float, int]:
         (bye,) = await streams[number].rest()
         assert bye.json == {"reason": "drain"}
         assert streams[number].ended
@@ -40,21 +38,21 @@ async def test_a_drain_says_goodbye_to_each_stream_at_its_own_time(
     assert late.status == 200
     assert [frame.json for frame in await late.rest()] == [{"reason": "drain"}]
 
-    told = await asyncio.gather(*(goodbye(number) for number in range(40)))
-    # A slow machine may tell them later, but none before its time.
-    assert max(at for at, _ in told) > 1.3
-    retries = [retry for _, retry in told]
+    byes = await asyncio.gather(*(read_bye(number) for number in range(40)))
+    # On a slow machine streams may end later than planned, but never earlier.
+    assert max(at for at, _ in byes) > 1.3
+    retries = [retry for _, retry in byes]
     assert all(100 <= retry <= 2000 for retry in retries)
     assert len(set(retries)) > 30
     assert await service.ended() == 0
-    assert "streams did not end" not in service.text, "it waits for nobody once all are told"
+    assert "streams did not end" not in service.text, "it waited although all streams had ended"
     assert vhost.live_queues() == []
 
 
-async def test_nobody_is_waited_for_once_all_have_been_told(start: StartService, connect: OpenStream) -> None:
-    # Several, as what went wrong here once was a race, lost in one of three.
+async def test_the_process_exits_once_all_streams_have_their_bye(start: StartService, connect: OpenStream) -> None:
+    # Several services, because an earlier bug was a race that showed in one of three.
     services = [await start(DRAIN_SECONDS="0.2", deadlines=FOR_EVER) for _ in range(5)]
-    # Just opened: the log is still being read for them, over a connection that has to say goodbye as well.
+    # Streams that have just opened: the bridge still reads the log for them, and must close that connection, too.
     streams = [await connect(service, str(n)) for n in range(20) for service in services]
     for service in services:
         service.signal(signal.SIGTERM)
@@ -63,9 +61,7 @@ async def test_nobody_is_waited_for_once_all_have_been_told(start: StartService,
     assert "streams did not end" not in "".join(service.text for service in services)
 
 
-async def test_what_has_arrived_is_sent_before_the_goodbye(
-    start: StartService, vhost: Vhost, connect: OpenStream
-) -> None:
+async def test_what_has_arrived_is_sent_before_the_bye(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start(DRAIN_SECONDS="0")
     stream = await connect(service, receive_buffer=4096)
     await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 1000)) for n in range(200)])
@@ -79,10 +75,10 @@ async def test_what_has_arrived_is_sent_before_the_goodbye(
     assert await service.ended() == 0
 
 
-async def test_a_stalled_client_does_not_keep_the_process(
+async def test_a_stalled_client_does_not_keep_the_process_running(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
-    # What ends a stream whose client is stalled for long is not what is tried here.
+    # The limit for stalled clients must not end the stream in this test.
     service = await start(
         DRAIN_SECONDS="0.5", BACKLOG_EVENTS="100000", BACKLOG_BYTES="100000000", STALL_SECONDS=str(10 * PATIENCE)
     )
@@ -94,7 +90,7 @@ async def test_a_stalled_client_does_not_keep_the_process(
     assert await service.ended() == 0
 
 
-async def test_nothing_open_nothing_to_wait_for(start: StartService) -> None:
+async def test_without_streams_the_process_exits_at_once(start: StartService) -> None:
     service = await start(DRAIN_SECONDS=str(10 * PATIENCE), deadlines=FOR_EVER)
     service.signal(signal.SIGINT)
     assert await service.ended() == 0
@@ -114,7 +110,7 @@ async def test_a_drain_while_the_broker_is_away(
 
 
 @pytest.mark.contract("1.16", "1.17", "1.18")
-async def test_killed_outright_its_queues_go_too(
+async def test_if_the_process_is_killed_its_queues_are_deleted(
     start: StartService, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:
     service = await start()
@@ -129,5 +125,5 @@ async def test_an_address_in_use(start: StartService) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(AssertionError, match="Address already in use"):  # It never comes to serving.
+        with pytest.raises(AssertionError, match="Address already in use"):  # It never starts to serve.
             await start(ready=False, BIND=f"127.0.0.1:{taken.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""GET /events, line by line of the contract, over a real socket and a real broker."""
+"""GET /events as the contract describes it, over a real socket and with a real broker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_ready_then_events_of_the_users_audiences_and_no_others(
             ("all.job.completed", cloudevent("everybody")),
         ]
     )
-    # By two queues they may come in any order.
+    # They come through two queues, so in any order.
     assert set(await stream.ids(3)) == {"mine", "my-group", "everybody"}
     await vhost.publish("user.42.job.completed", cloudevent("last", job_id="é\n\n"))
     event = await stream.next_event()
@@ -69,7 +69,7 @@ async def test_every_id_is_a_cursor_and_every_line_ends_with_lf(
 
 @pytest.mark.contract("1.3")
 @pytest.mark.parametrize("user", ["*", "#", "a.b", "😀", "a b", "%2A", "x" * 248, "../..", "user.42"])
-async def test_user_ids_are_one_word_whatever_they_are(
+async def test_any_user_id_is_one_word_of_a_routing_key(
     service: Service, vhost: Vhost, connect: OpenStream, user: str
 ) -> None:
     stream = await connect(service, user)
@@ -108,7 +108,7 @@ async def test_unnamed_events_reach_a_plain_onmessage(service: Service, vhost: V
 
 
 @pytest.mark.contract("2.9")
-async def test_each_event_says_for_whom_it_is(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+async def test_each_event_names_its_audience(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     """Live and from the log, with and without the `event:` line; ids of any characters."""
     user = 'ö "x"\\.#'
     word = "%C3%B6%20%22x%22%5C%2E%23"
@@ -142,7 +142,7 @@ async def test_the_same_id_is_the_same_event(service: Service, vhost: Vhost, con
         ]
     )
     assert await stream.ids(2) == ["again", "e2"]
-    # And one event for two audiences of the same person.
+    # And one event for two audiences of the same user.
     both = cloudevent("both")
     await vhost.publish_all([("group.ops.job.completed", both), ("group.dev.job.completed", both)])
     await vhost.publish("group.dev.job.completed", cloudevent("e3"))
@@ -150,12 +150,12 @@ async def test_the_same_id_is_the_same_event(service: Service, vhost: Vhost, con
 
 
 @pytest.mark.contract("5.13")
-async def test_a_copy_is_for_whom_the_routing_key_names_and_for_nobody_else(
+async def test_a_copy_is_only_for_the_audience_of_the_routing_key(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
     """RabbitMQ routes by the keys in a `CC` header too, and delivers with the first key."""
     named, copied = await connect(service, "42"), await connect(service, "43")
-    namesake = await connect(service, "44", "42")  # Of a group that is called as the user is.
+    same_name = await connect(service, "44", "42")  # In a group with the same name as the user.
     connection = await aio_pika.connect(vhost.url)
     async with connection:
         exchange = await (await connection.channel()).get_exchange("events", ensure=False)
@@ -167,13 +167,13 @@ async def test_a_copy_is_for_whom_the_routing_key_names_and_for_nobody_else(
         )
     await vhost.publish("all.job.completed", cloudevent("last"))
     assert set(await named.ids(2)) == {"copied", "last"}
-    assert await namesake.ids(2) == ["shared", "last"]
+    assert await same_name.ids(2) == ["shared", "last"]
     assert await copied.ids(1) == ["last"]
     await service.logged("copy dropped", routing_key="user.42.job.completed")
 
 
 @pytest.mark.contract("1.17")
-async def test_a_broadcast_costs_one_delivery_a_process(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+async def test_a_broadcast_is_one_delivery_per_process(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     streams = [await connect(service, str(n), "ops") for n in range(5)]
     await vhost.publish("all.job.completed", cloudevent("a"))
     await vhost.publish("group.ops.job.completed", cloudevent("g"))
@@ -184,7 +184,7 @@ async def test_a_broadcast_costs_one_delivery_a_process(service: Service, vhost:
 
 
 @pytest.mark.contract("1.17")
-async def test_a_groups_binding_comes_with_the_first_and_goes_with_the_last(
+async def test_a_group_is_bound_with_its_first_member_and_unbound_with_its_last(
     service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:
     def groups() -> list[str]:
@@ -217,12 +217,12 @@ async def test_a_heartbeat_is_a_colon_and_one_line_feed(start: StartService, con
     assert stream.frames[0].json["heartbeat_seconds"] == 0.2
     before = len(stream.raw)
     await stream.comments(3)
-    beats = stream.raw[before:]
-    assert beats == b":\n" * (len(beats) // 2)
+    heartbeats = stream.raw[before:]
+    assert heartbeats == b":\n" * (len(heartbeats) // 2)
 
 
 @pytest.mark.contract("2.53")
-async def test_a_stream_rotates_and_says_when_to_come_back(start: StartService, connect: OpenStream) -> None:
+async def test_a_stream_rotates_and_says_when_to_return(start: StartService, connect: OpenStream) -> None:
     service = await start(MAX_AGE_SECONDS="1.5", RETRY_SECONDS="2")
     stream = await connect(service)
     (bye,) = await stream.rest()
@@ -230,7 +230,7 @@ async def test_a_stream_rotates_and_says_when_to_come_back(start: StartService, 
     assert bye.retry is not None
     assert 1000 <= bye.retry <= 3000
     ended = await service.logged("stream ended", reason="rotate")
-    assert ended["seconds"] >= 1.2, "0.8 of its age at the least"
+    assert ended["seconds"] >= 1.2, "at least 0.8 of the maximum age"
 
 
 @pytest.mark.contract("2.53")
@@ -243,11 +243,11 @@ async def test_a_stream_never_outlives_its_token(service: Service) -> None:
             (bye,) = await stream.rest()
             assert bye.json == {"reason": "expired"}
             return
-    raise AssertionError("no token was in time")
+    raise AssertionError("each token expired before the bridge read it")
 
 
 @pytest.mark.contract("2.12", "2.40", "2.41", "5.57")
-async def test_too_many_are_told_busy_with_a_status_that_lets_browsers_come_back(
+async def test_too_many_streams_are_busy_with_a_status_that_lets_browsers_return(
     start: StartService, connect: OpenStream
 ) -> None:
     service = await start(MAX_CONNECTIONS="3", MAX_CONNECTIONS_PER_USER="2")
@@ -256,7 +256,7 @@ async def test_too_many_are_told_busy_with_a_status_that_lets_browsers_come_back
     await assert_busy(await connect(service, "1", ready=False))
     await connect(service, "2")
     await assert_busy(await connect(service, "3", ready=False))
-    # Who comes back to a full house must not lose its place by it.
+    # A client that returns and is refused must keep its cursor.
     cursor = first.frames[0].id
     back = await connect(service, "3", ready=False, headers={"Last-Event-ID": cursor})
     await assert_busy(back)
@@ -285,11 +285,11 @@ async def assert_busy(stream: Stream) -> None:
 
 
 @pytest.mark.contract("2.42")
-async def test_a_client_that_falls_behind_is_told_slow(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+async def test_a_client_that_falls_behind_ends_as_slow(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start(BACKLOG_EVENTS="50")
     stream = await connect(service, receive_buffer=4096)
     other = await connect(service, "43")
-    # More than the sockets' buffers and the backlog hold together.
+    # More than fits into the sockets' buffers and the backlog together.
     await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 2000)) for n in range(500)])
     await vhost.publish("user.43.job.completed", cloudevent("unharmed"))
     assert await other.ids(1) == ["unharmed"]
@@ -299,7 +299,9 @@ async def test_a_client_that_falls_behind_is_told_slow(start: StartService, vhos
 
 
 @pytest.mark.contract("2.43")
-async def test_a_client_that_reads_nothing_is_let_go(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+async def test_a_client_that_reads_nothing_is_disconnected(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
     service = await start(STALL_SECONDS="1", BACKLOG_EVENTS="100000", BACKLOG_BYTES="100000000")
     await connect(service, receive_buffer=4096)
     await vhost.publish_all([("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 2000)) for n in range(500)])
@@ -311,7 +313,7 @@ async def test_a_client_that_reads_nothing_is_let_go(start: StartService, vhost:
 @pytest.mark.contract("2.7", "2.11")
 @pytest.mark.parametrize("last_event_id", ["garbage", "é", "x" * 8000, "2.0.AAAAAA."])
 @pytest.mark.parametrize("by", ["header", "query"])
-async def test_a_cursor_that_nobody_can_place_is_a_gap_and_no_error(
+async def test_an_unknown_cursor_is_a_gap_and_no_error(
     service: Service, connect: OpenStream, last_event_id: str, by: str
 ) -> None:
     if by == "header":
@@ -349,10 +351,10 @@ async def test_the_header_wins_over_the_query(service: Service, connect: OpenStr
     ],
     ids=lambda value: value if isinstance(value, str) and "." not in value else "",
 )
-async def test_what_is_refused_goes_to_quarantine_and_the_stream_goes_on(
+async def test_a_refused_message_is_quarantined_and_the_stream_continues(
     service: Service, vhost: Vhost, connect: OpenStream, reason: str, key: str, body: bytes
 ) -> None:
-    # Three streams of the user: the process meets the message three times and quarantines it once.
+    # Three streams of the user: the process gets the message three times and quarantines it once.
     streams = [await connect(service) for _ in range(3)]
     await vhost.publish(key, body)
     await vhost.publish("user.42.job.completed", cloudevent("next"))
@@ -368,7 +370,7 @@ async def test_what_is_refused_goes_to_quarantine_and_the_stream_goes_on(
     assert message.headers["x-routing-key"] == key
     assert 0 < len(str(message.headers["x-detail"])) <= 1000
     assert await service.metric(f'bridge_events_invalid_total{{reason="{reason}"}}') == 1
-    # Published again it is put aside again.
+    # Published again, it is quarantined again.
     await vhost.publish(key, body)
     async with asyncio.timeout(PATIENCE):
         while not await vhost.take("events.invalid"):
@@ -393,7 +395,7 @@ async def test_an_event_of_the_largest_size_streams(service: Service, vhost: Vho
     stream = await connect(service)
     event = cloudevent("big", "notification", title="x", body="")
     spare = 65_536 - len(json.dumps(event).encode())
-    # The model takes 5,000 characters; a member it does not know fills the rest.
+    # The model allows 5,000 characters; an undeclared member fills the rest.
     event["data"]["padding"] = "x" * (spare - len('"padding": "", '))
     assert len(json.dumps(event).encode()) == 65_536
     await vhost.publish("user.42.notification", event)
@@ -422,15 +424,13 @@ async def test_http_1_0_gets_the_events_without_chunks(service: Service, vhost: 
     assert frame.startswith(b"id: ")
     assert b'"id":"e1"' in frame
     service.signal(signal.SIGTERM)
-    assert b"bridge.bye" in await reader.read(), "and the end of the connection is that of the body"
+    assert b"bridge.bye" in await reader.read(), "the body ends with the connection"
     writer.close()
 
 
 @pytest.mark.contract("5.42")
-async def test_what_a_client_says_after_its_request_changes_nothing(
-    service: Service, vhost: Vhost, eventually: Eventually
-) -> None:
-    """Hypercorn stops reading at the second request, and would never see the client go."""
+async def test_bytes_after_the_request_change_nothing(service: Service, vhost: Vhost, eventually: Eventually) -> None:
+    """Hypercorn stops reading at a second request, and would never notice that the client closes."""
     second = b"GET /schemas HTTP/1.1\r\nHost: x\r\n\r\n"
     reader, writer = await open_raw(service, "GET /events HTTP/1.1", second)
     assert b"connection: close" in (await reader.readuntil(b"\r\n\r\n")).lower()

@@ -1,4 +1,4 @@
-"""Exchanges and queues that somebody else made: those that fit are used, of the others RabbitMQ's words are shown."""
+"""Exchanges and queues that an operator made: the bridge uses those that fit, and shows RabbitMQ's error for others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOG = LogSettings("events.log", "1h", 1_000_000_000)
 
 @pytest.fixture
 async def operator(vhost: Vhost) -> AsyncIterator[aio_pika.abc.AbstractChannel]:
-    """A channel on which somebody else declares, with aio-pika alone."""
+    """A channel on which an operator declares, with aio-pika alone."""
     async with await aio_pika.connect(vhost.url) as connection:
         yield await connection.channel()
 
@@ -78,10 +78,10 @@ async def test_an_exchange_that_does_not_fit(
     await operator.declare_exchange("events", **options)
     with pytest.raises(TopologyMismatch, match=words) as caught:
         await topology.declare_exchange(connection, "events")
-    says_what_to_do(caught.value, "BRIDGE_EXCHANGE")
+    assert_advice(caught.value, "BRIDGE_EXCHANGE")
 
 
-def says_what_to_do(error: TopologyMismatch, setting: str) -> None:
+def assert_advice(error: TopologyMismatch, setting: str) -> None:
     assert setting in str(error)
     assert "delete it" not in str(error).lower()
     assert "comparing queue" not in str(error)
@@ -144,7 +144,7 @@ async def test_a_quarantine_that_does_not_fit(
     await operator.declare_queue("events.invalid", **options)
     with pytest.raises(TopologyMismatch, match=words) as caught:
         await topology.declare_quarantine(connection, "events.invalid")
-    says_what_to_do(caught.value, "BRIDGE_QUARANTINE")
+    assert_advice(caught.value, "BRIDGE_QUARANTINE")
 
 
 @pytest.mark.contract("1.19", "5.17")
@@ -187,12 +187,14 @@ async def test_a_log_that_is_not_a_stream(
     await operator.declare_queue("events.log", durable=True, arguments=arguments)
     with pytest.raises(TopologyMismatch, match="inequivalent arg 'x-queue-type'") as caught:
         await topology.declare_log(connection, LOG, "events")
-    says_what_to_do(caught.value, "BRIDGE_LOG")
+    assert_advice(caught.value, "BRIDGE_LOG")
     assert vhost.bindings() == []
 
 
-async def test_asking_what_a_queue_is_makes_none(connection: aio_pika.abc.AbstractConnection, vhost: Vhost) -> None:
-    # Somebody has deleted it, after a declare was refused over it.
+async def test_comparing_a_queue_that_is_gone_makes_none(
+    connection: aio_pika.abc.AbstractConnection, vhost: Vhost
+) -> None:
+    # The queue was deleted after its declaration was refused.
     kinds: list[FieldTable] = [topology.QUARANTINE, {"x-queue-type": "stream"}, {"x-queue-type": "quorum"}, {}]
     for wanted in kinds:
         name = f"gone-{secrets.token_hex(4)}"
@@ -201,7 +203,7 @@ async def test_asking_what_a_queue_is_makes_none(connection: aio_pika.abc.Abstra
 
 
 @pytest.mark.contract("5.14", "5.18")
-async def test_check_and_the_bridge_say_what_differs_and_work_with_it(
+async def test_check_and_the_bridge_report_what_differs_and_work(
     operator: aio_pika.abc.AbstractChannel, vhost: Vhost, start: StartService, connect: OpenStream
 ) -> None:
     await operator.declare_exchange("events", "topic", durable=True, arguments={"alternate-exchange": "unrouted"})
@@ -229,7 +231,7 @@ async def test_check_and_the_bridge_say_what_differs_and_work_with_it(
 async def test_a_virtual_host_with_another_default_queue_type(
     vhost: Vhost, start: StartService, connect: OpenStream, kind: str
 ) -> None:
-    # A quarantine from before, and then an operator changes the default. RabbitMQ 3.10 has none, and ignores it.
+    # The quarantine is older than the operator's change of the default. RabbitMQ 3.10 ignores this setting.
     first = await start()
     await first.stop()
     vhost._call("PUT", f"vhosts/{vhost.name}", default_queue_type=kind)

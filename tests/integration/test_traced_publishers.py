@@ -1,4 +1,4 @@
-"""The active OpenTelemetry span of a publisher is the parent that a page's event names."""
+"""The active OpenTelemetry span of a publisher is the parent in the event that a page gets."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_the_blocking_publisher_names_the_span_of_the_calling_thread(vhost
             together.wait()
             publisher.to_user("42", JobProgress(job_id=name, percent=1))
 
-    # The publisher's own thread starts under a span too, which must not stay with it.
+    # The publisher's own thread starts under a span, which later events must not get.
     with TRACER.start_as_current_span("first") as first:
         await asyncio.to_thread(publisher.to_user, "42", DONE)
     assert await parents(stream, 1) == [parent(first)]
@@ -115,7 +115,7 @@ async def not_blocking(url: str, make: Callable[[], Iterator[Item]]) -> None:
 
 
 @pytest.mark.parametrize("form", ["async", "blocking"])
-async def test_each_event_of_many_names_the_span_that_is_active_when_it_is_taken(
+async def test_each_event_of_a_batch_names_the_span_that_is_active_when_it_is_read(
     vhost: Vhost, stream: Stream, form: str
 ) -> None:
     expected = []
@@ -140,7 +140,7 @@ async def test_each_event_of_many_names_the_span_that_is_active_when_it_is_taken
     assert len(set(expected)) == 4
 
 
-async def test_the_state_of_the_trace_goes_along_with_its_own_parent_only(vhost: Vhost, stream: Stream) -> None:
+async def test_the_trace_state_is_sent_only_with_its_own_parent(vhost: Vhost, stream: Stream) -> None:
     context = SpanContext(7, 8, is_remote=True, trace_flags=TraceFlags(1), trace_state=TraceState([("vendor", "1")]))
     async with Publisher(vhost.url, source="/t") as publisher:
         with use_span(NonRecordingSpan(context)):

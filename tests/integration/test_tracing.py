@@ -1,4 +1,4 @@
-"""Spans of deliveries, as a collector gets them."""
+"""The spans of deliveries that a collector gets."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def test_a_traced_event_ends_in_a_span_for_each_stream(
         cloudevent("unsampled") | {"traceparent": NOT_SAMPLED},
         cloudevent("plain", result_url='"traceparent"'),
         cloudevent("odd") | {"traceparent": "not one"},
-        # CloudEvents lets an extension attribute be these as well; the library would raise.
+        # CloudEvents also allows numbers and booleans in an extension attribute; the library would raise.
         cloudevent("number") | {"traceparent": 5},
         cloudevent("boolean") | {"traceparent": True},
     ]
@@ -93,7 +93,7 @@ async def test_a_traced_event_ends_in_a_span_for_each_stream(
     cursor = streams[0].frames[0].id
     back = await connect(service, headers={"Last-Event-ID": cursor or ""})
     assert await back.ids(len(ids)) == ids
-    assert await service.metric("bridge_events_delivered_total") == 3 * len(ids), "what comes from the log counts too"
+    assert await service.metric("bridge_events_delivered_total") == 3 * len(ids), "events from the log are counted, too"
     service.signal(signal.SIGTERM)
     assert await service.ended() == 0
 
@@ -113,7 +113,7 @@ async def test_a_traced_event_ends_in_a_span_for_each_stream(
     assert sorted(from_log) == [False, False, True]
 
 
-async def test_a_collector_that_is_away_costs_no_event_and_no_long_end(
+async def test_a_collector_that_is_away_loses_no_event_and_delays_no_exit(
     start: StartService, vhost: Vhost, connect: OpenStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
@@ -126,6 +126,6 @@ async def test_a_collector_that_is_away_costs_no_event_and_no_long_end(
         assert await service.ended() == 0
 
 
-def test_without_it_the_library_is_not_even_there() -> None:
+def test_without_tracing_the_library_is_not_imported() -> None:
     code = "import sys, bridge.service.main; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

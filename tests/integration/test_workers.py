@@ -1,4 +1,4 @@
-"""The programs of docs/workers.md, as their users run them: a real RabbitMQ, the real bridge, a page's stream."""
+"""The programs of docs/workers.md, run as users run them: with a real RabbitMQ, the bridge, and a stream."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXAMPLES = ROOT / "docs" / "examples" / "workers"
 
 
 class Program:
-    """A program of an example, in the example's folder, with what it prints."""
+    """A program of an example, run in the example's folder, and its output."""
 
     def __init__(self, example: str, *arguments: str, **environment: str) -> None:
         self._folder = EXAMPLES / example
@@ -65,16 +65,16 @@ class Program:
         async with self._new_output:
             self._new_output.notify_all()
 
-    async def said(self, pattern: str) -> re.Match[str]:
-        """The first place in its output that matches, once it is there."""
+    async def printed(self, pattern: str) -> re.Match[str]:
+        """Waits for output that matches, and returns the first match."""
         async with self._new_output:
             try:
                 async with asyncio.timeout(PATIENCE):
                     while (found := re.search(pattern, self.text)) is None:
-                        assert not self._reader.done(), f"ended without saying {pattern!r}:\n{self.text}"
+                        assert not self._reader.done(), f"ended without printing {pattern!r}:\n{self.text}"
                         await self._new_output.wait()
             except TimeoutError:
-                raise AssertionError(f"did not say {pattern!r} within {PATIENCE} s:\n{self.text}") from None
+                raise AssertionError(f"did not print {pattern!r} within {PATIENCE} s:\n{self.text}") from None
         return found
 
     @property
@@ -95,7 +95,7 @@ class Program:
         return code
 
     async def kill(self) -> None:
-        # The session is the program's own, and so are all processes in it.
+        # The program has its own session, so all processes in it are its own.
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -110,7 +110,7 @@ class Run(Protocol):
 
 @pytest.fixture
 async def run(vhost: Vhost) -> AsyncIterator[Run]:
-    """Starts a program that knows its RabbitMQ; ended with the test."""
+    """Starts a program that is connected to the test's RabbitMQ; it is killed after the test."""
     programs: list[Program] = []
 
     async def run_program(example: str, *arguments: str, **environment: str) -> Program:
@@ -133,7 +133,7 @@ PREFORK = ("--pool", "prefork", "--concurrency", "2")
 async def start_celery(run: Run, *pool: str, **environment: str) -> Program:
     arguments = ["-m", "celery", "-A", "tasks", "worker", *pool, "--loglevel", "INFO"]
     worker = await run("celery", *arguments, C_FORCE_ROOT="1", **environment)
-    await worker.said(r"celery@\S+ ready")
+    await worker.printed(r"celery@\S+ ready")
     return worker
 
 
@@ -144,7 +144,7 @@ async def enqueue(run: Run, count: int) -> list[str]:
     return program.text.split()
 
 
-async def test_celery_loses_nothing_over_a_restart_of_the_broker(
+async def test_celery_loses_nothing_when_the_broker_restarts(
     service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run
 ) -> None:
     stream = await connect(service, "42")
@@ -172,7 +172,9 @@ async def test_celery_loses_nothing_over_a_restart_of_the_broker(
     assert await worker.ended() == 0, worker.text
 
 
-async def test_celery_ends_warmly(service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run) -> None:
+async def test_celery_ends_with_a_warm_shutdown(
+    service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run
+) -> None:
     stream = await connect(service, "42")
     worker = await start_celery(run, *PREFORK, STEP_SECONDS="0.5")
     (task,) = await enqueue(run, 1)
@@ -192,7 +194,7 @@ async def test_a_celery_task_runs_again_until_its_events_are_confirmed(
     await proxy.refuse()
     worker = await start_celery(run, *PREFORK, EVENTS_URL=vhost.url_at(proxy.port), TIMEOUT="1")
     (task,) = await enqueue(run, 1)
-    await worker.said(rf"{task}\] retry: Retry in .*PublishTimeout")
+    await worker.printed(rf"{task}\] retry: Retry in .*PublishTimeout")
     await proxy.open()
     names = ["started", "step-1", "step-2", "step-3", "step-4", "completed"]
     assert await stream.ids(6) == [f"{task}:{name}" for name in names]
@@ -225,7 +227,7 @@ async def start_gunicorn(run: Run, example: str, *arguments: str, **environment:
 
 
 async def address(program: Program) -> str:
-    return (await program.said(r"(?:Listening at:|running on) (http://127\.0\.0\.1:\d+)"))[1]
+    return (await program.printed(r"(?:Listening at:|running on) (http://127\.0\.0\.1:\d+)"))[1]
 
 
 async def post(url: str, **values: Any) -> httpx.Response:
@@ -248,7 +250,7 @@ async def test_a_django_view_publishes_after_the_commit_and_never_after_a_rollba
     event = await stream.next_event()
     assert (event["id"], event["data"]["job_id"]) == ("job-1:completed", "1")
     assert (await post(url, data={"user": "42", "name": "a"})).status_code == 409
-    # SQLite gives the number of the row that was rolled back to the next one, so the name tells them apart.
+    # SQLite gives the number of the rolled-back row to the next one. So only the name identifies a row.
     assert (await post(url, data={"user": "42", "name": "b"})).status_code == 201
     assert (await post(url, data={"user": "42", "name": "c"})).status_code == 201
     assert await stream.ids(2) == ["job-2:completed", "job-3:completed"]
@@ -266,7 +268,7 @@ async def test_django_publishes_later_what_was_committed_while_the_broker_was_aw
     url = await address(site) + "/reports"
     made = await asyncio.gather(*(post(url, data={"user": "42", "name": str(number)}) for number in range(3)))
     assert [answer.status_code for answer in made] == [201] * 3, site.text
-    await site.said("Error calling .* in on_commit")
+    await site.printed("Error calling .* in on_commit")
     program = await manage(run, tmp_path, "publish_jobs")
     assert await program.ended() == 0, program.text
     assert "3 events published" in program.text
@@ -313,7 +315,7 @@ async def test_the_sites_own_tests_need_no_broker(run: Run) -> None:
 # FastAPI
 
 
-async def insist(url: str) -> httpx.Response:
+async def post_until_201(url: str) -> httpx.Response:
     async with asyncio.timeout(PATIENCE):
         while (answer := await post(url)).status_code == 503:
             pass
@@ -333,10 +335,10 @@ async def test_fastapi_publishes_and_answers_503_while_the_broker_is_away(
     refused = await post(url)
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
     await proxy.open()
-    # As its callers do: the same request again, until it is answered with 201.
-    assert (await insist(url)).json() == {"event": "r-7:completed"}
+    # Its callers repeat the same request until the answer is 201.
+    assert (await post_until_201(url)).json() == {"event": "r-7:completed"}
     assert await stream.ids(2) == ["r-7:started", "r-7:completed"]
-    await asyncio.gather(*(insist(url.replace("r-7", f"r-{number}")) for number in range(10, 30)))
+    await asyncio.gather(*(post_until_201(url.replace("r-7", f"r-{number}")) for number in range(10, 30)))
     expected = {f"r-{number}:{name}" for number in range(10, 30) for name in ("started", "completed")}
     assert set(await stream.ids(40)) == expected
     program.terminate()
@@ -358,7 +360,7 @@ async def test_fastapi_publishes_and_answers_503_while_the_broker_is_away(
     ids=["preloaded sync", "preloaded gthread", "sync", "gevent"],
 )
 @pytest.mark.any_rabbitmq
-async def test_gunicorns_workers_publish_and_say_goodbye(
+async def test_gunicorns_workers_publish_and_close_their_connections(
     service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run, arguments: list[str]
 ) -> None:
     stream = await connect(service, "42")
@@ -381,21 +383,21 @@ async def test_apscheduler_publishes_a_days_report_once(
     service: Service, vhost: Vhost, node: Node, connect: OpenStream, run: Run
 ) -> None:
     stream = await connect(service, "42", "reports")
-    printed: list[str] = []
+    jobs_done: list[str] = []
     for _ in range(2):
         program = await run("apscheduler", "scheduler.py", "--now")
-        printed.append((await program.said(r"(?m)^(daily-report:\S+:completed)$"))[1])
+        jobs_done.append((await program.printed(r"(?m)^(daily-report:\S+:completed)$"))[1])
         program.terminate()
         assert await program.ended() == 0, program.text
     await vhost.publish("user.42.job.completed", json.loads(END))
-    expected = [f"{day}:{name}" for day in dict.fromkeys(text.rpartition(":")[0] for text in printed)
+    expected = [f"{day}:{name}" for day in dict.fromkeys(text.rpartition(":")[0] for text in jobs_done)
                 for name in ("started", "completed")]  # fmt: skip
     assert await stream.ids(len(expected) + 1) == [*expected, "end"]
     assert vhost.cut_off() == []
 
 
 @pytest.mark.any_rabbitmq
-async def test_apscheduler_ends_the_job_that_runs(service: Service, connect: OpenStream, run: Run) -> None:
+async def test_apscheduler_finishes_the_running_job(service: Service, connect: OpenStream, run: Run) -> None:
     stream = await connect(service, "42", "reports")
     program = await run("apscheduler", "scheduler.py", "--now", WORK_SECONDS="1")
     job, _, name = (await stream.next_event())["id"].rpartition(":")
@@ -427,7 +429,7 @@ async def test_a_script_publishes_a_file_and_may_be_run_again(
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     where = {"AMQP_URL": vhost.url_at(proxy.port), "TIMEOUT": "3"}
     program = await run("script", "batch.py", str(tmp_path / "jobs.jsonl"), **where)
-    await program.said("trying again: ")
+    await program.printed("trying again: ")
     await proxy.open()
     assert await program.ended() == 1
     assert "event 50: job.completed for user:" in program.text
@@ -450,7 +452,7 @@ def batch() -> Any:
 
 
 @pytest.mark.parametrize("arrived", [False, True])
-def test_a_script_goes_on_where_its_batch_failed(batch: Any, arrived: bool) -> None:
+def test_a_script_continues_where_its_batch_failed(batch: Any, arrived: bool) -> None:
     rows = jobs(600)
     rows[500]["user"] = rows[550]["user"] = ""
     with FakePublisher.blocking() as fake:
@@ -526,7 +528,7 @@ async def test_celerys_gevent_pool_publishes(service: Service, connect: OpenStre
     await start_celery(run, "--pool", "gevent", "--concurrency", "10")
     tasks = await enqueue(run, 20)
     assert len(set(await stream.ids(20 * 6)) & {f"{task}:completed" for task in tasks}) == 20
-    # Its end is not tried: one of ten workers with this pool hung after "Warm shutdown" (docs/workers.md).
+    # The shutdown is not tested: one of ten workers with this pool hung after "Warm shutdown" (docs/workers.md).
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -546,7 +548,7 @@ async def test_the_processes_of_multiprocessing_publish(
 
 @pytest.mark.contract("5.30")
 @pytest.mark.any_rabbitmq
-def test_an_event_that_no_queue_takes_times_out_where_a_log_is_expected(vhost: Vhost) -> None:
+def test_an_event_without_a_queue_times_out_if_a_log_is_expected(vhost: Vhost) -> None:
     vhost.add_exchange("events")
     done = JobCompleted(job_id="r-7", duration_seconds=1)
     with (

@@ -156,7 +156,7 @@ MUTANTS = [
         "            if request.replay.check != check:",
         "            if False:",
         "a cursor of a log that was deleted is resumed in the new one, at a place that means nothing",
-        "tests/integration/test_resume.py::test_hostile_cursors_are_told_a_gap_and_stream_on",
+        "tests/integration/test_resume.py::test_hostile_cursors_get_a_gap_and_then_live_events",
     ),
     Mutant(
         "gap-before-the-queue",
@@ -181,7 +181,7 @@ MUTANTS = [
         "        elif deliveries.takes and now - self._passed_at > QUIET_SECONDS:\n",
         "        elif False:\n",
         "every half minute under load all queues are lost, because the library hears no heartbeat",
-        "tests/integration/test_broker.py::test_a_connection_that_brings_nothing_but_events_is_not_taken_for_dead",
+        "tests/integration/test_broker.py::test_a_connection_that_delivers_only_events_is_not_treated_as_dead",
     ),
     Mutant(
         "groups-are-never-there",
@@ -189,7 +189,7 @@ MUTANTS = [
         "                        self._epoch.check_waiting(group)\n",
         "                        self._epoch.check_waiting(None)\n",
         "after a reconnect nobody with a group is live again",
-        "tests/integration/test_broker.py::test_everyone_is_on_each_of_their_groups_again",
+        "tests/integration/test_broker.py::test_after_a_reconnect_each_stream_has_all_its_groups",
     ),
     Mutant(
         "blocked-is-written-to",
@@ -197,7 +197,7 @@ MUTANTS = [
         "        if connection is None or self._blocked_since is not None or self._transport.is_closing():\n",
         "        if connection is None or self._transport.is_closing():\n",
         "a client that reads nothing fills the memory of the process",
-        "tests/integration/test_stream.py::test_a_client_that_falls_behind_is_told_slow",
+        "tests/integration/test_stream.py::test_a_client_that_falls_behind_ends_as_slow",
     ),
     Mutant(
         "infinity-is-null",
