@@ -1,6 +1,6 @@
-"""Inside the bridge's own process: its clock jumps, it has few file descriptors, and it counts what it holds.
+"""Changes inside the bridge's own process: its clock jumps, it has few file descriptors, and it counts its objects.
 
-`tests.patience` applies this before the bridge starts. The product has no hook for it.
+`tests.patience` applies them before the bridge starts. The bridge itself has no hook for them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COUNTS = "SUITE_COUNTS"
 
 
 class Clock:
-    """The side of the tests: sets the wall clock of a process that was started with `CLOCK`."""
+    """For the tests: sets the wall clock of a process that was started with `CLOCK`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,8 +55,8 @@ def apply() -> None:
 
 
 def _shift_clock(path: Path) -> None:
-    """Adds the offset to `time.time` and `time.time_ns`, by which the bridge tells the time; not to the monotonic
-    clock, which does not jump on a real machine either."""
+    """Adds the offset to `time.time` and `time.time_ns`, the wall clock of the bridge. The monotonic clock stays: on a
+    real machine it does not jump either."""
     with open(path, "rb") as file:
         shared = mmap.mmap(file.fileno(), 8, prot=mmap.PROT_READ)
     real, real_ns = time.time, time.time_ns
@@ -70,7 +70,7 @@ def _shift_clock(path: Path) -> None:
 
 
 def _name(task: asyncio.Task[object]) -> str:
-    """What it runs, where nobody has given it a name."""
+    """The task's name, or the name of its coroutine if it has none."""
     name = task.get_name()
     return name if not name.startswith("Task-") else getattr(task.get_coro(), "__qualname__", name)
 
@@ -82,17 +82,17 @@ def _count_on_signal(path: Path) -> None:
         nonlocal answers
         answers += 1
         gc.collect()
-        # Without those that the bridge froze at its start.
+        # Without the objects that the bridge excluded from collection at its start (`gc.freeze`).
         objects = gc.get_objects()
         kinds = Counter(f"{type(each).__module__}.{type(each).__qualname__}" for each in objects)
-        held = {
+        counts = {
             "answer": answers,
             "tasks": sorted(_name(task) for task in asyncio.all_tasks()),
             "objects": len(objects),
             "kinds": dict(kinds.most_common(200)),
         }
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(held))
+        draft.write_text(json.dumps(counts))
         draft.replace(path)
 
     signal.signal(signal.SIGUSR2, count)

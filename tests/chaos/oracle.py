@@ -1,7 +1,7 @@
-"""Publishers that number what they publish, clients that note what they see, and the comparison of the two.
+"""Publishers that number their events, clients that record what they receive, and the comparison of the two.
 
-The clients are an EventSource's logic over a plain socket, with a decoder of their own: they come back with the last id
-that they saw, to any replica, after the pause that they were told.
+The clients do what an EventSource does, over a plain socket and with an independent decoder. They return with the last
+id that they saw, to any replica, after the pause that the bridge asked for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Key = tuple[int, str]
 """Publisher and audience: events of one key come in order."""
 
 FIRST_BURST = 1_000
-"""Bursts are publishers with numbers from here on: each is a publisher of its own, on one channel."""
+"""Bursts have publisher numbers from here on: each burst is a publisher of its own, on one channel."""
 
 BURST_WINDOW = 500
 """Events of a burst that are published without waiting for a confirm."""
@@ -39,26 +39,26 @@ TOKEN_SECONDS = 86_400
 """Life of the clients' tokens: longer than any jump of a replica's clock."""
 
 DROPPED_WITHIN = 512
-"""Within one stream, the contract lets no event come again that is among the last so many."""
+"""The contract: within one stream, an event that is among the last so many must not come again."""
 
 
 @dataclass
 class Ledger:
-    """What was confirmed: for each key, when the publishing of each number began."""
+    """The confirmed events: for each key, when the publishing of each number began."""
 
     began: dict[Key, list[float]] = field(default_factory=lambda: defaultdict(list))
     confirmed: int = 0
     retries: int = 0
     bursts: int = 0
     reordered: set[int] = field(default_factory=set)
-    """Bursts of which some events were published again after later ones: RabbitMQ nacked them, or the connection broke.
-    Their order is not promised; that they arrive is."""
+    """Bursts with events that were published again after later ones: RabbitMQ nacked them, or the connection broke.
+    They must arrive, but in any order."""
 
 
 async def publish(
     number: int, url: str, users: int, groups: int, rate: float, ledger: Ledger, stop: asyncio.Event
 ) -> None:
-    """One publisher: the next event to anybody, one after another, each until it is confirmed."""
+    """One publisher: one event after another to a random audience, each repeated until it is confirmed."""
     chance = random.Random(f"publisher {number} {users}")
     audiences = [
         *(Audience.user(str(user)) for user in range(users)),
@@ -91,14 +91,14 @@ async def publish(
 
 
 @contextlib.contextmanager
-def _unless_cut_off() -> Iterator[None]:
-    """Leaves the block when the broker is away or ends the connection, whichever exception the library makes of it."""
+def _ignore_lost_connection() -> Iterator[None]:
+    """Ends the block without an error if the broker is away or ends the connection, whatever the library raises."""
     try:
         yield
     except Exception:  # noqa: BLE001, S110
         pass
     except asyncio.CancelledError:
-        # The library's word for a connection that is gone, too, in a task that nobody has cancelled.
+        # The library also raises this for a lost connection, in a task that was not cancelled.
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
@@ -107,7 +107,8 @@ def _unless_cut_off() -> Iterator[None]:
 async def burst(url: str, audiences: Sequence[Audience], count: int, ledger: Ledger) -> None:
     """Publishes `count` events to the audiences in turn on one channel, as fast as RabbitMQ confirms them.
 
-    No code of the bridge's: any program may publish so. What is not confirmed is published again, under the same id.
+    It uses no code of the bridge: any program may publish so. An event without a confirm is published again, with the
+    same id.
     """
     number = FIRST_BURST + ledger.bursts
     ledger.bursts += 1
@@ -119,7 +120,7 @@ async def burst(url: str, audiences: Sequence[Audience], count: int, ledger: Led
         event = cloudevent(f"b{number}-{index}", "job.progress", job_id=f"{number}|{audience}|{sequence}", percent=1)
         messages.append((f"{audience.prefix}job.progress", aio_pika.Message(json.dumps(event).encode())))
     while messages:
-        with _unless_cut_off():
+        with _ignore_lost_connection():
             connection = await aio_pika.connect(url)
             async with connection:
                 # While a node starts, RabbitMQ 3.10 returns and confirms what it cannot route yet.
@@ -145,8 +146,8 @@ async def burst(url: str, audiences: Sequence[Audience], count: int, ledger: Led
     ledger.confirmed += count
 
 
-class Door(Protocol):
-    """Where clients come in: a replica, or a proxy before several."""
+class Target(Protocol):
+    """What clients connect to: a replica, or a proxy in front of several."""
 
     public: str
 
@@ -154,14 +155,14 @@ class Door(Protocol):
 class Client:
     """
     Args:
-        longest_pause: in seconds. Told to wait for longer, it waits for so long; a browser would do as it is told.
+        longest_pause: the longest pause between two streams, in seconds. A browser waits as long as the bridge asks.
     """
 
     def __init__(
         self,
         user: str,
         groups: tuple[str, ...],
-        replicas: Sequence[Door],
+        replicas: Sequence[Target],
         chance: random.Random,
         *,
         longest_pause: float = float("inf"),
@@ -176,13 +177,13 @@ class Client:
         self._stalled.set()
         self._segment_bytes: int | None = None
         self._positions: dict[tuple[Key, int], int] = {}
-        """Of the present stream: each event, and the place at which it last came."""
-        self._place = 0
+        """In the current stream: for each event, its index when it last came."""
+        self._index = 0
         self.repeats: list[str] = []
-        """Events that came again within one stream, where the contract says that the bridge drops them."""
+        """Events that came again within one stream, though the contract says that the bridge drops them."""
         self.last_id = ""
-        self.owed_since: float | None = None
-        """Events whose publishing began after this are owed: its first ready, or the last gap it was told."""
+        self.expected_since: float | None = None
+        """The client must get events whose publishing began after this time: its first ready, or its last gap."""
         self.seen: dict[Key, list[int]] = defaultdict(list)
         self.gaps = 0
         self.connects = 0
@@ -195,11 +196,11 @@ class Client:
         self._left_at: float | None = None
         self.empty_blocks = 0
         self.history: list[str] = []
-        """What it did and was told, for who looks for a fault."""
+        """What it did and received, to help find a fault."""
 
     @property
     def away(self) -> bool:
-        """Between two streams."""
+        """Whether it is between two streams."""
         return self._left_at is not None
 
     @property
@@ -211,12 +212,12 @@ class Client:
             self._stream.abort()
 
     def half_close(self) -> None:
-        """Says that it has nothing more to send, and reads on."""
+        """Closes its sending side, and still reads."""
         if self._stream is not None:
             self._stream.half_close()
 
     async def segment(self, seconds: float) -> None:
-        """Comes back again and again, and sends each request in segments of one byte."""
+        """Reconnects for a time, and sends each request in segments of one byte."""
         self._segment_bytes = 1
         self.cut()
         await asyncio.sleep(seconds)  # The fault lasts for so long.
@@ -241,35 +242,37 @@ class Client:
                 segment_bytes=self._segment_bytes,
             )
             self._positions.clear()
-            self._do("opens a stream", replica)
+            self._log_step("opens a stream", replica)
             try:
                 await stream.open()
                 self.connects += 1
-                self._do(f"reads a stream with status {stream.status}", replica)
+                self._log_step(f"reads a stream with status {stream.status}", replica)
                 while stream.status == 200:
                     await self._stalled.wait()
                     frame = await stream.next(seconds=60)
                     retry = frame.retry / 1000 if frame.retry is not None else retry
-                    self.last_id = frame.id  # By the letter: a block without an id would empty it on a new stream.
-                    self._note(frame.event, frame.json)
+                    self.last_id = (
+                        frame.id
+                    )  # As the standard says: a block without an id would empty it on a new stream.
+                    self._record(frame.event, frame.json)
                     if frame.event.startswith("bridge."):
-                        self._write_down(f"is told {frame.event} {frame.data}, id {frame.id!r}")
+                        self._log(f"gets {frame.event} {frame.data}, id {frame.id!r}")
             except (OSError, EOFError, ValueError, IndexError, asyncio.IncompleteReadError, TimeoutError):
-                pass  # However it broke, it comes back.
+                pass  # It reconnects after any error.
             finally:
                 self.empty_blocks += len(stream.decoder.empty_blocks)
                 stream.abort()
             self._left_at = self._left_at or time.monotonic()
-            self._do("pauses after a stream", replica)
-            await asyncio.sleep(min(retry, self._longest_pause))  # The pause that the bridge told.
+            self._log_step("pauses after a stream", replica)
+            await asyncio.sleep(min(retry, self._longest_pause))  # The pause that the bridge asked for.
 
-    def _do(self, what: str, replica: Door) -> None:
-        self._write_down(f"{what} of {replica.public}, last id {self.last_id!r}")
+    def _log_step(self, what: str, replica: Target) -> None:
+        self._log(f"{what} of {replica.public}, last id {self.last_id!r}")
 
-    def _write_down(self, what: str) -> None:
+    def _log(self, what: str) -> None:
         self.history.append(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {what}")
 
-    def _note(self, event: str, data: dict[str, object]) -> None:
+    def _record(self, event: str, data: dict[str, object]) -> None:
         now = time.monotonic()
         if event == "bridge.ready":
             self.resumed += bool(data["resumed"])
@@ -277,11 +280,11 @@ class Client:
             if self._left_at is not None:
                 self.longest_away = max(self.longest_away, now - self._left_at)
                 self._left_at = None
-            if self.owed_since is None:
-                self.owed_since = now
+            if self.expected_since is None:
+                self.expected_since = now
         elif event == "bridge.gap":
             self.gaps += 1
-            self.owed_since = now
+            self.expected_since = now
         elif event == "bridge.bye":
             self.byes[str(data["reason"])] += 1
         elif not event.startswith("bridge."):
@@ -291,22 +294,22 @@ class Client:
             key = (int(publisher), audience)
             self.seen[key].append(int(sequence))
             last = self._positions.get((key, int(sequence)))
-            if last is not None and self._place - last <= DROPPED_WITHIN:
-                self.repeats.append(f"{key} {sequence}, {self._place - last} events later")
-            self._positions[key, int(sequence)] = self._place
-            self._place += 1
+            if last is not None and self._index - last <= DROPPED_WITHIN:
+                self.repeats.append(f"{key} {sequence}, {self._index - last} events later")
+            self._positions[key, int(sequence)] = self._index
+            self._index += 1
 
 
 @dataclass
 class Verdict:
-    owed: int = 0
+    expected: int = 0
     missing: list[str] = field(default_factory=list)
     duplicates: int = 0
-    """Over reconnects: the contract lets an event come again there, but says when. `doubled` is to find out why."""
-    doubled: Counter[str] = field(default_factory=Counter)
-    """Of the duplicates, how many each client has from bursts and from single events."""
+    """Events that came again after a reconnect. The contract allows it in some cases."""
+    duplicates_by_client: Counter[str] = field(default_factory=Counter)
+    """Duplicates of each client, from bursts and from single events: this helps to find the cause."""
     disorder: list[str] = field(default_factory=list)
-    strangers: list[str] = field(default_factory=list)
+    other_audiences: list[str] = field(default_factory=list)
     repeats: list[str] = field(default_factory=list)
 
     @property
@@ -315,11 +318,11 @@ class Verdict:
 
     @property
     def faults(self) -> list[str]:
-        return [*self.missing, *self.disorder, *self.strangers, *self.repeats]
+        return [*self.missing, *self.disorder, *self.other_audiences, *self.repeats]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """As in `3-7 9`."""
+    """The numbers as ranges, for example `3-7 9`."""
     known = set(numbers)
     first = [n for n in numbers if n - 1 not in known]
     last = [n for n in numbers if n + 1 not in known]
@@ -329,35 +332,37 @@ def _ranges(numbers: Sequence[int]) -> str:
 def judge(ledger: Ledger, clients: list[Client]) -> Verdict:
     verdict = Verdict()
     for name, client in enumerate(clients):
-        since = client.owed_since
+        since = client.expected_since
         verdict.repeats += [f"client {name} saw twice in one stream: {each}" for each in client.repeats]
         for key, began in ledger.began.items():
             seen = client.seen.get(key, [])
             if key[1] not in client.audiences:
-                verdict.strangers += [f"client {name} saw {key} {number}" for number in seen]
+                verdict.other_audiences += [f"client {name} saw {key} {number}" for number in seen]
                 continue
             again = len(seen) - len(set(seen))
             verdict.duplicates += again
-            verdict.doubled[f"client {name}, {'bursts' if key[0] >= FIRST_BURST else 'single events'}"] += again
+            verdict.duplicates_by_client[
+                f"client {name}, {'bursts' if key[0] >= FIRST_BURST else 'single events'}"
+            ] += again
             first = list(dict.fromkeys(seen))
             if first != sorted(first) and key[0] not in ledger.reordered:
                 verdict.disorder.append(f"client {name} {key}: {first}")
-            owed = {number for number, at in enumerate(began) if since is not None and at > since}
-            verdict.owed += len(owed)
-            lost = sorted(owed - set(seen))
+            expected = {number for number, at in enumerate(began) if since is not None and at > since}
+            verdict.expected += len(expected)
+            lost = sorted(expected - set(seen))
             if lost:
-                of = f"{len(lost)} of {len(owed)}"
+                of = f"{len(lost)} of {len(expected)}"
                 verdict.missing.append(
                     f"client {name} ({client.user}) {key}: {of}: {_ranges(lost)}; since {client.history[-1]}"
                 )
     return verdict
 
 
-async def come_to_rest(ledger: Ledger, clients: list[Client], seconds: float) -> Verdict:
-    """The verdict once it is good, or after this time."""
+async def wait_for_verdict(ledger: Ledger, clients: list[Client], seconds: float) -> Verdict:
+    """Waits until the verdict is good, at most this long, and returns it."""
     deadline = time.monotonic() + seconds
     while True:
         verdict = judge(ledger, clients)
         if verdict.good or time.monotonic() > deadline:
             return verdict
-        await asyncio.sleep(1)  # Between two looks.
+        await asyncio.sleep(1)  # Between two checks.

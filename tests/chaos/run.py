@@ -1,7 +1,7 @@
-"""`python -m tests.chaos.run --seconds 60 --seed 7`: everything at once, and then nothing may be missing.
+"""`python -m tests.chaos.run --seconds 60 --seed 7`: many faults under load, and then no event may be missing.
 
-Real processes: a RabbitMQ node, replicas of the bridge, each by a TCP proxy of its own. Faults are drawn with a seed,
-which is printed; the same seed draws the same faults, though the machine's timing differs.
+It uses real processes: a RabbitMQ node, and replicas of the bridge, each behind its own TCP proxy. Faults are chosen
+with a seed, which is printed. The same seed chooses the same faults, though the machine's timing differs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from bridge import Audience
 from deploy.local.node import MACHINES, Installation, Node, NodeFailed, free_ports
 from tests.chaos import inside
-from tests.chaos.oracle import Client, Ledger, Verdict, burst, come_to_rest, publish
+from tests.chaos.oracle import Client, Ledger, Verdict, burst, publish, wait_for_verdict
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import INSTALLATIONS, Vhost
@@ -41,10 +41,10 @@ CLIENTS = 24
 PUBLISHERS = 3
 QUIET_SECONDS = 2 * PATIENCE
 LEAST_EVENTS = 500
-"""The storm lasts until so many were confirmed: a slow machine publishes few of them a second."""
+"""Faults continue until so many events are confirmed: a slow machine publishes few events a second."""
 
 BACKLOGS = [{"BACKLOG_EVENTS": "200"}, {"BACKLOG_EVENTS": "10000", "BACKLOG_BYTES": "10000000"}]
-"""Of the replicas: one ends streams as `slow` in a burst, the other holds a whole burst for each."""
+"""The two replicas: one ends streams as `slow` in a burst, the other buffers a whole burst for each stream."""
 
 DESCRIPTORS = 200
 """The hard limit of file descriptors of the second replica: enough for all clients and for RabbitMQ."""
@@ -52,8 +52,8 @@ DESCRIPTORS = 200
 LEAST_PAUSE = 4.0
 LONGEST_PAUSE = 60.0
 LONGEST_IN_A_CLUSTER = 20.0
-"""Seconds. Nodes of a cluster that do not hear of a node for 45 s take it for down (net_ticktime), and a node that
-comes back from that does not join again by itself."""
+"""Seconds. A cluster treats a node that is silent for 45 s as down (net_ticktime). Such a node does not join again by
+itself."""
 
 LONGEST_JUMP = 3_600.0
 """Seconds by which a replica's wall clock is wrong, at most, in either direction."""
@@ -86,7 +86,7 @@ class Chaos:
         self.proxies: list[Proxy] = []
         self.most_descriptors = 0
         self.shortages = 0
-        """How often the second replica had no descriptor left, or turned clients away before that."""
+        """How often the second replica had no descriptor left, or closed connections before that."""
         self.crashes: list[str] = []
         """What the replicas logged with a traceback."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -108,13 +108,13 @@ class Chaos:
                 await self._start_replica(number, port)
             for node in self.nodes:
                 node.flush()
-            return await self._storm(seconds)
+            return await self._run_faults(seconds)
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             for service in self.replicas:
-                self._note_crashes(service)
+                self._record_crashes(service)
                 await service.stop()
             for proxy in self.proxies:
                 await proxy.__aexit__(None, None, None)
@@ -155,7 +155,7 @@ class Chaos:
         self._tasks.add(task)
         return task
 
-    async def _storm(self, seconds: float) -> Verdict:
+    async def _run_faults(self, seconds: float) -> Verdict:
         for number in range(CLIENTS):
             groups = tuple(str(group) for group in range(GROUPS) if self.chance.random() < 0.4)
             own = random.Random(self.chance.random())
@@ -182,7 +182,7 @@ class Chaos:
             clock.set(0.0)
         stop.set()
         await asyncio.wait(publishers, timeout=PATIENCE)
-        return await come_to_rest(self.ledger, self.clients, QUIET_SECONDS)
+        return await wait_for_verdict(self.ledger, self.clients, QUIET_SECONDS)
 
     @property
     def weights(self) -> list[tuple[int, Callable[[], Awaitable[None]]]]:
@@ -211,8 +211,8 @@ class Chaos:
         ]
 
     def _choose(self) -> Iterator[Callable[[], Awaitable[None]]]:
-        """Each fault once, in an order that is drawn, and then by weight. While a fault of RabbitMQ lasts, and others
-        wait for its end, no more of these are added."""
+        """Each fault once, in random order, and then by weight. While a fault of RabbitMQ lasts, no other of these is
+        added."""
         weights, faults = zip(*self.weights, strict=True)
         yield from self.chance.sample(faults, len(faults))
         of_broker = {self.kill_broker, self.pause_broker, self.disk_alarm, self.burst_into_pause}
@@ -221,13 +221,14 @@ class Chaos:
             if not (fault in of_broker and self._broker_free.locked()):
                 yield fault
 
-    # Faults. What lasts goes on beside the next ones; what is drawn is drawn first, so that a seed draws the same.
+    # Faults. A fault that lasts runs in the background of the next ones. Random choices are made before it starts, so
+    # that a seed always gives the same faults.
 
-    def _beside(self, work: Awaitable[None]) -> None:
+    def _in_background(self, work: Awaitable[None]) -> None:
         self._faults.append(self._start(work))
 
     def _seconds(self) -> float:
-        """How long a fault lasts: mostly short, sometimes as long as may be."""
+        """How long a fault lasts: mostly short, sometimes as long as allowed."""
         seconds: float = self.longest ** self.chance.random()
         return seconds
 
@@ -266,7 +267,7 @@ class Chaos:
         self.chance.choice(self.proxies).half_close()
 
     async def segment_amqp(self) -> None:
-        """What RabbitMQ and a replica send each other comes in segments of one byte."""
+        """RabbitMQ and a replica get each other's bytes in segments of one byte."""
         proxy, seconds = self.chance.choice(self.proxies), self.chance.uniform(0.5, 3)
 
         async def lasts() -> None:
@@ -274,10 +275,10 @@ class Chaos:
             await asyncio.sleep(seconds)  # The fault lasts for so long.
             proxy.segment_bytes = None
 
-        self._beside(lasts())
+        self._in_background(lasts())
 
     async def close_amqp(self) -> None:
-        """RabbitMQ itself closes connections, as an operator told it to; the streams over HTTP are untouched."""
+        """RabbitMQ closes connections, as by an operator's command. The streams over HTTP stay open."""
         which = self.chance.choice(["consumer", "log reader", "log writer", "bridge", "all"])
 
         async def happens() -> None:
@@ -288,7 +289,7 @@ class Chaos:
                     command = ["close_all_connections", "--vhost", self.vhost.name, "an operator's command"]
                     await asyncio.to_thread(self.nodes[0].ctl, *command)
 
-        self._beside(happens())
+        self._in_background(happens())
 
     async def delete_queue(self) -> None:
         place = self.chance.random()
@@ -298,11 +299,11 @@ class Chaos:
                 found = await asyncio.to_thread(self.vhost.queues)
                 queues = sorted(name for name in found if name.startswith("bridge."))
                 if queues:
-                    # It may be gone by then: its stream has ended.
+                    # The queue may be gone already, if its stream has ended.
                     with contextlib.suppress(NodeFailed):
                         await asyncio.to_thread(self.vhost.delete_queue, queues[int(place * len(queues))])
 
-        self._beside(happens())
+        self._in_background(happens())
 
     async def kill_replica(self) -> None:
         await self._restart(signal.SIGKILL)
@@ -318,24 +319,24 @@ class Chaos:
                 service.signal(by)
                 code = await service.ended()
                 assert by == signal.SIGKILL or code == 0, f"a drain ended with {code}:\n{service.text[-3000:]}"
-                self._note_crashes(service)
+                self._record_crashes(service)
                 await service.start(ready=False)
 
-        self._beside(happens())
+        self._in_background(happens())
 
     @contextlib.asynccontextmanager
     async def _replica(self, number: int) -> AsyncIterator[Service]:
-        """A replica, with which nothing else happens meanwhile."""
+        """A replica, without any other fault of it during the block."""
         async with self._replica_free[number]:
             service = self.replicas[number]
             assert service.is_running, f"a replica ended by itself:\n{service.text[-6000:]}"
             yield service
 
-    def _note_crashes(self, service: Service) -> None:
+    def _record_crashes(self, service: Service) -> None:
         self.crashes += [str(line) for line in service.lines if "Traceback" in str(line) or line.get("exception")]
 
     async def pause_replica(self) -> None:
-        """As throttling, a move of the machine or a long collection is one."""
+        """A pause as by throttling, a move of the machine or garbage collection."""
         number, seconds = self.chance.randrange(REPLICAS), self._seconds()
 
         async def lasts() -> None:
@@ -344,11 +345,11 @@ class Chaos:
                 await asyncio.sleep(seconds)  # The fault lasts for so long.
                 service.signal(signal.SIGCONT)
 
-        self._beside(lasts())
+        self._in_background(lasts())
 
     async def exhaust_descriptors(self) -> None:
-        """Sockets are opened to the second replica until it has no descriptor left, or turns some of them away. Each
-        sends half of a request."""
+        """Opens sockets to the second replica until it has no descriptor left, or closes some of them. Each sends half
+        of a request."""
         seconds, half_closed = self._seconds(), self.chance.random() < 0.5
 
         async def lasts() -> None:
@@ -365,7 +366,7 @@ class Chaos:
                             opened[-1].send(b"GET /events HTTP/1.1\r\nHost: ")
                     async with asyncio.timeout(PATIENCE):
                         while not self._is_short(service, opened):  # noqa: ASYNC110 - It gives no signal.
-                            await asyncio.sleep(0.1)  # Between two looks.
+                            await asyncio.sleep(0.1)  # Between two checks.
                     if half_closed:
                         for each in opened:
                             with contextlib.suppress(OSError):
@@ -375,22 +376,22 @@ class Chaos:
                     for each in opened:
                         each.close()
 
-        self._beside(lasts())
+        self._in_background(lasts())
 
     def _is_short(self, service: Service, opened: list[socket.socket]) -> bool:
         """Whether the replica has no descriptor left, or has closed some of these sockets."""
-        held = len(os.listdir(f"/proc/{service.pid}/fd"))
-        self.most_descriptors = max(self.most_descriptors, held)
-        turned_away = select.poll()
+        used = len(os.listdir(f"/proc/{service.pid}/fd"))
+        self.most_descriptors = max(self.most_descriptors, used)
+        closed = select.poll()
         for each in opened:
-            turned_away.register(each, select.POLLIN)
-        if held >= DESCRIPTORS - 5 or turned_away.poll(0):
+            closed.register(each, select.POLLIN)
+        if used >= DESCRIPTORS - 5 or closed.poll(0):
             self.shortages += 1
             return True
         return False
 
     async def jump_clock(self) -> None:
-        """The wall clock of a replica jumps: for hours in either direction, by a second, or to where it should be."""
+        """The wall clock of a replica jumps: up to an hour in either direction, some seconds, or to the right time."""
         clock = self.chance.choice(self.clocks)
         jumps = [self.chance.uniform(-LONGEST_JUMP, LONGEST_JUMP), self.chance.uniform(-2, 2), 0.0]
         clock.set(self.chance.choice(jumps))
@@ -400,10 +401,10 @@ class Chaos:
         user, group = self.chance.randrange(USERS), self.chance.randrange(GROUPS)
         audiences = [Audience.user(str(user)), Audience.everyone(), Audience.group(str(group))]
         node, count = self.chance.choice(self.nodes), self.chance.randrange(1_000, 4_000)
-        self._beside(burst(self.vhost.url_at(node.port), audiences, count, self.ledger))
+        self._in_background(burst(self.vhost.url_at(node.port), audiences, count, self.ledger))
 
     async def burst_into_pause(self) -> None:
-        """A burst fills the queues of a replica that is stopped. While it works them off, clients are cut off."""
+        """A burst fills the queues of a stopped replica. While it catches up, clients' connections are cut."""
         number, closes = self.chance.randrange(REPLICAS), self.chance.random() < 0.3
         cuts = [(self.chance.uniform(0, 0.5), client) for client in self.chance.sample(self.clients, 12)]
         user, count = self.chance.randrange(USERS), self.chance.randrange(1_000, 4_000)
@@ -420,10 +421,10 @@ class Chaos:
                 finally:
                     service.signal(signal.SIGCONT)
             for pause, client in cuts:
-                await asyncio.sleep(pause)  # Somewhere in the middle of what had piled up.
+                await asyncio.sleep(pause)  # Somewhere in the middle of the backlog.
                 client.cut()
 
-        self._beside(lasts())
+        self._in_background(lasts())
 
     async def kill_broker(self) -> None:
         node, seconds = self.chance.choice(self.nodes), self.chance.uniform(0, 2)
@@ -433,10 +434,10 @@ class Chaos:
                 await asyncio.to_thread(node.kill)
                 await asyncio.sleep(seconds)  # The fault lasts for so long.
                 await asyncio.to_thread(node.start)
-                if len(self.nodes) > 1:  # One of them may be down at a time.
+                if len(self.nodes) > 1:  # At most one of them may be down at a time.
                     await asyncio.to_thread(self.vhost.wait_for_log, node, len(self.nodes))
 
-        self._beside(lasts())
+        self._in_background(lasts())
 
     async def pause_broker(self) -> None:
         node, seconds = self.chance.choice(self.nodes), self._seconds()
@@ -447,10 +448,10 @@ class Chaos:
                 await asyncio.sleep(seconds)  # The fault lasts for so long.
                 os.kill(node.pid, signal.SIGCONT)
 
-        self._beside(lasts())
+        self._in_background(lasts())
 
     async def disk_alarm(self) -> None:
-        """RabbitMQ takes nothing from publishers, the bridge's own watermarks and fences included."""
+        """RabbitMQ accepts nothing from publishers, and so no watermarks and fences of the bridge."""
         node, seconds = self.chance.choice(self.nodes), self._seconds()
 
         async def lasts() -> None:
@@ -459,7 +460,7 @@ class Chaos:
                 await asyncio.sleep(seconds)  # The fault lasts for so long.
                 await asyncio.to_thread(node.ctl, "set_disk_free_limit", DISK_LIMIT)
 
-        self._beside(lasts())
+        self._in_background(lasts())
 
     def report(self, verdict: Verdict, seed: int, seconds: float) -> dict[str, object]:
         return {
@@ -471,14 +472,14 @@ class Chaos:
             "publish_retries": self.ledger.retries,
             "bursts": self.ledger.bursts,
             "bursts_reordered": len(self.ledger.reordered),
-            "owed": verdict.owed,
+            "expected": verdict.expected,
             "missing": len(verdict.missing),
             "disorder": len(verdict.disorder),
-            "strangers": len(verdict.strangers),
+            "other_audiences": len(verdict.other_audiences),
             "repeats": len(verdict.repeats),
             "duplicates": verdict.duplicates,
-            "doubled_most": dict((+verdict.doubled).most_common(5)),
-            "gaps_told": sum(client.gaps for client in self.clients),
+            "duplicates_most": dict((+verdict.duplicates_by_client).most_common(5)),
+            "gaps": sum(client.gaps for client in self.clients),
             "connects": sum(client.connects for client in self.clients),
             "resumed": sum(client.resumed for client in self.clients),
             "empty_blocks": sum(client.empty_blocks for client in self.clients),
@@ -500,9 +501,9 @@ async def chaos(
     longest: float = LONGEST_PAUSE,
 ) -> tuple[dict[str, object], Verdict, Chaos]:
     began = time.monotonic()
-    storm = Chaos(seed, rate=rate, nodes=nodes, rabbitmq=rabbitmq, longest=longest)
-    verdict = await storm.run(seconds)
-    return storm.report(verdict, seed, time.monotonic() - began), verdict, storm
+    run = Chaos(seed, rate=rate, nodes=nodes, rabbitmq=rabbitmq, longest=longest)
+    verdict = await run.run(seconds)
+    return run.report(verdict, seed, time.monotonic() - began), verdict, run
 
 
 def main() -> None:
@@ -516,8 +517,8 @@ def main() -> None:
     chosen = [each for each in INSTALLATIONS if each.version.startswith(options.rabbitmq)]
     if not chosen:
         there = ", ".join(each.version for each in INSTALLATIONS)
-        parser.error(f"no RabbitMQ {options.rabbitmq} here; there are: {there}")
-    # The publishers' library tells of each connection that is cut, with a traceback; here that is what is meant to be.
+        parser.error(f"RabbitMQ {options.rabbitmq} is not installed; installed are: {there}")
+    # The publishers' library logs a traceback for each connection that is cut; here this is intended.
     for library in ("aiormq", "aio_pika", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     first = options.seed if options.seed is not None else random.randrange(10**6)
@@ -525,7 +526,7 @@ def main() -> None:
     for seed in range(first, first + options.rounds):
         for rabbitmq in chosen:
             print(f"==> seed {seed}, RabbitMQ {rabbitmq.version}", file=sys.stderr, flush=True)
-            report, verdict, storm = asyncio.run(
+            report, verdict, run = asyncio.run(
                 chaos(
                     seed,
                     options.seconds,
@@ -535,16 +536,16 @@ def main() -> None:
                 )
             )
             print(json.dumps(report), flush=True)
-            if not verdict.good or storm.crashes:
+            if not verdict.good or run.crashes:
                 failed += 1
-                _show(f"{seed}-{rabbitmq.version}", verdict, storm)
+                _show(f"{seed}-{rabbitmq.version}", verdict, run)
     sys.exit(1 if failed else 0)
 
 
-def _show(name: str, verdict: Verdict, storm: Chaos) -> None:
-    for line in [*verdict.faults, *storm.crashes][:20]:
+def _show(name: str, verdict: Verdict, run: Chaos) -> None:
+    for line in [*verdict.faults, *run.crashes][:20]:
         print("   ", line, file=sys.stderr, flush=True)
-    for number, service in enumerate(storm.replicas):
+    for number, service in enumerate(run.replicas):
         path = Path(tempfile.gettempdir()) / f"chaos-{name}-replica-{number}.log"
         path.write_text(service.text)
         print(f"    log: {path}", file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ SLOTS = 10
 SETTLE_SECONDS = PATIENCE
 
 LEAST_EVENTS = 50
-"""Confirmed before the first replica goes; each is owed to several clients."""
+"""Events that are confirmed before the first replica stops. Each has several clients."""
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,11 @@ class Rollout:
             "clients": len(self.clients),
             "seconds": round(self.seconds, 1),
             "published": self.ledger.confirmed,
-            "owed": verdict.owed,
+            "expected": verdict.expected,
             "missing": len(verdict.missing),
             "disorder": len(verdict.disorder),
             "twice": verdict.duplicates,
-            "gaps_told": sum(client.gaps for client in self.clients),
+            "gaps": sum(client.gaps for client in self.clients),
             "reconnects": len(back),
             "reconnects_a_client": [min(per_client), max(per_client)],
             "most_reconnects_a_second": max(per_second.values(), default=0),

@@ -1,4 +1,4 @@
-"""What a bridge holds: queues and bindings at RabbitMQ, file descriptors, tasks, objects and memory of its process."""
+"""Counts a bridge's resources: queues and bindings at RabbitMQ, file descriptors, tasks, objects and memory."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class Counts:
     rss_mb: float
     task_names: Counter[str]
     kinds: Counter[str]
-    """Objects by class, those that the collector knows."""
+    """Objects that the garbage collector tracks, by class."""
 
     @property
-    def held(self) -> tuple[int, int, int, int]:
-        """What must be as before: the rest depends on caches, on the allocator and on the interpreter."""
+    def exact(self) -> tuple[int, int, int, int]:
+        """The counts that must be as before. The others depend on caches, the allocator and the interpreter."""
         return (self.queues, self.bindings, self.descriptors, self.tasks)
 
     def differs(self, before: Counts) -> str:
-        """For an error message: what there is more or less of."""
+        """Text for an error message: which counts are higher or lower."""
         return (
-            f"before {before.held}, after {self.held} (queues, bindings, descriptors, tasks)\n"
+            f"before {before.exact}, after {self.exact} (queues, bindings, descriptors, tasks)\n"
             f"tasks: more {self.task_names - before.task_names}, fewer {before.task_names - self.task_names}\n"
             f"objects: more {(self.kinds - before.kinds).most_common(20)}"
         )
 
 
 class CountedService(Service):
-    """A bridge that says what it holds, and whose log is counted and not kept: it may be a million lines long."""
+    """A bridge whose resources can be counted. Its log lines are counted and not kept: there may be a million."""
 
     def __init__(self, amqp_url: str, folder: Path, *, deadlines: dict[str, float] | None = None, **settings: str):
         super().__init__(amqp_url, deadlines=deadlines)
@@ -55,7 +55,7 @@ class CountedService(Service):
         self._answers = 0
         self.events: Counter[str] = Counter()
         """How often each event was logged."""
-        self.complaints: deque[str] = deque(maxlen=200)
+        self.warnings: deque[str] = deque(maxlen=200)
         """The last lines that are not `info`."""
 
     async def _read(self) -> None:
@@ -67,7 +67,7 @@ class CountedService(Service):
                 line = {"event": raw.decode(), "level": "unknown"}
             self.events[line["event"]] += 1
             if line.get("level") != "info":
-                self.complaints.append(raw.decode())
+                self.warnings.append(raw.decode())
             async with self._new_output:
                 if line["event"] in ("serving", "broker connected") and len(self.lines) < 10:
                     self.lines.append(line)
@@ -76,7 +76,7 @@ class CountedService(Service):
             self.lines.append({"event": "(end of output)"})
             self._new_output.notify_all()
 
-    async def happened(self, event: str, count: int) -> None:
+    async def wait_until_logged(self, event: str, count: int) -> None:
         """Waits until the bridge has logged this event so many times."""
         async with asyncio.timeout(PATIENCE), self._new_output:
             await self._new_output.wait_for(lambda: self.events[event] >= count)
@@ -86,8 +86,8 @@ class CountedService(Service):
         self.signal(signal.SIGUSR2)
         async with asyncio.timeout(PATIENCE):
             while True:
-                await asyncio.sleep(0.02)  # A file has nothing to wait on.
-                if self._path.exists() and (held := json.loads(self._path.read_text()))["answer"] >= self._answers:
+                await asyncio.sleep(0.02)  # A file can only be polled.
+                if self._path.exists() and (found := json.loads(self._path.read_text()))["answer"] >= self._answers:
                     break
         queues = await asyncio.to_thread(vhost.queues)
         bindings = await asyncio.to_thread(vhost.bindings)
@@ -95,24 +95,24 @@ class CountedService(Service):
             queues=len(queues),
             bindings=len(bindings),
             descriptors=len(os.listdir(f"/proc/{self.pid}/fd")),
-            tasks=len(held["tasks"]),
-            objects=held["objects"],
+            tasks=len(found["tasks"]),
+            objects=found["objects"],
             rss_mb=_rss_mb(self.pid),
-            task_names=Counter(held["tasks"]),
-            kinds=Counter(held["kinds"]),
+            task_names=Counter(found["tasks"]),
+            kinds=Counter(found["kinds"]),
         )
 
-    async def at_rest(self, vhost: Vhost, before: Counts | None = None) -> Counts:
-        """What it holds once that is as before, or is the same twice; after PATIENCE, whatever it is.
+    async def stable_counts(self, vhost: Vhost, before: Counts | None = None) -> Counts:
+        """Waits until the counts are as before, or the same twice, and returns them; after PATIENCE, any counts.
 
-        Queues go a moment after their streams, and each watermark is a task for a moment.
+        RabbitMQ deletes queues a moment after their streams, and each watermark is a task for a moment.
         """
         deadline = time.monotonic() + PATIENCE
         last = await self.count(vhost)
         while True:
-            await asyncio.sleep(0.5)  # Between two looks.
+            await asyncio.sleep(0.5)  # Between two counts.
             now = await self.count(vhost)
-            if now.held == (before or last).held or time.monotonic() > deadline:
+            if now.exact == (before or last).exact or time.monotonic() > deadline:
                 return now
             last = now
 

@@ -1,7 +1,7 @@
-"""`python -m tests.endurance.leaks`: open, lose and expire many of everything, and count what is left.
+"""`python -m tests.endurance.leaks`: open many streams, lose connections, let tokens expire, and count what is left.
 
-Real processes: a RabbitMQ node, one bridge, and clients by plain sockets. Each scenario is run a little first, so that
-what is made on first use is there before the count.
+It uses real processes: a RabbitMQ node, one bridge, and clients with plain sockets. Each scenario runs a little before
+the first count, because some things are made on first use.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ USERS = 500
 GROUPS = 50
 
 DAY_OF_TOKENS = 20 * 24 * 12
-"""A day of twenty users whose tokens live for five minutes."""
+"""Tokens of twenty users in one day, if each token is valid for five minutes."""
 
 TOKEN_SECONDS = 3
 
 PARTS = 10
-"""Of a scenario. After each there is a row in the table."""
+"""Parts of a scenario. After each part the table gets a row."""
 
 DEADLINES = {
     "service.broker.live.STEADY_SECONDS": 0.0,  # Each loss is followed by a quick try.
-    "service.http.entrance.KEEP_ALIVE_SECONDS": 10 * PATIENCE,  # No connection ends by this; its client hangs up.
+    "service.http.entrance.KEEP_ALIVE_SECONDS": 10
+    * PATIENCE,  # No connection ends by this limit; its client closes it.
 }
 
-Scenario = Callable[["Bench", int], Awaitable[None]]
+Scenario = Callable[["LeakTest", int], Awaitable[None]]
 
 
-class Bench:
-    """One bridge behind a proxy, and what is done to it."""
+class LeakTest:
+    """One bridge behind a proxy, and the scenarios that run against it."""
 
     def __init__(self, vhost: Vhost, proxy: Proxy, service: CountedService) -> None:
         self.vhost = vhost
@@ -59,7 +60,7 @@ class Bench:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, vhost: Vhost, folder: Path) -> AsyncIterator[Bench]:
+    async def open(cls, vhost: Vhost, folder: Path) -> AsyncIterator[LeakTest]:
         async with Proxy(vhost.node.port) as proxy:
             service = CountedService(
                 vhost.url_at(proxy.port),
@@ -73,14 +74,14 @@ class Bench:
             finally:
                 await service.stop()
 
-    async def at_rest(self, before: Counts | None = None) -> Counts:
-        """A stream that is ready shows that all connections to RabbitMQ are there: one may have been lost meanwhile."""
+    async def stable_counts(self, before: Counts | None = None) -> Counts:
+        """Opens a stream first: when it is ready, all connections to RabbitMQ are there again."""
         async with self._stream(0) as stream:
             await stream.ready()
-        return await self.service.at_rest(self.vhost, before)
+        return await self.service.stable_counts(self.vhost, before)
 
     async def streams(self, count: int) -> None:
-        """Opens and closes so many streams, of many users and groups, in four ways."""
+        """Opens so many streams, of many users and groups, and closes them in four ways."""
         numbers = iter(range(count))
 
         async def work() -> None:
@@ -91,7 +92,7 @@ class Bench:
 
     async def _one_stream(self, number: int) -> None:
         stream = self._stream(number)
-        if number % 4 == 0:  # Gone before there is an answer.
+        if number % 4 == 0:  # The client resets before there is an answer.
             await stream.request()
             await asyncio.sleep(0.001 * (number % 16))  # Somewhere in the middle of the opening.
             stream.abort()
@@ -113,7 +114,8 @@ class Bench:
         return Stream(self.service.public, mint(str(number % USERS), *groups, ttl=86_400))
 
     async def losses(self, count: int) -> None:
-        """Cuts the connection to RabbitMQ so many times, with streams open. Every tenth time all of them are back."""
+        """Cuts the connection to RabbitMQ so many times, with open streams. After every tenth cut, all streams get an
+        event before the next one."""
         streams = [self._stream(number) for number in range(10)]
         for stream in streams:
             await stream.open()
@@ -122,14 +124,14 @@ class Bench:
             for number in range(count):
                 connects = self.service.events["broker connected"]
                 self.proxy.cut()
-                await self.service.happened("broker connected", connects + 1)
+                await self.service.wait_until_logged("broker connected", connects + 1)
                 if number % 10 == 0 or number == count - 1:
-                    await self._reach(streams, number)
+                    await self._wait_for_delivery(streams, number)
         finally:
             for stream in streams:
                 stream.abort()
 
-    async def _reach(self, streams: list[Stream], number: int) -> None:
+    async def _wait_for_delivery(self, streams: list[Stream], number: int) -> None:
         self._opened += 1
         mark = f"loss-{self._opened}-{number}"
         await self.vhost.publish("all.job.completed", cloudevent(mark))
@@ -138,19 +140,19 @@ class Bench:
                 pass
 
     async def tokens(self, count: int) -> None:
-        """So many tokens that expire. With each a client comes back until it is refused."""
+        """Lets so many tokens expire. With each one, a client returns until it is refused."""
         numbers = iter(range(count))
 
         async def work() -> None:
             for number in numbers:
                 token = mint(str(number % USERS), str(number % GROUPS), ttl=TOKEN_SECONDS)
-                while await self._outlives(token):
+                while await self._read_until_expired(token):
                     self.expired += 1
 
         await asyncio.gather(*(work() for _ in range(min(100, count))))
 
-    async def _outlives(self, token: str) -> bool:
-        """Whether a stream was opened. It is read until its token has expired."""
+    async def _read_until_expired(self, token: str) -> bool:
+        """Reads a stream until its token has expired; False if the token had expired before."""
         stream = Stream(self.service.public, token)
         await stream.open()
         if stream.status == 200:
@@ -163,15 +165,15 @@ class Bench:
 
 
 SCENARIOS: dict[str, tuple[str, Scenario]] = {
-    "streams": ("streams opened and closed", Bench.streams),
-    "losses": ("connections to RabbitMQ lost", Bench.losses),
-    "tokens": ("tokens expired", Bench.tokens),
+    "streams": ("streams opened and closed", LeakTest.streams),
+    "losses": ("connections to RabbitMQ lost", LeakTest.losses),
+    "tokens": ("tokens expired", LeakTest.tokens),
 }
 
 
 @dataclass(frozen=True)
-class Held:
-    """What the bridge held once `count` were done."""
+class Row:
+    """The counts after `count` streams, losses or tokens."""
 
     count: int
     seconds: float
@@ -185,34 +187,34 @@ async def leaks(
     count: int,
     *,
     parts: int = 2,
-    on_part: Callable[[Held], None] = lambda _: None,
-) -> tuple[Held, Held, Bench]:
-    """What the bridge held before and after all of it.
+    on_part: Callable[[Row], None] = lambda _: None,
+) -> tuple[Row, Row, LeakTest]:
+    """Runs a scenario, and returns the counts before and after it.
 
     Args:
-        on_part: called with what it holds before, and after each of so many parts.
+        on_part: called with the counts before, and after each part.
     """
     _, scenario = SCENARIOS[name]
-    async with Bench.open(vhost, folder) as bench:
+    async with LeakTest.open(vhost, folder) as test:
         # Each of the bridge's channel workers opens a channel with its first stream, and keeps it.
-        await bench.streams(2 * TOGETHER)
-        await scenario(bench, min(count, 2 * TOGETHER))
-        before = last = Held(0, 0.0, await bench.at_rest())
+        await test.streams(2 * TOGETHER)
+        await scenario(test, min(count, 2 * TOGETHER))
+        before = last = Row(0, 0.0, await test.stable_counts())
         on_part(before)
         began = time.monotonic()
         for part in range(1, parts + 1):
             done = count * part // parts
-            await scenario(bench, done - last.count)
+            await scenario(test, done - last.count)
             took = time.monotonic() - began
-            last = Held(done, took, await bench.at_rest(before.counts))
+            last = Row(done, took, await test.stable_counts(before.counts))
             on_part(last)
-        return before, last, bench
+        return before, last, test
 
 
-def row(held: Held) -> str:
-    each = held.counts
+def format_row(row: Row) -> str:
+    each = row.counts
     cells = [each.queues, each.bindings, each.descriptors, each.tasks, f"{each.objects:,}", each.rss_mb]
-    return f"| {held.count:,} | {held.seconds:.0f} | {' | '.join(map(str, cells))} |"
+    return f"| {row.count:,} | {row.seconds:.0f} | {' | '.join(map(str, cells))} |"
 
 
 HEAD = """\
@@ -237,7 +239,7 @@ def main() -> None:
 
 
 async def _try(rabbitmq: Installation, name: str, count: int) -> bool:
-    """Whether nothing is left. The table is printed while it grows."""
+    """Whether nothing is left. Prints the table row by row."""
     with tempfile.TemporaryDirectory(prefix="leaks-") as folder:
         node = Node(Path(folder) / "node", management=True, rabbitmq=rabbitmq)
         try:
@@ -245,22 +247,22 @@ async def _try(rabbitmq: Installation, name: str, count: int) -> bool:
             vhost = Vhost(node)
             vhost.create()
             print(f"{count:,} {SCENARIOS[name][0]}, RabbitMQ {rabbitmq.version}\n\n{HEAD}", flush=True)
-            held: list[Counts] = []
+            counts: list[Counts] = []
 
-            def on_part(part: Held) -> None:
-                held.append(part.counts)
-                print(row(part), flush=True)
+            def on_part(part: Row) -> None:
+                counts.append(part.counts)
+                print(format_row(part), flush=True)
 
-            _, _, bench = await leaks(vhost, Path(folder), name, count, parts=PARTS, on_part=on_part)
-            before, half, after = held[0], held[PARTS // 2], held[-1]
-            print(f"\nstreams that ended with their token: {bench.expired}", flush=True)
-            print(f"more objects since the half: {(after.kinds - half.kinds).most_common(8)}\n", flush=True)
-            if after.held != before.held:
+            _, _, test = await leaks(vhost, Path(folder), name, count, parts=PARTS, on_part=on_part)
+            before, half, after = counts[0], counts[PARTS // 2], counts[-1]
+            print(f"\nstreams that ended with their token: {test.expired}", flush=True)
+            print(f"more objects since half of the run: {(after.kinds - half.kinds).most_common(8)}\n", flush=True)
+            if after.exact != before.exact:
                 print(after.differs(before), flush=True)
             vhost.close()
         finally:
             node.remove()
-    return after.held == before.held
+    return after.exact == before.exact
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""`python -m tests.endurance.soak --seconds 3600`: a bridge under steady load, and what it holds every few minutes.
+"""`python -m tests.endurance.soak --seconds 3600`: a bridge under steady load, with its resources every few minutes.
 
-Clients come back with the last id that they saw, streams rotate, publishers send single events and bursts, and now and
-then clients and the connection to RabbitMQ are cut. At the end nothing may be missing and nothing may be left.
+Clients return with the last id that they saw, streams rotate, and publishers send single events and bursts. From time
+to time clients' connections and the connection to RabbitMQ are cut. At the end no event may be missing, and no resource
+may be left.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import httpx
 
 from bridge import Audience
 from deploy.local.node import Installation, Node
-from tests.chaos.oracle import Client, Ledger, Verdict, burst, come_to_rest, publish
+from tests.chaos.oracle import Client, Ledger, Verdict, burst, publish, wait_for_verdict
 from tests.client import Stream
 from tests.endurance.counts import CountedService, Counts
 from tests.patience import PATIENCE
@@ -55,7 +56,7 @@ class Sample:
     counts: Counts
 
     def row(self, before: Sample) -> str:
-        """Of a table: what happened since the sample before, and what is held now."""
+        """A row of the table: what happened since the sample before, and the resources now."""
         seconds = 60 * (self.minutes - before.minutes)
         cells = [
             f"{self.minutes:.1f}",
@@ -94,7 +95,7 @@ class Soak:
         for _ in range(20):  # Each of the bridge's channel workers opens a channel with its first stream, and keeps it.
             async with Stream(self.service.public, mint("first")) as first:
                 await first.ready()
-        before = await self.service.at_rest(self.vhost)
+        before = await self.service.stable_counts(self.vhost)
         for number in range(CLIENTS):
             groups = tuple(str(group) for group in range(GROUPS) if self._chance.random() < 0.3)
             own = random.Random(self._chance.random())
@@ -105,7 +106,7 @@ class Soak:
             asyncio.create_task(publish(n, self.vhost.url, USERS, GROUPS, RATE, self.ledger, stop))
             for n in range(PUBLISHERS)
         ]
-        troubles = [
+        faults = [
             asyncio.create_task(self._every(BURST_EVERY, self._burst)),
             asyncio.create_task(self._every(CUT_CLIENTS_EVERY, self._cut_clients)),
             asyncio.create_task(self._every(LOSE_EVERY, self._lose)),
@@ -118,20 +119,20 @@ class Soak:
             now = await self._sample()
             print(now.row(last), flush=True)
             last = now
-        for task in troubles:
+        for task in faults:
             task.cancel()
-        await asyncio.gather(*troubles, return_exceptions=True)
+        await asyncio.gather(*faults, return_exceptions=True)
         stop.set()
         await asyncio.wait(publishers)
-        verdict = await come_to_rest(self.ledger, self.clients, PATIENCE)
+        verdict = await wait_for_verdict(self.ledger, self.clients, PATIENCE)
         for task in streams:
             task.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
-        return verdict, before, await self.service.at_rest(self.vhost, before)
+        return verdict, before, await self.service.stable_counts(self.vhost, before)
 
     async def _every(self, seconds: float, happens: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await asyncio.sleep(seconds)  # Its pace.
+            await asyncio.sleep(seconds)  # The interval.
             await happens()
 
     async def _burst(self) -> None:
@@ -172,7 +173,7 @@ class Soak:
 
 
 async def soak(rabbitmq: Installation, seconds: float) -> bool:
-    """Whether nothing was missing and nothing is left. The table is printed while it grows."""
+    """Whether no event was missing and no resource is left. Prints the table row by row."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         node = Node(Path(folder) / "node", management=True, rabbitmq=rabbitmq)
         try:
@@ -198,25 +199,25 @@ async def soak(rabbitmq: Installation, seconds: float) -> bool:
         finally:
             node.remove()
     found = {
-        "owed": verdict.owed,
+        "expected": verdict.expected,
         "missing": len(verdict.missing),
         "disorder": len(verdict.disorder),
-        "strangers": len(verdict.strangers),
+        "other_audiences": len(verdict.other_audiences),
         "repeats": len(verdict.repeats),
         "duplicates": verdict.duplicates,
-        "gaps_told": sum(client.gaps for client in run.clients),
-        "tracebacks": sum("Traceback" in line for line in service.complaints),
-        "held_before": before.held,
-        "held_after": after.held,
+        "gaps": sum(client.gaps for client in run.clients),
+        "tracebacks": sum("Traceback" in line for line in service.warnings),
+        "counts_before": before.exact,
+        "counts_after": after.exact,
         "rss_mb_before": before.rss_mb,
         "rss_mb_after": after.rss_mb,
     }
     print(f"\n{json.dumps(found)}", flush=True)
     for line in verdict.faults[:20]:
         print("   ", line, flush=True)
-    if after.held != before.held:
+    if after.exact != before.exact:
         print(after.differs(before), flush=True)
-    return verdict.good and after.held == before.held and not found["tracebacks"]
+    return verdict.good and after.exact == before.exact and not found["tracebacks"]
 
 
 def main() -> None:

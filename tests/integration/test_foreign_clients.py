@@ -18,7 +18,7 @@ import pytest
 import sseclient
 
 from tests.conftest import OpenStream, StartService
-from tests.node import find_node, place
+from tests.node import copy_script, find_node
 from tests.patience import PATIENCE
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
@@ -37,7 +37,7 @@ def npm(client: str) -> Reader:
         folder = tempfile.TemporaryDirectory()
         process = await asyncio.create_subprocess_exec(
             find_node(),
-            place("read.mjs", Path(folder.name)),
+            copy_script("read.mjs", Path(folder.name)),
             client,
             f"{service.public}/events",
             mint("42"),

@@ -1,4 +1,4 @@
-"""`python -m tests.mutants [NAME...]`: every mutant in a copy of the tree, and whether its keeper noticed."""
+"""`python -m tests.mutants [NAME...]`: applies each mutant in a copy of the tree, and shows whether its test fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def survives(mutant: Mutant) -> bool:
                 shutil.copy(source, target)
         file = Path(folder) / mutant.file
         text = file.read_text()
-        assert text.count(mutant.old) == 1, f"{mutant.name} does not fit any more"
+        assert text.count(mutant.old) == 1, f"{mutant.name}: its text is not in {mutant.file} any more"
         file.write_text(text.replace(mutant.old, mutant.new))
         done = subprocess.run(
             [

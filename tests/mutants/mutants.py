@@ -1,6 +1,7 @@
-"""Mutants of the code: one edit each, what a user would see of it, and the test that must catch it.
+"""Mutants of the code: each is one edit, with its effect for a user, and the test that must fail.
 
-`make mutants` lets each loose in a copy of the tree and shows whether its keeper noticed. Added when one bites.
+`make mutants` applies each one in a copy of the tree and shows whether its test fails. "Was a real bug" means that the
+bridge once had this fault.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MUTANTS = [
         "bridge/service/broker/eventlog.py",
         "            request.verified = True\n            request.next = offset + 1\n",
         "            request.verified = True\n            request.next = offset + 2\n",
-        "the first event after a client's place is lost",
+        "the first event after a client's position is lost",
         "tests/integration/test_resume.py::test_a_client_can_be_cut_after_every_single_event",
     ),
     Mutant(
@@ -35,7 +36,7 @@ MUTANTS = [
         "bridge/service/streams/session.py",
         "        self._sent_by_cursor = frozenset(resume_from.digests + resume_from.passed)\n",
         "        self._sent_by_cursor = frozenset()\n",
-        "what was sent behind the anchor comes a second time",
+        "events that were sent after the position come a second time",
         WORLD,
     ),
     Mutant(
@@ -43,7 +44,7 @@ MUTANTS = [
         "bridge/service/streams/session.py",
         "        buffered, self._buffered, self._buffered_bytes = self._buffered, OrderedDict(), 0\n",
         "        buffered, self._buffered, self._buffered_bytes = OrderedDict(), OrderedDict(), 0\n",
-        "what came live while the log was read is lost",
+        "live events that arrive while the log is read are lost",
         WORLD,
     ),
     Mutant(
@@ -51,7 +52,7 @@ MUTANTS = [
         "bridge/service/streams/session.py",
         "        self._unbuffer(event.id)\n        if was_sent or",
         "        if was_sent or",
-        "with more than 512 buffered, what the log gave comes again from the live queue",
+        "with more than 512 buffered events, events from the log come again from the live queue",
         SESSION,
     ),
     Mutant(
@@ -59,7 +60,7 @@ MUTANTS = [
         "bridge/service/streams/session.py",
         "            self._send_ready(self._cursor, resumed=True)\n",
         "            self._send_ready(Cursor(self._live_from), resumed=True)\n",
-        "a client cut off in its replay comes back behind what it never got",
+        "a client that is cut in its replay resumes after events that it never got",
         WORLD,
     ),
     Mutant(
@@ -67,7 +68,7 @@ MUTANTS = [
         "bridge/service/streams/recall.py",
         "        return () if total == 0 else None\n",
         "        return ()\n",
-        "an event that others overtook is taken as sent, and lost to whoever comes back just then (this one bit)",
+        "an event that later ones overtook counts as sent, and a client that returns then loses it (was a real bug)",
         WORLD,
     ),
     Mutant(
@@ -75,7 +76,7 @@ MUTANTS = [
         "bridge/service/streams/recall.py",
         "        shared, event = entry.shared, entry.event\n",
         "        shared, event = False, entry.event\n",
-        "what one queue brought is counted as the other's, and is sent again",
+        "events of one queue are counted for the other queue, and are sent again",
         SESSION,
     ),
     Mutant(
@@ -83,7 +84,7 @@ MUTANTS = [
         "bridge/service/streams/hub.py",
         "        anchor = self._hub.watermark(min(number, self._hub.shared_fence))\n",
         "        anchor = self._hub.watermark(number)\n",
-        "a cursor moves past events that the shared queue has not brought yet (this one bit)",
+        "a cursor moves past events that the shared queue has not delivered yet (was a real bug)",
         "tests/unit/test_hub.py",
     ),
     Mutant(
@@ -91,7 +92,7 @@ MUTANTS = [
         "bridge/service/streams/progress.py",
         "            if at >= first or each.received_ms >= since_ms\n",
         "            if at >= first\n",
-        "what was sent just before a watermark, and stands behind it, comes a second time",
+        "events that were sent just before a watermark, but are after it in the log, come a second time",
         SESSION,
     ),
     Mutant(
@@ -99,7 +100,7 @@ MUTANTS = [
         "bridge/service/streams/progress.py",
         "            if oldest.counted and unnamed is not None:\n",
         "            if oldest.counted and unnamed is None:\n",
-        "a client with more than sixteen behind its anchor gets the others twice",
+        "a client with more than sixteen events after its position gets the others twice",
         SESSION,
     ),
     Mutant(
@@ -107,7 +108,7 @@ MUTANTS = [
         "bridge/service/streams/session.py",
         "        self._pending = {}\n",
         "        self._pending = None\n",
-        "who has just come gets what was published behind its ready before what was published before (this one bit)",
+        "a new client gets events from after its ready before events from before it (was a real bug)",
         WORLD,
     ),
     Mutant(
@@ -115,7 +116,7 @@ MUTANTS = [
         "bridge/service/streams/hub.py",
         "        self._watermarks_seen = self._hub.watermarks\n\n    def ask_for_proof",
         "        pass\n\n    def ask_for_proof",
-        "a client's place jumps over what fell in while its queues were gone",
+        "a client's position jumps over events that were published while its queues were gone",
         "tests/unit/test_hub.py",
     ),
     Mutant(
@@ -123,7 +124,7 @@ MUTANTS = [
         "bridge/service/streams/session.py",
         "        if self._buffer_overflowed:\n            # The new",
         "        if False:\n            # The new",
-        "what was too much for the buffer during a replay is lost",
+        "live events that do not fit into the buffer during a replay are lost",
         WORLD,
     ),
     Mutant(
@@ -131,15 +132,15 @@ MUTANTS = [
         "bridge/service/streams/session.py",
         "        self._live_from = watermark\n        self._overlapping = True\n",
         "        self._live_from = watermark\n        self._overlapping = True\n        self._clear_buffer()\n",
-        "a client far behind gets what came while a later watermark was asked for out of order (this one bit)",
+        "a client far behind gets events out of order that arrive before the later watermark is known (was a real bug)",
         WORLD,
     ),
     Mutant(
-        "tail-read-forgets",
+        "tail-read-forgets-ids",
         "bridge/service/streams/session.py",
         "        excess = len(self._recent) - (OVERLAP_IDS if self._overlapping else RECENT_IDS)\n",
         "        excess = len(self._recent) - RECENT_IDS\n",
-        "a busy client gets hundreds of events twice after each return (this one bit)",
+        "a busy client gets hundreds of events twice after each return (was a real bug)",
         SESSION,
     ),
     Mutant(
@@ -151,11 +152,11 @@ MUTANTS = [
         WORLD,
     ),
     Mutant(
-        "any-anchor-will-do",
+        "any-position-is-accepted",
         "bridge/service/broker/eventlog.py",
         "            if request.replay.check != check:",
         "            if False:",
-        "a cursor of a log that was deleted is resumed in the new one, at a place that means nothing",
+        "a cursor of a deleted log is resumed in the new log, at a wrong position",
         "tests/integration/test_resume.py::test_hostile_cursors_get_a_gap_and_then_live_events",
     ),
     Mutant(
@@ -164,11 +165,11 @@ MUTANTS = [
         "        self.state = State.DETACHED if self.is_ready else State.OPENING\n",
         "        self.state = State.DETACHED if self.is_ready else State.OPENING\n"
         '        self._backlog.append(sse.encode_gap("no-log"))\n',
-        "a page fetches its state before the new queue is bound, and misses what falls between",
+        "a page fetches its state before the new queue is bound, and misses the events between",
         SESSION,
     ),
     Mutant(
-        "log-of-everybody",
+        "replay-has-another-user",
         "bridge/service/streams/hub.py",
         "        self._prefixes = [audience.prefix for audience in audiences]\n",
         '        self._prefixes = [*(audience.prefix for audience in audiences), "user.43."]\n',
@@ -176,7 +177,7 @@ MUTANTS = [
         "tests/integration/test_resume.py::test_a_cursor_of_another_user_discloses_nothing",
     ),
     Mutant(
-        "busy-is-dead",
+        "a-busy-connection-is-dead",
         "bridge/service/broker/consumer.py",
         "        elif deliveries.takes and now - self._passed_at > QUIET_SECONDS:\n",
         "        elif False:\n",
@@ -188,7 +189,7 @@ MUTANTS = [
         "bridge/service/broker/live.py",
         "                        self._epoch.check_waiting(group)\n",
         "                        self._epoch.check_waiting(None)\n",
-        "after a reconnect nobody with a group is live again",
+        "after a reconnect no stream with a group is live again",
         "tests/integration/test_broker.py::test_after_a_reconnect_each_stream_has_all_its_groups",
     ),
     Mutant(
@@ -204,15 +205,15 @@ MUTANTS = [
         "bridge/event.py",
         'return None if b"null" in text or',
         "return None if",
-        "a page reads null where the worker wrote what is no number, and nobody is told",
+        "a page reads null where the worker wrote NaN or infinity, and no error is reported",
         "tests/property/test_event.py",
     ),
     Mutant(
-        "anything-is-as-written",
+        "every-body-takes-the-fast-path",
         "bridge/event.py",
         "if text != data or b",
         "if b",
-        "members that nobody declared, or that stand twice, reach the page as they were published",
+        "members that are not declared, or that occur twice, reach the page as they were published",
         "tests/unit/test_event.py",
     ),
     Mutant(
@@ -220,7 +221,7 @@ MUTANTS = [
         "bridge/service/broker/deliveries.py",
         "            self._sinks[channel] = _discard\n            self._last_tags.pop(channel, None)\n",
         "            self._sinks[channel] = _discard\n",
-        "whoever ends reading the log closes the connection for all who read it",
+        "the end of one scan closes the connection for all scans",
         "tests/property/test_deliveries.py",
     ),
     Mutant(
@@ -228,7 +229,7 @@ MUTANTS = [
         "bridge/service/broker/deliveries.py",
         "            delivery.is_cut = delivery.size > self.max_body\n",
         "",
-        "a body of 10 MB to a user with 20 streams delays everybody by seconds",
+        "a body of 10 MB to a user with 20 streams delays all streams by seconds",
         "tests/property/test_deliveries.py",
     ),
     Mutant(
@@ -236,7 +237,7 @@ MUTANTS = [
         "bridge/service/broker/deliveries.py",
         "                if length > max_frame and (kind != _HEADER or length > self._max_header):\n",
         "                if length > UNLIMITED_BYTES:\n",
-        "a length of 512 MiB is waited for, and buffered",
+        "the bridge waits for a frame of 512 MiB, and buffers it",
         "tests/property/test_deliveries.py",
     ),
     Mutant(
@@ -252,15 +253,15 @@ MUTANTS = [
         "bridge/service/http/keys.py",
         "            self._needs[token.digest] = self._begun + 1\n",
         "            self._needs[token.digest] = self._begun\n",
-        "a page with a new key gets 401 for good, from a key set whose reading began before the key was shown",
+        "a page with a new key gets 401 for good, because the read of the key set began before the key was in it",
         "tests/unit/test_auth.py",
     ),
     Mutant(
-        "strangers-have-no-budget",
+        "unknown-keys-have-no-budget",
         "bridge/service/budgets.py",
         "        if self.left(now) < 1:\n",
         "        if self.left(now) < -1e9:\n",
-        "anybody has the bridge flood the identity provider",
+        "any client can make the bridge flood the identity provider",
         "tests/unit/test_auth.py",
     ),
     Mutant(
@@ -268,7 +269,7 @@ MUTANTS = [
         "bridge/service/http/auth.py",
         "                    self._reader.read(token.claims, now)\n                unverified",
         "                    pass\n                unverified",
-        "tokens of other issuers have the key set read, and use up the budget",
+        "tokens of other issuers cause reads of the key set, and use up the budget",
         "tests/unit/test_auth.py",
     ),
     Mutant(
@@ -312,7 +313,7 @@ MUTANTS = [
         "tests/unit/test_live.py",
     ),
     Mutant(
-        "any-curve-will-do",
+        "any-curve-is-accepted",
         "bridge/service/http/keys.py",
         '    return algorithm not in _CURVES or key.get("crv") == _CURVES[algorithm]\n',
         "    return True\n",

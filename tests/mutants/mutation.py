@@ -1,4 +1,4 @@
-"""`python -m tests.mutants.mutation [NAME...]`: a tool's mutants of the pure files, and those that no test notices.
+"""`python -m tests.mutants.mutation [NAME...]`: a tool's mutants of the pure files, and those that no test detects.
 
 Each mutant is one edit in a copy of the tree: another operator, another number, a reversed condition.
 docs/mutants.md lists the survivors that are equivalent to the code.

@@ -1,4 +1,4 @@
-"""The short version of `make mutants`: every mutant still fits its file. `make mutants` runs the tests on each."""
+"""The short version of `make mutants`: the text of every mutant is still in its file. `make mutants` runs the tests."""
 
 from pathlib import Path
 

@@ -6,11 +6,11 @@ import Ajv2020 from "ajv/dist/2020.js";
 import addFormats from "ajv-formats";
 
 const kinds = {
-  // An exported JSON Schema. A tuple of any length is no fault, though ajv's strictest mode takes it for one.
+  // An exported JSON Schema. A tuple of any length is correct, though ajv's strictest mode reports it.
   strict: () => new Ajv2020.default({ ownProperties: true, strict: true, strictTuples: false }),
-  // Of an AsyncAPI document: draft-07, with its discriminator.
+  // A schema of an AsyncAPI document: draft-07, with its discriminator.
   "draft-07": () => new Ajv.default({ ownProperties: true, strict: false, allErrors: true }),
-  // Of an OpenAPI document, which has keywords of its own.
+  // A schema of an OpenAPI document, which has keywords of its own.
   openapi: () => new Ajv2020.default({ ownProperties: true, strict: false }),
 };
 const answers = {};

@@ -1,4 +1,4 @@
-// Reads a stream with a client that was not written here, and prints what it hands out, a JSON line each.
+// Reads a stream with a client of another project, and prints each event that it reports, as a line of JSON.
 //   node read.mjs CLIENT URL TOKEN NAMES
 const [client, url, token, names] = process.argv.slice(2);
 const headers = { Authorization: `Bearer ${token}` };
@@ -25,7 +25,7 @@ const clients = {
     listen(new (EventSourcePolyfill ?? (await import("event-source-polyfill")).default.EventSourcePolyfill)(url, { headers }));
   },
   async "@microsoft/fetch-event-source"() {
-    // Made for browsers: it asks whether the page is hidden.
+    // This package is made for browsers: it checks whether the page is hidden.
     globalThis.window = globalThis;
     globalThis.document = { hidden: false, addEventListener() {}, removeEventListener() {} };
     const { fetchEventSource } = await import("@microsoft/fetch-event-source");

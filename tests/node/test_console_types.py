@@ -1,4 +1,4 @@
-"""The console's modules, as TypeScript's compiler sees them."""
+"""TypeScript's compiler checks the types of the console's modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.node import ROOT, ask
 
 CONSOLE = ROOT / "bridge" / "console"
 
-# Wrong in itself, and wrong in how it uses the client and another module.
+# It has a fault of its own, and faults in its use of the client and of another module.
 FAULTY = """// @ts-check
 import { subscribe } from "/client.js";
 import { clock } from "./dom.js";
@@ -19,7 +19,7 @@ function f(untyped) { return untyped; }
 """
 
 
-def test_the_console_has_no_error_of_types(tmp_path: Path) -> None:
+def test_the_console_has_no_type_error(tmp_path: Path) -> None:
     for file in CONSOLE.glob("*.js"):
         shutil.copy(file, tmp_path)
     (tmp_path / "faulty.js").write_text(FAULTY)
@@ -30,6 +30,6 @@ def test_the_console_has_no_error_of_types(tmp_path: Path) -> None:
     assert [error.partition(": ")[0] for error in errors] == ["faulty.js:4", "faulty.js:5", "faulty.js:6"]
 
 
-def test_every_module_asks_for_the_check() -> None:
+def test_every_module_enables_the_check() -> None:
     for file in CONSOLE.glob("*.js"):
         assert file.read_text().startswith("// @ts-check\n"), file.name

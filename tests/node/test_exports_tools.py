@@ -1,4 +1,4 @@
-"""The exports of a catalogue with all of pydantic's common features, as the tools of others read them."""
+"""Tools of other projects read the exports of a catalogue that has all of pydantic's common features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.node import ask
 SAMPLE = load_catalogue("bridge.samples")
 
 
-def takes(model: type[EventData], data: Any) -> bool:
+def accepts(model: type[EventData], data: Any) -> bool:
     try:
         model.model_validate_json(json.dumps(data))
     except ValidationError:
@@ -27,7 +27,7 @@ def takes(model: type[EventData], data: Any) -> bool:
 
 
 def written(event_type: str) -> list[Any]:
-    """What a browser gets of each valid case."""
+    """The data that a browser gets for each valid case."""
     models = (CATALOGUE[event_type].model_validate_json(json.dumps(data)) for data in VALID[event_type])
     return [model.model_dump(mode="json", by_alias=True) for model in models]
 
@@ -39,7 +39,7 @@ def test_the_parser_of_asyncapi_finds_no_fault(catalogue: Catalogue, tmp_path: P
 
 
 @pytest.mark.contract("2.67")
-def test_the_payloads_of_asyncapi_take_what_browsers_get_and_no_less(tmp_path: Path) -> None:
+def test_the_payloads_of_asyncapi_fit_what_browsers_get_and_require_each_member(tmp_path: Path) -> None:
     document = exports.asyncapi(CATALOGUE, version="1.2.3")
     questions = {}
     for kind, message in document["components"]["messages"].items():
@@ -60,7 +60,7 @@ def test_the_payloads_of_asyncapi_take_what_browsers_get_and_no_less(tmp_path: P
 @pytest.mark.contract("2.63", "2.65", "2.66")
 def test_ajv_accepts_what_pydantic_accepts_and_refuses_what_it_refuses(tmp_path: Path) -> None:
     cases = {kind: VALID[kind] + INVALID[kind] for kind in CATALOGUE}
-    expected = {kind: [takes(CATALOGUE[kind], data) for data in cases[kind]] for kind in CATALOGUE}
+    expected = {kind: [accepts(CATALOGUE[kind], data) for data in cases[kind]] for kind in CATALOGUE}
     assert expected == {kind: [True] * len(VALID[kind]) + [False] * len(INVALID[kind]) for kind in CATALOGUE}
     questions = {kind: {"schema": CATALOGUE.json_schema(kind), "cases": cases[kind]} for kind in CATALOGUE}
     answers = ask("ajv.mjs", questions, tmp_path, "strict")
@@ -85,7 +85,7 @@ def events_in_typescript(catalogue: Catalogue) -> str:
 
 
 @pytest.mark.contract("2.67")
-def test_the_compiler_takes_the_types_and_what_browsers_get(tmp_path: Path) -> None:
+def test_the_compiler_accepts_the_types_and_what_browsers_get(tmp_path: Path) -> None:
     narrowing = """
 import type { BridgeEvent, EventType } from "./events";
 export function show(event: BridgeEvent): string | number {
@@ -120,7 +120,7 @@ export const wrong = (event: Extract<BridgeEvent, { type: "test.unions" }>) => {
     assert ask("typescript.mjs", files, tmp_path) == []
 
 
-def test_the_compiler_takes_the_types_of_the_sample(tmp_path: Path) -> None:
+def test_the_compiler_accepts_the_types_of_the_sample(tmp_path: Path) -> None:
     assert ask("typescript.mjs", {"events.ts": exports.typescript(SAMPLE)}, tmp_path) == []
 
 
@@ -141,7 +141,7 @@ subscribe<BridgeEvent>({ url: "/events", onEvent: { "job.progres": () => {} } })
     assert ask("typescript.mjs", files, tmp_path) == []
 
 
-def test_the_types_are_no_wider_than_they_need_be(tmp_path: Path) -> None:
+def test_the_types_are_not_wider_than_necessary(tmp_path: Path) -> None:
     """Each line is an error: none of the members below is `any`, `unknown` or missing."""
     lines = [
         f"const {name}: BridgeEvent & {{ type: {json.dumps(kind)} }} extends infer E "

@@ -1,4 +1,4 @@
-"""The schemas of frames in the OpenAPI document, as a validator that was not written here reads them."""
+"""A validator of another project reads the schemas of frames in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def test_each_frame_has_the_schema_of_its_data(tmp_path: Path) -> None:
             questions["frame"]["cases"] += [{"id": "a", "event": name, "data": "{}"}, {"id": "a", "data": "{}"}]
     answers = ask("ajv.mjs", questions, tmp_path, "openapi")
     assert answers["frame"] == {"verdicts": [True] * 2 * len(CATALOGUE)}
-    # An event without data is refused also where the model has no members.
+    # An event without data is refused, even if the model has no members.
     for name in CATALOGUE:
         assert answers[name] == {"verdicts": [True, False, False]}
