@@ -1,5 +1,5 @@
-"""The image that `make image` has built, run as the rendered Deployment would run it. Not part of `make test`: building
-needs root and a minute. `make image` runs it where podman or Docker is there to run it with."""
+"""Runs the image that `make image` has built, as the rendered Deployment does. It is not part of `make test`: the build
+needs root and a minute. `make image` runs these tests with podman or Docker."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.service import SECRET, mint
 IMAGE = os.environ.get("IMAGE", "rabbitmq-sse-bridge:0.1.0")
 MOST_BYTES = 250_000_000
 
-# Where Podman is, it was for want of a Docker. crun, its own runtime, wants a delegated cgroup; runc does not. The file
-# systems for /tmp and /run that it would add could hide that something is written.
+# Podman is installed only if there is no Docker. Its own runtime, crun, needs a delegated cgroup; runc does not.
+# Without `--read-only-tmpfs=false`, Podman adds file systems for /tmp and /run, which could hide a write.
 PODMAN = shutil.which("podman") is not None
 ENGINE = ["podman", "--cgroup-manager=cgroupfs", "--runtime=/usr/sbin/runc"] if PODMAN else ["docker"]
 READ_ONLY = ["--read-only", *(["--read-only-tmpfs=false"] if PODMAN else [])]
@@ -40,7 +40,7 @@ def inspect() -> dict[str, Any]:
     return found[0]
 
 
-def test_what_it_says_of_itself() -> None:
+def test_the_images_metadata() -> None:
     image = inspect()
     assert image["Size"] < MOST_BYTES
     config = image["Config"]
@@ -51,7 +51,7 @@ def test_what_it_says_of_itself() -> None:
     assert labels["org.opencontainers.image.version"] == IMAGE.rpartition(":")[2]
     assert labels["org.opencontainers.image.revision"] not in ("", "unknown")
     names = {variable.partition("=")[0] for variable in config["Env"]}
-    assert not [name for name in names if name.startswith(("PIP_", "SSL_", "REQUESTS_"))], "the builder's own"
+    assert not [name for name in names if name.startswith(("PIP_", "SSL_", "REQUESTS_"))], "settings of the build"
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def container(vhost: Vhost, tmp_path: Path) -> Iterator[tuple[str, str, str]]:
         subprocess.run([*ENGINE, "rm", "--force", name], check=True, stdout=subprocess.DEVNULL)
 
 
-async def test_it_streams_without_a_file_to_write_and_ends_in_order(
+async def test_it_streams_with_a_read_only_file_system_and_ends_properly(
     vhost: Vhost, container: tuple[str, str, str]
 ) -> None:
     name, public, internal = container
@@ -101,8 +101,8 @@ async def test_it_streams_without_a_file_to_write_and_ends_in_order(
         assert await killed.wait() == 0
         assert json.loads((await stream.until("bridge.bye")).data) == {"reason": "drain"}
     process = await asyncio.create_subprocess_exec(*ENGINE, "wait", name, stdout=asyncio.subprocess.PIPE)
-    said, _ = await asyncio.wait_for(process.communicate(), 30)
-    assert said.split() == [b"0"]
+    printed, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert printed.split() == [b"0"]
 
 
 async def until_ready(internal: str) -> None:
@@ -115,4 +115,4 @@ async def until_ready(internal: str) -> None:
             except httpx.TransportError:
                 pass
             assert time.monotonic() < deadline
-            await asyncio.sleep(0.1)  # Between two looks.
+            await asyncio.sleep(0.1)  # Between two polls.

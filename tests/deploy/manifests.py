@@ -1,4 +1,4 @@
-"""What `kubectl apply -k` would send: the overlays, rendered."""
+"""Renders the overlays, as `kubectl apply -k` would send them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Manifest = dict[str, Any]
 @cache
 def render(folder: str) -> list[Manifest]:
     """The objects of `overlays/local`, `base` and so on."""
-    # Where the machine has none, or too old a one, deploy/local/ensure has put one there.
+    # If the machine has no kubectl, or too old a one, deploy/local/ensure has installed one in this folder.
     path = os.pathsep.join([str(KUBERNETES.parents[1] / ".run" / "tools"), os.environ["PATH"]])
     kubectl = shutil.which("kubectl", path=path)
     assert kubectl is not None, "kubectl is missing: deploy/local/ensure kubectl"
@@ -53,7 +53,7 @@ def containers(manifests: list[Manifest]) -> Iterator[tuple[Manifest, Manifest]]
 
 
 def bridge(manifests: list[Manifest]) -> tuple[Manifest, Manifest]:
-    """Its pod and its container."""
+    """The bridge's pod and container."""
     pod = named(manifests, "Deployment", "bridge")["spec"]["template"]["spec"]
     return pod, pod["containers"][0]
 

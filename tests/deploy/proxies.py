@@ -1,7 +1,7 @@
-"""Real proxies on loopback, each with the configuration in deploy/proxies as it stands there.
+"""Real proxies on loopback, each with its configuration from deploy/proxies.
 
-Only what a test has to change is changed, by exact text: addresses, paths, and the idle limit, which nobody wants to
-wait for. A text that is no longer in the file fails the test, so that what is shipped and what is tried stay one thing.
+A test replaces only what it must, by exact text: addresses, paths, and the idle limit, so that the test is short. If a
+text is no longer in the file, the test fails. So the tested configuration is the shipped one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.service import Service
 SHIPPED = Path(__file__).parents[2] / "deploy" / "proxies"
 
 BRIDGE_HOSTS = ("127.0.0.11", "127.0.0.12")
-"""An address for each bridge, as the proxies ask all of them for their readiness on one port."""
+"""An address for each bridge: the proxies ask for the readiness of all of them on the same port."""
 
 START_SECONDS = PATIENCE
 
@@ -50,7 +50,7 @@ def shipped(name: str, changes: dict[str, str]) -> str:
 
 
 def program(name: str) -> str:
-    """Of our virtual environment, or else the machine's. A missing one fails the suite; it does not skip."""
+    """A program of the virtual environment, or of the machine. A missing one fails the suite; it does not skip."""
     found = shutil.which(
         name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
     )
@@ -59,21 +59,20 @@ def program(name: str) -> str:
 
 
 class Edge:
-    """One proxy in front of two bridges. This class is what all have in common; those below say what they are given and
-    how they are told to reload.
+    """One proxy in front of two bridges. The classes below have the configuration of each proxy, and how it reloads.
 
     Args:
         folder: for its configuration, certificate and logs.
-        bridges: what stands behind it.
-        idle_seconds: its limit for a stream on which nothing moves.
+        bridges: the bridges behind it.
+        idle_seconds: its limit for a stream without any bytes.
     """
 
     name = ""
     has_idle_limit = True
     limited: tuple[tuple[str, str], ...] = ()
-    """Texts of its rate limit, each with one for a test that reaches it: five at once, and then next to none."""
-    answers_when_away = True
-    """Whether it has words of its own for an EventSource when no bridge is up."""
+    """Texts of its rate limit, each with a replacement for a test: five streams at once, and then nearly none."""
+    answers_without_bridges = True
+    """Whether it answers an EventSource by itself when no bridge is up."""
     reload_signal = signal.SIGHUP
 
     def __init__(self, folder: Path, bridges: list[Service], idle_seconds: float) -> None:
@@ -90,11 +89,11 @@ class Edge:
         self._files = {name: str(folder / name) for name in ("events.crt", "events.key", "events.pem")}
         self._processes: list[asyncio.subprocess.Process] = []
         self.limits: dict[str, str] = {}
-        """Replaces the rate limit that is shipped."""
+        """Replacements of the shipped rate limit."""
         make_certificate(folder)
 
     def trust(self) -> ssl.SSLContext:
-        """A new one each time: httpx writes into what it is given that it speaks HTTP/2."""
+        """A new context each time: httpx changes the context that it gets for HTTP/2."""
         return ssl.create_default_context(cafile=self.folder / "events.crt")
 
     def _certificate(self, *names: str) -> dict[str, str]:
@@ -108,18 +107,18 @@ class Edge:
         await self._run(self.configure())
         async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(verify=self.trust()) as client:
             while True:
-                assert self._processes[-1].returncode is None, self.said()
-                # Through to a bridge: Traefik listens before it knows its routes.
+                assert self._processes[-1].returncode is None, self.logs()
+                # Wait for an answer of a bridge: Traefik listens before it knows its routes.
                 with contextlib.suppress(httpx.TransportError):
                     if (await client.get(f"{self.url}/schemas")).status_code == 200:
                         return self
-                await asyncio.sleep(0.02)  # Between two looks.
+                await asyncio.sleep(0.02)  # Between two polls.
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for process in self._processes:
-            # A session each, so that its workers go with it, old ones too.
+            # Each has its own session, so that its workers end with it, old ones too.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
@@ -129,7 +128,7 @@ class Edge:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 cwd=self.folder,
-                # Traefik and Caddy keep things in the home folder; this one is nobody's.
+                # Traefik and Caddy write into the home folder.
                 env={"PATH": os.environ["PATH"], "HOME": str(self.folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -139,26 +138,26 @@ class Edge:
         self._processes.append(process)
         return process
 
-    def said(self) -> str:
+    def logs(self) -> str:
         """All its logs: access, errors, output."""
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("*.log")))
 
     async def logged(self, text: str) -> None:
         async with asyncio.timeout(START_SECONDS):
-            while text not in self.said():  # noqa: ASYNC110 - a file has nothing to wait on.
-                await asyncio.sleep(0.02)  # Between two looks.
+            while text not in self.logs():  # noqa: ASYNC110 - a file can only be polled.
+                await asyncio.sleep(0.02)  # Between two polls.
 
     def _workers(self) -> set[str]:
         pid = self._processes[0].pid
         return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
     async def reload(self) -> None:
-        """As an operator would; returns once the new configuration serves."""
+        """Reloads as an operator does; returns once the new configuration is in use."""
         before = self._workers()
         self._processes[0].send_signal(self.reload_signal)
         async with asyncio.timeout(START_SECONDS):
-            while self._workers() <= before:  # noqa: ASYNC110 - /proc has nothing to wait on.
-                await asyncio.sleep(0.02)  # Between two looks.
+            while self._workers() <= before:  # noqa: ASYNC110 - /proc can only be polled.
+                await asyncio.sleep(0.02)  # Between two polls.
 
 
 class Nginx(Edge):
@@ -176,13 +175,13 @@ class Nginx(Edge):
                 "/run/nginx.pid": f"{self.folder}/nginx.pid",
                 "/var/log/nginx/": f"{self.folder}/",
                 "proxy_read_timeout 60s;": f"proxy_read_timeout {self._idle};",
-                # What it was built with belongs to root.
+                # The folders that are compiled in belong to root.
                 "\nhttp {\n": "\nhttp {\n"
                 + "".join(
                     f"    {kind}_temp_path {self.folder}/{kind};\n"
                     for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
                 ),
-                # Another one could not take more of these than the machine's limit when it is not root.
+                # Without root, a process cannot raise its limit above the machine's.
                 "worker_rlimit_nofile 65536;": "",
                 "worker_connections 32768;": "worker_connections 512;",
             },
@@ -205,7 +204,7 @@ class Haproxy(Edge):
                 **self.limits,
                 **self._certificate("events.pem"),
                 "bind :443 ": f"bind 127.0.0.1:{self.port} ",
-                # More than the machine may allow.
+                # The machine may not allow so many.
                 "maxconn 20000": "maxconn 500",
                 "check port 9090": f"check port {self._internal}",
                 "timeout client 60s": f"timeout client {self._idle}",
@@ -236,16 +235,16 @@ class Caddy(Edge):
         return [program("caddy"), "run", "--config", str(self.folder / "Caddyfile")]
 
     async def reload(self) -> None:
-        # Forced, as it would not even look at a file that says what the last one said.
+        # Forced: without it, Caddy ignores a file that has not changed.
         command = ["reload", "--force", "--config", str(self.folder / "Caddyfile")]
         reloading = await self._run([program("caddy"), *command])
         async with asyncio.timeout(START_SECONDS):
-            assert await reloading.wait() == 0, self.said()
+            assert await reloading.wait() == 0, self.logs()
 
 
 class Envoy(Edge):
     name = "envoy"
-    # The first is for the question whether it is up.
+    # One token more: the test's first request, which waits for the start, uses one.
     limited = (
         (
             "{max_tokens: 1000, tokens_per_fill: 100, fill_interval: 1s}",
@@ -264,38 +263,38 @@ class Envoy(Edge):
         for host, port, name in zip(self._hosts, self._ports, ("bridge-1", "bridge-2"), strict=True):
             changes[f"{{address: {name}, port_value: 8080}}"] = f"{{address: {host}, port_value: {port}}}"
         (self.folder / "envoy.yaml").write_text(shipped("envoy.yaml", changes))
-        self._base_id = str(secrets.randbelow(2**24))  # Envoys of one number are the same one's lives.
+        self._base_id = str(secrets.randbelow(2**24))  # Processes with the same id are epochs of the same Envoy.
         self._epoch = 0
         return self._command()
 
     def _command(self) -> list[str]:
         options = ["--restart-epoch", str(self._epoch), "--drain-time-s", "60", "--parent-shutdown-time-s", "3900"]
-        # It writes its log every ten seconds, unless told.
-        mine = ["--base-id", self._base_id, "--concurrency", "1", "--file-flush-interval-msec", "50"]
-        return [program("envoy"), "-c", str(self.folder / "envoy.yaml"), *options, *mine]
+        # By default it writes its log every ten seconds.
+        own = ["--base-id", self._base_id, "--concurrency", "1", "--file-flush-interval-msec", "50"]
+        return [program("envoy"), "-c", str(self.folder / "envoy.yaml"), *options, *own]
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await super().__aexit__(kind, error, traceback)
-        # What its lives share, which one that is killed leaves behind.
+        # The memory that its epochs share: a killed process leaves it behind.
         os.unlink(f"/dev/shm/envoy_shared_memory_{self._base_id}0")
 
     async def reload(self) -> None:
         self._epoch += 1
-        before = self.said().count("starting main dispatch loop")
+        before = self.logs().count("starting main dispatch loop")
         await self._run(self._command())
         async with asyncio.timeout(START_SECONDS):
-            while self.said().count("starting main dispatch loop") <= before:
-                assert self._processes[-1].returncode is None, self.said()
-                await asyncio.sleep(0.02)  # Between two looks.
+            while self.logs().count("starting main dispatch loop") <= before:
+                assert self._processes[-1].returncode is None, self.logs()
+                await asyncio.sleep(0.02)  # Between two polls.
 
 
 class Traefik(Edge):
     name = "traefik"
     limited = (("{average: 100, burst: 1000}", "{average: 1, period: 1h, burst: 6}"),)
     has_idle_limit = False
-    answers_when_away = False
+    answers_without_bridges = False
 
     def configure(self) -> list[str]:
         routes = self.folder / "routes" / "traefik-routes.yaml"
@@ -303,7 +302,7 @@ class Traefik(Edge):
         static = {
             'address: ":443"': f'address: "127.0.0.1:{self.port}"',
             "/etc/traefik/traefik-routes.yaml": str(routes),
-            # Not what a stream may live, as the file says: so a short one must not cut any.
+            # This is not a limit of a stream's life, as the file says. So a short one must not cut any.
             "readTimeout: 60s": f"readTimeout: {self._idle}",
         }
         (self.folder / "traefik.yaml").write_text(shipped("traefik.yaml", static))
@@ -321,7 +320,7 @@ class Traefik(Edge):
             "Host(`events.example.com`)": " || ".join(f"Host(`{name}`)" for name in names),
             "port: 9090": f"port: {self._internal}",
         }
-        # Renamed into place, or it might read the half of it.
+        # Renamed into place, so that Traefik never reads half of the file.
         draft = self.folder / "draft.yaml"
         draft.write_text(shipped("traefik-routes.yaml", changes))
         draft.replace(self._routes)
@@ -332,7 +331,7 @@ class Traefik(Edge):
         async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(verify=self.trust()) as client:
             host = {"Host": f"reload-{self._reloads}"}
             while (await client.get(f"{self.url}/events", headers=host)).status_code == 404:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)  # Between two looks.
+                await asyncio.sleep(0.02)  # Between two polls.
 
 
 EDGES: list[type[Edge]] = [Nginx, Haproxy, Caddy, Envoy, Traefik]

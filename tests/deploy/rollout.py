@@ -1,11 +1,15 @@
 """`python -m tests.deploy.rollout`: a rolling update as Kubernetes does it, with the manifests' own numbers.
 
-Replicas are processes, the Service is a real HAProxy, whose servers are told by its runtime API as endpoints are. For
-each old replica: a new one starts and is ready for minReadySeconds; then at the same moment the old one leaves the
-proxy and its preStop begins, after which it gets SIGTERM; and the next new one starts without waiting for that.
-Meanwhile events flow and clients come back as browsers do. At the end every client must have every event, once.
+Replicas are processes. The Service is a real HAProxy: its servers are set by its runtime API, like endpoints. For each
+old replica:
 
-With --scale 0.1 every time of the manifests is a tenth, clients' pauses too.
+- A new replica starts and is ready for minReadySeconds.
+- Then the old one leaves the proxy, and at the same moment its preStop begins. After preStop it gets SIGTERM.
+- The next new replica starts without waiting for that.
+
+Meanwhile events are published, and clients reconnect as browsers do. At the end every client must have each event once.
+
+With --scale 0.1 every time of the manifests is a tenth, and also the clients' pauses.
 """
 
 from __future__ import annotations
@@ -32,9 +36,9 @@ from tests.rabbit import Vhost
 from tests.service import Service
 
 SLOTS = 10
-"""Servers that the proxy knows at once, at the most."""
+"""The most servers that the proxy has at once."""
 
-SETTLE_SECONDS = PATIENCE
+WAIT_SECONDS = PATIENCE
 
 LEAST_EVENTS = 50
 """Events that are confirmed before the first replica stops. Each has several clients."""
@@ -42,7 +46,7 @@ LEAST_EVENTS = 50
 
 @dataclass(frozen=True)
 class Timings:
-    """Of the manifests, in seconds, times the scale."""
+    """The times of the manifests, in seconds, multiplied by the scale."""
 
     min_ready: float
     pre_stop: float
@@ -58,14 +62,14 @@ class Timings:
             min_ready=named(manifests, "Deployment", "bridge")["spec"]["minReadySeconds"] * scale,
             pre_stop=container["lifecycle"]["preStop"]["sleep"]["seconds"] * scale,
             drain=float(settings(manifests)["BRIDGE_DRAIN_SECONDS"]) * scale,
-            # What it takes to close is no matter of our scale.
+            # The time to close does not depend on the scale.
             grace=max(pod["terminationGracePeriodSeconds"] * scale, 60),
             retry=3 * scale,
         )
 
 
 class Haproxy:
-    """The Service: who is in it gets new streams, who leaves it keeps those it has."""
+    """The Service: its servers get new streams. A server that is removed keeps its open streams."""
 
     def __init__(self, folder: Path) -> None:
         (port,) = free_ports(1)
@@ -97,13 +101,13 @@ listen bridge
         deadline = time.monotonic() + PATIENCE
         while not self._socket.exists():
             assert time.monotonic() < deadline, "HAProxy did not start"
-            await asyncio.sleep(0.02)  # Between two looks.
+            await asyncio.sleep(0.02)  # Between two polls.
 
     async def stop(self) -> None:
         self._process.kill()
         await self._process.wait()
 
-    async def _say(self, *commands: str) -> None:
+    async def _send(self, *commands: str) -> None:
         reader, writer = await asyncio.open_unix_connection(str(self._socket))
         writer.write("; ".join(commands).encode() + b"\n")
         answer = (await reader.read()).decode().strip()
@@ -116,14 +120,14 @@ listen bridge
         assert not lines, answer
 
     async def add(self, address: str) -> int:
-        """Takes new streams for the server at this address; returns its slot."""
+        """Adds the server at this address, which then gets new streams; returns its slot."""
         slot = self._free.pop(0)
         host, _, port = address.removeprefix("http://").partition(":")
-        await self._say(f"set server bridge/s{slot} addr {host} port {port}", f"set server bridge/s{slot} state ready")
+        await self._send(f"set server bridge/s{slot} addr {host} port {port}", f"set server bridge/s{slot} state ready")
         return slot
 
     async def remove(self, slot: int) -> None:
-        await self._say(f"set server bridge/s{slot} state maint")
+        await self._send(f"set server bridge/s{slot} state maint")
         self._free.append(slot)
 
 
@@ -163,12 +167,12 @@ class Rollout:
         return pod, await self.proxy.add(pod.public)
 
     async def _terminate(self, pod: Service, slot: int) -> None:
-        """Leaving the endpoints and preStop begin together; SIGTERM follows preStop; SIGKILL the grace period."""
+        """The removal from the endpoints begins with preStop. SIGTERM follows preStop, SIGKILL the grace period."""
         began = time.monotonic()
         await self.proxy.remove(slot)
         await asyncio.sleep(self._timings.pre_stop)  # As Kubernetes does.
         pod.signal(signal.SIGTERM)
-        # TimeoutError where Kubernetes would kill it: that is what must not happen.
+        # TimeoutError if Kubernetes would kill it, which must not happen.
         self.exits.append(await pod.ended(seconds=self._timings.grace - self._timings.pre_stop))
         self.longest_exit = max(self.longest_exit, time.monotonic() - began)
 
@@ -184,18 +188,18 @@ class Rollout:
             tasks.append(publisher)
             await self._until(lambda: self.ledger.confirmed >= LEAST_EVENTS)
             self.began = time.monotonic()
-            going = []
+            terminating = []
             for pod, slot in old:
                 await self._new_pod()
                 await asyncio.sleep(self._timings.min_ready)  # As Kubernetes does.
-                going.append(asyncio.create_task(self._terminate(pod, slot)))
-            await asyncio.gather(*going)
+                terminating.append(asyncio.create_task(self._terminate(pod, slot)))
+            await asyncio.gather(*terminating)
             self.seconds = time.monotonic() - self.began
-            # Events flow on until all are back: a client here takes 20 s without one for a dead stream.
+            # Publishing continues until all clients are back: a client notices a dead stream only without events.
             await self._until(lambda: not any(client.away for client in self.clients))
             stop.set()
             await publisher
-            await self._until(lambda: judge(self.ledger, self.clients).good, or_else=False)
+            await self._until(lambda: judge(self.ledger, self.clients).good, must_hold=False)
             return judge(self.ledger, self.clients)
         finally:
             for task in tasks:
@@ -206,15 +210,15 @@ class Rollout:
             await self.proxy.stop()
             self._folder.cleanup()
 
-    async def _until(self, look: Callable[[], bool], *, or_else: bool = True) -> None:
-        # The last who were told goodbye wait for up to a drain's length.
-        deadline = time.monotonic() + SETTLE_SECONDS + self._timings.drain
-        while not look():
+    async def _until(self, condition: Callable[[], bool], *, must_hold: bool = True) -> None:
+        # The last clients that got a bye wait for up to the length of a drain.
+        deadline = time.monotonic() + WAIT_SECONDS + self._timings.drain
+        while not condition():
             if time.monotonic() > deadline:
                 away = [client.byes for client in self.clients if client.away]
-                assert not or_else, f"{len(away)} of {len(self.clients)} clients are still away: {away[:5]}"
+                assert not must_hold, f"{len(away)} of {len(self.clients)} clients are still away: {away[:5]}"
                 return
-            await asyncio.sleep(0.1)  # Between two looks.
+            await asyncio.sleep(0.1)  # Between two polls.
 
     def report(self, verdict: Verdict) -> dict[str, object]:
         back = [at for client in self.clients for at in client.ready_at[1:]]
@@ -231,17 +235,17 @@ class Rollout:
             "twice": verdict.duplicates,
             "gaps": sum(client.gaps for client in self.clients),
             "reconnects": len(back),
-            "reconnects_a_client": [min(per_client), max(per_client)],
-            "most_reconnects_a_second": max(per_second.values(), default=0),
+            "reconnects_per_client": [min(per_client), max(per_client)],
+            "most_reconnects_per_second": max(per_second.values(), default=0),
             "longest_away_s": round(max(client.longest_away for client in self.clients), 2),
-            "cut_without_goodbye": len(back) - sum(sum(client.byes.values()) for client in self.clients),
-            "turned_away": sum(client.byes["busy"] for client in self.clients),
+            "cut_without_bye": len(back) - sum(sum(client.byes.values()) for client in self.clients),
+            "busy": sum(client.byes["busy"] for client in self.clients),
             "exits": sorted(set(self.exits)),
             "longest_exit_s": round(self.longest_exit, 1),
         }
 
 
-async def rehearse(
+async def run_rollout(
     node: Node, *, scale: float, replicas: int = 3, clients: int = 60, rate: float = 50, seed: int = 1
 ) -> tuple[dict[str, object], Verdict]:
     vhost = Vhost(node)
@@ -265,7 +269,9 @@ def main() -> int:
     try:
         node.start()
         report, verdict = asyncio.run(
-            rehearse(node, scale=options.scale, replicas=options.replicas, clients=options.clients, rate=options.rate)
+            run_rollout(
+                node, scale=options.scale, replicas=options.replicas, clients=options.clients, rate=options.rate
+            )
         )
     finally:
         node.remove()

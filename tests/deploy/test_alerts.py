@@ -1,4 +1,4 @@
-"""Alerts and dashboard, held against the program, the runbook, and Prometheus' own checks."""
+"""Compares alerts and dashboard with the program, with the runbook, and with Prometheus' own checks."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ FROM_KUBERNETES = {
     "kube_pod_container_status_waiting_reason",
     "kube_pod_deletion_timestamp",
 }
-"""Looked up in the documentation of kube-state-metrics; a new one has to be, too."""
+"""Metrics of kube-state-metrics. Check a new one in its documentation."""
 
 FROM_PROMETHEUS = {"up", "ALERTS"}
 
 NOT_WANTED = {
-    "process_start_time_seconds": "only its changes say something, and those are there",
-    "process_virtual_memory_bytes": "address space is no memory",
-    "python_info": "the image's business, and the same for every pod of it",
-    "python_gc_objects_collected_total": "how much was collected asks for nothing; how often does, and is there",
+    "process_start_time_seconds": "only its changes are useful, and the dashboard shows those",
+    "process_virtual_memory_bytes": "address space is not memory",
+    "python_info": "it depends on the image only, and is the same for every pod",
+    "python_gc_objects_collected_total": "the number of objects needs no action; the dashboard shows the collections",
     "python_gc_objects_uncollectable_total": "always 0 since Python 3.4",
 }
 
@@ -71,7 +71,7 @@ LABELS: dict[tuple[str, str], set[str]] = {
 
 
 def series() -> dict[str, str]:
-    """Name of each series that the program tells, and of its metric."""
+    """The name of each series of the program, with the name of its metric."""
     found: dict[str, str] = {}
     for metric in Metrics().registry.collect():
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(metric.type, [""])
@@ -115,7 +115,7 @@ def promtool(*arguments: str, cwd: Path) -> str:
 
 
 def cases(path: Path) -> dict[str, Any]:
-    """What depends on the case stands in the case; what an alert says in any case is added from the rules."""
+    """The cases of a file. A case has only the annotations that depend on it; the others are added from the rules."""
     document: dict[str, Any] = yaml.safe_load(path.read_text())
     for test in document["tests"]:
         for case in test.get("alert_rule_test", []):
@@ -128,7 +128,7 @@ def cases(path: Path) -> dict[str, Any]:
 # The alerts.
 
 
-def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
+def test_prometheus_accepts_the_rules(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": MANIFEST["spec"]["groups"]}))
     assert f"{len(RULES)} rules found" in promtool("check", "rules", "rules.yaml", cwd=tmp_path)
 
@@ -152,7 +152,7 @@ def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_an_alert_says_how_bad_what_and_where_to_read_on(name: str) -> None:
+def test_an_alert_has_a_severity_a_text_and_a_runbook(name: str) -> None:
     rule = RULES[name]
     assert rule["labels"]["severity"] in ("critical", "warning", "info")
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
@@ -163,7 +163,7 @@ def test_an_alert_says_how_bad_what_and_where_to_read_on(name: str) -> None:
     assert address == RUNBOOK
     assert anchor == name.lower()
     assert anchor in anchors
-    # What a person would look for in a list of alerts is the first two words; `bridge` tells whose they are.
+    # In a list of alerts, the first word of a name says to which program it belongs.
     assert name.startswith("Bridge")
 
 
@@ -172,7 +172,7 @@ def test_the_runbook_has_no_entry_for_an_alert_that_is_gone() -> None:
 
 
 def read_runbook() -> str:
-    """Without line ends, which may be anywhere in a name."""
+    """The runbook as one line: a line may end within a name."""
     text = (ROOT / "docs/alerts.md").read_text()
     return " ".join(text[text.index("\n## Alerts\n") :].partition("\n## The dashboard\n")[0].split())
 
@@ -188,33 +188,33 @@ def test_log_lines_that_the_runbook_names_are_written_by_the_program() -> None:
     assert named - commands <= written
 
 
-def test_dashboards_panels_that_the_runbook_names_are_there() -> None:
+def test_the_dashboard_has_the_panels_that_the_runbook_names() -> None:
     named = set(re.findall(r'"([A-Z][^"]+)"', read_runbook()))
     assert named
     assert named <= {panel["title"] for panel in DASHBOARD["panels"]}
 
 
-# What alerts and dashboard ask for.
+# The queries of alerts and dashboard.
 
 
 @pytest.mark.parametrize("expr", QUERIES)
-def test_a_query_asks_for_what_there_is(expr: str) -> None:
+def test_a_query_uses_only_metrics_that_exist(expr: str) -> None:
     assert names(expr) <= set(SERIES) | FROM_KUBERNETES
     assert {name for name, _ in selectors(expr)} <= set(SERIES) | FROM_KUBERNETES | FROM_PROMETHEUS
     for name, matchers in selectors(expr):
-        # Somebody else's process has a process_start_time_seconds, too.
+        # Processes of other programs also have a process_start_time_seconds.
         assert name not in SERIES or "job" in matchers
         for label in ("reason", "outcome", "code"):
             if label in matchers and name in SERIES:
                 assert set(matchers[label][1].split("|")) <= LABELS[name, label]
 
 
-def test_no_series_is_asked_for_without_saying_whose() -> None:
+def test_every_series_in_a_query_has_a_selector() -> None:
     for expr in QUERIES:
         assert names(expr) - {"kube_pod_deletion_timestamp"} <= {name for name, _ in selectors(expr)}, expr
 
 
-def test_the_labels_that_the_tests_believe_in_are_those_of_the_program() -> None:
+def test_the_labels_in_the_tests_are_those_of_the_program() -> None:
     assert "origin-not-allowed" in LABELS["bridge_requests_refused_total", "code"]
     labels: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for metric in Metrics().registry.collect():
@@ -229,7 +229,7 @@ def test_the_labels_that_the_tests_believe_in_are_those_of_the_program() -> None
 
 
 def test_the_dashboard_is_the_one_that_its_source_makes() -> None:
-    assert dashboard.dashboard() == DASHBOARD, "`make exports` writes it anew"
+    assert dashboard.dashboard() == DASHBOARD, "run `make exports` to write it again"
 
 
 def test_the_dashboard_shows_every_metric_or_says_why_not() -> None:
@@ -238,8 +238,8 @@ def test_the_dashboard_shows_every_metric_or_says_why_not() -> None:
     assert shown | unwanted == set(SERIES.values())
 
 
-def test_the_dashboards_queries_can_be_read(tmp_path: Path) -> None:
-    # Older promtools check no expression by itself, so each is made a rule.
+def test_prometheus_parses_the_dashboards_queries(tmp_path: Path) -> None:
+    # Older versions of promtool cannot check an expression alone, so each becomes a rule.
     rules = []
     for index, expr in enumerate(dashboard_queries()):
         plain = expr.replace("$__rate_interval", "5m")
@@ -249,13 +249,13 @@ def test_the_dashboards_queries_can_be_read(tmp_path: Path) -> None:
     assert f"{len(rules)} rules found" in promtool("check", "rules", "rules.yaml", cwd=tmp_path)
 
 
-def test_panels_have_numbers_and_places_of_their_own() -> None:
+def test_panels_have_different_numbers_titles_and_positions() -> None:
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     assert len({panel["title"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
-    places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
-    for place in places:
-        assert 0 <= place["x"] < place["x"] + place["w"] <= 24
-    for one, two in combinations(places, 2):
+    positions = [panel["gridPos"] for panel in DASHBOARD["panels"]]
+    for position in positions:
+        assert 0 <= position["x"] < position["x"] + position["w"] <= 24
+    for one, two in combinations(positions, 2):
         beside = one["x"] + one["w"] <= two["x"] or two["x"] + two["w"] <= one["x"]
         above = one["y"] + one["h"] <= two["y"] or two["y"] + two["h"] <= one["y"]
         assert beside or above, (one, two)
@@ -270,14 +270,14 @@ def test_a_panel_says_what_its_number_means_and_what_is_normal(panel: dict[str, 
         assert target["datasource"] == {"type": "prometheus", "uid": "$datasource"}
 
 
-def test_the_dashboard_can_be_pointed_at_another_place() -> None:
+def test_the_dashboard_works_for_another_namespace_and_job() -> None:
     assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == [
         "datasource",
         "namespace",
         "job",
         "pod",
     ]
-    # Flux and envsubst would take it for theirs.
+    # Flux and envsubst would replace it.
     assert "${" not in json.dumps(DASHBOARD)
 
 
@@ -298,12 +298,12 @@ def test_the_component_ships_both() -> None:
     assert (ALERTS / "dashboard.json").stat().st_size < 500_000
 
 
-def test_alerts_ask_for_what_the_manifests_are_called() -> None:
+def test_alerts_use_the_names_of_the_manifests() -> None:
     manifests = render("overlays/production")
     monitor = named(manifests, "ServiceMonitor", "bridge")["spec"]
     service = named(manifests, "Service", "bridge-internal")
     assert service["metadata"]["labels"][monitor["jobLabel"]] == "bridge"
-    called = {
+    names_by_label = {
         "job": service["metadata"]["labels"][monitor["jobLabel"]],
         "deployment": named(manifests, "Deployment", "bridge")["metadata"]["name"],
         "horizontalpodautoscaler": named(manifests, "HorizontalPodAutoscaler", "bridge")["metadata"]["name"],
@@ -311,7 +311,7 @@ def test_alerts_ask_for_what_the_manifests_are_called() -> None:
     }
     for expr in QUERIES:
         for _, matchers in selectors(expr):
-            for label, name in called.items():
+            for label, name in names_by_label.items():
                 assert label not in matchers or matchers[label][1] in (name, "$job")
     assert named(manifests, "PrometheusRule", "bridge")["metadata"]["namespace"] == service["metadata"]["namespace"]
     shipped = named(manifests, "ConfigMap", "bridge-dashboard")
@@ -319,10 +319,10 @@ def test_alerts_ask_for_what_the_manifests_are_called() -> None:
     assert json.loads(shipped["data"]["bridge.json"]) == DASHBOARD
 
 
-def test_a_drain_can_be_seen_and_an_ordinary_one_is_no_alert() -> None:
+def test_metrics_show_a_drain_and_an_ordinary_drain_is_no_alert() -> None:
     manifests = render("overlays/production")
     service = named(manifests, "Service", "bridge-internal")["spec"]
-    assert service["publishNotReadyAddresses"], "or a pod is not scraped any more once it is to be deleted"
+    assert service["publishNotReadyAddresses"], "without it, a pod is not scraped while it is being deleted"
     (endpoint,) = named(manifests, "ServiceMonitor", "bridge")["spec"]["endpoints"]
     assert endpoint["interval"] == "15s"
     pod = named(manifests, "Deployment", "bridge")["spec"]["template"]["spec"]

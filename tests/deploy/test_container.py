@@ -1,4 +1,4 @@
-"""The Dockerfiles themselves. `make image` builds and runs what they make."""
+"""Checks of the Dockerfiles. `make image` builds and runs the images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONTAINER = Path(__file__).parents[2] / "deploy" / "container"
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "catalogue.Dockerfile"])
-def test_hadolint_has_nothing_to_say(name: str) -> None:
+def test_hadolint_reports_nothing(name: str) -> None:
     hadolint = Path(sys.executable).parent / "hadolint"
     done = subprocess.run(
         [hadolint, "--no-color", "--config", CONTAINER / "hadolint.yaml", CONTAINER / name],
@@ -24,8 +24,8 @@ def test_hadolint_has_nothing_to_say(name: str) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_what_the_build_copies_is_what_it_is_given() -> None:
-    """Whatever is not named in the ignore file does not exist for the build."""
+def test_the_build_gets_exactly_what_it_copies() -> None:
+    """A file that the ignore file does not name does not exist for the build."""
     copied = {
         word.removeprefix("./")
         for line in (CONTAINER / "Dockerfile").read_text().splitlines()

@@ -1,5 +1,5 @@
-"""The manifests, as they would reach a cluster. A server's schema finds few of the mistakes that people make in them;
-the rules here are the others."""
+"""The manifests, as a cluster would get them. A server's schema finds few of the usual mistakes; the tests here find
+others."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from tests.deploy.manifests import (
 
 ROOT = KUBERNETES.parents[1]
 VERSIONS = ["1.30", "1.31", "1.33", "1.35", "1.37"]
-"""Of Kubernetes. 1.30 is the first whose preStop may sleep without a shell."""
+"""Versions of Kubernetes. 1.30 is the first whose preStop can sleep without a shell."""
 
 CUSTOM = json.loads((Path(__file__).parent / "custom_resources.json").read_text())
-"""By API group and kind: what we use of it, and nothing else, so that a misspelt member is found."""
+"""Schemas by API group and kind. They have only the members that the manifests use, so that a misspelt one is found."""
 
 REGISTRY = {"rabbitmq:4"}
-"""Images that are somebody else's."""
+"""Images of other projects."""
 
 everywhere = pytest.mark.parametrize("overlay", OVERLAYS)
 
@@ -55,14 +55,14 @@ def custom_name(manifest: Manifest) -> str:
 
 @everywhere
 @pytest.mark.parametrize("version", VERSIONS)
-def test_kubernetes_takes_them(manifests: list[Manifest], version: str) -> None:
+def test_kubernetes_accepts_them(manifests: list[Manifest], version: str) -> None:
     for manifest in manifests:
         if custom_name(manifest) not in CUSTOM:
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
 @everywhere
-def test_operators_take_them(manifests: list[Manifest]) -> None:
+def test_operators_accept_them(manifests: list[Manifest]) -> None:
     for manifest in manifests:
         if custom_name(manifest) in CUSTOM:
             jsonschema.validate(manifest, CUSTOM[custom_name(manifest)])
@@ -83,7 +83,7 @@ def test_names_are_unique(manifests: list[Manifest]) -> None:
 
 
 @everywhere
-def test_selectors_find_what_they_are_to_find(manifests: list[Manifest]) -> None:
+def test_selectors_match_the_right_objects(manifests: list[Manifest]) -> None:
     pods = [deployment["spec"]["template"]["metadata"]["labels"] for deployment in of_kind(manifests, "Deployment")]
 
     def found(selector: dict[str, str]) -> int:
@@ -108,7 +108,7 @@ def test_selectors_find_what_they_are_to_find(manifests: list[Manifest]) -> None
 
 
 @everywhere
-def test_what_is_named_exists(manifests: list[Manifest]) -> None:
+def test_every_object_that_is_named_exists(manifests: list[Manifest]) -> None:
     exists = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
     for secret in of_kind(manifests, "ExternalSecret"):
         exists.add(("Secret", secret["spec"]["target"]["name"]))
@@ -155,7 +155,7 @@ def test_secret_keys_exist(manifests: list[Manifest]) -> None:
             assert keys[user["spec"]["importCredentialsSecret"]["name"]] == {"username", "password"}
 
 
-def test_the_base_holds_no_secret() -> None:
+def test_the_base_has_no_secret() -> None:
     for folder in ["base", "overlays/production", "overlays/production-keda"]:
         assert not of_kind(render(folder), "Secret")
     assert "password" not in json.dumps(render("base")).lower()
@@ -210,7 +210,7 @@ def test_the_program_listens_where_the_manifests_say(manifests: list[Manifest]) 
 
 
 @everywhere
-def test_every_setting_exists_and_holds(manifests: list[Manifest]) -> None:
+def test_every_setting_exists_and_is_valid(manifests: list[Manifest]) -> None:
     _, container = bridge(manifests)
     named_here = dict(settings(manifests))
     named_here |= {variable["name"]: variable.get("value", "") for variable in container["env"]}
@@ -228,7 +228,7 @@ def _quantity(text: str) -> float:
 
 
 @everywhere
-def test_containers_have_no_more_than_they_need(manifests: list[Manifest]) -> None:
+def test_containers_have_only_the_rights_that_they_need(manifests: list[Manifest]) -> None:
     for deployment, container in containers(manifests):
         pod = deployment["spec"]["template"]["spec"]
         assert pod["automountServiceAccountToken"] is False
@@ -243,20 +243,22 @@ def test_containers_have_no_more_than_they_need(manifests: list[Manifest]) -> No
         assert "memory" in container["resources"]["limits"]
     _, container = bridge(manifests)
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    assert "cpu" not in container["resources"]["limits"], "throttling is late heartbeats"
+    assert "cpu" not in container["resources"]["limits"], "throttling delays heartbeats"
 
 
 @everywhere
-def test_a_pod_has_the_time_it_needs_to_say_goodbye(manifests: list[Manifest]) -> None:
+def test_a_pod_has_the_time_that_a_drain_needs(manifests: list[Manifest]) -> None:
     deployment = named(manifests, "Deployment", "bridge")["spec"]
     pod, container = bridge(manifests)
     pre_stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain = float(settings(manifests)["BRIDGE_DRAIN_SECONDS"])
     readiness = container["readinessProbe"]
     unready = readiness["periodSeconds"] * readiness["failureThreshold"]
-    assert pre_stop >= 5, "proxies have to hear that the pod goes before it does"
+    assert pre_stop >= 5, "proxies must remove the pod before it stops"
     assert pod["terminationGracePeriodSeconds"] >= pre_stop + drain + 5 + 10
-    assert deployment["minReadySeconds"] >= pre_stop + 2 * drain, "or those who come back from one meet the next's"
+    assert deployment["minReadySeconds"] >= pre_stop + 2 * drain, (
+        "otherwise clients of one drain return during the next"
+    )
     startup = container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"]
     assert deployment["progressDeadlineSeconds"] > startup + deployment["minReadySeconds"]
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
@@ -265,17 +267,15 @@ def test_a_pod_has_the_time_it_needs_to_say_goodbye(manifests: list[Manifest]) -
 
 
 @everywhere
-def test_a_drain_does_not_bring_more_people_than_a_broker_takes(manifests: list[Manifest]) -> None:
-    """Goodbyes come evenly over the drain, pauses are even up to as long: so the rate of those who come back rises to
-    its highest in the middle and falls again. Whoever has waited for 20 s is told `busy`."""
+def test_a_drain_does_not_return_more_clients_than_a_broker_can_take(manifests: list[Manifest]) -> None:
+    """Streams end evenly over the drain, and pauses are evenly spread up to the same length. So the rate of returning
+    clients is highest in the middle of the two. A client that waits longer than 20 s gets `busy`."""
     if named(manifests, "Deployment", "bridge")["spec"].get("replicas") == 1:
         return
     given = settings(manifests)
     drain = float(given["BRIDGE_DRAIN_SECONDS"])
     highest = int(given["BRIDGE_MAX_CONNECTIONS"]) / drain
-    takes = (
-        200  # Queues a second of a busy broker: 185 to 345 were seen here (docs/benchmark.md, 2,000 opened at once).
-    )
+    takes = 200  # Queues a second of a busy broker: measured were 185 to 345 (docs/benchmark.md, 2,000 opened at once).
     too_many = max(0.0, highest - takes)
     behind = too_many * drain * too_many / highest
     assert behind / takes < 15
@@ -305,15 +305,15 @@ def test_budget_and_autoscaler_make_sense(manifests: list[Manifest]) -> None:
 
 
 @everywhere
-def test_the_network_is_closed_but_for_what_is_named(manifests: list[Manifest]) -> None:
+def test_the_network_policy_allows_only_what_is_named(manifests: list[Manifest]) -> None:
     (policy,) = of_kind(manifests, "NetworkPolicy")
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     own = {"app.kubernetes.io/name", "app.kubernetes.io/part-of"}
     for rule in policy["spec"]["egress"]:
-        assert rule["to"], "a rule without `to` is everywhere"
+        assert rule["to"], "a rule without `to` allows every address"
         assert rule["ports"]
         for peer in rule["to"]:
-            # Kustomize's `includeSelectors` writes our own labels into peers, too: nobody else has them.
+            # Kustomize's `includeSelectors` also writes the bridge's labels into peers, which do not have them.
             assert not own & set(peer.get("podSelector", {}).get("matchLabels", {}))
             if "ipBlock" in peer:
                 whole = ipaddress.ip_network(peer["ipBlock"]["cidr"])
@@ -323,7 +323,7 @@ def test_the_network_is_closed_but_for_what_is_named(manifests: list[Manifest]) 
                 )
     for rule in policy["spec"]["ingress"]:
         ports = {port["port"] for port in rule["ports"]}
-        assert "internal" not in ports or rule["from"], "metrics are not for everybody"
+        assert "internal" not in ports or rule["from"], "metrics are not open to every pod"
 
 
 def _texts(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -339,7 +339,7 @@ def _texts(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 @everywhere
 def test_what_must_be_text_is_text(manifests: list[Manifest]) -> None:
-    """YAML reads `off` and 60 as something else; a server refuses the object, or takes it for `false`."""
+    """YAML reads `off` as a boolean and 60 as a number. A server then refuses the object, or uses a wrong value."""
     for manifest in manifests:
         for path, value in _texts(manifest):
             if re.search(r"\.(labels|annotations|matchLabels|data)\.[^.]+", path) or path.endswith(".env.value"):
@@ -377,8 +377,8 @@ def test_the_catalogue_is_the_example_of_the_repository() -> None:
 
 
 @everywhere
-def test_the_log_is_made_as_it_is_set(manifests: list[Manifest]) -> None:
-    """With the rights that ship the bridge takes whatever is there: it may not compare."""
+def test_the_log_is_declared_as_the_settings_say(manifests: list[Manifest]) -> None:
+    """With the shipped rights the bridge uses the log that exists: it may not compare it with its settings."""
     defaults = Settings.model_fields
     given = settings(manifests)
     for queue in of_kind(manifests, "Queue"):
@@ -398,7 +398,7 @@ def test_with_an_identity_provider_no_secret_signs_tokens() -> None:
     assert "bridge-jwt" not in {manifest["metadata"]["name"] for manifest in manifests}
 
 
-def test_a_baked_catalogue_leaves_nothing_of_the_mounted_one() -> None:
+def test_with_a_catalogue_in_the_image_nothing_is_mounted() -> None:
     manifests = render("overlays/production-keda")
     _, container = bridge(manifests)
     assert "PYTHONPATH" not in {variable["name"] for variable in container["env"]}
@@ -406,7 +406,7 @@ def test_a_baked_catalogue_leaves_nothing_of_the_mounted_one() -> None:
     assert [m for m in of_kind(manifests, "ConfigMap") if "catalogue" in m["metadata"]["name"]] == []
 
 
-def test_the_numbers_on_the_page_about_kubernetes_are_the_manifests() -> None:
+def test_the_numbers_in_kubernetes_md_are_those_of_the_manifests() -> None:
     page = (ROOT / "docs" / "kubernetes.md").read_text()
     manifests = render("base")
     pod, container = bridge(manifests)

@@ -28,11 +28,11 @@ USERS = [user["name"] for user in DEFINITIONS["users"]]
 
 @pytest.fixture
 def rights(vhost: Vhost) -> Iterator[Vhost]:
-    """A virtual host with what the file has for `/`."""
+    """A virtual host with everything that the file has for `/`."""
     vhost.import_definitions(json.dumps(DEFINITIONS).replace('"vhost": "/"', f'"vhost": "{vhost.name}"'))
     try:
         for user in USERS:
-            vhost.add_user(user)  # As `rabbitmqctl change_password` would: from the file nobody can log in.
+            vhost.add_user(user)  # Sets a password, as `rabbitmqctl change_password` does: the file has none.
         yield vhost
     finally:
         for user in USERS:
@@ -47,7 +47,7 @@ def bridge_url(rights: Vhost) -> str:
     return url_of(rights, "bridge")
 
 
-async def test_each_does_its_work(
+async def test_each_user_can_do_its_work(
     rights: Vhost, start: StartService, connect: OpenStream, eventually: Eventually
 ) -> None:
     service = await start(amqp_url=bridge_url(rights))
@@ -69,10 +69,10 @@ async def test_each_does_its_work(
     assert await service.metric("bridge_quarantine_dropped_total") == 0
 
 
-async def test_a_log_that_may_no_longer_be_bound_is_named(
+async def test_the_bridge_warns_if_the_log_may_be_unbound(
     rights: Vhost, start: StartService, connect: OpenStream
 ) -> None:
-    """With the exchange its bindings go, and the bridge may not look."""
+    """The bindings of the log are deleted with the exchange, and the bridge has no right to check them."""
     service = await start(amqp_url=bridge_url(rights))
     stream = await connect(service, "42")
     rights.delete_exchange("events")
@@ -86,7 +86,7 @@ async def test_a_log_that_may_no_longer_be_bound_is_named(
     assert await stream.ids(1) == ["live"]
 
 
-async def test_bridge_check_is_content_with_them(rights: Vhost) -> None:
+async def test_bridge_check_accepts_the_rights(rights: Vhost) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bridge", "check",
         cwd=ROOT,
@@ -98,24 +98,24 @@ async def test_bridge_check_is_content_with_them(rights: Vhost) -> None:
         },
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    said, _ = await process.communicate()
-    assert process.returncode == 0, said.decode()
-    assert os.fsencode("!!") not in said
+    printed, _ = await process.communicate()
+    assert process.returncode == 0, printed.decode()
+    assert os.fsencode("!!") not in printed
 
 
 Channel = aiormq.abc.AbstractChannel
-Deed = Callable[[Channel], Awaitable[Any]]
+Action = Callable[[Channel], Awaitable[Any]]
 
 
 async def _nothing(_: object) -> None:
     pass
 
 
-def publish(key: str, exchange: str = "events") -> Deed:
+def publish(key: str, exchange: str = "events") -> Action:
     return lambda channel: channel.basic_publish(b"{}", exchange=exchange, routing_key=key)
 
 
-def bind_own(key: str, exchange: str = "events") -> Deed:
+def bind_own(key: str, exchange: str = "events") -> Action:
     async def bind(channel: Channel) -> None:
         await channel.queue_declare("bridge.mine", exclusive=True)
         await channel.queue_bind("bridge.mine", exchange, key)
@@ -123,7 +123,7 @@ def bind_own(key: str, exchange: str = "events") -> Deed:
     return bind
 
 
-ALLOWED: dict[str, list[tuple[str, Deed]]] = {
+ALLOWED: dict[str, list[tuple[str, Action]]] = {
     "bridge": [
         ("bind one user's events", bind_own("user.42.#")),
         ("bind some of them", bind_own("user.a%2Eb~.job.*")),
@@ -131,12 +131,12 @@ ALLOWED: dict[str, list[tuple[str, Deed]]] = {
         ("bind everybody's", bind_own("all.#")),
     ],
     "worker-jobs": [
-        ("tell a user of a job", publish("user.42.job.completed")),
-        ("tell one with an odd name", publish("user.a%2Eb.job.progress")),
+        ("publish a job event to a user", publish("user.42.job.completed")),
+        ("publish to a user with an odd name", publish("user.a%2Eb.job.progress")),
     ],
 }
 
-REFUSED: dict[str, list[tuple[str, Deed]]] = {
+REFUSED: dict[str, list[tuple[str, Action]]] = {
     "bridge": [
         ("bind all users' events", bind_own("user.*.#")),
         ("bind all users' events at once", bind_own("user.#")),
@@ -148,22 +148,22 @@ REFUSED: dict[str, list[tuple[str, Deed]]] = {
         ("bind the log to another exchange", lambda c: c.queue_bind("events.log", "amq.fanout", "")),
         ("unbind the log", lambda c: c.queue_unbind("events.log", "events", "#")),
         ("read the refused messages", lambda c: c.basic_consume("events.invalid", _nothing)),
-        ("throw the refused messages away", lambda c: c.queue_purge("events.invalid")),
+        ("purge the refused messages", lambda c: c.queue_purge("events.invalid")),
         ("delete the exchange", lambda c: c.exchange_delete("events")),
         ("make an exchange", lambda c: c.exchange_declare("other")),
         ("read other exchanges", bind_own("#", "amq.topic")),
         ("write to other exchanges", publish("user.42.job.completed", "amq.topic")),
     ],
     "worker-jobs": [
-        ("tell a user of money", publish("user.42.billing.notice")),
-        ("tell a group", publish("group.ops.job.completed")),
-        ("tell everybody", publish("all.job.completed")),
-        ("hide behind a longer key", publish("user.42.x.job.completed")),
-        ("write into the log past the exchange", publish("events.log", "")),
+        ("publish a billing event", publish("user.42.billing.notice")),
+        ("publish to a group", publish("group.ops.job.completed")),
+        ("publish to everybody", publish("all.job.completed")),
+        ("publish with a longer key", publish("user.42.x.job.completed")),
+        ("write into the log without the exchange", publish("events.log", "")),
         ("write into the quarantine", publish("events.invalid", "")),
         ("make a queue", lambda c: c.queue_declare("mine")),
-        ("make a queue called like the bridge's", lambda c: c.queue_declare("bridge.mine")),
-        ("listen to the exchange", lambda c: c.queue_bind("events.invalid", "events", "user.42.#")),
+        ("make a queue with a name like the bridge's", lambda c: c.queue_declare("bridge.mine")),
+        ("bind a queue to the exchange", lambda c: c.queue_bind("events.invalid", "events", "user.42.#")),
         ("read the log", lambda c: c.basic_consume("events.log", _nothing, arguments={"x-stream-offset": "first"})),
         ("read the refused messages", lambda c: c.basic_get("events.invalid")),
         ("delete the log", lambda c: c.queue_delete("events.log")),
@@ -173,7 +173,7 @@ REFUSED: dict[str, list[tuple[str, Deed]]] = {
 
 
 class Channels:
-    """Channels of a user, each new: a refusal closes it."""
+    """Opens a new channel for each action: a refusal closes it."""
 
     def __init__(self, vhost: Vhost) -> None:
         self._vhost = vhost
@@ -199,47 +199,47 @@ async def channels(rights: Vhost) -> AsyncIterator[Channels]:
     await made.close()
 
 
-async def attempt(channels: Channels, user: str, deed: Deed) -> None:
+async def attempt(channels: Channels, user: str, action: Action) -> None:
     channel = await channels.open(user)
-    await deed(channel)
-    await channel.basic_qos(prefetch_count=1)  # A publish that is refused without a confirm shows here at the latest.
+    await action(channel)
+    await channel.basic_qos(prefetch_count=1)  # A publish without a confirm is refused here at the latest.
     if user == "bridge":
         await channel.queue_delete("bridge.mine")
     await channel.close()
 
 
-async def refusal(channels: Channels, user: str, deed: Deed) -> str | None:
+async def refusal(channels: Channels, user: str, action: Action) -> str | None:
     try:
-        await attempt(channels, user, deed)
+        await attempt(channels, user, action)
     except aiormq.exceptions.ChannelAccessRefused as refused:
         return str(refused)
     return None
 
 
-async def test_nobody_can_do_more(channels: Channels) -> None:
-    for user, deeds in ALLOWED.items():
-        for what, deed in deeds:
-            assert await refusal(channels, user, deed) is None, f"{user} could not {what}"
-    for user, deeds in REFUSED.items():
-        for what, deed in deeds:
-            assert "ACCESS_REFUSED" in (await refusal(channels, user, deed) or ""), f"{user} could {what}"
+async def test_no_user_can_do_more(channels: Channels) -> None:
+    for user, actions in ALLOWED.items():
+        for what, action in actions:
+            assert await refusal(channels, user, action) is None, f"{user} could not {what}"
+    for user, actions in REFUSED.items():
+        for what, action in actions:
+            assert "ACCESS_REFUSED" in (await refusal(channels, user, action) or ""), f"{user} could {what}"
 
 
-async def test_a_bridge_cannot_read_what_another_has_for_its_users(
+async def test_a_bridge_cannot_read_the_live_queues_of_another(
     rights: Vhost, start: StartService, connect: OpenStream, channels: Channels
 ) -> None:
-    """They are one user, whose rights cover both; what keeps them apart is that live queues are exclusive."""
+    """Both log in as the same user, whose rights cover both. Live queues are exclusive, and that separates them."""
     service = await start(amqp_url=bridge_url(rights))
     await connect(service, "42")
     (queue,) = rights.live_queues()
-    deeds: list[Deed] = [
+    actions: list[Action] = [
         lambda c: c.basic_consume(queue, _nothing),
         lambda c: c.queue_bind(queue, "events", "all.#"),
         lambda c: c.queue_delete(queue),
     ]
-    for deed in deeds:
+    for action in actions:
         with pytest.raises(aiormq.exceptions.ChannelLockedResource):
-            await deed(await channels.open("bridge"))
+            await action(await channels.open("bridge"))
 
 
 # The same for the operator.
@@ -286,6 +286,6 @@ def test_the_operators_resources_say_the_same(kind: str, section: str) -> None:
             assert any(one.items() <= other.items() for other in wanted), one
 
 
-def test_nobody_can_log_in_from_the_file_alone() -> None:
+def test_the_file_has_no_password() -> None:
     assert {user["password_hash"] for user in DEFINITIONS["users"]} == {""}
     assert all(not user["tags"] for user in DEFINITIONS["users"])
