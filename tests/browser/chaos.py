@@ -1,8 +1,8 @@
-"""`python -m tests.browser.chaos --seconds 120 --seed 7`: two people, seven tabs, and everything that happens to tabs.
+"""`python -m tests.browser.chaos --seconds 120 --seed 7`: two users, seven tabs, and all faults that tabs can have.
 
-A real browser, RabbitMQ, a bridge, and a TCP proxy between browser and bridge. Faults are drawn with a seed, which is
-printed; the same seed draws the same faults, though the machine's timing differs. Afterwards the log of each tab is
-judged: no event of somebody else, none of one's own missed or twice, no gap that was not needed.
+It uses a real browser, RabbitMQ, a bridge, and a TCP proxy between browser and bridge. Faults are chosen with a seed,
+which is printed. The same seed chooses the same faults, though the machine's timing differs. Afterwards the log of each
+tab is checked: no event of another user, none of its own events missing or twice, and no unnecessary gap.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from tests.service import Service, mint
 
 TABS = 7
 LOGINS = {"42 in ops": ("42", ("ops",)), "42 in dev": ("42", ("dev",)), "43": ("43", ())}
-"""Two people, one of whom changes groups: user and groups of each cookie or token."""
+"""Two users, one of whom changes groups: user and groups of each cookie or token."""
 
 AUDIENCES = ["user.42", "user.43", "group.ops", "group.dev", "all"]
 
 QUIET_SECONDS = 2 * PATIENCE
 LEAST_FAULTS = 12
-"""The storm lasts until so many have happened: a slow machine has few in a second."""
+"""Faults continue until so many have happened: a slow machine has few in a second."""
 
 SUBSCRIBE = """
 async ([client, options, token]) => {
@@ -73,32 +73,33 @@ def token_of(login: str) -> str:
 
 
 @dataclass
-class Life:
-    """One page from its load to its end, with what it was told, in order."""
+class PageRecord:
+    """One page from its load to its end, and everything that the client reported to it, in order."""
 
     name: str
     token: str | None = None
     """The login of its own token. Without one it follows the browser's login."""
     log: list[list[str | None]] = field(default_factory=list)
-    owed: dict[str, int] = field(default_factory=dict)
-    """By audience: the first event that was published after the page was seen live as its last user."""
+    expected_from: dict[str, int] = field(default_factory=dict)
+    """By audience: the first event that was published while the page was live as its last user. It must have this one
+    and all later ones."""
     at_end: str | None = None
     """The login with which it was live at the end."""
 
 
-def judge(lives: list[Life], published: dict[str, int]) -> list[str]:
-    """The faults.
+def judge(records: list[PageRecord], published: dict[str, int]) -> list[str]:
+    """Returns the faults.
 
     Args:
         published: how many events each audience got, numbered from 0.
     """
     faults = []
-    for life in lives:
+    for record in records:
         user: str | None = None
         group: str | None = None
         expected: dict[str, int] = {}
         first: dict[str, int] = {}
-        for kind, value in life.log:
+        for kind, value in record.log:
             if kind == "user":
                 if value is not None:
                     if user not in (None, value):
@@ -108,7 +109,7 @@ def judge(lives: list[Life], published: dict[str, int]) -> list[str]:
                 if value == "other-groups":
                     expected, first, group = {}, {}, None
                 elif value != "other-user":
-                    faults.append(f"{life.name}: gap {value}")
+                    faults.append(f"{record.name}: gap {value}")
             elif kind == "event" and value is not None:
                 audience, _, number = value.partition(":")
                 if audience.startswith("group."):
@@ -118,50 +119,52 @@ def judge(lives: list[Life], published: dict[str, int]) -> list[str]:
                     for login, (name, _) in LOGINS.items()
                     if name == user and group in (None, *audiences_of(login))
                 ):
-                    faults.append(f"{life.name}: {value} while it is {user} and has seen {group}")
+                    faults.append(f"{record.name}: {value} while it is {user} and has seen {group}")
                     continue
                 first.setdefault(audience, int(number))
                 if audience in expected and int(number) != expected[audience]:
                     what = "missed" if int(number) > expected[audience] else "again or late"
-                    faults.append(f"{life.name}: {value} where {audience}:{expected[audience]} is next ({what})")
+                    faults.append(f"{record.name}: {value} where {audience}:{expected[audience]} is next ({what})")
                 expected[audience] = int(number) + 1
-        if life.at_end is None:
+        if record.at_end is None:
             continue
-        for audience in audiences_of(life.at_end):
+        for audience in audiences_of(record.at_end):
             if expected.get(audience, 0) != published[audience]:
-                faults.append(f"{life.name}: ends before {audience}:{expected.get(audience)} of {published[audience]}")
-            owed = life.owed.get(audience)
-            if owed is not None and first.get(audience, 0) > owed:
-                faults.append(f"{life.name}: begins with {audience}:{first[audience]}, and {owed} was owed")
+                faults.append(
+                    f"{record.name}: ends before {audience}:{expected.get(audience)} of {published[audience]}"
+                )
+            start = record.expected_from.get(audience)
+            if start is not None and first.get(audience, 0) > start:
+                faults.append(f"{record.name}: begins with {audience}:{first[audience]}, but {start} was expected")
     return faults
 
 
-# The storm.
+# The faults.
 
 
 class Page:
-    """A tab, and what the page in it has been told."""
+    """A tab, and the log of the page in it."""
 
-    def __init__(self, tab: Tab, life: Life) -> None:
+    def __init__(self, tab: Tab, record: PageRecord) -> None:
         self.tab = tab
-        self.life = life
+        self.record = record
 
     async def read(self) -> None:
-        self.life.log += await self.tab.get("window.log?.splice(0) ?? []")
+        self.record.log += await self.tab.get("window.log?.splice(0) ?? []")
 
 
-class Storm:
+class BrowserChaos:
     def __init__(self, engine: Engine, seed: int, rabbitmq: Installation) -> None:
         self.engine = engine
         self.chance = random.Random(seed)
         self.node = Node(Path(tempfile.mkdtemp(prefix="browser-chaos-")), management=True, rabbitmq=rabbitmq)
         self.pages: list[Page] = []
-        self.lives: list[Life] = []
+        self.records: list[PageRecord] = []
         self.published = dict.fromkeys(AUDIENCES, 0)
         self.faults: Counter[str] = Counter()
         self.login: str | None = None
         self.last_login = "42 in ops"
-        """Who is logged in, or was."""
+        """The current login, or the last one."""
 
     async def run(self, seconds: float) -> list[str]:
         async with contextlib.AsyncExitStack() as stack:
@@ -174,7 +177,7 @@ class Storm:
             (port,) = free_ports(1)
             self.service = Service(
                 self.vhost.url,
-                BIND=f"127.0.0.1:{port}",  # After a restart it is where it was.
+                BIND=f"127.0.0.1:{port}",  # A restart uses the same port.
                 ALLOWED_ORIGINS=self.origin,
                 DRAIN_SECONDS="1",
                 HEARTBEAT_SECONDS="2",
@@ -186,9 +189,9 @@ class Storm:
             await self.service.start()
             await asyncio.to_thread(self.node.flush)
             self.proxy = await stack.enter_async_context(Proxy(port))
-            return await self._storm(seconds)
+            return await self._run_faults(seconds)
 
-    async def _storm(self, seconds: float) -> list[str]:
+    async def _run_faults(self, seconds: float) -> list[str]:
         await self.log_in("42 in ops")
         for _ in range(TABS):
             await self.open_page()
@@ -196,7 +199,7 @@ class Storm:
             (5, self.burst),
             (4, self.close_a_page_in_a_burst),
             (3, self.reload_a_page),
-            (2, self.leave_a_page_and_come_back),
+            (2, self.leave_a_page_and_return),
             (2, self.crash_a_page),
             (1, self.freeze_a_page),
             (3, self.cut),
@@ -205,7 +208,7 @@ class Storm:
             (1, self.restart_the_broker),
             (2, self.log_out),
             (4, self.change_login),
-            (1, self.look_at_a_page),
+            (1, self.show_a_page),
         ]
         ends = time.monotonic() + seconds
         while time.monotonic() < ends or self.faults.total() < LEAST_FAULTS:
@@ -214,43 +217,44 @@ class Storm:
             print(f"{time.strftime('%H:%M:%S')} {fault.__name__}", file=sys.stderr)
             await fault()
             await asyncio.sleep(self.chance.uniform(0, 1))  # The pause between two faults.
-        return await self._come_to_rest()
+        return await self._wait_and_judge()
 
-    async def _come_to_rest(self) -> list[str]:
+    async def _wait_and_judge(self) -> list[str]:
         await self.log_in(self.login or "42 in ops")
         await self.reload(self.page_of_login())
         deadline = time.monotonic() + QUIET_SECONDS
         since = dict(self.published)
-        while not all([await self._is_settled(page, since) for page in self.pages]):
+        while not all([await self._is_up_to_date(page, since) for page in self.pages]):
             assert time.monotonic() < deadline, [
-                (page.life.name, await page.tab.get("subscription.state"), page.life.log[-5:]) for page in self.pages
+                (page.record.name, await page.tab.get("subscription.state"), page.record.log[-5:])
+                for page in self.pages
             ]
             await self.publish(dict.fromkeys(self.published, 1))
-            await asyncio.sleep(0.5)  # Between two looks at seven pages.
+            await asyncio.sleep(0.5)  # Between two checks of seven pages.
         for page in self.pages:
-            page.life.owed = dict(self.published)
-            page.life.at_end = page.life.token or self.login
+            page.record.expected_from = dict(self.published)
+            page.record.at_end = page.record.token or self.login
         await self.publish(dict.fromkeys(self.published, 3))
         while True:
             for page in self.pages:
                 await page.read()
-            found = judge(self.lives, self.published)
+            found = judge(self.records, self.published)
             if not found or time.monotonic() > deadline:
                 return found
-            await asyncio.sleep(0.2)  # Between two looks at seven pages.
+            await asyncio.sleep(0.2)  # Between two checks of seven pages.
 
-    async def _is_settled(self, page: Page, since: dict[str, int]) -> bool:
-        """Whether it has seen something new of each of its audiences: then it has the stream of its last login."""
+    async def _is_up_to_date(self, page: Page, since: dict[str, int]) -> bool:
+        """Whether the page has a new event of each of its audiences: then it has the stream of its last login."""
         await page.read()
         newest = dict.fromkeys(self.published, -1)
-        for kind, value in page.life.log:
+        for kind, value in page.record.log:
             if kind == "event" and value is not None:
                 audience, _, number = value.partition(":")
                 newest[audience] = int(number)
-        login = page.life.token or self.login
+        login = page.record.token or self.login
         return login is not None and all(newest[each] >= since[each] for each in audiences_of(login))
 
-    # What the browser and its people do.
+    # What the browser and its users do.
 
     async def log_in(self, login: str | None) -> None:
         self.login = login
@@ -261,17 +265,17 @@ class Storm:
             await self.engine.set_cookie(self.origin, "bridge_token", token_of(login))
 
     def page_of_login(self) -> Page:
-        """A page in which somebody logs in or out: one that uses the cookie."""
-        return self.chance.choice([page for page in self.pages if page.life.token is None])
+        """A page for a log-in or log-out: one that uses the cookie."""
+        return self.chance.choice([page for page in self.pages if page.record.token is None])
 
     async def open_page(self) -> None:
-        # Two of the seven belong to an application with tokens, each to one of the two people.
-        missing = [login for login in ("42 in ops", "43") if login not in [page.life.token for page in self.pages]]
+        # Two of the seven pages belong to an application with tokens, one for each user.
+        missing = [login for login in ("42 in ops", "43") if login not in [page.record.token for page in self.pages]]
         token = missing[0] if missing and len(self.pages) >= TABS - 2 else None
         tab = await self.engine.open_tab(self.origin)
-        page = Page(tab, Life(f"page {len(self.lives)} of {token or 'the cookie'}", token))
+        page = Page(tab, PageRecord(f"page {len(self.records)} of {token or 'the cookie'}", token))
         self.pages.append(page)
-        self.lives.append(page.life)
+        self.records.append(page.record)
         await self.subscribe(page)
 
     async def subscribe(self, page: Page) -> None:
@@ -279,25 +283,25 @@ class Storm:
         options: dict[str, Any] = {"url": f"{url}/events"}
         if self.chance.random() < 0.5:
             options["types"] = ["job.*"] if self.chance.random() < 0.5 else ["job.completed"]
-        token = None if page.life.token is None else token_of(page.life.token)
+        token = None if page.record.token is None else token_of(page.record.token)
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 await page.tab.call(SUBSCRIBE, [f"{url}/client.js", options, token])
                 return
             except ScriptError:
-                # A cut may hit the module itself, which a browser then does not load again in this page.
+                # A cut may affect the module itself, which a browser then does not load again in this page.
                 assert time.monotonic() < deadline, "the page cannot load the client"
                 await page.tab.goto(self.origin)
 
     async def reload(self, page: Page) -> None:
         await page.read()
         await page.tab.goto(self.origin)
-        await self._begin_anew(page)
+        await self._begin_again(page)
 
-    async def _begin_anew(self, page: Page) -> None:
-        page.life = Life(page.life.name + "'", page.life.token)
-        self.lives.append(page.life)
+    async def _begin_again(self, page: Page) -> None:
+        page.record = PageRecord(page.record.name + "'", page.record.token)
+        self.records.append(page.record)
         await self.subscribe(page)
 
     async def publish(self, counts: dict[str, int]) -> None:
@@ -319,7 +323,7 @@ class Storm:
 
     async def close_a_page_in_a_burst(self) -> None:
         burst = asyncio.create_task(self.burst())
-        # Mostly the one that leads.
+        # Mostly the leading page.
         leads = [page for page in self.pages if await page.tab.get("window.subscription?.state.leads ?? false")]
         page = self.chance.choice(leads if leads and self.chance.random() < 0.8 else self.pages)
         await self.end(page, page.tab.close)
@@ -334,8 +338,8 @@ class Storm:
     async def reload_a_page(self) -> None:
         await self.reload(self.chance.choice(self.pages))
 
-    async def leave_a_page_and_come_back(self) -> None:
-        """By a link and the Back button. Some engines keep the page meanwhile, without its stream; others load it
+    async def leave_a_page_and_return(self) -> None:
+        """Uses a link and the Back button. Some engines keep the page meanwhile, without its stream; others load it
         again."""
         page = self.chance.choice(self.pages)
         await page.read()
@@ -344,7 +348,7 @@ class Storm:
         await page.tab.back()
         await page.tab.until("location.pathname === '/' && document.readyState === 'complete'")
         if not await page.tab.get("Boolean(window.subscription)"):
-            await self._begin_anew(page)
+            await self._begin_again(page)
 
     async def crash_a_page(self) -> None:
         page = self.chance.choice(self.pages)
@@ -370,7 +374,7 @@ class Storm:
         self.proxy.flow()
 
     async def restart_the_bridge(self) -> None:
-        """As a deploy does, or a crash."""
+        """Like a deploy, or a crash."""
         self.service.signal(self.chance.choice([signal.SIGTERM, signal.SIGKILL]))
         await self.service.ended()
         await self.burst()
@@ -393,33 +397,33 @@ class Storm:
         await self.reload(self.page_of_login())
         await self.burst()
 
-    async def look_at_a_page(self) -> None:
+    async def show_a_page(self) -> None:
         page = self.chance.choice(self.pages)
         await page.tab.get("document.dispatchEvent(new Event('visibilitychange'))")
 
 
 async def chaos(
     engine: Engine, *, seed: int, seconds: float, rabbitmq: Installation = MACHINES
-) -> tuple[dict[str, Any], list[str], list[Life]]:
-    storm = Storm(engine, seed, rabbitmq)
+) -> tuple[dict[str, Any], list[str], list[PageRecord]]:
+    run = BrowserChaos(engine, seed, rabbitmq)
     began = time.monotonic()
-    found = await storm.run(seconds)
-    gaps = Counter(str(value) for life in storm.lives for kind, value in life.log if kind == "gap")
+    found = await run.run(seconds)
+    gaps = Counter(str(value) for record in run.records for kind, value in record.log if kind == "gap")
     report = {
         "engine": f"{engine.name} {engine.version}",
         "seed": seed,
         "seconds": round(time.monotonic() - began),
-        "pages": len(storm.lives),
-        "published": sum(storm.published.values()),
-        "seen": sum(kind == "event" for life in storm.lives for kind, _ in life.log),
+        "pages": len(run.records),
+        "published": sum(run.published.values()),
+        "seen": sum(kind == "event" for record in run.records for kind, _ in record.log),
         "gaps": dict(gaps),
-        "faults": dict(storm.faults),
+        "faults": dict(run.faults),
         "wrong": len(found),
     }
-    return report, found, storm.lives
+    return report, found, run.records
 
 
-async def _run(engine: str, seed: int, seconds: float) -> tuple[dict[str, Any], list[str], list[Life]]:
+async def _run(engine: str, seed: int, seconds: float) -> tuple[dict[str, Any], list[str], list[PageRecord]]:
     async with start_engine(engine) as started:
         return await chaos(started, seed=seed, seconds=seconds)
 
@@ -435,14 +439,14 @@ def main() -> None:
     wrong = 0
     for seed in range(first, first + given.rounds):
         for engine in given.engine or NAMES:
-            report, found, lives = asyncio.run(_run(engine, seed, given.seconds))
+            report, found, records = asyncio.run(_run(engine, seed, given.seconds))
             print(json.dumps(report), *found[:20], sep="\n  ", flush=True)
             if found:
                 folder = Path(tempfile.mkdtemp(prefix="browser-chaos-logs-"))
-                for life in lives:
-                    lines = [f"{kind} {value}\n" for kind, value in life.log]
-                    (folder / f"{engine} {seed} {life.name}.log").write_text("".join(lines))
-                print(f"  what each page was told: {folder}", flush=True)
+                for record in records:
+                    lines = [f"{kind} {value}\n" for kind, value in record.log]
+                    (folder / f"{engine} {seed} {record.name}.log").write_text("".join(lines))
+                print(f"  the log of each page: {folder}", flush=True)
             wrong += len(found)
     sys.exit(1 if wrong else 0)
 

@@ -1,6 +1,6 @@
-"""Real browsers, Debian's, and pages from an origin of their own.
+"""Debian's browsers, and pages from another origin than the bridge's.
 
-`page` and `open_page` are Chromium's, with all that Playwright offers. A test with `engine` runs in three engines.
+`page` and `open_page` use Chromium with Playwright. A test with `engine` runs in three engines.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OpenPage = Callable[[], Awaitable[Page]]
 
 @pytest.fixture
 async def open_page(browser: Browser) -> AsyncIterator[OpenPage]:
-    """Opens tabs of one person's browser, in which an error of a script fails the test."""
+    """Opens tabs of one user's browser. An error of a script in them fails the test."""
     context = await browser.new_context()
     context.set_default_timeout(1000 * PATIENCE)
     errors: list[str] = []
@@ -106,7 +106,7 @@ def display() -> Iterator[str]:
 
 @pytest.fixture(params=NAMES)
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    """A browser of each engine, one after the other, in which an error of a script fails the test."""
+    """A browser of each engine, one after the other. An error of a script in it fails the test."""
     if request.param == "chromium":
         started = start_chromium()
     elif request.param == "firefox":
@@ -119,9 +119,9 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
 
 
 class Freezer:
-    """Freezes pages: a page that waits for this server's answer with a synchronous request runs nothing meanwhile.
+    """Freezes pages with a synchronous request: the page runs nothing until this server answers.
 
-    Chromium's own freezing needs a hidden page, and for Playwright none is hidden.
+    Chromium freezes only hidden pages, and with Playwright no page is hidden.
     """
 
     def __init__(self) -> None:
@@ -194,7 +194,7 @@ async ([client, options, changes]) => {
 
 @functools.cache
 def status_changes() -> dict[str, list[str]]:
-    """By status, which may follow, from the table in docs/states.md."""
+    """For each status, the statuses that may follow it, from the table in docs/states.md."""
     lines = (ROOT / "docs" / "states.md").read_text().splitlines()
     head = next(at for at, line in enumerate(lines) if line.startswith("| from |"))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[head : head + 9]]
@@ -259,7 +259,7 @@ def tab(open_page: OpenPage, origin: str) -> OpenTab:
 
 @pytest.fixture
 async def bridge(start: StartService, origin: str) -> Service:
-    # With the default heartbeat no page takes a stream for dead when the machine stops for five seconds.
+    # With the default heartbeat, no page treats a stream as dead when the machine pauses for five seconds.
     return await start(ALLOWED_ORIGINS=origin)
 
 

@@ -1,9 +1,9 @@
 """Three browser engines behind one interface: Chromium, Firefox and WebKit, as Debian has them.
 
 Chromium is driven by Playwright, Firefox over WebDriver BiDi, WebKit (WebKitGTK's MiniBrowser) over WebDriver. Every
-tab has a process of its own, so that a test can kill or freeze one tab by a signal, as the operating system would.
+tab has a process of its own, so that a test can kill or freeze one tab with a signal, as the operating system does.
 
-Knows nothing of the bridge.
+This module does not depend on the bridge.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ FIREFOX_PREFERENCES: dict[str, bool | int | str] = {
 
 
 class ScriptError(Exception):
-    """A script in a page threw, or its page went away."""
+    """A script in a page threw, or its page was closed."""
 
 
 class Driver(Protocol):
@@ -119,7 +119,7 @@ class Tab:
 
     async def until(self, expression: str) -> Any:
         """Waits until an expression is truthy, and returns its value."""
-        # Asked again and again from outside: in a hidden tab the engine would slow a timer of the page down.
+        # Polled from outside: in a hidden tab the engine would slow down a timer of the page.
         found: Any = None
         try:
             async with asyncio.timeout(PATIENCE):
@@ -134,7 +134,7 @@ class Tab:
         await self._driver.close()
 
     async def crash(self) -> None:
-        """Kills the tab's process, as the system does when memory is short. The page gets no chance to say anything."""
+        """Kills the tab's process, as the system does when memory is short. The page cannot run anything before."""
         assert self._frozen is None, "thaw it first"
         await self._driver.kill()
 
@@ -156,7 +156,7 @@ class Tab:
 
 
 class Engine(Protocol):
-    """One browser with one person's cookies and storage. `errors` holds the uncaught errors of scripts."""
+    """One browser with one user's cookies and storage. `errors` has the uncaught errors of scripts."""
 
     name: str
     version: str
@@ -202,7 +202,7 @@ class _ChromiumDriver:
         await self.page.close()
 
     async def find_process(self) -> int:
-        # Only a trace says which process a frame is in.
+        # Only a trace contains the process of a frame.
         session = await self.page.context.new_cdp_session(self.page)
         frames: dict[str, int] = {}
         complete = asyncio.Event()
@@ -267,7 +267,7 @@ async def start_chromium() -> AsyncIterator[Engine]:
         await browser.close()
 
 
-# Firefox, over WebDriver BiDi (https://w3c.github.io/webdriver-bidi/). It has it built in: no driver is needed.
+# Firefox, over WebDriver BiDi (https://w3c.github.io/webdriver-bidi/), which is built in: no driver is needed.
 
 
 class _Bidi:
@@ -328,7 +328,7 @@ class _FirefoxDriver:
         await self.bidi.send("browsingContext.close", context=self.context)
 
     async def find_process(self) -> int:
-        # Firefox tells its own windows, and no page.
+        # Firefox gives the process only to its own windows, not to pages.
         windows = await self.bidi.send("browsingContext.getTree", **{"moz:scope": "chrome"})
         ask = f"""
             (async () => {{
@@ -346,15 +346,15 @@ class _FirefoxDriver:
 class Firefox:
     name = "firefox"
 
-    def __init__(self, bidi: _Bidi, person: str, version: str) -> None:
+    def __init__(self, bidi: _Bidi, user_context: str, version: str) -> None:
         self._bidi = bidi
-        self._person = person
+        self._user_context = user_context
         self.version = version
         self.errors = bidi.errors
         self.tabs: list[Tab] = []
 
     async def open_tab(self, url: str) -> Tab:
-        made = await self._bidi.send("browsingContext.create", type="tab", userContext=self._person)
+        made = await self._bidi.send("browsingContext.create", type="tab", userContext=self._user_context)
         driver = _FirefoxDriver(self._bidi, made["context"])
         await driver.goto(url)
         self.tabs.append(Tab(driver))
@@ -367,16 +367,18 @@ class Firefox:
             "domain": urlsplit(url).hostname,
             "httpOnly": True,
         }
-        partition = {"type": "storageKey", "userContext": self._person}
+        partition = {"type": "storageKey", "userContext": self._user_context}
         await self._bidi.send("storage.setCookie", cookie=cookie, partition=partition)
 
     async def clear_cookies(self) -> None:
-        await self._bidi.send("storage.deleteCookies", partition={"type": "storageKey", "userContext": self._person})
+        await self._bidi.send(
+            "storage.deleteCookies", partition={"type": "storageKey", "userContext": self._user_context}
+        )
 
 
 @contextlib.contextmanager
 def run_firefox() -> Iterator[str]:
-    """A Firefox, for one test after the other; yields its address for BiDi. It takes seconds to start."""
+    """One Firefox for all tests, because its start takes seconds; yields its address for BiDi."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         profile = Path(folder, "profile")
         profile.mkdir()
@@ -393,7 +395,7 @@ def run_firefox() -> Iterator[str]:
                     str(profile),
                     "--remote-debugging-port",
                     "0",
-                    "--remote-allow-system-access",  # For the process of a tab.
+                    "--remote-allow-system-access",  # To find the process of a tab.
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -406,7 +408,7 @@ def run_firefox() -> Iterator[str]:
             while (found := re.search(r"BiDi listening on (ws://\S+)", log.read_text())) is None:
                 assert process.poll() is None, f"Firefox ended: {log.read_text()}"
                 assert time.monotonic() < deadline, f"Firefox does not listen: {log.read_text()}"
-                time.sleep(0.05)  # A file has nothing to wait on.
+                time.sleep(0.05)  # A file can only be polled.
             yield found[1] + "/session"
         finally:
             _kill_group(process)
@@ -414,17 +416,17 @@ def run_firefox() -> Iterator[str]:
 
 @contextlib.asynccontextmanager
 async def use_firefox(address: str) -> AsyncIterator[Engine]:
-    """A person of their own in a running Firefox. BiDi admits one session at a time."""
+    """A new user context in a running Firefox. BiDi allows one session at a time."""
     async with connect(address, max_size=None, open_timeout=PATIENCE, ping_interval=None) as socket:
         bidi = _Bidi(socket)
         reading = asyncio.create_task(bidi.read())
         session = await bidi.send("session.new", capabilities={})
         await bidi.send("session.subscribe", events=["log.entryAdded"])
-        person = (await bidi.send("browser.createUserContext"))["userContext"]
-        engine = Firefox(bidi, person, session["capabilities"]["browserVersion"])
+        user_context = (await bidi.send("browser.createUserContext"))["userContext"]
+        engine = Firefox(bidi, user_context, session["capabilities"]["browserVersion"])
         yield engine
         await _thaw(engine)
-        await bidi.send("browser.removeUserContext", userContext=person)  # With its tabs.
+        await bidi.send("browser.removeUserContext", userContext=user_context)  # It also closes its tabs.
         await bidi.send("session.end")
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
@@ -465,7 +467,7 @@ class _WebDriver:
             yield
 
     async def close_window(self) -> None:
-        """The current one. Its page need not answer."""
+        """Closes the current window. Its page need not answer."""
         await self._send("DELETE", f"{self._path}/window")
 
     async def send(self, method: str, path: str, body: Any = None, *, window: str | None = None) -> Any:
@@ -480,7 +482,7 @@ class _WebKitDriver:
     process: int
 
     async def evaluate(self, promise: str) -> str:
-        # `arguments` holds WebDriver's callback last.
+        # WebDriver's callback is the last of `arguments`.
         script = f"{promise}.then((text) => arguments[0]([text, null]), (error) => arguments[0]([null, String(error)]))"
         text, error = await self.web.send("POST", "/execute/async", {"script": script, "args": []}, window=self.window)
         if error is not None:
@@ -538,10 +540,10 @@ class WebKit:
     def __init__(self, web: _WebDriver, driver: int, first: str) -> None:
         self._web = web
         self._driver = driver
-        self._first = first  # WebDriver knows cookies only of the page that a window shows; this window is for that.
+        self._first = first  # WebDriver handles only the cookies of the page in a window; this window is for that.
         self._processes = _descendants(driver, "WebKitWebProcess")
         self.version = str(web.capabilities["browserVersion"])
-        self.errors: list[str] = []  # WebDriver does not tell them.
+        self.errors: list[str] = []  # WebDriver does not report them.
         self.tabs: list[Tab] = []
 
     async def open_tab(self, url: str) -> Tab:
@@ -616,7 +618,7 @@ def _run_webdriver(display: str) -> Iterator[tuple[str, int]]:
             while not _answers(address):
                 assert process.poll() is None, "WebKitWebDriver ended"
                 assert time.monotonic() < deadline, "WebKitWebDriver does not listen"
-                time.sleep(0.05)  # It says nothing when it listens.
+                time.sleep(0.05)  # It prints nothing when it listens.
             yield address, process.pid
         finally:
             _kill_group(process)
@@ -646,7 +648,7 @@ async def start_webkit(display: str) -> AsyncIterator[Engine]:
 
 @contextlib.asynccontextmanager
 async def start_engine(name: str) -> AsyncIterator[Engine]:
-    """One of `NAMES`, with all that it needs, for as long as the block runs."""
+    """Starts one of `NAMES`, with all that it needs, for the length of the block."""
     async with contextlib.AsyncExitStack() as stack:
         if name == "chromium":
             yield await stack.enter_async_context(start_chromium())

@@ -1,6 +1,6 @@
-"""An application's own server, as it stands before a bridge: pages, an API, and `/events`.
+"""An application's own server in front of a bridge: pages, an API, and `/events`.
 
-`/events` leads to the bridge, or is answered as a proxy without a bridge answers. Shares no code with the bridge.
+It forwards `/events` to the bridge, or answers like a proxy without a bridge. It shares no code with the bridge.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Request:
     method: str
     target: str
     headers: dict[str, str]
-    """By name in small letters."""
+    """By name in lower case."""
     body: bytes = b""
 
     @property
@@ -34,7 +34,7 @@ class Request:
 
     @property
     def cursor(self) -> str | None:
-        """Where a client of the stream wants to go on, as the bridge reads it."""
+        """The cursor of a client, read as the bridge reads it."""
         query = parse_qs(urlsplit(self.target).query)
         return self.headers.get("last-event-id") or query.get("lastEventId", [""])[0] or None
 
@@ -67,12 +67,12 @@ PAGE = Answer(200, "<!doctype html><link rel=icon href='data:,'><title>test</tit
 class Site:
     """
     Args:
-        bridge: where `/events` leads, as in http://127.0.0.1:8080.
+        bridge: the address to which `/events` is forwarded, as in http://127.0.0.1:8080.
 
     Attributes:
-        answer: what `/events` is answered instead of by the bridge; None is the bridge.
+        answer: the answer to `/events`; None forwards the request to the bridge.
         routes: answers by path; every other path is an empty page.
-        streams: the requests for `/events` by GET.
+        streams: the GET requests for `/events`.
     """
 
     def __init__(self, bridge: str) -> None:
@@ -80,7 +80,7 @@ class Site:
         self.answer: Answer | None = None
         self.routes: dict[str, Route] = {}
         self.streams: list[Request] = []
-        self._came = asyncio.Condition()
+        self._requested = asyncio.Condition()
         self._connections: set[asyncio.StreamWriter] = set()
         self._open_streams: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -107,7 +107,7 @@ class Site:
         self._port = self._server.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
-        """Refuses connections. Open ones go on."""
+        """Refuses new connections. Open ones stay open."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -117,10 +117,10 @@ class Site:
         for writer in list(self._open_streams):
             writer.transport.abort()
 
-    async def asked(self, count: int) -> Request:
-        """The `count`-th request for the stream, once it is here."""
-        async with asyncio.timeout(PATIENCE), self._came:
-            await self._came.wait_for(lambda: len(self.streams) >= count)
+    async def wait_for_request(self, count: int) -> Request:
+        """Waits for the `count`-th request for the stream."""
+        async with asyncio.timeout(PATIENCE), self._requested:
+            await self._requested.wait_for(lambda: len(self.streams) >= count)
         return self.streams[count - 1]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -130,8 +130,8 @@ class Site:
             request = await self._read(head, reader)
             if request.path == "/events" and request.method == "GET":
                 self.streams.append(request)
-                async with self._came:
-                    self._came.notify_all()
+                async with self._requested:
+                    self._requested.notify_all()
             if request.path == "/events" and self.answer is None:
                 if request.method == "GET":
                     self._open_streams.add(writer)
@@ -169,7 +169,7 @@ class Site:
         except OSError:
             writer.write(Answer(502, "no bridge").encode())
             return
-        # One request a connection: the next one may be answered by somebody else.
+        # One request per connection: the next one may get another answer.
         requests.write(re.sub(rb"(?i)\r\nConnection: [^\r]*", b"\r\nConnection: close", head))
         with _closing(requests):
             gone = asyncio.create_task(reader.read())  # Ends when the browser closes.
@@ -194,13 +194,13 @@ def _closing(writer: asyncio.StreamWriter) -> Iterator[None]:
     try:
         yield
     finally:
-        # At once: the bridge should learn now that its client is gone.
+        # At once: the bridge must notice now that its client is gone.
         writer.transport.abort()
 
 
 @contextlib.contextmanager
 def serve(answer: Callable[[http.server.BaseHTTPRequestHandler], tuple[str, bytes]]) -> Iterator[int]:
-    """A server on loopback of what `answer` returns for each GET: the type and the body. Yields its port."""
+    """A server on loopback. For each GET, `answer` returns the type and the body. Yields its port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""The client in a real Chromium: tabs that share, leaders that die, tokens that expire, pages that come back."""
+"""The client in a real Chromium: tabs that share, leaders that end, tokens that expire, and pages that return."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_one_function_or_one_for_each_type(bridge: Service, vhost: Vhost, 
     await vhost.publish("all.notification", cloudevent("n1", "notification", title="x"))
     await publish(vhost, 0, 1)
     assert await one.seen(1) == ["r-7"]
-    assert await one.get("errors") == ["Error: x"], "a handler's fault is reported, and ends nothing"
+    assert await one.get("errors") == ["Error: x"], "an error in a handler is reported, and ends no stream"
     await one.get("subscription.close()")
     assert await one.get("subscription.state.status") == "closed"
 
@@ -42,7 +42,7 @@ async def test_only_the_types_that_were_asked_for(bridge: Service, vhost: Vhost,
 
 
 @pytest.mark.contract("7.12", "7.13")
-async def test_seven_tabs_share_one_connection_and_outlive_their_leader(
+async def test_seven_tabs_share_one_connection_and_continue_without_their_leader(
     bridge: Service, vhost: Vhost, tab: OpenTab
 ) -> None:
     tabs = [await (await (await tab(bridge)).subscribe()).live() for _ in range(7)]
@@ -61,13 +61,11 @@ async def test_seven_tabs_share_one_connection_and_outlive_their_leader(
 
 
 @pytest.mark.contract("7.15")
-async def test_a_leader_that_says_nothing_is_replaced(
-    start: StartService, vhost: Vhost, tab: OpenTab, origin: str
-) -> None:
+async def test_a_silent_leader_is_replaced(start: StartService, vhost: Vhost, tab: OpenTab, origin: str) -> None:
     bridge = await start(ALLOWED_ORIGINS=origin, HEARTBEAT_SECONDS="1")
     first = await (await (await tab(bridge)).subscribe()).live()
     second = await (await (await tab(bridge)).subscribe()).live()
-    # As if it were frozen: tabs of one origin share a process here, so nothing freezes one of them alone.
+    # As if it were frozen: tabs of one origin share a process here, so one alone cannot be frozen.
     await first.get(
         """() => {
              const post = BroadcastChannel.prototype.postMessage;
@@ -86,7 +84,7 @@ async def test_a_leader_that_says_nothing_is_replaced(
     assert await first.get("gaps") == await second.get("gaps") == []
 
 
-async def test_without_locks_every_tab_has_its_own(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_without_a_channel_every_tab_has_its_own_connection(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     tabs = [await tab(bridge) for _ in range(2)]
     for each in tabs:
         await each.get("delete window.BroadcastChannel")
@@ -127,7 +125,7 @@ async def test_a_drained_replica_a_killed_one_and_a_restarted_broker(
     assert await one.get("gaps") == []
 
 
-async def test_the_network_goes_and_comes_back(start: StartService, vhost: Vhost, tab: OpenTab, origin: str) -> None:
+async def test_the_network_fails_and_returns(start: StartService, vhost: Vhost, tab: OpenTab, origin: str) -> None:
     service = await start(ALLOWED_ORIGINS=origin, HEARTBEAT_SECONDS="1")
     async with Proxy(int(service.public.rpartition(":")[2])) as proxy:
         one = await tab(service)
@@ -135,7 +133,7 @@ async def test_the_network_goes_and_comes_back(start: StartService, vhost: Vhost
         await (await one.subscribe()).live()
         await publish(vhost, 0, 2)
         await one.seen(2)
-        proxy.stall()  # Nothing is cut, nothing comes: only the heartbeats tell.
+        proxy.stall()  # No connection is cut, and no byte arrives: the client can notice it only by missing heartbeats.
         await publish(vhost, 2, 4)
         await one.page.wait_for_function("window.subscription.state.status !== 'live'")
         proxy.cut()
@@ -145,9 +143,7 @@ async def test_the_network_goes_and_comes_back(start: StartService, vhost: Vhost
         assert await one.get("gaps") == []
 
 
-async def test_a_token_that_expires_is_renewed_without_losing_the_place(
-    bridge: Service, vhost: Vhost, tab: OpenTab
-) -> None:
+async def test_a_token_that_expires_is_renewed_without_a_gap(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await tab(bridge, None)
     asked: list[Any] = []
 
@@ -166,7 +162,7 @@ async def test_a_token_that_expires_is_renewed_without_losing_the_place(
     assert await one.get("gaps") == []
 
 
-async def test_a_token_that_is_refused_is_asked_for_anew(bridge: Service, tab: OpenTab) -> None:
+async def test_after_a_refused_token_the_client_asks_for_another(bridge: Service, tab: OpenTab) -> None:
     one = await tab(bridge, None)
     await one.page.evaluate(f"window.given = ['nonsense', {mint('42')!r}]; window.asked = []; 0")
     await one.subscribe("{ token: ({ reason }) => { asked.push(reason); return given.shift() } }")
@@ -175,7 +171,7 @@ async def test_a_token_that_is_refused_is_asked_for_anew(bridge: Service, tab: O
 
 
 @pytest.mark.contract("7.27")
-async def test_who_is_refused_is_told_why_and_may_try_again(bridge: Service, tab: OpenTab, origin: str) -> None:
+async def test_a_refused_page_gets_the_reason_and_may_try_again(bridge: Service, tab: OpenTab, origin: str) -> None:
     one = await (await tab(bridge, None)).subscribe()
     two = await (await tab(bridge, None)).subscribe()
     for each in (one, two):
@@ -201,8 +197,8 @@ async def test_a_page_is_loaded_once_live_and_again_after_a_gap(
         )
         await one.seen(1)
         await publish(vhost, 0, 2)
-        await asyncio.sleep(0.5)  # They come in this time, if they are not held back.
-        assert await one.get("seen") == ["load"], "what comes while the state is fetched is held back"
+        await asyncio.sleep(0.5)  # Without the buffer they would come in this time.
+        assert await one.get("seen") == ["load"], "events must wait while the state is fetched"
         await one.get("loaded()")
         assert await one.seen(3) == ["load", "e0", "e1"]
         proxy.cut()
@@ -211,13 +207,13 @@ async def test_a_page_is_loaded_once_live_and_again_after_a_gap(
         assert await one.get("gaps") == ["no-log"]
         await publish(vhost, 2, 3)
         await one.get("failed(Error('offline'))")
-        assert await one.seen(5) == ["load", "e0", "e1", "load", "load"], "a load that fails is tried again"
+        assert await one.seen(5) == ["load", "e0", "e1", "load", "load"], "a failed load must be tried again"
         await one.get("loaded()")
         assert (await one.seen(6))[5] == "e2"
 
 
 @pytest.mark.contract("7.24")
-async def test_a_reload_keeps_the_place_if_asked(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_a_reload_resumes_if_asked(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await (await (await tab(bridge)).subscribe(keep=True)).live()
     await publish(vhost, 0, 2)
     await one.seen(2)
@@ -230,7 +226,7 @@ async def test_a_reload_keeps_the_place_if_asked(bridge: Service, vhost: Vhost, 
 
 
 @pytest.mark.contract("7.17")
-async def test_a_follower_that_comes_back_is_given_what_it_missed(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_a_follower_that_returns_gets_what_it_missed(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     leader = await (await (await tab(bridge)).subscribe()).live()
     follower = await (await (await tab(bridge)).subscribe(keep=True)).live()
     await publish(vhost, 0, 2)
@@ -252,7 +248,7 @@ async def test_back_and_forward_through_the_cache(bridge: Service, vhost: Vhost,
     await one.page.goto(tab.origin + "/elsewhere")
     await publish(vhost, 2, 4)
     await one.page.go_back(wait_until="commit")
-    assert await one.get("'subscription' in window"), "the page came from the cache as it was"
+    assert await one.get("'subscription' in window"), "the page did not come from the cache"
     assert await one.seen(4) == ids(0, 4)
     assert await one.get("gaps") == []
 
@@ -271,7 +267,7 @@ async def test_a_hidden_page_pauses_and_resumes(bridge: Service, vhost: Vhost, t
 
 
 @pytest.mark.contract("7.5")
-async def test_another_person_on_the_same_page_is_a_gap(start: StartService, tab: OpenTab, origin: str) -> None:
+async def test_another_user_on_the_same_page_is_a_gap(start: StartService, tab: OpenTab, origin: str) -> None:
     service = await start(ALLOWED_ORIGINS=origin, MAX_AGE_SECONDS="2", RETRY_SECONDS="0.2")
     one = await (await (await tab(service)).subscribe(keep=True)).live()
     await one.page.context.add_cookies([{"name": "bridge_token", "value": mint("43"), "url": origin}])
@@ -282,11 +278,11 @@ async def test_another_person_on_the_same_page_is_a_gap(start: StartService, tab
     await one.page.reload()
     await (await one.subscribe(keep=True)).live()
     await one.page.wait_for_function("gaps.length === 1")
-    assert await one.get("gaps") == ["other-user"], "also where the page was left in between"
+    assert await one.get("gaps") == ["other-user"], "also if the page was left in between"
 
 
 @pytest.mark.contract("7.24")
-async def test_a_reload_before_the_state_is_there_begins_anew(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_a_reload_before_the_state_is_there_fetches_it_again(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     load = "{ load: ({ reason }) => { loads.push(reason); return new Promise(() => {}) } }"
     one = await (await (await tab(bridge)).subscribe(load, keep=True)).live()
     await publish(vhost, 0, 1)
@@ -322,7 +318,7 @@ async def test_a_gap_while_the_state_is_fetched(start: StartService, vhost: Vhos
         await one.page.wait_for_function("loads.length === 2")
         assert await one.get("gaps") == ["no-log"]
         await one.get("loaded2()")
-        # What came before the gap is handed over before the state is fetched again, and never behind it.
+        # Events from before the gap are given to the page before the state is fetched again, and never after it.
         await one.page.wait_for_function("seen.includes('e1')")
         assert [each for each in await one.get("seen") if each != "e0"] == ["load 1", "load 2", "e1"]
         assert (await one.get("seen")).index("load 2") > 1 or "e0" not in await one.get("seen")
@@ -335,17 +331,17 @@ async def test_closing_in_a_handler_ends_everything(bridge: Service, vhost: Vhos
     await one.live()
     await publish(vhost, 0, 5)
     await one.status("closed")
-    await asyncio.sleep(0.5)  # More would come in this time, if anything did.
+    await asyncio.sleep(0.5)  # Further events would come in this time.
     assert await one.get("seen") == ["e0"]
     two = await tab(bridge)
     await two.subscribe("{ onState: (state) => { states.push(state.status); window.subscription?.close() } }")
     await two.status("closed")
-    await asyncio.sleep(0.5)  # It would connect in this time, if it did.
+    await asyncio.sleep(0.5)  # It would connect in this time.
     assert await two.get("states.at(-1)") == "closed"
     assert await bridge.metric("bridge_connections") == 0
 
 
-async def test_where_locks_are_forbidden_a_tab_has_its_own(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_if_locks_are_forbidden_a_tab_has_its_own_connection(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await tab(bridge)
     await one.get(
         "() => { LockManager.prototype.request = () => Promise.reject(new DOMException('no', 'SecurityError')) }"

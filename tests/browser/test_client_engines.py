@@ -1,4 +1,4 @@
-"""The client in three engines: tabs that crash, freeze, are left and come back, and a network that breaks."""
+"""The client in three engines: tabs that crash, freeze, or are left and opened again, and a network that breaks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async (site) => {
 
 
 class Pages:
-    """Tabs of one person, with pages of another origin than the bridge's."""
+    """Tabs of one user, with pages of another origin than the bridge's."""
 
     def __init__(self, engine: Engine, origin: str, site: Site, vhost: Vhost) -> None:
         self.engine = engine
@@ -56,7 +56,7 @@ class Pages:
         await self._vhost.publish_all([("user.42.job.completed", cloudevent(event)) for event in events])
 
     async def check(self, *tabs: Tab) -> None:
-        """Each has seen every event, in order and once, and no gap."""
+        """Asserts that each tab has seen every event, in order and once, and no gap."""
         for tab in tabs:
             await tab.until(f"seen.length >= {self._published}")
             assert await tab.get("seen") == [f"e{number}" for number in range(self._published)]
@@ -76,7 +76,7 @@ async def pages(engine: Engine, start: StartService, vhost: Vhost, origin: str) 
 
 
 @pytest.mark.contract("7.13")
-async def test_tabs_share_a_stream_and_outlive_leaders_that_crash(pages: Pages) -> None:
+async def test_tabs_share_a_stream_and_continue_after_leaders_crash(pages: Pages) -> None:
     one, two, three = [await pages.open() for _ in range(3)]
     assert len(pages.site.streams) == 1
     await pages.publish()
@@ -104,7 +104,7 @@ ADD_HEADERS = """
   };
 }
 """
-"""As the packages of Sentry and OpenTelemetry do in a page."""
+"""What the packages of Sentry and OpenTelemetry do in a page."""
 
 
 @pytest.mark.contract("2.16")
@@ -127,7 +127,7 @@ async def test_a_frozen_leader_is_replaced_and_catches_up(pages: Pages) -> None:
     await pages.check(one, two)
 
 
-async def test_a_page_that_was_left_comes_back_where_it_was(pages: Pages) -> None:
+async def test_a_page_that_was_left_resumes(pages: Pages) -> None:
     tab = await pages.open()
     await pages.publish()
     await pages.check(tab)
@@ -153,7 +153,7 @@ async def answer_502(site: Site) -> None:
 
 
 @pytest.mark.parametrize("breaks", [refuse, answer_502])
-async def test_a_stream_that_breaks_comes_back_where_it_was(pages: Pages, breaks: Break) -> None:
+async def test_a_stream_that_breaks_resumes(pages: Pages, breaks: Break) -> None:
     tab = await pages.open()
     await breaks(pages.site)
     await tab.until("subscription.state.attempt >= 2")

@@ -1,4 +1,4 @@
-"""The console as its user sees it."""
+"""The console in a browser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import httpx
 import pytest
 from playwright.async_api import Page, expect
 
-from tests.browser.looks import faults_of
+from tests.browser.accessibility import faults_of
 from tests.conftest import Eventually, StartService
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service, mint
@@ -37,7 +37,7 @@ async def visit(page: Page, service: Service, user: str | None = "42", *groups: 
 
 
 @pytest.mark.contract("5.63")
-async def test_events_come_are_found_and_are_shown_with_their_schema(
+async def test_events_arrive_and_are_found_and_shown_with_their_schema(
     console: Service, vhost: Vhost, page: Page
 ) -> None:
     await visit(page, console)
@@ -79,7 +79,7 @@ async def test_a_sample_of_every_type_can_be_published(console: Service, vhost: 
     await expect(page.locator("#published")).to_contain_text("data.job_id: Input should be a valid string")
 
 
-async def test_who_has_no_token_pastes_one(console: Service, page: Page) -> None:
+async def test_a_user_without_a_token_can_paste_one(console: Service, page: Page) -> None:
     await visit(page, console, None)
     await expect(page.locator("#problem")).to_contain_text("missing-token")
     await page.locator("#token").fill(mint("7"))
@@ -97,7 +97,7 @@ async def test_a_gap_and_a_cut_are_shown(start: StartService, page: Page, vhost:
 
 
 @pytest.mark.contract("2.73", "5.63")
-async def test_it_is_not_there_unless_asked_for(service: Service) -> None:
+async def test_the_console_is_off_by_default(service: Service) -> None:
     for path in ("/", "/console/app.js", "/console/publish"):
         assert (await service.get(path)).status_code == 404
 
@@ -116,7 +116,7 @@ async def test_it_is_not_there_unless_asked_for(service: Service) -> None:
         (400, {"body": '{"type": "notification", "to": "nobody", "data": {"title": "x"}}'}),
     ],
 )
-async def test_who_may_publish(console: Service, status: int, changes: dict[str, Any]) -> None:
+async def test_which_requests_may_publish(console: Service, status: int, changes: dict[str, Any]) -> None:
     body = json.dumps({"type": "notification", "to": "user:42", "data": {"title": "x"}})
     headers = {
         "Content-Type": changes.get("content", "application/json"),
@@ -143,7 +143,7 @@ async def wait_live(page: Page, user: str = "42") -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_everything_can_be_read_at_any_size_in_either_scheme(
+async def test_everything_can_be_read_at_any_size_in_both_colour_schemes(
     console: Service, vhost: Vhost, page: Page, scheme: Any
 ) -> None:
     refused: list[str] = []
@@ -151,7 +151,7 @@ async def test_everything_can_be_read_at_any_size_in_either_scheme(
     await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     await visit(page, console)
     await wait_live(page)
-    # Texts that are long, and words that cannot be broken.
+    # Long texts, and words that cannot be broken.
     await vhost.publish("user.42.notification", cloudevent("e1", "notification", title="x" * 200, body="y" * 3000))
     await vhost.publish("user.42.no.such.type", cloudevent("e2", "no.such.type"))
     await expect(page.locator("#events li.event")).to_have_count(1)
@@ -177,10 +177,10 @@ async def test_everything_can_be_read_at_any_size_in_either_scheme(
         faults[f"{size}, an empty list"] = await faults_of(page, places)
         await page.get_by_role("button", name="Show all").click()
     assert {place: found for place, found in faults.items() if found} == {}
-    assert refused == []  # As by the page's policy.
+    assert refused == []  # Nothing was refused by the page's content security policy.
 
 
-async def test_nothing_lies_over_the_code_and_no_column_is_half_empty(console: Service, page: Page) -> None:
+async def test_nothing_covers_the_code_and_the_columns_have_the_same_height(console: Service, page: Page) -> None:
     for size in OPEN.values():
         await page.set_viewport_size(size)
         await visit(page, console)
@@ -201,7 +201,7 @@ async def test_nothing_lies_over_the_code_and_no_column_is_half_empty(console: S
     assert await page.evaluate("document.getElementById('empty').getBoundingClientRect().height") > 200
 
 
-async def test_copy_copies(console: Service, page: Page) -> None:
+async def test_the_copy_button_copies(console: Service, page: Page) -> None:
     await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     await visit(page, console)
     await page.get_by_role("button", name="Copy: curl").click()
@@ -209,7 +209,7 @@ async def test_copy_copies(console: Service, page: Page) -> None:
     assert "curl -N" in await page.evaluate("navigator.clipboard.readText()")
 
 
-async def test_an_empty_list_says_why(console: Service, vhost: Vhost, page: Page) -> None:
+async def test_an_empty_list_shows_the_reason(console: Service, vhost: Vhost, page: Page) -> None:
     await visit(page, console)
     await wait_live(page)
     await expect(page.locator("#empty")).to_contain_text("No event yet")
@@ -226,7 +226,7 @@ async def test_an_empty_list_says_why(console: Service, vhost: Vhost, page: Page
     await expect(page.locator("#empty")).to_contain_text("Cleared")
 
 
-async def test_pause_becomes_resume_and_says_what_it_holds_back(console: Service, vhost: Vhost, page: Page) -> None:
+async def test_pause_becomes_resume_and_shows_how_many_events_wait(console: Service, vhost: Vhost, page: Page) -> None:
     await visit(page, console)
     await wait_live(page)
     await vhost.publish(USER, cloudevent("e1"))
@@ -243,7 +243,7 @@ async def test_pause_becomes_resume_and_says_what_it_holds_back(console: Service
     await expect(page.locator("#matches")).to_have_text("")
 
 
-async def test_a_row_says_for_whom_and_the_charts_show_the_last_minutes(
+async def test_a_row_shows_its_audience_and_the_charts_show_the_last_minutes(
     console: Service, vhost: Vhost, page: Page
 ) -> None:
     await visit(page, console, "42", "ops")
@@ -282,24 +282,24 @@ async def test_gaps_and_reconnects_are_on_the_timeline_with_their_reasons(
     await visit(page, service)
     await wait_live(page)
     await vhost.publish("user.42.no.such.type", cloudevent("e1", "no.such.type"))
-    happenings = page.get_by_role("list", name="Gaps and reconnects")
-    await expect(happenings.locator(".gap")).to_contain_text("gap (not-readable)")
+    timeline = page.get_by_role("list", name="Gaps and reconnects")
+    await expect(timeline.locator(".gap")).to_contain_text("gap (not-readable)")
     await expect(page.locator("#gaps")).to_have_text("1")
     await expect(page.locator("#timeline-chart rect.gap")).to_have_count(1)
     await page.locator("#events li.gap").click()
     await expect(page.locator("#detail")).to_contain_text("a new catalogue is being rolled out")
     service.signal(signal.SIGKILL)
     await service.ended()
-    await expect(happenings.locator(".cut").first).to_contain_text("cut off")
+    await expect(timeline.locator(".cut").first).to_contain_text("cut off")
     await expect(page.locator("#state")).to_contain_text("cut off, again in")
     await expect(page.locator("#cuts")).to_have_text("1")
     service.set("BIND", service.public.removeprefix("http://"))
     await service.start()
-    await expect(happenings.locator(".live").first).to_contain_text("live again after")
+    await expect(timeline.locator(".live").first).to_contain_text("live again after")
     await page.mouse.move(0, 0)  # A chart under the pointer stays as it is.
     await expect(page.locator("#timeline-chart")).to_have_attribute(
         "aria-label", re.compile("1 cut, [12] gap")
-    )  # The cursor was before the gap, perhaps: then it comes again.
+    )  # There may be two gaps: if the cursor was before the gap, it comes again.
 
 
 async def test_a_stream_can_be_tried_from_a_cursor_and_with_types(console: Service, vhost: Vhost, page: Page) -> None:
@@ -357,7 +357,7 @@ async def test_log_and_quarantine_are_looked_up(console: Service, vhost: Vhost, 
     await expect(page.locator("#quarantine-messages li")).to_have_count(1)
 
 
-async def test_the_page_says_which_right_is_missing(
+async def test_the_page_names_the_missing_right(
     start: StartService, vhost: Vhost, page: Page, eventually: Eventually
 ) -> None:
     await start()  # Makes exchange, log and quarantine.
@@ -380,7 +380,7 @@ async def test_the_page_says_which_right_is_missing(
         vhost.delete_user("console-test")
 
 
-async def test_it_is_used_by_keyboard_alone(console: Service, vhost: Vhost, page: Page) -> None:
+async def test_the_console_can_be_used_with_the_keyboard_alone(console: Service, vhost: Vhost, page: Page) -> None:
     await visit(page, console)
     await wait_live(page)
     for number in range(1, 13):
@@ -415,7 +415,7 @@ async def test_it_is_used_by_keyboard_alone(console: Service, vhost: Vhost, page
     await expect(page.get_by_role("button", name="Resume")).to_be_visible()
 
 
-async def test_without_development_it_shows_no_tool_that_would_fail(start: StartService, page: Page) -> None:
+async def test_without_development_mode_it_hides_tools_that_would_fail(start: StartService, page: Page) -> None:
     await visit(page, await start(CONSOLE="true"))
     await wait_live(page)
     for name in ("Publishing", "Log", "Quarantine"):

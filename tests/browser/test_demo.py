@@ -1,4 +1,4 @@
-"""`make demo` as a stranger sees it: one command, a page on which jobs move, and nothing left behind."""
+"""`make demo` as a new user runs it: one command, a page on which jobs progress, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Page, expect
 
+from tests.browser.accessibility import faults_of
 from tests.browser.conftest import OpenPage
-from tests.browser.looks import faults_of
 from tests.patience import PATIENCE
 from tests.service import ROOT, bare_environment
 
@@ -35,10 +35,10 @@ class Demo:
                 self.text += line.decode()
         return found
 
-    def family(self, word: str = "") -> set[int]:
-        """The demo's process and all below it, RabbitMQ's too: each was told the demo's mark in its environment.
+    def processes(self, word: str = "") -> set[int]:
+        """The demo's process and all below it, also RabbitMQ's: each has the demo's mark in its environment.
 
-        With a word, those only on whose command line it stands.
+        With a word, only those with this word in their command line.
         """
         found = set()
         for entry in Path("/proc").iterdir():
@@ -58,7 +58,7 @@ class Demo:
 
 @pytest.fixture
 async def demo(tmp_path: Path) -> AsyncIterator[Demo]:
-    # RabbitMQ's processes get a clean environment, but its data lies below TMPDIR, which names the demo too.
+    # RabbitMQ's processes get a clean environment, but their data is below TMPDIR. So this path identifies all of them.
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -73,13 +73,13 @@ async def demo(tmp_path: Path) -> AsyncIterator[Demo]:
     made = Demo(process)
     made.mark = str(tmp_path).encode()
     yield made
-    for pid in made.family():
-        with contextlib.suppress(ProcessLookupError):  # One of them may end by itself, now that the others do.
+    for pid in made.processes():
+        with contextlib.suppress(ProcessLookupError):  # One of them may end by itself, because others have ended.
             os.kill(pid, signal.SIGKILL)
     await process.wait()
 
 
-async def test_jobs_move_on_the_page_and_ctrl_c_leaves_nothing(demo: Demo, page: Page) -> None:
+async def test_jobs_progress_on_the_page_and_ctrl_c_leaves_nothing(demo: Demo, page: Page) -> None:
     url = (await demo.read_until(r"==> Open (http://localhost:\d+)"))[1]
     command = (await demo.read_until(r"\n +(BRIDGE_AMQP_URL=.* BRIDGE_SCHEMAS=bridge\.samples .* publish .*)\n"))[1]
     await page.goto(f"{url}/jobs")
@@ -89,27 +89,27 @@ async def test_jobs_move_on_the_page_and_ctrl_c_leaves_nothing(demo: Demo, page:
         """() => { const bar = document.querySelector(".job progress"); window.high ??= bar.value;
                    return document.querySelector(".job.completed") && bar.value !== window.high }""",
     )
-    # The line that it offers to copy works as it stands.
+    # The command that it prints for copying works without a change.
     done = await asyncio.create_subprocess_shell(command, env=bare_environment(), cwd=ROOT)
     assert await done.wait() == 0
     await expect(page.locator("#notices")).to_contain_text("Hello")
     await expect(page.locator("#feed")).to_contain_text("job.progress")
 
-    assert len(demo.family()) >= 4
+    assert len(demo.processes()) >= 4
     os.killpg(demo.process.pid, signal.SIGINT)
     async with asyncio.timeout(PATIENCE):
         await demo.process.wait()
     async with asyncio.timeout(PATIENCE):
-        while demo.family():  # noqa: ASYNC110 - a killed process has nothing to tell that it is gone.
-            await asyncio.sleep(0.1)  # Between two looks.
+        while demo.processes():  # noqa: ASYNC110 - the end of another process can only be polled.
+            await asyncio.sleep(0.1)  # Between two polls.
     assert demo.process.returncode == 0
 
 
-async def test_a_page_that_comes_later_has_every_title_in_words_on_a_phone(demo: Demo, open_page: OpenPage) -> None:
+async def test_a_page_that_opens_later_shows_every_title_on_a_phone(demo: Demo, open_page: OpenPage) -> None:
     url = (await demo.read_until(r"==> Open (http://localhost:\d+)"))[1]
     first = await open_page()
     await first.goto(f"{url}/jobs")
-    # One that has begun, so that its title was published before the second page came; and something else to show.
+    # Wait for a running job, so that its title was published before the second page opens, and for a notice.
     await first.wait_for_function("[...document.querySelectorAll('.running progress')].some((bar) => bar.value > 0)")
     await expect(first.locator("#notices li")).not_to_have_count(0)
 
@@ -119,7 +119,7 @@ async def test_a_page_that_comes_later_has_every_title_in_words_on_a_phone(demo:
         await page.set_viewport_size({"width": width, "height": 700})
         await page.goto(f"{url}/jobs")
         await expect(page.locator("#state")).to_have_text("live for user “demo”")
-        # Of what was before the page, and of what comes.
+        # Entries from before the page, and new ones.
         for place in ("#jobs li", "#notices li", "#feed li"):
             await expect(page.locator(place)).not_to_have_count(0)
         await page.wait_for_function("document.querySelectorAll('#feed li').length > 10")
@@ -137,7 +137,7 @@ async def test_a_page_that_comes_later_has_every_title_in_words_on_a_phone(demo:
 
 async def test_a_part_that_ends_by_itself_ends_the_demo(demo: Demo) -> None:
     await demo.read_until(r"==> Open ")
-    (bridge,) = demo.family("serve")
+    (bridge,) = demo.processes("serve")
     os.kill(bridge, signal.SIGKILL)
     await demo.read_until(r"demo: the bridge ended by itself")
     async with asyncio.timeout(PATIENCE):

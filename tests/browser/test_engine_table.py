@@ -1,4 +1,4 @@
-"""What the EventSource of each engine does when its stream ends: the table in docs/resume.md, measured."""
+"""Measures the table in docs/resume.md: what the EventSource of each engine does when its stream ends."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ pytestmark = pytest.mark.any_rabbitmq
 LISTEN = """
 (url) => {
   window.seen = [];
-  window.told = [];
+  window.received = [];
   window.source = new EventSource(url, { withCredentials: true });
-  const note = (word, message) => {
-    told.push(word);
+  const record = (word, message) => {
+    received.push(word);
     if (message.lastEventId) window.last = message.lastEventId;
   };
   for (const name of ["bridge.ready", "bridge.gap", "bridge.bye"])
-    source.addEventListener(name, (message) => note(name, message));
+    source.addEventListener(name, (message) => record(name, message));
   source.addEventListener("job.completed", (message) => {
-    note("event", message);
+    record("event", message);
     seen.push(JSON.parse(message.data).id);
   });
-  source.onerror = () => told.push(source.readyState === EventSource.CLOSED ? "closed" : "connecting");
-  addEventListener("pageshow", (event) => told.push(event.persisted ? "kept" : "shown"));
+  source.onerror = () => received.push(source.readyState === EventSource.CLOSED ? "closed" : "connecting");
+  addEventListener("pageshow", (event) => received.push(event.persisted ? "kept" : "shown"));
 }
 """
 
@@ -44,12 +44,12 @@ STAYS_OPEN = "stays open"
 LOADS_AGAIN = "loads again"
 
 PAUSE = Answer(200, "retry: 200\n", "text/event-stream")
-"""What deploy/proxies answer while no bridge is up."""
+"""The answer of the proxies in deploy/proxies while no bridge is up."""
 
 
 @dataclass
-class Scene:
-    """A browser, an application whose `/events` leads to a bridge, and a page of another origin."""
+class Setup:
+    """A browser, an application that forwards `/events` to a bridge, and a page of another origin."""
 
     engine: Engine
     site: Site
@@ -62,7 +62,7 @@ class Scene:
     async def listen(self, *, elsewhere: bool = False) -> Tab:
         tab = await self.open(elsewhere=elsewhere)
         await tab.call(LISTEN, f"{self.site.origin}/events")
-        await tab.until("told.includes('bridge.ready')")
+        await tab.until("received.includes('bridge.ready')")
         return tab
 
     async def open(self, *, elsewhere: bool) -> Tab:
@@ -78,104 +78,108 @@ class Scene:
         return f"e{self.events}"
 
     async def outcome(self, tab: Tab, before: int) -> str:
-        """What became of a stream that had been asked for `before` times, when the fault is over."""
+        """The outcome for a stream after the fault is over. There were `before` requests for it before."""
         event = await self.publish()
         await tab.until(f"source.readyState === 2 || seen.includes('{event}')")
         if await tab.get("source.readyState") == 2:
             return GIVES_UP
-        assert "bridge.gap" not in await tab.get("told")
+        assert "bridge.gap" not in await tab.get("received")
         return COMES_BACK if len(self.site.streams) > before else STAYS_OPEN
 
 
-Row = Callable[[Scene], Awaitable[str]]
+Row = Callable[[Setup], Awaitable[str]]
 
 
-async def bye(scene: Scene) -> str:
-    before = len(scene.site.streams) + 1
-    usual, scene.site.bridge = scene.site.bridge, scene.services[1].public
-    tab = await scene.listen()
-    scene.site.bridge = usual
-    await tab.until("told.includes('bridge.bye')")
-    return await scene.outcome(tab, before)
+async def bye(setup: Setup) -> str:
+    before = len(setup.site.streams) + 1
+    usual, setup.site.bridge = setup.site.bridge, setup.services[1].public
+    tab = await setup.listen()
+    setup.site.bridge = usual
+    await tab.until("received.includes('bridge.bye')")
+    return await setup.outcome(tab, before)
 
 
-async def reset(scene: Scene) -> str:
-    tab = await scene.listen()
-    last, before = await tab.get("last"), len(scene.site.streams)
-    scene.site.cut()
-    found = await scene.outcome(tab, before)
-    assert scene.site.streams[before].cursor == last, "it resumes where it was"
+async def reset(setup: Setup) -> str:
+    tab = await setup.listen()
+    last, before = await tab.get("last"), len(setup.site.streams)
+    setup.site.cut()
+    found = await setup.outcome(tab, before)
+    assert setup.site.streams[before].cursor == last, "it must resume with its cursor"
     return found
 
 
 def refused(*, elsewhere: bool, first: bool = False) -> Row:
-    async def row(scene: Scene) -> str:
+    async def row(setup: Setup) -> str:
         if not first:
-            tab = await scene.listen(elsewhere=elsewhere)
-            scene.site.refuse()
-            scene.site.cut()
+            tab = await setup.listen(elsewhere=elsewhere)
+            setup.site.refuse()
+            setup.site.cut()
         else:
             # The page is there before the connection is refused.
-            tab = await scene.open(elsewhere=elsewhere)
-            scene.site.refuse()
-            await tab.call(LISTEN, f"{scene.site.origin}/events")
-        before = len(scene.site.streams)
+            tab = await setup.open(elsewhere=elsewhere)
+            setup.site.refuse()
+            await tab.call(LISTEN, f"{setup.site.origin}/events")
+        before = len(setup.site.streams)
         # One "connecting" is for the end of the stream, each further one for a refused try.
-        tries = "told.filter((word) => word === 'connecting').length"
-        await tab.until(f"told.includes('closed') || {tries} >= 3")
-        await scene.site.open()
+        tries = "received.filter((word) => word === 'connecting').length"
+        await tab.until(f"received.includes('closed') || {tries} >= 3")
+        await setup.site.open()
         if first:
-            # It is owed the events after its first `bridge.ready`, so none is published before.
-            await tab.until("told.includes('closed') || told.includes('bridge.ready')")
-        return await scene.outcome(tab, before)
+            # It must get the events after its first `bridge.ready`, so none is published before.
+            await tab.until("received.includes('closed') || received.includes('bridge.ready')")
+        return await setup.outcome(tab, before)
 
     return row
 
 
 def answered(*answers: Answer, elsewhere: bool = False) -> Row:
-    """Each of these answers meets the first reconnect; all of them have one outcome."""
+    """The first reconnect gets each of these answers in turn; all must have the same outcome."""
 
-    async def row(scene: Scene) -> str:
+    async def row(setup: Setup) -> str:
         found = set()
         for answer in answers:
-            tab = await scene.listen(elsewhere=elsewhere)
-            last, before = await tab.get("last"), len(scene.site.streams)
-            scene.site.answer = answer
-            scene.site.cut()
-            # The fault is over when it was met: the tab has given up, or asks again.
-            await scene.site.asked(before + 1)
-            await tab.until("told.includes('closed') || told.filter((word) => word === 'connecting').length >= 2")
-            scene.site.answer = None
-            found.add(await scene.outcome(tab, before + 1))
-            assert {request.cursor for request in scene.site.streams[before:]} == {last}, "it resumes where it was"
+            tab = await setup.listen(elsewhere=elsewhere)
+            last, before = await tab.get("last"), len(setup.site.streams)
+            setup.site.answer = answer
+            setup.site.cut()
+            # The fault ends after the tab has got this answer: it has given up, or tries again.
+            await setup.site.wait_for_request(before + 1)
+            await tab.until(
+                "received.includes('closed') || received.filter((word) => word === 'connecting').length >= 2"
+            )
+            setup.site.answer = None
+            found.add(await setup.outcome(tab, before + 1))
+            assert {request.cursor for request in setup.site.streams[before:]} == {last}, (
+                "it must resume with its cursor"
+            )
         (outcome,) = found
         return outcome
 
     return row
 
 
-async def left_and_back(scene: Scene) -> str:
-    tab = await scene.listen()
-    before = len(scene.site.streams)
-    await tab.goto(f"{scene.site.origin}/elsewhere")
+async def left_and_back(setup: Setup) -> str:
+    tab = await setup.listen()
+    before = len(setup.site.streams)
+    await tab.goto(f"{setup.site.origin}/elsewhere")
     await tab.back()
     await tab.until("location.pathname === '/'")
     if not await tab.get("'source' in window"):
         return LOADS_AGAIN
-    await tab.until("told.includes('kept')")
-    return await scene.outcome(tab, before)
+    await tab.until("received.includes('kept')")
+    return await setup.outcome(tab, before)
 
 
 def frozen(*, cut: bool) -> Row:
-    async def row(scene: Scene) -> str:
-        tab = await scene.listen()
-        before = len(scene.site.streams)
+    async def row(setup: Setup) -> str:
+        tab = await setup.listen()
+        before = len(setup.site.streams)
         await tab.freeze()
         if cut:
-            scene.site.cut()
-        event = await scene.publish()
+            setup.site.cut()
+        event = await setup.publish()
         await tab.thaw()
-        found = await scene.outcome(tab, before)
+        found = await setup.outcome(tab, before)
         if found != GIVES_UP:
             assert event in await tab.get("seen")
         return found
@@ -214,18 +218,18 @@ def read_table() -> dict[str, list[str]]:
 
 
 @pytest.fixture
-async def scene(engine: Engine, start: StartService, vhost: Vhost) -> AsyncIterator[Scene]:
+async def setup(engine: Engine, start: StartService, vhost: Vhost) -> AsyncIterator[Setup]:
     async with Site("") as elsewhere, Site("") as site:
         settings: dict[str, Any] = {"RETRY_SECONDS": "0.2", "ALLOWED_ORIGINS": f"{elsewhere.origin},{site.origin}"}
         services = [await start(**settings), await start(**settings, MAX_AGE_SECONDS="1")]
         site.bridge = services[0].public
         await engine.set_cookie(site.origin, "bridge_token", mint("42"))
-        yield Scene(engine, site, elsewhere, vhost, services)
+        yield Setup(engine, site, elsewhere, vhost, services)
 
 
-async def test_the_table_in_the_docs_is_what_each_engine_does(scene: Scene) -> None:
-    found = {name: await row(scene) for name, row in ROWS.items()}
-    column = NAMES.index(scene.engine.name)
+async def test_the_table_in_the_docs_is_what_each_engine_does(setup: Setup) -> None:
+    found = {name: await row(setup) for name, row in ROWS.items()}
+    column = NAMES.index(setup.engine.name)
     assert found == {name: cells[column] for name, cells in read_table().items()}
 
 

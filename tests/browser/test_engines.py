@@ -1,4 +1,4 @@
-"""The engines themselves: what a test may rely on when it kills, freezes or leaves a tab."""
+"""Tests of the engines themselves: other tests rely on this when they kill, freeze or leave a tab."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import pytest
 from tests.browser.engines import Engine, ScriptError
 from tests.conftest import Eventually
 
-HEAR = """
+LISTEN = """
 () => {
-  window.heard = [];
+  window.received = [];
   window.channel = new BroadcastChannel("test");
-  window.channel.onmessage = (message) => heard.push(message.data);
+  window.channel.onmessage = (message) => received.push(message.data);
 }
 """
 
-SAY = "(word) => window.channel.postMessage(word)"
+SEND = "(word) => window.channel.postMessage(word)"
 
 
 async def test_scripts_return_values_and_errors(engine: Engine, origin: str, eventually: Eventually) -> None:
@@ -45,10 +45,10 @@ async def test_tabs_share_cookies_storage_and_channels(engine: Engine, origin: s
     assert await one.get("fetch('/cookie').then((answer) => answer.text())") == "who=42"
     await one.get("localStorage.setItem('a', '1')")
     assert await two.get("localStorage.getItem('a')") == "1"
-    await one.call(HEAR)
-    await two.call(HEAR)
-    await two.call(SAY, "hello")
-    assert await one.until("heard.length && heard") == ["hello"]
+    await one.call(LISTEN)
+    await two.call(LISTEN)
+    await two.call(SEND, "hello")
+    assert await one.until("received.length && received") == ["hello"]
     await engine.clear_cookies()
     assert await two.get("fetch('/cookie').then((answer) => answer.text())") == ""
 
@@ -56,21 +56,21 @@ async def test_tabs_share_cookies_storage_and_channels(engine: Engine, origin: s
 async def test_a_frozen_tab_stops_and_the_others_do_not(engine: Engine, origin: str) -> None:
     one, two, three = [await engine.open_tab(origin) for _ in range(3)]
     for each in (one, two, three):
-        await each.call(HEAR)
-    # A page may be told that its channel is open before the browser's other processes know of it.
-    await one.call(SAY, "before")
+        await each.call(LISTEN)
+    # A page's channel may be open before the browser's other processes know it.
+    await one.call(SEND, "before")
     for each in (two, three):
-        await each.until("heard.length === 1")
+        await each.until("received.length === 1")
     await two.freeze()
-    await one.call(SAY, "hello")
-    await three.until("heard.length === 2")
+    await one.call(SEND, "hello")
+    await three.until("received.length === 2")
     await two.thaw()
-    await two.until("heard.length === 2")
+    await two.until("received.length === 2")
 
 
-async def test_a_tab_that_crashes_takes_no_other_with_it(engine: Engine, origin: str) -> None:
+async def test_a_tab_that_crashes_ends_no_other_tab(engine: Engine, origin: str) -> None:
     one, two, three = [await engine.open_tab(origin) for _ in range(3)]
-    # The lock of a page is free when its process is gone, with nothing said.
+    # The lock of a page is free when its process is gone, without any message.
     await one.call("() => new Promise((got) => navigator.locks.request('x', () => (got(), new Promise(() => {}))))")
     await two.call("() => { navigator.locks.request('x', () => { window.free = true }) }")
     await one.crash()
@@ -79,7 +79,7 @@ async def test_a_tab_that_crashes_takes_no_other_with_it(engine: Engine, origin:
     assert await two.get("1 + 1") == 2
 
 
-async def test_a_page_comes_back_from_the_cache_as_it_was(engine: Engine, origin: str) -> None:
+async def test_a_page_returns_from_the_cache_unchanged(engine: Engine, origin: str) -> None:
     tab = await engine.open_tab(origin)
     await tab.call("() => { window.before = 1; onpageshow = (event) => { window.kept = event.persisted } }")
     await tab.goto(origin + "/elsewhere")

@@ -1,4 +1,4 @@
-"""A browser's own EventSource against the bridge: cookie, CORS, typed events, coming back."""
+"""A browser's own EventSource with the bridge: cookie, CORS, typed events, and reconnects."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LISTEN = """
 (url) => {
   window.seen = [];
   window.source = new EventSource(url, { withCredentials: true });
-  const note = (message) => seen.push([message.type, JSON.parse(message.data), message.lastEventId]);
-  source.onmessage = note;
+  const record = (message) => seen.push([message.type, JSON.parse(message.data), message.lastEventId]);
+  source.onmessage = record;
   for (const name of ["bridge.ready", "bridge.gap", "bridge.bye", "job.completed", "notification"])
-    source.addEventListener(name, note);
+    source.addEventListener(name, record);
 }
 """
 
 
 def events_url(service: Service, query: str = "") -> str:
-    # A host of the same site: the cookie is the page's host's, whatever the port.
+    # The same host as the page: a cookie is for a host, with any port.
     return service.public.replace("127.0.0.1", "localhost") + "/events" + query
 
 
@@ -43,8 +43,8 @@ async def seen(page: Page, count: int) -> list[list[object]]:
     return found
 
 
-def told(ready: list[object]) -> dict[str, object]:
-    """What a `bridge.ready` says, but for the identity."""
+def ready_data(ready: list[object]) -> dict[str, object]:
+    """The data of a `bridge.ready`, without the identity."""
     assert isinstance(ready[1], dict)
     return {name: value for name, value in ready[1].items() if name != "identity"}
 
@@ -60,13 +60,13 @@ async def test_typed_events_across_origins_with_the_cookie(
     await vhost.publish("user.42.job.completed", cloudevent("e1", job_id="\r\n\n<b>\u2028😀"))
     await vhost.publish("all.notification", cloudevent("e2", "notification", title="x"))
     (ready, first, second) = await seen(page, 3)
-    assert (ready[0], told(ready)) == ("bridge.ready", {"user": "42", "resumed": False, "heartbeat_seconds": 0.2})
+    assert (ready[0], ready_data(ready)) == ("bridge.ready", {"user": "42", "resumed": False, "heartbeat_seconds": 0.2})
     assert first[0] == "job.completed"
     assert isinstance(first[1], dict)
     assert first[1]["data"]["job_id"] == "\r\n\n<b>\u2028😀"
     assert second[0] == "notification"
     assert len({ready[2], first[2], second[2]}) == 3
-    await page.wait_for_timeout(500)  # Some heartbeats, which must not show.
+    await page.wait_for_timeout(500)  # Some heartbeats, which must not cause an event.
     assert len(await seen(page, 3)) == 3
 
 
@@ -80,7 +80,7 @@ async def test_an_origin_that_is_not_allowed_reads_nothing(
     assert await page.evaluate("seen") == []
 
 
-async def test_a_page_lives_through_a_drain_and_comes_back_with_its_cursor(
+async def test_a_page_reconnects_with_its_cursor_after_a_drain(
     start: StartService, vhost: Vhost, page: Page, origin: str
 ) -> None:
     port = str(free_ports(1)[0])
@@ -98,7 +98,7 @@ async def test_a_page_lives_through_a_drain_and_comes_back_with_its_cursor(
     await vhost.publish("user.42.job.completed", cloudevent("meanwhile"))
     again = await start(**settings)
     ready = (await seen(page, 4))[3]
-    assert (ready[0], told(ready)) == ("bridge.ready", {"user": "42", "resumed": True, "heartbeat_seconds": 15})
+    assert (ready[0], ready_data(ready)) == ("bridge.ready", {"user": "42", "resumed": True, "heartbeat_seconds": 15})
     assert (await again.logged("stream opened"))["resumes"] is True
     await vhost.publish("user.42.job.completed", cloudevent("after"))
     last = (await seen(page, 6))[4:]
@@ -109,9 +109,7 @@ async def test_a_page_lives_through_a_drain_and_comes_back_with_its_cursor(
 
 
 @pytest.mark.contract("2.12")
-async def test_busy_does_not_silence_a_page_for_good(
-    start: StartService, vhost: Vhost, page: Page, origin: str
-) -> None:
+async def test_after_busy_a_page_reconnects(start: StartService, vhost: Vhost, page: Page, origin: str) -> None:
     service = await start(ALLOWED_ORIGINS=origin, MAX_CONNECTIONS_PER_USER="1")
     await log_in(page, origin)
     await page.evaluate(LISTEN, events_url(service))

@@ -1,6 +1,6 @@
-"""The client's parser by each rule of the HTML standard's event-stream grammar (sections 9.2.5 and 9.2.6).
+"""Tests the client's parser with each rule of the HTML standard's event-stream grammar (sections 9.2.5 and 9.2.6).
 
-Chromium's own EventSource reads the same bytes: it checks the table, and the client is checked by the table.
+Chromium's own EventSource reads the same bytes: this checks that the table is right.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from playwright.async_api import Page
 from tests.browser.site import serve
 
 Block = tuple[str, str, str]
-"""Name, data and last event id, which is empty where there was none."""
+"""Name, data and last event id. The id is empty if there was none."""
 
 
 class Case(NamedTuple):
@@ -113,7 +113,7 @@ async ([client, cases]) => {
     const onBlock = ({ name, data, id }) => blocks.push([name, data, id ?? ""]);
     const whole = parse(body, onBlock, (ms) => retries.push(ms), () => {});
     for (const chunk of chunks) feed.enqueue(chunk);
-    await turn(); // What these bytes complete is there before the stream ends, or anything follows.
+    await turn(); // Blocks that these bytes complete must be there now, before the stream ends.
     const before = JSON.stringify([blocks, retries]);
     feed.close();
     await whole;
@@ -136,8 +136,8 @@ LISTEN = """
 (url) => new Promise((resolve) => {
   const blocks = [];
   const source = new EventSource(url);
-  const note = (message) => blocks.push([message.type, message.data, message.lastEventId]);
-  for (const name of ["message", "d", "e"]) source.addEventListener(name, note);
+  const record = (message) => blocks.push([message.type, message.data, message.lastEventId]);
+  for (const name of ["message", "d", "e"]) source.addEventListener(name, record);
   source.onerror = () => { source.close(); resolve(blocks); };
 })
 """
@@ -145,7 +145,7 @@ LISTEN = """
 
 @pytest.fixture
 def cases() -> Iterator[str]:
-    """A server of the cases; `/3` is the third."""
+    """A server of the cases; `/3` is the case with index 3."""
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> tuple[str, bytes]:
         number = request.path.strip("/")
@@ -157,7 +157,7 @@ def cases() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-async def test_the_client_reads_each_case_however_it_is_cut(page: Page, cases: str) -> None:
+async def test_the_client_reads_each_case_in_any_pieces(page: Page, cases: str) -> None:
     await page.route("**/client.js", lambda route: route.fulfill(path="bridge/client/client.js"))
     await page.goto(cases)
     sent = [b64encode(case.sent).decode("ascii") for case in CASES]

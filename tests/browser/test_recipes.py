@@ -1,4 +1,4 @@
-"""The code for pages in README.md and docs/resume.md, run as it is there, in each engine and against a real bridge."""
+"""Runs the code for pages in README.md and docs/resume.md unchanged, in each engine and with a real bridge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.any_rabbitmq
 
 ROOT = Path(__file__).parents[2]
 
-# The functions that the recipes leave to the page. `log` says what was shown, in order.
+# The functions that the recipes leave to the page. `log` has what was shown, in order.
 PAGE = """
 <!doctype html><link rel=icon href="data:,"><title>test</title><script>
 window.log = [];
@@ -55,7 +55,7 @@ class Application:
         self.service = service
         self._vhost = vhost
         self._users: dict[str, str] = {}
-        self.asked: asyncio.Queue[tuple[Request, asyncio.Future[Answer]]] = asyncio.Queue()
+        self.state_requests: asyncio.Queue[tuple[Request, asyncio.Future[Answer]]] = asyncio.Queue()
         """Requests for the state, if `answers` is off."""
         self.answers = True
         site.routes["/"] = lambda _: make_page(*read_recipe("docs/resume.md", "A page that is never wrong"))
@@ -69,7 +69,7 @@ class Application:
         if self.answers:
             return self.state(request)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.asked.put_nowait((request, answer))
+        self.state_requests.put_nowait((request, answer))
         return answer
 
     async def log_in(self, user: str, *groups: str) -> None:
@@ -78,7 +78,7 @@ class Application:
         await self.engine.set_cookie(f"{self.site.origin}/log-in", "bridge_token", token)
 
     async def log_out(self) -> None:
-        """Elsewhere: no page is told."""
+        """Logs out without notifying any page."""
         await self.engine.clear_cookies()
 
     async def open(self) -> Tab:
@@ -87,9 +87,9 @@ class Application:
     async def publish(self, job: str, user: str = "42") -> None:
         await self._vhost.publish(f"user.{user}.job.completed", cloudevent(job, job_id=job))
 
-    async def next_question(self) -> tuple[Request, asyncio.Future[Answer]]:
+    async def next_request(self) -> tuple[Request, asyncio.Future[Answer]]:
         async with asyncio.timeout(PATIENCE):
-            return await self.asked.get()
+            return await self.state_requests.get()
 
 
 @pytest.fixture
@@ -107,19 +107,19 @@ async def test_a_state_that_cannot_be_fetched_is_fetched_again_before_any_event_
 ) -> None:
     application.answers = False
     tab = await application.open()
-    _, answer = await application.next_question()
+    _, answer = await application.next_request()
     ready = await tab.get("lastId")
     await application.publish("e1")
     await tab.until(f"lastId !== '{ready}'")
     answer.set_result(Answer(503, "not now"))
-    request, answer = await application.next_question()
+    request, answer = await application.next_request()
     assert await tab.get("log") == ["clear"]
     answer.set_result(application.state(request))
     await tab.until("log.includes('e1')")
     assert await tab.get("log") == ["clear", "load 42", "e1"]
 
 
-async def test_an_event_that_cannot_be_applied_is_in_the_state_that_is_fetched_then(application: Application) -> None:
+async def test_after_an_event_that_cannot_be_applied_the_state_is_fetched(application: Application) -> None:
     tab = await application.open()
     await tab.until("whose")
     await tab.get("window.usual = apply")
@@ -131,18 +131,18 @@ async def test_an_event_that_cannot_be_applied_is_in_the_state_that_is_fetched_t
     assert await tab.get("log") == ["clear", "load 42", "load 42", "e2"]
 
 
-async def test_a_stream_that_comes_back_as_another_user_clears_the_page(application: Application) -> None:
+async def test_a_stream_that_reconnects_as_another_user_clears_the_page(application: Application) -> None:
     application.answers = False
     tab = await application.open()
-    of_42, late = await application.next_question()
+    of_42, late = await application.next_request()
     state_of_42 = application.state(of_42)
     ready = await tab.get("lastId")
     await application.publish("of-42")
     await tab.until(f"lastId !== '{ready}'")
-    # Somebody else logs in, in another tab, while this page waits for its state.
+    # Another user logs in in another tab, while this page waits for its state.
     await application.log_in("43")
     application.site.cut()
-    request, answer = await application.next_question()
+    request, answer = await application.next_request()
     answer.set_result(application.state(request))
     await tab.until("whose === '43'")
     if not late.done():
@@ -153,8 +153,8 @@ async def test_a_stream_that_comes_back_as_another_user_clears_the_page(applicat
     assert await tab.get("log") == ["clear", "clear", "load 43", "of-43"]
 
 
-async def test_a_stream_that_comes_back_with_other_groups_clears_the_page(application: Application) -> None:
-    """What the page may see is another: what it showed of a group is gone, what the new group has is loaded."""
+async def test_a_stream_that_reconnects_with_other_groups_clears_the_page(application: Application) -> None:
+    """The page may see other events now: the old group's data is removed, and the new group's is loaded."""
     await application.log_in("42", "ops")
     tab = await application.open()
     await tab.until("whose")
@@ -190,13 +190,13 @@ async def test_a_log_out_clears_the_page_in_all_tabs(application: Application, e
     await application.log_in("43")
     await two.call("() => listen()")
     await two.until("whose === '43'")
-    assert application.site.streams[count].cursor is None, "the other user's place is forgotten"
+    assert application.site.streams[count].cursor is None, "the other user's cursor must not be used"
     assert len(application.site.streams) == count + 1
     assert await one.get("log") == ["clear", "load 42", "clear"]
 
 
 @pytest.mark.parametrize("answer", [None, Answer(302, headers={"Location": "/log-in"})], ids=["401", "redirect"])
-async def test_a_log_out_that_no_page_was_told_of_clears_it_when_its_stream_ends(
+async def test_after_a_log_out_without_notice_the_page_is_cleared_when_its_stream_ends(
     application: Application, answer: Answer | None
 ) -> None:
     tab = await application.open()
@@ -209,7 +209,7 @@ async def test_a_log_out_that_no_page_was_told_of_clears_it_when_its_stream_ends
     assert await tab.get("source") is None
 
 
-async def test_a_stream_that_was_given_up_is_opened_again_where_it_was(application: Application) -> None:
+async def test_a_stream_that_was_given_up_is_opened_again_and_resumes(application: Application) -> None:
     tab = await application.open()
     await tab.until("whose")
     last = await tab.get("lastId")
@@ -223,7 +223,7 @@ async def test_a_stream_that_was_given_up_is_opened_again_where_it_was(applicati
     assert {request.cursor for request in application.site.streams[1:]} == {last}
 
 
-async def test_a_page_that_was_left_and_comes_back(application: Application) -> None:
+async def test_a_page_that_was_left_and_opened_again(application: Application) -> None:
     tab = await application.open()
     await tab.until("whose")
     await tab.goto(f"{application.site.origin}/elsewhere")
@@ -233,7 +233,7 @@ async def test_a_page_that_was_left_and_comes_back(application: Application) -> 
     await application.publish("after")
     await tab.until("log.includes('after')")
     found = await tab.get("log")
-    # Kept in the cache it gets what it missed; loaded again it has it in its state.
+    # A page from the cache gets the missed event; a page that is loaded again has it in its state.
     assert found in (["clear", "load 42", "meanwhile", "after"], ["clear", "load 42", "after"])
 
     await tab.goto(f"{application.site.origin}/elsewhere")
@@ -255,14 +255,12 @@ async def answer_502(site: Site, tab: Tab) -> None:
 async def refuse(site: Site, tab: Tab) -> None:
     site.refuse()
     site.cut()
-    # Firefox gives up, as the page is of another origin; the others go on by themselves, and tell nobody.
+    # Firefox gives up, because the page is of another origin. The others reconnect by themselves, without a signal.
     await tab.until("failures >= 2 || !navigator.userAgent.includes('Firefox')")
 
 
 @pytest.mark.parametrize("breaks", [answer_502, refuse])
-async def test_the_readmes_page_comes_back_where_it_was(
-    engine: Engine, start: StartService, vhost: Vhost, breaks: Break
-) -> None:
+async def test_the_readmes_page_resumes(engine: Engine, start: StartService, vhost: Vhost, breaks: Break) -> None:
     async with Site("") as page, Site("") as site:
         service = await start(RETRY_SECONDS="0.2", ALLOWED_ORIGINS=page.origin)
         site.bridge = service.public

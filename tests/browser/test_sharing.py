@@ -1,4 +1,4 @@
-"""Tabs that share one stream: whose it is, who leads, and that nothing is lost or shown twice when the lead moves."""
+"""Tabs that share one stream: its user, the leading tab, and that a new leader loses and repeats no event."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ async def is_user(tab: Tab, user: str) -> None:
 
 
 def token(user: str, *groups: str) -> str:
-    """Options of a page that always gives this token, and counts how often it is asked."""
+    """Options of a page that always gives this token, and records each request for it."""
     return f"{{ token: ({{ reason }}) => {{ tokens.push(reason); return {mint(user, *groups)!r} }} }}"
 
 
-# Whose stream it is.
+# The user of the stream.
 
 
 @pytest.mark.contract("7.2", "7.4", "7.5")
-async def test_a_person_who_logs_in_after_another_gets_their_own_events(
+async def test_a_user_who_logs_in_after_another_gets_their_own_events(
     bridge: Service, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
-    """Once in a new tab, while the tabs of the person before stay open. They switch too: one browser has one login."""
+    """The second user logs in in a new tab. The tabs of the first user stay open and switch, too: a browser has one
+    login."""
     old = [await (await (await tab(bridge, "42")).subscribe()).live() for _ in range(3)]
     await publish(vhost, 0, 3)
     for each in old:
@@ -59,12 +60,12 @@ async def test_a_person_who_logs_in_after_another_gets_their_own_events(
 
 
 @pytest.mark.contract("7.2")
-async def test_a_tab_that_is_looked_at_again_asks_who_it_is(
+async def test_a_tab_that_becomes_visible_asks_for_its_identity(
     bridge: Service, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
     one = await (await (await tab(bridge, "42")).subscribe()).live()
     two = await (await (await tab(bridge, "42")).subscribe()).live()
-    await log_in(one, origin, "43")  # By a form of the application, of which no page of the client's knows.
+    await log_in(one, origin, "43")  # By a form of the application, without a notice to the client.
     await two.get("document.dispatchEvent(new Event('visibilitychange'))")
     for each in (one, two):
         await is_user(each, "43")
@@ -91,12 +92,12 @@ async def test_another_set_of_groups_is_another_stream(
 
 
 @pytest.mark.contract("7.1", "7.3")
-async def test_tabs_with_tokens_of_two_people_share_nothing(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_tabs_with_tokens_of_two_users_share_nothing(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await (await (await tab(bridge, None)).subscribe(token("42"))).live()
     two = await (await (await tab(bridge, None)).subscribe(token("43"))).live()
     again = await (await (await tab(bridge, None)).subscribe(token("43"))).live()
     assert await bridge.metric("bridge_connections") == 2
-    assert await two.get("tokens.length") > 0, "its own token counts, and not that of the tab that was there"
+    assert await two.get("tokens.length") > 0, "a tab must use its own token, not that of the earlier tab"
     await publish(vhost, 0, 2)
     await publish(vhost, 0, 2, user="43", prefix="b")
     assert await one.seen(2) == ids(0, 2)
@@ -104,7 +105,7 @@ async def test_tabs_with_tokens_of_two_people_share_nothing(bridge: Service, vho
 
 
 @pytest.mark.contract("7.9")
-async def test_two_subscriptions_of_one_page_are_two_people(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_two_subscriptions_of_one_page_can_be_two_users(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await (await (await tab(bridge, None)).subscribe(token("42"))).live()
     await one.get(
         f"""async () => {{
@@ -124,7 +125,7 @@ async def test_two_subscriptions_of_one_page_are_two_people(bridge: Service, vho
 
 
 @pytest.mark.contract("7.7")
-async def test_a_log_out_in_one_tab_is_one_in_all(bridge: Service, vhost: Vhost, tab: OpenTab, origin: str) -> None:
+async def test_a_log_out_in_one_tab_applies_to_all(bridge: Service, vhost: Vhost, tab: OpenTab, origin: str) -> None:
     tabs = [await (await (await tab(bridge, "42")).subscribe()).live() for _ in range(3)]
     await tabs[2].page.context.clear_cookies()
     await tabs[2].page.reload()
@@ -137,11 +138,11 @@ async def test_a_log_out_in_one_tab_is_one_in_all(bridge: Service, vhost: Vhost,
     await tabs[2].subscribe()
     for each in tabs:
         await is_user(each, "42")
-    assert await tabs[0].seen(1) == ["e0"], "the same person goes on from where they were"
+    assert await tabs[0].seen(1) == ["e0"], "the same user must resume"
     assert await tabs[0].get("gaps") == []
 
 
-# Who leads.
+# The leading tab.
 
 
 @pytest.mark.contract("7.14")
@@ -150,12 +151,12 @@ async def test_a_log_out_in_one_tab_is_one_in_all(bridge: Service, vhost: Vhost,
     ["null", "(() => { throw new Error('offline') })()", "new Promise(() => {})"],
     ids=["none", "fails", "hangs"],
 )
-async def test_a_leader_without_a_token_hands_the_lead_on(
+async def test_a_leader_without_a_token_gives_up_the_lead(
     start: StartService, vhost: Vhost, tab: OpenTab, origin: str, later: str
 ) -> None:
     bridge = await start(ALLOWED_ORIGINS=origin, RETRY_SECONDS="0.2", MAX_AGE_SECONDS="2")
-    lent = f"{{ token: () => window.spent ? {later} : {mint('42')!r} }}"
-    one = await (await (await tab(bridge, None)).subscribe(lent)).live()
+    expiring = f"{{ token: () => window.spent ? {later} : {mint('42')!r} }}"
+    one = await (await (await tab(bridge, None)).subscribe(expiring)).live()
     two = await (await (await tab(bridge, None)).subscribe(token("42"))).live()
     assert await one.leads()
     await publish(vhost, 0, 2)
@@ -165,13 +166,13 @@ async def test_a_leader_without_a_token_hands_the_lead_on(
     await publish(vhost, 2, 4)
     assert await two.seen(4) == ids(0, 4)
     if later != "null":
-        assert await one.seen(4) == ids(0, 4), "it is the same person's, and follows"
+        assert await one.seen(4) == ids(0, 4), "it has the same user, and must follow"
     three = await (await (await tab(bridge, None)).subscribe(token("42"))).live()
     assert await two.get("gaps") == await three.get("gaps") == []
 
 
 @pytest.mark.contract("7.6")
-async def test_a_refused_leader_decides_nothing_for_a_new_tab(
+async def test_a_refused_leader_does_not_affect_a_new_tab(
     bridge: Service, vhost: Vhost, tab: OpenTab, origin: str
 ) -> None:
     one = await (await tab(bridge, None)).subscribe()
@@ -203,13 +204,13 @@ async def test_a_frozen_leader_is_replaced_and_follows_when_it_thaws(
 
 
 @pytest.mark.contract("7.13")
-async def test_a_leader_that_crashes_is_followed_by_the_next(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_after_a_leader_crashes_another_tab_leads(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await (await (await tab(bridge)).subscribe()).live()
     two = await (await (await tab(bridge)).subscribe()).live()
     await publish(vhost, 0, 2)
     await two.seen(2)
     devtools = await one.page.context.new_cdp_session(one.page)
-    crash = asyncio.create_task(devtools.send("Page.crash"))  # Nobody answers it.
+    crash = asyncio.create_task(devtools.send("Page.crash"))  # It gets no answer.
     await two.page.wait_for_function("subscription.state.leads && subscription.state.status === 'live'")
     await publish(vhost, 2, 4)
     assert await two.seen(4) == ids(0, 4)
@@ -217,11 +218,11 @@ async def test_a_leader_that_crashes_is_followed_by_the_next(bridge: Service, vh
     crash.cancel()
 
 
-# Where a new leader begins.
+# The position from which a new leader continues.
 
 LAGGING = """
 () => {
-  // This page gets what other tabs say late, in order.
+  // This page gets messages of other tabs late, but in order.
   const { set } = Object.getOwnPropertyDescriptor(BroadcastChannel.prototype, "onmessage");
   Object.defineProperty(BroadcastChannel.prototype, "onmessage", {
     set(handler) {
@@ -236,7 +237,7 @@ LAGGING = """
 
 @pytest.mark.contract("7.16", "7.17")
 @pytest.mark.parametrize("lag", [2, 20])
-async def test_a_leader_that_is_closed_in_a_burst_leaves_no_gap(
+async def test_a_leader_that_closes_in_a_burst_causes_no_gap(
     bridge: Service, vhost: Vhost, tab: OpenTab, lag: int
 ) -> None:
     tabs = []
@@ -244,7 +245,7 @@ async def test_a_leader_that_is_closed_in_a_burst_leaves_no_gap(
         each = await tab(bridge)
         await each.get(LAGGING)
         tabs.append(await (await each.subscribe()).live())
-    # The next leader is far behind the others, by less and by more than it waits for them.
+    # The next leader gets messages late: by less than it waits for the others, and by more.
     await tabs[1].get(f"window.lag = {lag}; 0")
     total = 0
     for leader in range(2):
@@ -269,7 +270,7 @@ async def test_a_tab_that_was_away_for_long_catches_up_from_the_log(
     await publish(vhost, 0, 2)
     await follower.seen(2)
     await follower.page.goto("about:blank")
-    # More than a leading tab keeps for others.
+    # More events than a leading tab keeps for others.
     await vhost.publish_all(
         [("user.42.job.completed", cloudevent(f"e{n}", result_url="x" * 2000)) for n in range(2, 400)]
     )
@@ -281,7 +282,7 @@ async def test_a_tab_that_was_away_for_long_catches_up_from_the_log(
     await publish(vhost, 400, 401)
     assert (await follower.seen(399))[-1] == "e400"
     while await bridge.metric("bridge_connections") != 1:  # noqa: ASYNC110 - A number gives no signal.
-        await asyncio.sleep(0.05)  # Between two looks at a number.
+        await asyncio.sleep(0.05)  # Between two polls.
     await publish(vhost, 401, 403)
     assert await follower.seen(401) == ids(2, 403)
     assert await follower.get("gaps") == []
@@ -314,7 +315,7 @@ async def test_eight_widgets_have_one_connection(bridge: Service, vhost: Vhost, 
 
 
 @pytest.mark.contract("7.31")
-async def test_a_filter_that_is_added_in_a_burst_costs_the_others_nothing(
+async def test_a_filter_that_is_added_in_a_burst_loses_and_repeats_no_event(
     bridge: Service, vhost: Vhost, tab: OpenTab
 ) -> None:
     one = await (await (await tab(bridge)).subscribe(types=["job.completed"])).live()
@@ -335,9 +336,9 @@ async def test_a_filter_that_is_added_in_a_burst_costs_the_others_nothing(
 
 
 @pytest.mark.contract("7.10")
-async def test_a_tab_is_not_shown_what_came_before_it_joined(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
-    """A stream that comes back with another filter is sent some events again, which the bridge cannot know to have been
-    sent. Tabs that were there know them by their ids; those that came later learn these when they join."""
+async def test_a_tab_gets_no_event_from_before_it_joined(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    """A stream that reconnects with another filter gets some events again, because the bridge cannot know that it has
+    sent them. Earlier tabs recognize them by their ids; later tabs get these ids when they join."""
     one = await (await (await tab(bridge)).subscribe(types=["job.completed"])).live()
     pairs: list[tuple[str, bytes | dict[str, Any]]] = []
     for number in range(40):

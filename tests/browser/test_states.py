@@ -1,4 +1,4 @@
-"""What a page is told and handed: states that are true, and handlers that leave the page time to live."""
+"""What the client reports to a page: states that are true, and events in handlers that leave the page time to run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.any_rabbitmq
 
 
 @pytest.mark.contract("7.19")
-async def test_a_page_gets_its_turn_between_slow_handlers(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_other_tasks_of_a_page_run_between_slow_handlers(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await tab(bridge)
-    # `turns` counts the page's own tasks; a handler notes how many there were before it.
+    # `turns` counts the page's own tasks. A handler records how many ran before it.
     await one.get(
         """() => {
              window.turns = 0; window.before = [];
@@ -43,7 +43,7 @@ async def test_a_page_gets_its_turn_between_slow_handlers(bridge: Service, vhost
 
 
 @pytest.mark.contract("7.20")
-async def test_a_page_may_take_events_as_batches(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_a_page_may_get_events_in_batches(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
     one = await tab(bridge)
     await one.subscribe(
         "{ onBatch: (events) => { loads.push(events.length); seen.push(...events.map(({ id }) => id)) } }"
@@ -76,7 +76,9 @@ async def test_a_page_sees_that_the_broker_is_away(
 
 
 @pytest.mark.contract("7.26")
-async def test_why_the_bridge_ended_a_stream_is_in_the_state(start: StartService, tab: OpenTab, origin: str) -> None:
+async def test_the_state_has_the_reason_why_the_bridge_ended_a_stream(
+    start: StartService, tab: OpenTab, origin: str
+) -> None:
     service = await start(ALLOWED_ORIGINS=origin, MAX_AGE_SECONDS="1", RETRY_SECONDS="0.2")
     one = await (await (await tab(service)).subscribe()).live()
     await one.page.wait_for_function("states.some(({ status, reason }) => status === 'waiting' && reason === 'rotate')")
@@ -93,7 +95,7 @@ async def test_why_the_bridge_ended_a_stream_is_in_the_state(start: StartService
     ],
     ids=["login page", "404", "403", "502"],
 )
-async def test_the_answer_of_a_proxy_is_a_problem_that_passes(
+async def test_after_an_answer_of_a_proxy_the_client_tries_again(
     bridge: Service, vhost: Vhost, tab: OpenTab, origin: str, answer: dict[str, Any], code: str
 ) -> None:
     cors = {"Access-Control-Allow-Origin": origin, "Access-Control-Allow-Credentials": "true"}
@@ -114,7 +116,7 @@ async def test_the_answer_of_a_proxy_is_a_problem_that_passes(
 
 
 @pytest.mark.contract("7.27")
-async def test_what_the_bridge_refuses_is_not_tried_again(bridge: Service, tab: OpenTab) -> None:
+async def test_a_request_that_the_bridge_refuses_is_not_tried_again(bridge: Service, tab: OpenTab) -> None:
     one = await (await tab(bridge)).subscribe(types=["no pattern"])
     await one.status("refused")
     assert (await one.get("subscription.state.problem"))["code"] == "invalid-types"
@@ -138,7 +140,9 @@ async def test_a_load_that_never_ends_is_tried_again(bridge: Service, vhost: Vho
 
 
 @pytest.mark.contract("7.23")
-async def test_what_waits_for_a_load_has_a_bound(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+async def test_the_number_of_events_that_wait_for_a_load_is_limited(
+    bridge: Service, vhost: Vhost, tab: OpenTab
+) -> None:
     one = await tab(bridge)
     await one.subscribe(
         """{ load: ({ reason }) => {
@@ -147,7 +151,7 @@ async def test_what_waits_for_a_load_has_a_bound(bridge: Service, vhost: Vhost, 
              }, maxWaiting: 50 }"""
     )
     await one.seen(1)
-    # Seen by another tab, the events have come.
+    # When another tab has seen the events, they have arrived.
     other = await (await (await tab(bridge)).subscribe()).live()
     await publish(vhost, 0, 60)
     await other.seen(60)
@@ -165,16 +169,16 @@ async def test_a_state_is_one_object_until_it_changes(bridge: Service, tab: Open
     assert await one.get("subscription.state === subscription.state && Object.isFrozen(subscription.state)")
     await one.get(
         """() => {
-             window.heard = [[], []];
-             window.stop = subscription.onState((state) => heard[0].push(state));
+             window.received = [[], []];
+             window.stop = subscription.onState((state) => received[0].push(state));
              const { onState } = subscription; // As useSyncExternalStore calls it.
-             onState((state) => heard[1].push(state));
+             onState((state) => received[1].push(state));
              subscription.onState(() => { throw Error("x") });
            }"""
     )
     await one.get("stop(); subscription.close()")
-    assert await one.get("heard[0].length") == 0
-    assert await one.get("heard[1].map(({ status }) => status)") == ["closed"]
-    assert await one.get("heard[1][0] === subscription.state && states.at(-1) === subscription.state")
+    assert await one.get("received[0].length") == 0
+    assert await one.get("received[1].map(({ status }) => status)") == ["closed"]
+    assert await one.get("received[1][0] === subscription.state && states.at(-1) === subscription.state")
     repeated = await one.get("states.some((state, at) => JSON.stringify(state) === JSON.stringify(states[at + 1]))")
-    assert not repeated, "a listener is called when something has changed"
+    assert not repeated, "a listener must be called only if something has changed"

@@ -1,17 +1,17 @@
-"""What holds of any page, at any width and in either colour scheme: scripts that return the faults that they find."""
+"""Checks of any page, at any width and in both colour schemes: scripts that return the faults that they find."""
 
 from __future__ import annotations
 
 from playwright.async_api import Page
 
-# Text that is wider than its place, and a page that is wider than the window.
-_CUT_OFF = """(places) => [document.documentElement, ...document.querySelectorAll(places)]
+# Text that is wider than its element, and a page that is wider than the window.
+_CUT_OFF = """(selector) => [document.documentElement, ...document.querySelectorAll(selector)]
     .filter((it) => it.checkVisibility() && !["inline", "contents"].includes(getComputedStyle(it).display))
     .filter((it) => it.scrollWidth > it.clientWidth + 1)
     .map((it) => it.outerHTML.slice(0, 200))"""
 
-# WCAG 2.2, 1.4.3: text has a contrast of 4.5 to 1 to what is behind it.
-_PALE = """() => {
+# WCAG 2.2, 1.4.3: text has a contrast of 4.5 to 1 to its background.
+_LOW_CONTRAST = """() => {
   const read = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = ([red, green, blue]) => [red, green, blue]
     .map((part) => part / 255)
@@ -35,34 +35,34 @@ _PALE = """() => {
   return faults;
 }"""
 
-# What a screen reader has to name, and what it would read wrongly.
+# Elements that a screen reader cannot name, or would read wrongly.
 _UNNAMED = """() => {
   const faults = [];
-  const blame = (fault, it) => faults.push(`${fault}: ${it.outerHTML.slice(0, 150)}`);
-  const all = (places) => document.querySelectorAll(places);
+  const add = (fault, it) => faults.push(`${fault}: ${it.outerHTML.slice(0, 150)}`);
+  const all = (selector) => document.querySelectorAll(selector);
   for (const it of all("button, input, select, textarea, [role=listbox], [role=tablist], [tabindex='0']")) {
     const named = it.getAttribute("aria-label") || it.getAttribute("aria-labelledby") || it.labels?.length;
-    if (!named && !it.textContent.trim()) blame("no name", it);
+    if (!named && !it.textContent.trim()) add("no name", it);
   }
   for (const name of ["aria-labelledby", "aria-controls", "aria-activedescendant"])
     for (const it of all(`[${name}]`))
-      if (!document.getElementById(it.getAttribute(name))) blame(`${name} leads nowhere`, it);
-  for (const it of all("[role=listbox] > :not([role=option])")) blame("no option", it);
-  for (const it of all("svg:not([role=img][aria-label])")) blame("not described", it);
+      if (!document.getElementById(it.getAttribute(name))) add(`${name} refers to no element`, it);
+  for (const it of all("[role=listbox] > :not([role=option])")) add("no option", it);
+  for (const it of all("svg:not([role=img][aria-label])")) add("not described", it);
   const ids = [...all("[id]")].map((it) => it.id);
   if (new Set(ids).size !== ids.length) faults.push("an id is used twice");
   return faults;
 }"""
 
 
-async def faults_of(page: Page, places: str) -> list[str]:
-    """What cannot be read or used on the page as it is now.
+async def faults_of(page: Page, selector: str) -> list[str]:
+    """The parts of the page that cannot be read or used now.
 
     Args:
-        places: a selector of elements of which nothing may be cut off.
+        selector: elements whose content must not be cut off.
     """
     return [
-        *await page.evaluate(_CUT_OFF, places),
-        *await page.evaluate(_PALE),
+        *await page.evaluate(_CUT_OFF, selector),
+        *await page.evaluate(_LOW_CONTRAST),
         *await page.evaluate(_UNNAMED),
     ]
