@@ -1,8 +1,8 @@
-"""The bridge and its peers, one after another on the same broker: `make bench`.
+"""Measures the bridge and its peers, one after another on the same broker: `make bench`.
 
     python -m tests.bench [--rounds 3] [--seconds 10] [--cases users,idle] [--peers bridge,node] [--write docs]
 
-Takes about half an hour. Figures of different runs do not compare, not even on the same machine; ratios do.
+It takes about half an hour. Compare ratios within a run: figures of different runs differ, even on the same machine.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(peer.name for peer in peers.PEERS))
     parser.add_argument("--write", type=Path, help="a folder for benchmark.md and benchmark.svg")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # So that what was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # So that all started processes are ended.
     chosen = options.cases.split(",")
-    entrants = [peer for peer in peers.PEERS if peer.name in options.peers.split(",")]
+    chosen_peers = [peer for peer in peers.PEERS if peer.name in options.peers.split(",")]
     bridge = peers.PEERS[0]
     peers.folder()
     results: report.Results = {}
     began = time.monotonic()
 
-    def note(case: str, peer: str, figures: cases.Figures) -> None:
+    def record(case: str, peer: str, figures: cases.Figures) -> None:
         results.setdefault(case, {}).setdefault(peer, []).append(figures)
         text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         print(f"[{time.monotonic() - began:5.0f} s] {case:10} {peer:12} {text}", file=sys.stderr, flush=True)
@@ -63,32 +63,32 @@ def main() -> int:
             bench = cases.Bench(node, options.seconds)
             for round_number in range(options.rounds):
                 for case, run in COMPARED.items():
-                    for peer in entrants:
+                    for peer in chosen_peers:
                         if case in chosen and case in peer.cases:
-                            note(case, peer.name, run(bench, peer))
-                if round_number > 0 or bridge not in entrants:
+                            record(case, peer.name, run(bench, peer))
+                if round_number > 0 or bridge not in chosen_peers:
                     continue
                 for case, run in ALONE.items():
                     if case in chosen:
-                        note(case, bridge.name, run(bench, bridge))
+                        record(case, bridge.name, run(bench, bridge))
                 for count in GROWTH if "growth" in chosen else ():
                     figures = cases.users(bench, bridge, count=count, rate=1_000)
-                    note("growth", bridge.name, {"connections": count, **figures})
+                    record("growth", bridge.name, {"connections": count, **figures})
         except KeyboardInterrupt:
-            print("interrupted; this is what there is", file=sys.stderr)
+            print("interrupted; the results so far:", file=sys.stderr)
         finally:
             node.remove()
 
     text = report.markdown(results)
     if "bridge" in options.peers.split(","):
         text = report.verdicts(results) + "\n" + text
-    found = report.complaints(results)
+    found = report.warnings(results)
     if found:
-        text += "Of the instruments:\n\n" + "\n".join(f"- {complaint}" for complaint in found) + "\n"
+        text += "Warnings about the measurement:\n\n" + "\n".join(f"- {warning}" for warning in found) + "\n"
     print(text)
     if options.write is not None:
         (options.write / "benchmark.svg").write_text(report.svg(results))
-        (options.write / "benchmark.md").write_text(report.HEADING + report.abouts() + "\n" + text)
+        (options.write / "benchmark.md").write_text(report.HEADING + report.descriptions() + "\n" + text)
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Attacks, and how late the events of an innocent user are meanwhile: `make attacks`.
+"""Measures how late the events of innocent users are during attacks: `make attacks`.
 
     python -m tests.bench.attacks [--seconds 8] [--only bodies,flood] [--limited]
 
-Each attack has a bridge of its own, with its default settings. Five innocent streams get 100 events a second together
-before, during and after it. The goal is a p99 below 250 ms. The row `none` shows how busy the machine is.
+Each attack has a new bridge, with default settings. Five innocent streams together get 100 events a second before,
+during and after the attack. The goal is a p99 below 250 ms. The row `none` shows how busy the machine is.
 """
 
 from __future__ import annotations
@@ -38,38 +38,38 @@ INNOCENTS = [f"innocent-{number}" for number in range(5)]
 RATE = 100
 
 MARGIN_SECONDS = 2.0
-"""Events come for this long after the attack, too: what was held up by it is late, and counts."""
+"""Events are also published for this long after the attack: events that it delays are measured, too."""
 
 FRAME_BYTES = 131_072 - 8
 
 
 @dataclass
-class Scene:
-    """Where an attack takes place, and until when (monotonic seconds) it goes on."""
+class Target:
+    """What an attack runs against, and when it ends (monotonic seconds)."""
 
     server: peers.Server
     port: int
     vhost: str
     until: float
 
-    def asks(self, user: str, *, method: str = "GET", query: str = "") -> bytes:
+    def request(self, user: str, *, method: str = "GET", query: str = "") -> bytes:
         text = self.server.request(user).replace("GET /events", f"{method} /events{query}", 1)
         return text.encode()
 
 
-def nothing(scene: Scene) -> str:
-    time.sleep(max(0.0, scene.until - time.monotonic()))
+def nothing(target: Target) -> str:
+    time.sleep(max(0.0, target.until - time.monotonic()))
     return ""
 
 
-def patterns(scene: Scene) -> str:
-    """One client asks again and again, each time for 16 long patterns that nobody has asked for before."""
+def patterns(target: Target) -> str:
+    """One client sends requests again and again, each with 16 new long patterns."""
     for number in itertools.count():
-        if time.monotonic() >= scene.until:
+        if time.monotonic() >= target.until:
             return f"{number:,} requests"
         words = [f"p{number}x{index}." + "*.a." * 28 + "%23" for index in range(16)]
-        with socket.create_connection(("127.0.0.1", scene.server.port)) as client:
-            client.sendall(scene.asks("attacker", method="HEAD", query="?types=" + ",".join(words)))
+        with socket.create_connection(("127.0.0.1", target.server.port)) as client:
+            client.sendall(target.request("attacker", method="HEAD", query="?types=" + ",".join(words)))
             answer = client.recv(65_536)
             if not answer.startswith(b"HTTP/1.1 200 "):
                 raise RuntimeError(answer.decode())
@@ -82,18 +82,18 @@ def publish(broker: socket.socket, key: str, body: bytes) -> None:
     broker.sendall(b"".join(frame(3, 1, body[at : at + FRAME_BYTES]) for at in range(0, len(body), FRAME_BYTES)))
 
 
-def bodies(scene: Scene) -> str:
+def bodies(target: Target) -> str:
     """Bodies of 10 MB, one a second, to a user with 20 streams."""
-    streams = [socket.create_connection(("127.0.0.1", scene.server.port)) for _ in range(20)]
+    streams = [socket.create_connection(("127.0.0.1", target.server.port)) for _ in range(20)]
     for stream in streams:
-        stream.sendall(scene.asks("attacker"))
+        stream.sendall(target.request("attacker"))
     for stream in streams:
         text = b""
         while b"bridge.ready" not in text:
             text += stream.recv(65_536)
     sent = 0
-    while time.monotonic() < scene.until:
-        broker = connect(scene.port, scene.vhost)
+    while time.monotonic() < target.until:
+        broker = connect(target.port, target.vhost)
         with contextlib.suppress(OSError):  # RabbitMQ may refuse it (--limited).
             publish(broker, "user.attacker.job.progress", b"x" * 10_000_000)
         sent += 1
@@ -104,11 +104,11 @@ def bodies(scene: Scene) -> str:
     return f"{sent} bodies"
 
 
-def flood(scene: Scene) -> str:
-    """Up to 100,000 messages that are not JSON, to everybody, as fast as RabbitMQ takes them."""
-    broker = connect(scene.port, scene.vhost)
+def flood(target: Target) -> str:
+    """Up to 100,000 messages that are not JSON, to everybody, as fast as RabbitMQ accepts them."""
+    broker = connect(target.port, target.vhost)
     sent = 0
-    while sent < 100_000 and time.monotonic() < scene.until:
+    while sent < 100_000 and time.monotonic() < target.until:
         raw = b"".join(_refused(sent + index) for index in range(100))
         broker.sendall(raw)
         sent += 100
@@ -122,14 +122,14 @@ def _refused(number: int) -> bytes:
     return frame(1, 1, method) + frame(2, 1, struct.pack(">HHQH", 60, 0, len(body), 0)) + frame(3, 1, body)
 
 
-def reconnects(scene: Scene) -> str:
-    """One user opens a stream and leaves it, again and again, on four connections."""
+def reconnects(target: Target) -> str:
+    """One user opens streams and closes them, again and again, in four threads."""
     counts = [0] * 4
 
     def run(index: int) -> None:
-        while time.monotonic() < scene.until:
-            with socket.create_connection(("127.0.0.1", scene.server.port)) as client:
-                client.sendall(scene.asks("attacker"))
+        while time.monotonic() < target.until:
+            with socket.create_connection(("127.0.0.1", target.server.port)) as client:
+                client.sendall(target.request("attacker"))
                 client.recv(65_536)
             counts[index] += 1
 
@@ -142,81 +142,81 @@ def reconnects(scene: Scene) -> str:
 
 
 LOG_ENTRIES = 200_000
-"""Entries of others in the log, which an old cursor has to be read past."""
+"""Entries of other users in the log: for an old cursor the bridge reads all of them."""
 
 BEHIND = 30_000
-"""Entries that the others who return were away for."""
+"""Entries that the other returning users have missed."""
 
 
 class Cursors:
-    """One user has the log read from its beginning by 20 streams, and returns when it has been. Others return, too."""
+    """One user resumes 20 streams from the beginning of the log, again and again. Others return meanwhile."""
 
     def __init__(self) -> None:
         self._old = self._later = ""
         self._seconds: list[float] = []
         self._returned = 0
 
-    def prepare(self, scene: Scene) -> None:
+    def prepare(self, target: Target) -> None:
         self._seconds, self._returned = [], 0
-        self._old = _cursor(scene)
-        _fill(scene, LOG_ENTRIES - BEHIND)
-        self._later = _cursor(scene)
-        _fill(scene, BEHIND)
+        self._old = _cursor(target)
+        _fill(target, LOG_ENTRIES - BEHIND)
+        self._later = _cursor(target)
+        _fill(target, BEHIND)
         users = ["attacker", *(f"returning-{number}" for number in range(100))]
-        broker = connect(scene.port, scene.vhost)
+        broker = connect(target.port, target.vhost)
         broker.sendall(b"".join(message(f"user.{user}.job.progress", n) for n, user in enumerate(users)))
         close(broker)
 
-    def __call__(self, scene: Scene) -> str:
-        threads = [threading.Thread(target=self._attack, args=(scene,)) for _ in range(20)]
-        threads.append(threading.Thread(target=self._return, args=(scene,)))
+    def __call__(self, target: Target) -> str:
+        threads = [threading.Thread(target=self._attack, args=(target,)) for _ in range(20)]
+        threads.append(threading.Thread(target=self._return, args=(target,)))
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         known = sorted(self._seconds)
         wait = f"median {known[len(known) // 2]:.1f} s, longest {known[-1]:.1f} s" if known else "none was read"
-        read = _metric(scene.server, "bridge_log_entries_read")
+        read = _metric(target.server, "bridge_log_entries_read")
         return f"{read:,.0f} entries read; replays of others: {len(known)} of {self._returned}, {wait}"
 
-    def _attack(self, scene: Scene) -> None:
-        while time.monotonic() < scene.until:
-            _replay(scene, "attacker", self._old)
+    def _attack(self, target: Target) -> None:
+        while time.monotonic() < target.until:
+            _replay(target, "attacker", self._old)
             time.sleep(0.1)
 
-    def _return(self, scene: Scene) -> None:
-        time.sleep(1)  # When the attack has begun.
-        while time.monotonic() < scene.until:
+    def _return(self, target: Target) -> None:
+        time.sleep(1)  # Until the attack has begun.
+        while time.monotonic() < target.until:
             began = time.monotonic()
             self._returned += 1
-            if _replay(scene, f"returning-{self._returned}", self._later):
+            if _replay(target, f"returning-{self._returned}", self._later):
                 self._seconds.append(time.monotonic() - began)
             time.sleep(0.5)
 
 
-def _cursor(scene: Scene) -> str:
-    with socket.create_connection(("127.0.0.1", scene.server.port)) as client:
-        client.sendall(scene.asks("attacker"))
+def _cursor(target: Target) -> str:
+    with socket.create_connection(("127.0.0.1", target.server.port)) as client:
+        client.sendall(target.request("attacker"))
         text = b""
         while (found := re.search(rb"\nid: ([^\n]+)\n", text)) is None:
             text += client.recv(65_536)
         return found[1].decode()
 
 
-def _fill(scene: Scene, count: int) -> None:
-    broker = connect(scene.port, scene.vhost)
+def _fill(target: Target, count: int) -> None:
+    broker = connect(target.port, target.vhost)
     for at in range(0, count, 1_000):
         broker.sendall(b"".join(message("user.other.job.progress", n) for n in range(at, at + 1_000)))
     close(broker)
 
 
-def _replay(scene: Scene, user: str, cursor: str) -> bool:
+def _replay(target: Target, user: str, cursor: str) -> bool:
     """Whether the log was read to this user's event before the attack was over."""
     text = b""
-    with socket.create_connection(("127.0.0.1", scene.server.port)) as client:
+    with socket.create_connection(("127.0.0.1", target.server.port)) as client:
         client.settimeout(0.2)
-        client.sendall(scene.server.request(user, cursor).encode())
-        while time.monotonic() < scene.until:
+        client.sendall(target.server.request(user, cursor).encode())
+        while time.monotonic() < target.until:
             with contextlib.suppress(TimeoutError):
                 piece = client.recv(65_536)
                 text += piece
@@ -233,28 +233,28 @@ RETURNING = 200
 
 
 class Returning:
-    """Clients that come back at once, to a log with broadcasts that the bridge refuses, large ones."""
+    """Clients that return at the same time. The log has large broadcasts that the bridge refuses."""
 
     def __init__(self) -> None:
         self._cursor = ""
 
-    def prepare(self, scene: Scene) -> None:
-        self._cursor = _cursor(scene)
-        broker = connect(scene.port, scene.vhost)
+    def prepare(self, target: Target) -> None:
+        self._cursor = _cursor(target)
+        broker = connect(target.port, target.vhost)
         for number in range(REFUSED):
             publish(broker, "all.job.progress", (b"{no JSON %d " % number).ljust(REFUSED_BYTES, b"x"))
         broker.sendall(b"".join(message(f"user.returning-{n}.job.progress", n) for n in range(RETURNING)))
         close(broker)
 
-    def __call__(self, scene: Scene) -> str:
+    def __call__(self, target: Target) -> str:
         began = time.monotonic()
         times: list[float] = []
-        with _Livez(scene.server) as livez, selectors.DefaultSelector() as selector:
+        with _Livez(target.server) as livez, selectors.DefaultSelector() as selector:
             for number in range(RETURNING):
-                client = socket.create_connection(("127.0.0.1", scene.server.port))
-                client.sendall(scene.server.request(f"returning-{number}", self._cursor).encode())
+                client = socket.create_connection(("127.0.0.1", target.server.port))
+                client.sendall(target.server.request(f"returning-{number}", self._cursor).encode())
                 selector.register(client, selectors.EVENT_READ, bytearray())
-            while len(times) < RETURNING and time.monotonic() < scene.until:
+            while len(times) < RETURNING and time.monotonic() < target.until:
                 for key, _ in selector.select(0.2):
                     client = cast("socket.socket", key.fileobj)
                     piece = client.recv(65_536)
@@ -263,23 +263,23 @@ class Returning:
                         selector.unregister(client)
                         client.close()
                         times.append(time.monotonic() - began)
-            nothing(scene)
+            nothing(target)
         last = f"the last after {times[-1]:.1f} s" if times else "none"
-        return f"{len(times)} of {RETURNING} had their event, {last}; {livez}"
+        return f"{len(times)} of {RETURNING} got their event, {last}; {livez}"
 
 
 HALF_OPEN = 2_000
 
 
-def half_open(scene: Scene) -> str:
-    """Connections that send half of a request, each of which is followed by another one when it is closed."""
+def half_open(target: Target) -> str:
+    """Connections that send half of a request. When the bridge closes one, another one is opened."""
     opened = 0
-    with _Livez(scene.server) as livez, selectors.DefaultSelector() as selector:
-        while time.monotonic() < scene.until:
+    with _Livez(target.server) as livez, selectors.DefaultSelector() as selector:
+        while time.monotonic() < target.until:
             while len(selector.get_map()) < HALF_OPEN:
                 client = socket.socket()
                 client.setblocking(False)
-                client.connect_ex(("127.0.0.1", scene.server.port))
+                client.connect_ex(("127.0.0.1", target.server.port))
                 selector.register(client, selectors.EVENT_WRITE)
                 opened += 1
             for key, events in selector.select(0.05):
@@ -301,7 +301,7 @@ def half_open(scene: Scene) -> str:
 
 
 class _Livez:
-    """Asks for /livez, again and again, while the block lasts."""
+    """Requests /livez again and again during the block."""
 
     def __init__(self, server: peers.Server) -> None:
         self._url = f"http://127.0.0.1:{server.internal_port}/livez"
@@ -332,7 +332,7 @@ class _Livez:
         return f"/livez within {1000 * self.longest:.0f} ms, {self.failed} failed"
 
 
-ATTACKS: dict[str, Callable[[Scene], str]] = {
+ATTACKS: dict[str, Callable[[Target], str]] = {
     "none": nothing,
     "patterns": patterns,
     "bodies": bodies,
@@ -344,20 +344,20 @@ ATTACKS: dict[str, Callable[[Scene], str]] = {
 }
 
 
-def measure(bench: cases.Bench, attack: Callable[[Scene], str]) -> dict[str, float | str]:
+def measure(bench: cases.Bench, attack: Callable[[Target], str]) -> dict[str, float | str]:
     with bench.running(peers.PEERS[0]) as (server, load, vhost):
         cases.open_streams(load, server, INNOCENTS, "innocent")
         seconds = bench.seconds + 2 * MARGIN_SECONDS
         if isinstance(attack, Cursors | Returning):
-            attack.prepare(Scene(server, bench.node.port, vhost, 0.0))
+            attack.prepare(Target(server, bench.node.port, vhost, 0.0))
         load.ask("reset")
         keys = [f"user.{user}.job.progress" for user in INNOCENTS]
         publisher = bench.publish(vhost, rate=RATE, seconds=seconds, keys=keys)
         time.sleep(MARGIN_SECONDS)
         before = cpu_seconds(server.pids)
-        done = attack(Scene(server, bench.node.port, vhost, time.monotonic() + bench.seconds))
+        done = attack(Target(server, bench.node.port, vhost, time.monotonic() + bench.seconds))
         sent = publisher.done()
-        report = cases.settled(load, sent["sent"], seconds=60)
+        report = cases.wait_for_events(load, sent["sent"], seconds=60)
         used = _until_idle(server) - before
     innocent = report["groups"]["innocent"]
     return {
@@ -371,7 +371,7 @@ def measure(bench: cases.Bench, attack: Callable[[Scene], str]) -> dict[str, flo
 
 
 def _until_idle(server: peers.Server) -> float:
-    """CPU seconds so far, once the attack is worked off: no message came for two seconds."""
+    """Waits until the bridge has no more work: no message for two seconds. Returns its CPU seconds so far."""
     received = -1.0
     while received != (received := _received(server)):
         time.sleep(2)
@@ -390,8 +390,8 @@ def _metric(server: peers.Server, name: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make attacks", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8, help="how long each attack goes on")
-    parser.add_argument("--only", default=",".join(ATTACKS), help="some of them, joined by commas")
+    parser.add_argument("--seconds", type=float, default=8, help="how long each attack lasts")
+    parser.add_argument("--only", default=",".join(ATTACKS), help="some attacks, joined by commas")
     parser.add_argument("--rabbitmq", type=Path, help="a folder with another RabbitMQ, as `deploy/local/ensure` makes")
     parser.add_argument("--limited", action="store_true", help="with the limits of deploy/rabbitmq/rabbitmq.conf")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What is measured. Each case starts its server anew, on a fresh virtual host, and returns figures by name."""
+"""The measurements. Each case starts a new server on a new virtual host, and returns figures by name."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Figures = dict[str, float]
 
 @dataclass
 class Bench:
-    """The broker of a run, and a browser load for each case."""
+    """The broker of a run. Each case gets a server and clients."""
 
     node: Node
     seconds: float
 
     @contextlib.contextmanager
     def running(self, peer: Peer) -> Iterator[tuple[Server, Load, str]]:
-        """The peer's server on a virtual host of its own, with nobody connected yet."""
+        """The peer's server on a virtual host of its own, without clients yet."""
         vhost = f"bench-{secrets.token_hex(4)}"
         self.node.ctl("add_vhost", vhost)
         self.node.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
@@ -58,13 +58,14 @@ def open_streams(load: Load, server: Server, users: list[str], group: str = "liv
 
 
 def open_in_waves(load: Load, server: Server, users: list[str], *, wave: int = 1_000) -> None:
-    """A stream that is not ready within ten seconds is told to come back, and a broker makes some 350 a second."""
+    """Opens streams in groups: the bridge ends a stream that is not ready in time, and a broker makes 350 queues a
+    second."""
     for at in range(0, len(users), wave):
         open_streams(load, server, users[at : at + wave])
 
 
-def settled(load: Load, expected: int, *, seconds: float = 20) -> dict[str, Any]:
-    """The report once everything has come, or when it no longer comes."""
+def wait_for_events(load: Load, expected: int, *, seconds: float = 20) -> dict[str, Any]:
+    """Waits until all events have arrived, at most this long, and returns the report."""
     deadline = time.monotonic() + seconds
     while True:
         report = load.ask("report")
@@ -73,19 +74,19 @@ def settled(load: Load, expected: int, *, seconds: float = 20) -> dict[str, Any]
         time.sleep(0.2)
 
 
-def _flow(
+def _measure_events(
     bench: Bench, server: Server, load: Load, vhost: str, *, rate: float, keys: list[str], fan: int, seconds: float = 0
 ) -> Figures:
-    """Publishes for a while, a warm-up first, and says what each delivery cost."""
+    """Publishes a warm-up and then events for a time, and returns the cost of each delivery."""
     warm_up = bench.publish(vhost, rate=rate, seconds=WARM_UP_SECONDS, keys=keys).done()
-    settled(load, warm_up["sent"] * fan)  # A peer that is behind would else be charged for these, too.
+    wait_for_events(load, warm_up["sent"] * fan)  # A slow peer must not be measured with these, too.
     time.sleep(1)
     load.ask("reset")
     server_before, broker_before = bench.cpu(server)
     began = time.monotonic()
     published = bench.publish(vhost, rate=rate, seconds=seconds or bench.seconds, keys=keys).done()
     expected = published["sent"] * fan
-    report = settled(load, expected)
+    report = wait_for_events(load, expected)
     elapsed = time.monotonic() - began
     server_after, broker_after = bench.cpu(server)
     live = report["groups"].get("live", {"p50_ms": 0, "p99_ms": 0, "max_ms": 0})
@@ -99,7 +100,7 @@ def _flow(
         "missing": expected - report["distinct"],
         "twice": report["twice"],
         "longest_silence_s": report["longest_silence"],
-        # How near the instruments were to being what is measured: shares of a core, and the publisher's lateness.
+        # To detect that load or publisher were the bottleneck: their shares of a core, and the publisher's delay.
         "load_share": report["cpu_seconds"] / elapsed,
         "publisher_share": published["cpu_seconds"] / elapsed,
         "publisher_late_s": published["late_seconds"],
@@ -109,26 +110,26 @@ def _flow(
 
 
 def users(bench: Bench, peer: Peer, *, count: int = 500, rate: float = 2_000, seconds: float = 0) -> Figures:
-    """Users with one connection each, and events for one user after the other."""
+    """Users with one connection each; events are for one user after the other."""
     names = [f"u{number}" for number in range(count)]
     with bench.running(peer) as (server, load, vhost):
         open_in_waves(load, server, names)
         keys = [f"user.{name}.job.progress" for name in names]
-        return _flow(bench, server, load, vhost, rate=rate, keys=keys, fan=1, seconds=seconds)
+        return _measure_events(bench, server, load, vhost, rate=rate, keys=keys, fan=1, seconds=seconds)
 
 
 def broadcast(bench: Bench, peer: Peer, *, count: int = 1_000, rate: float = 10) -> Figures:
-    """Everybody gets every event."""
+    """Every client gets every event."""
     names = [f"u{number}" for number in range(count)]
     with bench.running(peer) as (server, load, vhost):
         open_streams(load, server, names)
-        return _flow(bench, server, load, vhost, rate=rate, keys=["all.job.progress"], fan=count)
+        return _measure_events(bench, server, load, vhost, rate=rate, keys=["all.job.progress"], fan=count)
 
 
 def idle(bench: Bench, peer: Peer, *, few: int = 500, many: int = 2_500) -> Figures:
-    """What one more open connection takes of memory: the slope between few and many, the first ones not counted."""
+    """The memory of one more open connection: the slope between few and many. The first ones are not counted."""
     with bench.running(peer) as (server, load, _):
-        # One after the other, so that what is only needed to open many at once does not hide in the slope.
+        # One after the other, so that memory for opening many at once is not part of the slope.
         for number in range(few):
             open_streams(load, server, [f"u{number}"])
         time.sleep(2)
@@ -144,7 +145,7 @@ def idle(bench: Bench, peer: Peer, *, few: int = 500, many: int = 2_500) -> Figu
 
 
 def opening(bench: Bench, peer: Peer, *, count: int = 2_000) -> Figures:
-    """All at once, until each is ready."""
+    """Opens all streams at once, until each is ready."""
     with bench.running(peer) as (server, load, _):
         open_streams(load, server, ["warm-up"])
         server_before, broker_before = bench.cpu(server)
@@ -158,7 +159,7 @@ def opening(bench: Bench, peer: Peer, *, count: int = 2_000) -> Figures:
 
 
 def back(bench: Bench, peer: Peer, *, count: int = 2_000, away: float = 30, rate: float = 1_000) -> Figures:
-    """Clients that come back at once, while others stay and events flow on."""
+    """Clients that return at the same time, while others stay connected and events are published."""
     staying = [f"s{number}" for number in range(100)]
     leaving = [f"l{number}" for number in range(count)]
     keys = [f"user.{name}.job.progress" for name in staying + leaving]
@@ -172,19 +173,19 @@ def back(bench: Bench, peer: Peer, *, count: int = 2_000, away: float = 30, rate
         cursors = load.ask("close", group="back")["cursors"]
         time.sleep(away)
         server_before, _ = bench.cpu(server)
-        came = time.time_ns()
-        load.ask("since", since_ns=came)
+        returned_ns = time.time_ns()
+        load.ask("since", since_ns=returned_ns)
         clients = [[name, "back", server.request(name, cursors[name])] for name in leaving]
         answer = load.ask("open", port=server.port, clients=clients, ready=server.ready)
         time.sleep(20)
-        first = load.ask("first", since_ns=came)["first"]
+        first = load.ask("first", since_ns=returned_ns)["first"]
         published = publisher.done()
-        report = settled(load, published["sent"])
+        report = wait_for_events(load, published["sent"])
         server_after, _ = bench.cpu(server)
         return {
             "ready_s": answer["seconds"],
             "refused": answer["refused"],
-            # Its first event that was published after it had come back: all that it missed stands before it.
+            # The first event that was published after the return: a client gets all missed events before it.
             "all_live_s": max(first.get(name, float("inf")) for name in leaving),
             "live_p99_ms": report["groups"]["live"]["p99_ms"],
             "missing": published["sent"] - report["distinct"],
@@ -194,7 +195,7 @@ def back(bench: Bench, peer: Peer, *, count: int = 2_000, away: float = 30, rate
 
 
 def log_reading(bench: Bench, peer: Peer, *, entries: int = 300_000) -> Figures:
-    """One client comes back to a log full of other people's events."""
+    """One client resumes from a log that is full of other users' events."""
     with bench.running(peer) as (server, load, vhost):
         open_streams(load, server, ["reader"], "back")
         bench.publish(vhost, rate=10, seconds=0.5, keys=["user.reader.job.progress"]).done()

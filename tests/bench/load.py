@@ -1,15 +1,15 @@
-"""The browsers of a benchmark, a process of its own: many streams on one epoll, each chunk looked at once.
+"""The clients of a benchmark, in a process of its own: many streams with one epoll. It reads each chunk only once.
 
-Takes commands as lines of JSON on its standard input and answers each with one:
+It takes commands as lines of JSON on its standard input and answers each with one line:
 
     {"do": "open", "port": 8080, "clients": [["GET /events?user=1 HTTP/1.1...", "live"], ...], "ready": "bridge.ready"}
-        opens one stream for each request, all at once, and answers when each has been told that it is ready, with the
-        number of those that ended before it
-    {"do": "reset"}                what comes from here on is counted
-    {"do": "report"}               what came, how late, and which events are missing or came twice
-    {"do": "close", "group": "x"}  ends the streams of a group, and says where each was
+        opens one stream for each request, all at once; answers when each is ready or has ended, with the number of
+        those that ended before they were ready
+    {"do": "reset"}                counts events from here on
+    {"do": "report"}               how many events arrived, how late, and how many arrived twice
+    {"do": "close", "group": "x"}  ends the streams of a group, and answers with the cursor of each
 
-An event is known by its id, `<nanoseconds since 1970>-<number>`, as tests.bench.publish writes it.
+An event is identified by its id, `<nanoseconds since 1970>-<number>`, as tests.bench.publish writes it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Load:
         )
 
     def do_first(self, since_ns: int) -> None:
-        """How long after `since_ns` each client got its first event published after it, in seconds."""
+        """For each client, the seconds from `since_ns` until it got its first event that was published later."""
         self._answer(first={name: at - since_ns / 1e9 for name, at in self._first.items()})
 
     def do_since(self, since_ns: int) -> None:
@@ -155,7 +155,7 @@ class Load:
         del self._clients[number]
         client.sock.close()
 
-    def _one_less_to_wait_for(self) -> None:
+    def _count_ready_or_ended(self) -> None:
         self._waiting -= 1
         if self._waiting == 0:
             self._answer(refused=self._refused, seconds=time.monotonic() - self._asked_at)
@@ -171,7 +171,7 @@ class Load:
             self._end(client)
             if not client.ready:
                 self._refused += 1
-                self._one_less_to_wait_for()
+                self._count_ready_or_ended()
             return
         now = time.monotonic()
         client.longest_silence = max(client.longest_silence, now - client.last_byte_at)
@@ -182,7 +182,7 @@ class Load:
                 client.tail = data
                 return
             client.ready = True
-            self._one_less_to_wait_for()
+            self._count_ready_or_ended()
         end = 0
         wall = time.time_ns()
         latencies = self._latencies.get(client.group)

@@ -1,4 +1,4 @@
-"""Who is measured: the bridge, and what people would build or run instead of it."""
+"""The measured programs: the bridge, and programs that people build or run instead of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Server:
 
     def request(self, user: str, last_event_id: str = "") -> str:
         path = "/events" if self.tokens else f"/events?user={user}"
-        # What a browser sends, so that nobody is measured with fewer headers than in life.
+        # The headers of a browser, so that no peer gets fewer headers than in production.
         headers = {
             "Host": f"127.0.0.1:{self.port}",
             "Connection": "keep-alive",
@@ -72,7 +72,7 @@ def token(user: str) -> str:
 
 
 def python() -> str:
-    """The Python of the servers; in the suite, which has no folder for the benchmark, the one that runs it."""
+    """The Python of the servers: that of the benchmark's folder, or the tests' own if there is no such folder."""
     fast = FOLDER / "venv/bin/python"
     return str(fast) if fast.exists() else sys.executable
 
@@ -90,7 +90,7 @@ def _bridge(url: str, port: int) -> Server:
     }
     child = Child(
         [python(), "-m", "bridge", "serve"],
-        says="broker connected",
+        ready_text="broker connected",
         environment=environment,
         log=FOLDER / "bridge.log",
     )
@@ -99,9 +99,9 @@ def _bridge(url: str, port: int) -> Server:
 
 def _node(script: str) -> Callable[[str, int], Server]:
     def start(url: str, port: int) -> Server:
-        # Node resolves modules from where a script stands.
+        # Node resolves modules from the folder of a script.
         shutil.copy(SOURCES / script, FOLDER / script)
-        child = Child(["node", str(FOLDER / script), url, str(port)], says="serving", folder=FOLDER)
+        child = Child(["node", str(FOLDER / script), url, str(port)], ready_text="serving", folder=FOLDER)
         return Server(port, "event: ready", [child])
 
     return start
@@ -109,8 +109,8 @@ def _node(script: str) -> Callable[[str, int], Server]:
 
 def _python(script: str) -> Callable[[str, int], Server]:
     def start(url: str, port: int) -> Server:
-        child = Child([python(), str(SOURCES / script), url, str(port)], says="serving", folder=FOLDER)
-        time.sleep(0.5)  # Its "serving" is said just before it listens.
+        child = Child([python(), str(SOURCES / script), url, str(port)], ready_text="serving", folder=FOLDER)
+        time.sleep(0.5)  # It prints "serving" just before it listens.
         return Server(port, "event: ready", [child])
 
     return start
@@ -119,7 +119,7 @@ def _python(script: str) -> Callable[[str, int], Server]:
 def _nchan(url: str, port: int) -> Server:
     config = (SOURCES / "nchan.conf").read_text().replace("FOLDER", str(FOLDER)).replace("PORT", str(port))
     (FOLDER / "nchan.conf").write_text(config)
-    nginx = Child(["nginx", "-c", str(FOLDER / "nchan.conf"), "-p", str(FOLDER)], says=None)
+    nginx = Child(["nginx", "-c", str(FOLDER / "nchan.conf"), "-p", str(FOLDER)], ready_text=None)
     time.sleep(1)
     feeder = _node("feeder.mjs")(url, port)
     return Server(port, "200 OK", [nginx, *feeder.children])
@@ -130,9 +130,9 @@ class Peer:
     """
     Args:
         name: in the tables' first row, and on the command line.
-        about: what it is, in a line of the report.
-        start: given the broker's URL and a port, starts it.
-        cases: those that it can take part in.
+        about: a description, as one line of the report.
+        start: starts it, with the broker's URL and a port.
+        cases: the cases that it supports.
     """
 
     name: str

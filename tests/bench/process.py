@@ -1,4 +1,4 @@
-"""What a benchmark starts, and what Linux says of it."""
+"""The processes of a benchmark, and their CPU time and memory from Linux."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def with_children(pid: int) -> list[int]:
 
 
 class Child:
-    """A process that says a line when it serves, and is killed in the end.
+    """A process that prints a line when it serves, and is killed at the end.
 
     Args:
-        says: part of that line; None for one that says nothing.
-        log: what takes its output, for one that says much; otherwise it is read from a pipe, here.
+        ready_text: part of that line; None for a process that prints none.
+        log: a file for its output, if there is much of it; without it, the output is read from a pipe.
     """
 
     def __init__(
         self,
         command: list[str],
         *,
-        says: str | None,
+        ready_text: str | None,
         folder: Path = ROOT,
         environment: dict[str, str] | None = None,
         log: Path | None = None,
@@ -68,12 +68,12 @@ class Child:
                 start_new_session=True,
             )
         if log is not None:
-            while says is not None and says not in log.read_text():
+            while ready_text is not None and ready_text not in log.read_text():
                 if self.process.poll() is not None:
-                    raise RuntimeError(f"{command!r} ended without saying {says!r}:\n{log.read_text()}")
+                    raise RuntimeError(f"{command!r} ended without printing {ready_text!r}:\n{log.read_text()}")
                 time.sleep(0.05)
-        elif says is not None:
-            self.line_with(says)
+        elif ready_text is not None:
+            self.line_with(ready_text)
 
     @property
     def pids(self) -> list[int]:
@@ -84,7 +84,7 @@ class Child:
         for line in self.process.stdout:
             if text in line:
                 return line
-        raise RuntimeError(f"{self.process.args!r} ended without saying {text!r}")
+        raise RuntimeError(f"{self.process.args!r} ended without printing {text!r}")
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -100,7 +100,7 @@ class Load:
     """The process of `tests.bench.load`."""
 
     def __init__(self) -> None:
-        self._child = Child([sys.executable, "-m", "tests.bench.load"], says=None)
+        self._child = Child([sys.executable, "-m", "tests.bench.load"], ready_text=None)
 
     def send(self, do: str, **arguments: Any) -> None:
         pipe = self._child.process.stdin
@@ -125,7 +125,7 @@ class Publisher:
 
     def __init__(self, port: int, vhost: str, *, rate: float, seconds: float, keys: list[str]) -> None:
         arguments = [str(port), vhost, str(rate), str(seconds), *keys]
-        self._child = Child([sys.executable, "-m", "tests.bench.publish", *arguments], says=None)
+        self._child = Child([sys.executable, "-m", "tests.bench.publish", *arguments], ready_text=None)
 
     def done(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self._child.line_with("{"))

@@ -1,9 +1,10 @@
-"""The publisher of a benchmark, a process of its own: frames made by hand, so that it costs next to nothing.
+"""The publisher of a benchmark, in a process of its own. It makes frames by hand, so that it needs little CPU.
 
     python -m tests.bench.publish PORT VHOST RATE SECONDS KEY...
 
 Publishes RATE events a second to one key after the other. Each event's id begins with the time of its publication, in
-nanoseconds since 1970. At the end it prints one line of JSON: how many, how late the worst was, its own CPU seconds.
+nanoseconds since 1970. At the end it prints one line of JSON: the number of events, the longest delay, and its own CPU
+seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 
 from tests.raw_amqp import frame, handshake, short_string
 
-TICK_SECONDS = 0.002
+PAUSE_SECONDS = 0.002
 
 
 def connect(port: int, vhost: str) -> socket.socket:
@@ -28,14 +29,14 @@ def connect(port: int, vhost: str) -> socket.socket:
         head = broker.recv(7, socket.MSG_WAITALL)
         broker.recv(struct.unpack(">BHI", head)[2] + 1, socket.MSG_WAITALL)
 
-    for asked in handshake(vhost):
-        broker.sendall(asked)
+    for request in handshake(vhost):
+        broker.sendall(request)
         answer()
     return broker
 
 
 def message(key: str, number: int) -> bytes:
-    """The frames of one event: about 330 bytes of CloudEvent, as a worker's progress would be."""
+    """The frames of one event: a CloudEvent of about 330 bytes, like a worker's progress event."""
     body = (
         f'{{"specversion":"1.0","id":"{time.time_ns()}-{number}","source":"/bench/worker-7","type":"job.progress",'
         '"time":"2026-11-23T10:15:42.123Z","datacontenttype":"application/json","data":{"job_id":"render-2026-11-23-0815",'
@@ -47,7 +48,7 @@ def message(key: str, number: int) -> bytes:
 
 
 def close(broker: socket.socket) -> None:
-    """Returns once whatever was written is routed: RabbitMQ answers the close of a channel only then."""
+    """Returns when all written messages are routed: RabbitMQ answers the close of a channel only then."""
     broker.sendall(frame(1, 1, struct.pack(">HHH", 20, 40, 0) + b"\0" + struct.pack(">HH", 0, 0)))
     broker.recv(12, socket.MSG_WAITALL)
     broker.close()
@@ -65,10 +66,10 @@ def main() -> None:
         due = min(total, int((now - began) * float(rate)) + 1)
         if due > sent:
             broker.sendall(b"".join(message(keys[number % len(keys)], number) for number in range(sent, due)))
-            # Only what the broker does not take, or a machine without time for us, makes this grow.
+            # This grows only if the broker accepts too little, or if this process gets too little CPU time.
             late = max(late, time.monotonic() - began - due / float(rate))
             sent = due
-        time.sleep(TICK_SECONDS)
+        time.sleep(PAUSE_SECONDS)
     close(broker)
     print(json.dumps({"sent": sent, "late_seconds": round(late, 3), "cpu_seconds": time.process_time()}), flush=True)
 

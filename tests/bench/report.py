@@ -1,4 +1,4 @@
-"""Rounds into a table and a plot: medians with their spread, ratios, and what the instruments say of themselves."""
+"""Makes tables and a plot of the rounds: medians with their spread, ratios, and warnings about the measurement."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ratio(results: Results, case: str, name: str, peer: str, *, of: str = "bridg
 
 
 def machine() -> str:
-    """What it ran on, for whoever reads the figures later."""
+    """A description of the machine, for readers of the figures."""
     processor = next(
         (
             line.partition(":")[2].strip()
@@ -86,13 +86,13 @@ _TITLES = {
 
 _ALONE = {
     "big": "10,000 connections, 1,000 events a second",
-    "back": "2,000 clients back at once, each 30 s behind at 1,000 events a second",
-    "log": "One client back to a log of 300,000 entries, nearly none of them its own",
+    "back": "2,000 clients return at once, each 30 s behind at 1,000 events a second",
+    "log": "One client resumes from a log of 300,000 entries, nearly none of them its own",
 }
 
 
 def markdown(results: Results) -> str:
-    # Of the growth each size is one figure.
+    # In the case `growth`, each size was measured once.
     compared = [peers for case, peers in results.items() if case != "growth"]
     rounds = max((len(measured) for peers in compared for measured in peers.values()), default=0)
     lines = [f"Medians of {rounds} rounds (smallest to largest)." if rounds > 1 else "One round.", machine(), ""]
@@ -102,7 +102,7 @@ def markdown(results: Results) -> str:
         columns = _COLUMNS[case]
         first = columns[0][0]
         lines += [f"**{title}**", ""]
-        lines += [f"| | {' | '.join(name for _, name, _ in columns)} | of Node |"]
+        lines += [f"| | {' | '.join(name for _, name, _ in columns)} | ratio to node |"]
         lines += ["| --- |" + " ---: |" * (len(columns) + 1)]
         for peer, measured in results[case].items():
             cells = [spread(measured, name, digits=digits) for name, _, digits in columns]
@@ -127,21 +127,21 @@ def markdown(results: Results) -> str:
 
 
 TARGETS: list[tuple[str, str, str, str | None, float]] = [
-    ("2,000/s: CPU of bare Node", "users", "server_us", "node", 0.9),
-    ("2,000/s: CPU of the obvious Python", "users", "server_us", "obvious", 0.3),
-    ("6,000/s: CPU of bare Node", "users-fast", "server_us", "node", 0.9),
-    ("broadcast: CPU of Node with one shared queue", "broadcast", "server_us", "node-shared", 1.5),
+    ("2,000/s: CPU, ratio to node", "users", "server_us", "node", 0.9),
+    ("2,000/s: CPU, ratio to obvious", "users", "server_us", "obvious", 0.3),
+    ("6,000/s: CPU, ratio to node", "users-fast", "server_us", "node", 0.9),
+    ("broadcast: CPU, ratio to node-shared", "broadcast", "server_us", "node-shared", 1.5),
     ("idle connection: KB", "idle", "server_kb", None, 24),
-    ("opening 2,000: seconds of bare Node", "open", "seconds", "node", 1.0),
+    ("opening 2,000: seconds, ratio to node", "open", "seconds", "node", 1.0),
     ("10,000 connections: p99 ms", "big", "p99_ms", None, 250),
     ("10,000 connections: missing", "big", "missing", None, 0),
     ("10,000 connections: longest silence, s", "big", "longest_silence_s", None, 16),
-    ("2,000 back: all live, s", "back", "all_live_s", None, 15),
-    ("2,000 back: p99 ms of those who stayed", "back", "live_p99_ms", None, 1_000),
-    ("2,000 back: missing", "back", "missing", None, 0),
+    ("2,000 clients return: all live, s", "back", "all_live_s", None, 15),
+    ("2,000 clients return: p99 ms of the others", "back", "live_p99_ms", None, 1_000),
+    ("2,000 clients return: missing", "back", "missing", None, 0),
     ("the log: entries for each CPU second", "log", "entries_per_cpu_s", None, -50_000),
 ]
-"""Name, case, figure, peer whose ratio it is, and the most it may be; the least where it is negative."""
+"""Title, case, figure, peer for a ratio, and limit: the highest allowed value, or the lowest one if it is negative."""
 
 
 def verdicts(results: Results) -> str:
@@ -159,8 +159,8 @@ def verdicts(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def complaints(results: Results) -> list[str]:
-    """Where an instrument may have been what was measured."""
+def warnings(results: Results) -> list[str]:
+    """Cases in which load or publisher may have been the bottleneck."""
     found = []
     for case, peers in results.items():
         for peer, rounds in peers.items():
@@ -172,7 +172,7 @@ def complaints(results: Results) -> list[str]:
                 if figures.get("publisher_late_s", 0) > LATE_SECONDS:
                     found.append(f"{case}/{peer}: the publisher was {figures['publisher_late_s']:.2f} s late")
                 if figures.get("missing", 0) > 0:
-                    found.append(f"{case}/{peer}: {figures['missing']:.0f} events had not come when it was over")
+                    found.append(f"{case}/{peer}: {figures['missing']:.0f} events had not arrived at the end")
     return sorted(set(found))
 
 
@@ -180,7 +180,7 @@ _COLOURS = {"bridge": "#1a6fb4"}
 
 
 def svg(results: Results) -> str:
-    """Bars of the CPU cases side by side, and how the bridge's cost grows."""
+    """Bars for each case of CPU and memory, and the bridge's cost by the number of connections."""
     charts = [
         (title, [(peer, median(rounds, "server_us")) for peer, rounds in results[case].items()])
         for case, title in (
@@ -217,5 +217,5 @@ def svg(results: Results) -> str:
     return "\n".join([head, f'<rect width="620" height="{top}" fill="#fff"/>', *parts, "</svg>"]) + "\n"
 
 
-def abouts() -> str:
+def descriptions() -> str:
     return "\n".join(f"- `{peer.name}`: {peer.about}" for peer in PEERS) + "\n"

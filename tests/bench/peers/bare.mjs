@@ -1,4 +1,4 @@
-// The leanest there is: Node's own http and amqplib, an exclusive queue for each connection.
+// A minimal program: Node's own http and amqplib, an exclusive queue for each connection.
 import http from 'node:http'
 import amqp from 'amqplib'
 

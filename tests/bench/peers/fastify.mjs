@@ -1,4 +1,4 @@
-// Fastify as its users would: the plugin for Server-Sent Events, and amqplib with a queue for each connection.
+// Fastify as its users use it: the plugin for Server-Sent Events, and amqplib with a queue for each connection.
 import amqp from 'amqplib'
 import Fastify from 'fastify'
 import { FastifySSEPlugin } from 'fastify-sse-v2'

@@ -1,4 +1,4 @@
-// Brings broadcasts from a queue to nchan's publishing location.
+// Forwards broadcasts from a queue to nchan's publishing location.
 import http from 'node:http'
 import amqp from 'amqplib'
 

@@ -1,4 +1,4 @@
-"""The obvious Python: aio-pika's queue iterator, Quart, Hypercorn, a pydantic model."""
+"""The simplest Python program: aio-pika's queue iterator, Quart, Hypercorn, a pydantic model."""
 
 import asyncio
 import sys
