@@ -1,4 +1,4 @@
-"""The feed `log`: one reader of the event log for all streams of a process. And both feeds side by side."""
+"""The feed `log`: one reader of the event log for all streams of a process. Also both feeds in one installation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_each_stream_gets_its_events_and_no_queue(start: StartService, vho
     service = await start(FEED="log")
     stream = await connect(service, "42", "ops")
     filtered = await connect(service, "42", query="?types=billing.%23")
-    stranger = await connect(service, "44")
+    other = await connect(service, "44")
     assert sorted(vhost.queues()) == ["events.invalid", "events.log"]
     await vhost.publish_all(
         [
@@ -44,12 +44,12 @@ async def test_each_stream_gets_its_events_and_no_queue(start: StartService, vho
         ]
     )
     assert (await stream.ids(3)) == ["own", "group", "all"]
-    assert await stranger.ids(1) == ["all"]
+    assert await other.ids(1) == ["all"]
     assert [frame.event for frame in filtered.frames] == ["bridge.ready"]
 
 
 @pytest.mark.contract("8.2")
-async def test_what_was_missed_comes_in_order_and_then_live(
+async def test_missed_events_come_in_order_and_then_live_ones(
     start: StartService, vhost: Vhost, connect: OpenStream
 ) -> None:
     service = await start(FEED="log")
@@ -76,7 +76,7 @@ async def test_each_feed_reads_the_cursors_of_the_other(start: StartService, vho
         for _ in range(3):
             await vhost.publish(USER if number % 2 else GROUP, cloudevent(f"e{number}"))
             number += 1
-        # The last event is not read, so that it is missed and comes by the next replica.
+        # The client does not read the last event. So it misses this event, and the next replica sends it.
         missed = 0 if turn == 0 else 1
         wanted = [f"e{n}" for n in range(number - 3 - missed, number - 1)]
         assert await stream.ids(len(wanted)) == wanted
@@ -106,7 +106,7 @@ async def test_a_lost_connection_is_no_gap(
 
 @pytest.mark.contract("8.5")
 @pytest.mark.parametrize("what", ["log", "exchange"])
-async def test_what_the_log_has_lost_is_a_gap(
+async def test_events_that_the_log_has_lost_are_a_gap(
     start: StartService, vhost: Vhost, connect: OpenStream, what: str
 ) -> None:
     service = await start(FEED="log", deadlines=SHORT_CHECKS)
@@ -123,7 +123,7 @@ async def test_what_the_log_has_lost_is_a_gap(
 
 
 @pytest.mark.contract("8.6")
-async def test_what_is_refused_goes_to_quarantine_once(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
+async def test_a_refused_message_is_quarantined_once(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
     service = await start(FEED="log")
     streams = [await connect(service, "42"), await connect(service, "43")]
     await vhost.publish(ALL, json.dumps({"not": "an event"}).encode())
