@@ -4,7 +4,18 @@ import re
 
 import pytest
 
-from bridge.service.streams.cursor import MAX_CHARS, NONE, Anchor, Cursor, InvalidCursor, Unnamed, digest
+from bridge.service.streams.cursor import (
+    MAX_CHARS,
+    NONE,
+    VALUE_MASK,
+    Anchor,
+    Cursor,
+    InvalidCursor,
+    Unnamed,
+    digest,
+    echo,
+    value,
+)
 
 
 @pytest.mark.contract("2.36")
@@ -25,7 +36,7 @@ from bridge.service.streams.cursor import MAX_CHARS, NONE, Anchor, Cursor, Inval
 def test_a_cursor_comes_back(cursor: Cursor) -> None:
     assert Cursor.parse(str(cursor)) == cursor
     assert re.fullmatch(r"[A-Za-z0-9._:~-]{1,160}", str(cursor))
-    assert len(str(cursor)) <= MAX_CHARS
+    assert len(str(cursor)) <= MAX_CHARS == 160
 
 
 def test_more_than_can_be_told_is_told_as_unknown() -> None:
@@ -40,10 +51,38 @@ def test_more_than_can_be_told_is_told_as_unknown() -> None:
         ("2.7.AAAAAA.abcdefghijkl", Cursor(Anchor(7, "AAAAAA"), ("abcdef", "ghijkl"))),
         ("2.7.AAAAAA.~" + "abcdef" * 20, Cursor(Anchor(7, "AAAAAA"), ("abcdef",) * 20, (None, None))),
         ("2.7.AAAAAA..ghijkl", Cursor(Anchor(7, "AAAAAA"), passed=("ghijkl",))),
+        ("2.1f.AAAAAA.", Cursor(Anchor(31, "AAAAAA"))),
     ],
 )
 def test_a_cursor_of_the_version_before_is_read(text: str, cursor: Cursor) -> None:
     assert Cursor.parse(text) == cursor
+
+
+def test_a_cursor_without_sent_events_has_empty_parts() -> None:
+    assert str(Cursor(Anchor(7, "AAAAAA"))) == "3.7.AAAAAA..."
+    assert str(Cursor(None)) == "0.0"
+    assert Unnamed() == NONE == Unnamed(0, 0)
+
+
+def test_a_sum_has_at_most_twelve_digits() -> None:
+    """The grammar refuses a longer sum, so the largest one must be the mask."""
+    largest = Cursor(Anchor(7, "AAAAAA"), (), (Unnamed(1, VALUE_MASK), NONE))
+    assert Cursor.parse(str(largest)) == largest
+    with pytest.raises(InvalidCursor):
+        Cursor.parse(str(Cursor(Anchor(7, "AAAAAA"), (), (Unnamed(1, VALUE_MASK + 1), NONE))))
+
+
+def test_names_and_numbers_are_those_that_older_processes_wrote() -> None:
+    """Cursors are kept by clients. With another hash, each client would get all its events after the position again."""
+    assert (digest(b"e1"), value(b"e1")) == ("vpIO2p", 0xFCB3209C5D09)
+
+
+@pytest.mark.parametrize(
+    ("last_event_id", "echoed"),
+    [(None, None), ("", None), ("x", None), ("0.3e8", "0.3e8"), ("2.7.AAAAAA.abcdef", "3.7.AAAAAA...abcdef")],
+)
+def test_only_a_cursor_is_sent_back(last_event_id: str | None, echoed: str | None) -> None:
+    assert echo(last_event_id) == echoed
 
 
 def test_a_digest_is_of_the_content() -> None:

@@ -102,6 +102,7 @@ OURS = ", ".join(STREAM_REQUEST_HEADERS)
         # Only names of headers are repeated: nothing that ends a line or begins another value.
         (['a b,c:d,e\r\nf,\xe9,g;h,*"i,j'], ", j"),
         (["*"], ", *"),
+        (["a" * MOST_ASKED_BYTES], ", " + "a" * MOST_ASKED_BYTES),
         (["a" * (MOST_ASKED_BYTES + 1)], ""),
         ([",".join(f"x{number}" for number in range(2 * MOST_ASKED))], "".join(f", x{n}" for n in range(MOST_ASKED))),
     ],

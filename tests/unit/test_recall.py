@@ -39,6 +39,7 @@ def seen(unnamed: BySource, *numbers: int, named: tuple[int, ...] = ()) -> tuple
         ((1, 4), (1, 2, 3, 4), [1, 4]),  # Two were not.
         ((1, 5), (1, 2, 3, 4, 5), []),  # Three: none is taken as sent.
         ((1, 2), (1, 1, 2), [1, 1, 2]),  # A publisher's retry counts once.
+        ((1, 3, 4), (1, 2, 3, 4), [1, 3, 4]),  # One was not, and it is known with the last one.
         ((1, 2), (7, 8, 9, 10), []),  # None of them is in the log.
     ],
 )
@@ -64,12 +65,26 @@ def test_each_queue_has_its_own_count() -> None:
     assert not recall.was_sent(entry(2)), "by the other queue"
 
 
+def test_entries_after_the_last_sent_one_are_unsent_while_the_other_queue_is_searched() -> None:
+    recall = Recall((Unnamed(1, total(1)), Unnamed(1, total(9))))
+    for number in (1, 2, 3, 4, 9):
+        recall.see(entry(number, shared=number == 9), named=False)
+    assert recall.is_over
+    assert [each.offset for each in recall.entries if recall.was_sent(each)] == [1, 9]
+
+
 def test_it_is_open_until_enough_have_come() -> None:
     recall, were = seen(sent(1, 2, 3), 1, 2)
     assert (recall.is_over, were) == (False, [])
     recall.give_up()
     assert recall.is_over
     assert not any(map(recall.was_sent, recall.entries))
+
+
+def test_it_stays_open_while_entries_are_missing_even_if_the_sum_fits() -> None:
+    """Any client may send a count that fits no sum."""
+    recall, were = seen((Unnamed(3, 0), NONE), 1, 2)
+    assert (recall.is_over, were) == (False, [])
 
 
 def test_nothing_to_find() -> None:

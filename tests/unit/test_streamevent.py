@@ -41,6 +41,11 @@ def test_with_its_audience(key: str, audience: str) -> None:
         assert json.loads(frame.data) == {**json.loads(TEXT), "audience": audience}
 
 
+def test_an_audience_is_written_in_utf_8_as_the_text_is() -> None:
+    made = event(key="user.%C3%A9.test.done").with_audience(named=True)
+    assert b',"audience":"user:\xc3\xa9"}' in made
+
+
 @pytest.mark.parametrize("text", [b"a\nb", b"a\rb", b"a\0b"])
 def test_a_text_that_would_break_the_frame_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError, match="CR, LF or NUL"):
