@@ -66,6 +66,17 @@ def test_an_entry_of_the_log_moves_the_anchor() -> None:
     assert (cursor.digests, cursor.passed) == (names(1), names(105))
 
 
+def test_names_up_to_the_position_fill_the_room_that_the_sent_ones_leave() -> None:
+    progress = Progress(FIRST)
+    for number in range(101, 121):
+        progress.move(entry(number))
+    for number in (1, 2, 3):
+        progress.move(live(number))
+    cursor = progress.cursor(0)
+    assert (cursor.digests, cursor.passed) == (names(1, 2, 3), names(*range(108, 121)))
+    assert Cursor.parse(progress.text(0)) == cursor
+
+
 def test_a_watermark_becomes_the_anchor_with_its_proof() -> None:
     progress = Progress(FIRST)
     progress.move(live(1, 0))
@@ -86,7 +97,8 @@ def test_an_event_just_before_a_watermark_stays_named() -> None:
         progress.move(live(number, at_ms))
     progress.move(Watermark(SECOND, seen))
     progress.move(Proof(SECOND))
-    assert progress.cursor(0).digests == names(2, 3)
+    cursor = progress.cursor(0)
+    assert (cursor.digests, cursor.unnamed) == (names(2, 3), (NONE, NONE))
     # It was sent before the watermark, so it is in no sum when its name falls out.
     for number in range(4, 4 + MAX_DIGESTS):
         progress.move(live(number, seen + 1))
@@ -105,6 +117,46 @@ def test_a_stream_that_cannot_name_all_waits_for_a_watermark_without_near_events
         progress.move(live(number, seen + (5_000 if before else gap_ms)))
     progress.move(Proof(SECOND))
     assert progress.anchor == (SECOND if gap_ms == NEAR_MS else FIRST)
+
+
+def test_a_stream_that_can_name_all_takes_a_watermark_with_near_events() -> None:
+    progress = Progress(FIRST)
+    progress.move(Watermark(SECOND, 10_000))
+    for number in range(MAX_DIGESTS):
+        progress.move(live(number, 10_000))
+    progress.move(Proof(SECOND))
+    cursor = progress.cursor(0)
+    assert (cursor.anchor, cursor.digests) == (SECOND, names(*range(MAX_DIGESTS)))
+
+
+def test_an_event_sent_after_a_watermark_stays_named_however_early_it_arrived() -> None:
+    """The session may keep an event back for seconds, while it reads the tail of the log."""
+    progress = Progress(FIRST)
+    progress.move(Watermark(SECOND, 10_000))
+    progress.move(live(1, 10_000 - OVERLAP_MS - 1))
+    progress.move(live(2, 10_100))
+    progress.move(Proof(SECOND))
+    assert progress.cursor(0).digests == names(1, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_was_sent_long_before_a_watermark_is_in_no_sum(shared: bool) -> None:
+    progress = Progress(FIRST)
+    for number in range(MAX_DIGESTS + 3):
+        progress.move(live(number, 0, shared=shared))
+    progress.move(Watermark(SECOND, 10_000))
+    progress.move(Proof(SECOND))
+    assert progress.cursor(0) == Cursor(SECOND)
+
+
+@pytest.mark.parametrize(("later", "taken"), [(3, True), (4, False)])
+def test_four_watermarks_may_wait_for_their_proof(later: int, taken: bool) -> None:
+    progress = Progress(FIRST)
+    progress.move(Watermark(SECOND, 0))
+    for number in range(later):
+        progress.move(Watermark(Anchor(500 + number, "later0"), 0))
+    progress.move(Proof(SECOND))
+    assert progress.anchor == (SECOND if taken else FIRST)
 
 
 def test_a_stream_with_very_many_behind_takes_any_watermark() -> None:
@@ -147,7 +199,7 @@ def test_reading_past_an_event_takes_it_out_of_what_was_sent() -> None:
     progress.move(Passed(make_event(5), False))
     cursor = progress.cursor(0)
     assert cursor.unnamed == (Unnamed(1, total(2)), NONE)
-    assert names(5)[0] not in cursor.digests
+    assert cursor.digests == names(3, 4, *range(6, 19))
     assert cursor.passed[0] == names(1, 5)[2 - len(cursor.passed)], "as many of the last as there is room for"
     progress.move(Passed(make_event(77), True))
     assert progress.cursor(0).unnamed[1] == NONE
