@@ -3,6 +3,7 @@
 import pytest
 
 from bridge.routing import (
+    TYPES_KEPT,
     Audience,
     InvalidId,
     InvalidPattern,
@@ -12,6 +13,7 @@ from bridge.routing import (
     TypeFilter,
     decode_id,
     encode_id,
+    is_key_of,
     split_key,
 )
 
@@ -99,6 +101,19 @@ def test_a_key_outside_the_contract_is_refused(key: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "certain"),
+    [
+        ("user.42.job.done", True), ("group.ops.job.done", True), ("all.job.done", True),
+        ("user.42.job.failed", False), ("user.42.more.job.done", False), ("team.42.job.done", False),
+        ("user.a%2Eb.job.done", False),  # Valid, but only `split_key` decodes it.
+        ("job.done", False), ("", False),
+    ],
+)  # fmt: skip
+def test_a_key_that_certainly_has_this_type(key: str, certain: bool) -> None:
+    assert is_key_of(key, "job.done") is certain
+
+
+@pytest.mark.parametrize(
     ("text", "audience"),
     [("user:42", Audience.user("42")), ("user:a:b", Audience.user("a:b")), ("group:x", Audience.group("x")),
      ("all", Audience.everyone())],
@@ -143,3 +158,29 @@ def test_the_words_of_a_pattern() -> None:
     left = ["job", "job.a.b", "billings", "report", "report.ready.now", "xjob.done"]
     assert [event_type for event_type in taken + left if types.matches(event_type)] == taken
     assert TypeFilter().matches("anything.at.all")
+
+
+@pytest.mark.contract("2.6")
+@pytest.mark.parametrize("text", ["x" * 128, "#.a.#"])
+def test_the_longest_pattern_and_two_hashes_are_allowed(text: str) -> None:
+    assert TypeFilter.parse(text).patterns == (text,)
+
+
+def test_a_word_of_a_pattern_matches_only_at_its_place() -> None:
+    types = TypeFilter.parse("b.b")
+    assert [types.matches(event_type) for event_type in ("b.b", "a.b", "b.a")] == [True, False, False]
+
+
+def test_a_filter_remembers_few_types() -> None:
+    types = TypeFilter.parse("job.*")
+    for number in range(TYPES_KEPT):
+        assert types.matches(f"job.{number}")
+    assert len(types._known) == TYPES_KEPT
+    assert not types.matches("report.ready")
+    assert len(types._known) <= TYPES_KEPT
+    assert types.matches("job.0")
+
+
+def test_a_filter_names_its_patterns() -> None:
+    assert repr(TypeFilter.parse("job.*,report.ready")) == "TypeFilter(job.*, report.ready)"
+    assert repr(TypeFilter()) == "TypeFilter(every type)"
