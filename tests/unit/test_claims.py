@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from typing import Any
 
@@ -78,7 +79,9 @@ def test_times() -> None:
         read(nbf=NOW + 301)
     with pytest.raises(ExpiredToken):
         read(exp=NOW)
-    for bad in (str(NOW + 60), None, [NOW + 60]):
+    with pytest.raises(ExpiredToken, match="expired 90 s ago"):
+        read(exp=NOW - 90)
+    for bad in (str(NOW + 60), None, [NOW + 60], True, math.inf, 10**400):
         with pytest.raises(InvalidToken, match="'exp'"):
             read(exp=bad)
 
@@ -106,6 +109,20 @@ def test_an_issuer_is_compared_exactly(issuer: Any) -> None:
     assert read(reader=reader, iss="https://issuer").user == "42"
     with pytest.raises(InvalidToken, match="iss"):
         read(reader=reader, iss=issuer)
+
+
+@pytest.mark.parametrize(
+    ("claims", "why"),
+    [
+        ({"aud": "bridge"}, "the token has no claim 'iss'"),
+        ({"aud": "bridge", "iss": "other"}, "the token is from another issuer (iss)"),
+        ({"iss": "issuer"}, "the token has no claim 'aud'"),
+        ({"iss": "issuer", "aud": ["other"]}, "the token is for another audience (aud)"),
+    ],
+)
+def test_a_missing_claim_has_another_message_than_a_wrong_one(claims: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidToken, match=f"^{re.escape(why)}$"):
+        read(reader=ClaimsReader(audience="bridge", issuer="issuer"), **claims)
 
 
 @pytest.mark.contract("6.17")

@@ -5,17 +5,26 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from bridge.event import (
     MAX_DETAIL_CHARS,
     Cut,
+    Event,
     EventData,
     InvalidEvent,
+    Malformed,
     Models,
+    NotACloudEvent,
+    SchemaViolation,
+    TooLarge,
+    TypeMismatch,
+    UnknownType,
     _read_as_written,
+    describe_faults,
     encode_data,
     read_event,
+    shorten,
     write_event,
 )
 from bridge.routing import InvalidType
@@ -215,7 +224,33 @@ def test_times_go_on_as_they_are(time: str) -> None:
     assert json.loads(read(json.dumps(envelope(time=time), separators=(",", ":")).encode()).text)["time"] == time
 
 
+@pytest.mark.contract("5.4")
+@pytest.mark.parametrize(
+    ("time", "valid"),
+    [
+        ("2026-02-28T23:59:60Z", True), ("2024-02-28T23:59:60Z", False), ("2024-02-29T23:59:60Z", True),
+        ("2026-04-30T23:59:60Z", True), ("2026-12-31T23:58:60Z", False), ("2026-12-31T22:59:60Z", False),
+        # East of Greenwich it is the first of the next month already, west of it the last of this one.
+        ("2027-01-01T00:59:60+01:00", True), ("2027-01-02T00:59:60+01:00", False), ("2027-01-01T00:59:60Z", False),
+        ("2027-01-01T00:59:60-01:00", False), ("2027-01-01T23:58:60+23:59", True), ("2027-01-01T23:59:60Z", False),
+        ("2026-12-31T22:29:60-01:30", True), ("2026-12-31T22:29:60+01:30", False), ("2026-12-31T00:00:60-23:59", True),
+        ("2026-12-31T22:29:60-01:31", False), ("2026-12-31T22:29:60-02:30", False),
+        ("2026-01-15T23:59:60Z", False), ("2026-01-15T23:59:59Z", True), ("2026-01-29T00:00:00Z", True),
+        ("2026-02-29T00:00:00Z", False), ("2026-02-28T00:00:00Z", True), ("2026-04-30T00:00:00Z", True),
+    ],
+)  # fmt: skip
+def test_a_leap_second_is_the_last_one_of_a_month_in_utc(time: str, valid: bool) -> None:
+    compact = WRITTEN.replace(b'"test.done"', b'"test.done","time":"%b"' % time.encode())
+    assert (_read_as_written(compact, "user.42.test.done", MODELS) is not None) is valid
+    for body in (envelope(time=time), compact):
+        if valid:
+            assert json.loads(read(body).text)["time"] == time
+        else:
+            assert refusal(body).reason == "not-a-cloudevent"
+
+
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+MOST_STATES = ",".join(f"k{number}=1" for number in range(32))
 
 
 @pytest.mark.contract("5.5")
@@ -225,10 +260,13 @@ PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
         ({"traceparent": PARENT}, {"traceparent": PARENT}),
         ({"traceparent": PARENT, "tracestate": "a=1, b@c=2"}, {"traceparent": PARENT, "tracestate": "a=1, b@c=2"}),
         ({"traceparent": "01" + PARENT[2:] + "-more"}, {"traceparent": "01" + PARENT[2:] + "-more"}),
+        ({"traceparent": PARENT, "tracestate": ", ,a=1,"}, {"traceparent": PARENT, "tracestate": ", ,a=1,"}),
+        ({"traceparent": PARENT, "tracestate": MOST_STATES}, {"traceparent": PARENT, "tracestate": MOST_STATES}),
+        ({"traceparent": PARENT, "tracestate": ", ,"}, {"traceparent": PARENT}),
         ({"traceparent": PARENT, "tracestate": 5}, {"traceparent": PARENT}),
         ({"traceparent": PARENT, "tracestate": ""}, {"traceparent": PARENT}),
         ({"traceparent": PARENT, "tracestate": "a=1,a=2"}, {"traceparent": PARENT}),
-        ({"traceparent": PARENT, "tracestate": ",".join(f"k{n}=1" for n in range(33))}, {"traceparent": PARENT}),
+        ({"traceparent": PARENT, "tracestate": MOST_STATES + ",l=1"}, {"traceparent": PARENT}),
         ({"tracestate": "a=1"}, {}),
         ({"traceparent": 5, "tracestate": "a=1"}, {}),
         ({"traceparent": True}, {}),
@@ -315,6 +353,55 @@ def test_of_a_body_that_was_cut_the_detail_has_the_whole_size() -> None:
 def test_the_detail_is_bounded() -> None:
     assert len(refusal(envelope(**{"X" * 5000: 1})).detail) <= MAX_DETAIL_CHARS
     assert len(refusal(envelope(data={f"k{n}": 1 for n in range(2000)} | {"part": {}})).detail) <= MAX_DETAIL_CHARS
+
+
+def test_a_detail_that_is_too_long_ends_with_dots() -> None:
+    assert Malformed("x" * MAX_DETAIL_CHARS).detail == "x" * MAX_DETAIL_CHARS
+    error = Malformed("x" * (MAX_DETAIL_CHARS + 1))
+    assert error.detail == "x" * (MAX_DETAIL_CHARS - 3) + "..."
+    assert str(error) == "malformed: " + error.detail
+
+
+@pytest.mark.parametrize(
+    ("refused", "depends"),
+    [
+        (Malformed, False), (NotACloudEvent, False), (TypeMismatch, False),
+        (UnknownType, True), (SchemaViolation, True), (TooLarge, True),
+    ],
+)  # fmt: skip
+def test_another_bridge_may_accept_only_what_its_catalogue_or_settings_decide(
+    refused: type[InvalidEvent], depends: bool
+) -> None:
+    assert refused("x").depends_on_catalogue is depends
+
+
+@pytest.mark.contract("5.1", "5.2", "5.9")
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        (b'{"a":1,"b":2,"a":3}', "the member 'a' occurs twice in one object"),
+        (b'{"id": "\xc3"}', "not UTF-8: invalid continuation byte at byte 8"),
+        (b'{\n"a" 1}', "not JSON: Expecting ':' delimiter at line 2, column 5"),
+        (b"\xef\xbb\xbf{}", "the body begins with a byte order mark (RFC 8259, section 8.1)"),
+        (b"-Infinity", "-Infinity is not JSON (RFC 8259, section 6)"),
+        (b"1e999", "the number 1e999 is out of range"),
+        (envelope(source=...), "the attribute 'source' is missing"),
+        (envelope(source=""), "the attribute 'source' must be a string that is not empty"),
+        (envelope(source=7), "the attribute 'source' must be a string that is not empty"),
+        (envelope(subject=""), "the attribute 'subject' must be a string that is not empty"),
+        (envelope(data=...), "the member 'data' is missing"),
+        (
+            envelope(data=..., data_base64="AA=="),
+            "the member 'data' is missing (data_base64 is not supported: data must be JSON)",
+        ),
+        (
+            envelope(data_base64="AA=="),
+            "the event has 'data' and 'data_base64': leave out data_base64, data must be JSON",
+        ),
+    ],
+)
+def test_a_detail_says_what_is_wrong(body: bytes | dict[str, Any], detail: str) -> None:
+    assert refusal(body).detail == detail
 
 
 def write(attributes: dict[str, str], data: EventData) -> bytes:
@@ -443,6 +530,49 @@ def test_numbers_are_what_the_model_validated(member: str, given: bytes, shown: 
 def test_infinity_is_not_written_as_null() -> None:
     with pytest.raises(ValueError, match=r"data\.seconds is infinite"):
         write({"id": "e", "source": "/t"}, Done(job_id="r", seconds=float("inf")))
+
+
+def test_the_path_of_an_infinite_number_has_members_and_indexes() -> None:
+    class Measured(EventData):
+        rows: list[dict[str, float]]
+
+    with pytest.raises(ValueError, match=r"data\.rows\[1\]\.b is infinite or NaN"):
+        encode_data(Measured(rows=[{"a": 1.5}, {"a": 0.0, "b": float("nan")}]))
+
+
+def test_faults_are_named_by_their_paths_within_the_event() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Done.model_validate({"job_id": 1, "part": {}})
+    assert describe_faults(caught.value) == (
+        "data.job_id: Input should be a valid string; data.part.name: Field required"
+    )
+    assert describe_faults(caught.value, ()).startswith("job_id: Input")
+    with pytest.raises(ValidationError) as caught:
+        Done.model_validate_json("[]")
+    assert describe_faults(caught.value, ()).startswith("data: Input")
+
+
+def test_a_value_in_a_message_has_at_most_80_characters() -> None:
+    assert shorten("x" * 78) == repr("x" * 78)
+    assert shorten("x" * 79) == "'" + "x" * 76 + "..."
+
+
+def test_a_type_is_never_inherited() -> None:
+    class Special(Done):
+        pass
+
+    assert (Done.declares_type(), Special.declares_type(), EventData.declares_type()) == (True, False, False)
+
+
+def test_attributes_are_written_in_the_bridges_order() -> None:
+    attributes = {"subject": "s", "tenant": "t", "source": "/t", "id": "é"}
+    assert write_event(attributes, "test.done", b"{}").decode() == (
+        '{"specversion":"1.0","id":"é","source":"/t","type":"test.done","subject":"s","tenant":"t","data":{}}'
+    )
+
+
+def test_an_event_is_shown_by_its_id_and_type() -> None:
+    assert repr(Event(id="e1", type="test.done", text=b"{}")) == "<Event e1 test.done>"
 
 
 @pytest.mark.contract("5.71")
