@@ -77,7 +77,7 @@ def survivors(folder: Path, path: str, tests: str) -> tuple[int, list[str]]:
     count, survived = 0, []
     for line in run(folder, str(TOOL / "cosmic-ray"), "dump", "session.sqlite").splitlines():
         item, result = json.loads(line)
-        if result is None or result.get("worker_outcome") == "skipped" or ", *," in changed(result):
+        if result is None or result.get("worker_outcome") == "skipped" or " *," in changed(result):
             continue  # The tool treats the `*` before keyword-only arguments as a multiplication.
         count += 1
         if result["test_outcome"] == "survived":

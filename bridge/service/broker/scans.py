@@ -417,12 +417,14 @@ class Schedule:
         (self._far if scan.is_far else self._near).scans.pop(scan, None)
 
     def _charge(self, scan: Scan, now: float) -> None:
-        for user, amount, pays in scan.bills():
+        bills = scan.bills()
+        for user, amount, pays in bills:
             self._served[user] = max(self._floor, self._served.get(user, 0.0)) + amount
             self._served.move_to_end(user)
             if pays:
                 self._budgets.spend(user, amount, now, debt=MOST_SCANS_OWED * SCAN_COST)
-        for _ in range(2):
+        # One more than were added, so that the table keeps its bound however many users share a scan.
+        for _ in range(len(bills) + 1):
             if self._served:
                 oldest = next(iter(self._served))
                 if self._served[oldest] <= self._floor or len(self._served) > USERS_KEPT:
