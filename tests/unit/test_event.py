@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bridge.event import (
     MAX_DETAIL_CHARS,
@@ -339,6 +339,15 @@ def test_size_is_looked_at_first() -> None:
     exact = json.dumps(envelope(data={"job_id": ""})).encode()
     assert read(exact, max_bytes=len(exact)).id == "e-1"
     assert refusal(exact, max_bytes=len(exact) - 1).reason == "too-large"
+    pad = "x" * (64 * 1024 - len(exact))
+    assert read(envelope(data={"job_id": pad})).id == "e-1", "64 KB by default"
+    assert refusal(envelope(data={"job_id": pad + "x"})).reason == "too-large"
+
+
+@pytest.mark.contract("1.9")
+def test_an_id_has_at_most_128_characters() -> None:
+    assert read(envelope(id="x" * 128)).id == "x" * 128
+    assert refusal(envelope(id="x" * 129)).detail == "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : ~ -"
 
 
 def test_of_a_body_that_was_cut_the_detail_has_the_whole_size() -> None:
@@ -483,6 +492,52 @@ def test_as_written_and_nearly_so(old: bytes, new: bytes, reason: str | None) ->
         assert read(body).id == "e"
     else:
         assert refusal(body).reason == reason
+
+
+@pytest.mark.contract("1.12")
+def test_a_body_as_the_sdk_writes_it_needs_its_own_key_and_model_too() -> None:
+    assert refusal(WRITTEN, "user.42.test.other").reason == "type-mismatch"
+    body = WRITTEN.replace(b"test.done", b"test.new")
+    assert refusal(body, "user.42.test.new").reason == "unknown-type"
+
+
+def test_white_space_around_a_body_is_allowed() -> None:
+    for body in (b" \n" + WRITTEN, WRITTEN + b"\r\t", b" " + WRITTEN + b" "):
+        assert read(body).text == WRITTEN
+
+
+class Aliased(EventData, type="test.aliased"):
+    renamed: str = Field("x", alias="reNamed")
+
+
+class Constants(EventData, type="test.constants"):
+    """A model that would write an infinite number as `Infinity`, which is not JSON."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    number: float
+
+
+def read_data(data: bytes, model: type[EventData], separator: bytes) -> bytes:
+    """The text of an event with this data. With `separator` empty, the body is as the SDK writes it."""
+    body = b'{"specversion":"1.0","id":"e","source":"/t","type":"%b",%b"data":%b}'
+    body %= model.event_type.encode(), separator, data
+    return read_event(body, f"all.{model.event_type}", {model.event_type: model}).text
+
+
+@pytest.mark.parametrize("separator", [b"", b" "])
+def test_a_member_is_written_by_its_alias(separator: bytes) -> None:
+    assert b'"data":{"reNamed":"y"}' in read_data(b'{"reNamed":"y"}', Aliased, separator)
+
+
+@pytest.mark.parametrize("separator", [b"", b" "])
+@pytest.mark.parametrize(
+    ("number", "refused"),
+    [(b"NaN", Malformed), (b"Infinity", Malformed), (b'"NaN"', SchemaViolation), (b'"inf"', SchemaViolation)],
+)
+def test_no_model_writes_what_is_not_json(number: bytes, refused: type[InvalidEvent], separator: bytes) -> None:
+    with pytest.raises(refused):
+        read_data(b'{"number":%b}' % number, Constants, separator)
 
 
 class Number(EventData, type="test.number"):
