@@ -95,7 +95,7 @@ def main() -> None:
     chosen = sys.argv[1:] or list(FILES)
     with tempfile.TemporaryDirectory(prefix="mutation-") as made:
         folder = Path(made)
-        for name in ("bridge", "schemas", "tests", "deploy"):
+        for name in ("bridge", "schemas", "tests", "deploy", "docs"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         for name in chosen:
