@@ -726,6 +726,194 @@ def test_events_from_before_the_log_was_bound_again_are_a_gap(complete_from: int
     assert made.bound(5000, WATERMARK, complete_from=complete_from).gap == gap
 
 
+def test_queues_that_are_lost_again_before_a_heartbeat_are_not_worth_a_word_either() -> None:
+    made = live()
+    made.lost()
+    made.heartbeat()
+    made.bound(2000, None)
+    frames(made)
+    made.lost()
+    made.bound(3000, None)
+    assert [frame.event for frame in frames(made)] == ["bridge.gap"]
+
+
+@pytest.mark.contract("2.42")
+@pytest.mark.parametrize("bound_first", [True, False])
+@pytest.mark.parametrize(("spare", "state"), [(0, "kept"), (-1, "slow")])
+def test_the_backlog_takes_as_many_bytes_as_it_says(*, bound_first: bool, spare: int, state: str) -> None:
+    made = session(max_bytes=2 * len(make_event(1).named) + spare)
+    if bound_first:
+        made.bound(1000, None)
+    for number in (1, 2):
+        made.offer(make_event(number), 2000)
+    assert (made.end_reason or "kept") == state
+
+
+BIG = 40_000
+"""Bytes of an event of which `take` returns two at once."""
+
+
+@pytest.mark.parametrize(("limit", "count"), [("max_events", 4), ("max_bytes", 4 * len(make_event(1, size=BIG).named))])
+def test_a_read_that_stopped_goes_on_when_half_of_the_backlog_was_taken(limit: str, count: int) -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")), **{limit: count})
+    made.take()
+    for number in range(1, 5):
+        assert made.replayed(Entry(7 + number, "abcdef", make_event(number, size=BIG)))
+    assert not made.replayed(Entry(12, "abcdef", make_event(5, size=BIG)))
+    assert not made.wants_more
+    made.take()
+    assert made.delivered == 2
+    assert made.wants_more
+
+
+def test_a_place_at_the_watermark_itself_is_in_this_log() -> None:
+    made = session(has_log=True, last_event_id=str(Cursor(WATERMARK)))
+    assert made.bound(5000, WATERMARK) == Step(Replay(100, 100, "TICKTI"))
+
+
+def test_after_a_loss_the_log_is_read_from_behind_what_still_waits() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")))
+    made.replayed(entry(1, 8))
+    made.lost()
+    assert made.bound(6000, WATERMARK) == Step(Replay(8, 100, "ck0008"))
+
+
+def test_an_ended_stream_does_not_stop_the_read_of_others() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")))
+    made.end("drain", 1)
+    assert made.replayed(entry(1, 8))
+
+
+def test_a_goodbye_has_a_cursor_only_before_ready() -> None:
+    made = session()
+    made.end("drain", 5)
+    assert b"id:" not in made.take(), "the client came with none"
+    made = returning(Cursor(Anchor(7, "abcdef")))
+    frames(made)
+    made.end("drain", 5)
+    assert b"id:" not in made.take(), "it would take the client back to where it came with"
+
+
+def test_only_events_that_were_taken_no_longer_count() -> None:
+    made = live(max_events=3)
+    for number in (1, 2):
+        made.offer(make_event(number), 2000)
+    frames(made)
+    for number in (3, 4, 5):
+        made.offer(make_event(number), 2000)
+    assert made.state is State.LIVE
+    made.offer(make_event(6), 2000)
+    assert made.end_reason == "slow"
+    assert repr(made) == "<Session ended backlog=0 delivered=2>"
+
+
+def test_a_watermark_between_two_events_does_not_part_them() -> None:
+    made = session(has_log=True)
+    made.bound(1000, Anchor(10, "AAAAAA"))
+    made.offer(make_event(1), 2000)
+    made.watermark(WATERMARK, 2000)
+    made.offer(make_event(2), 2000)
+    assert len([frame for frame in Decoder().feed(made.take()) if frame.event == "test.done"]) == 2
+
+
+def test_when_events_arrived_is_known_while_they_wait_and_when_they_are_taken() -> None:
+    made = live()
+    for number, now_ms in ((1, 2000), (2, 3000)):
+        made.offer(make_event(number), now_ms)
+    assert [(event.id, received_ms) for event, received_ms in made.waiting()] == [("e1", 2000), ("e2", 3000)]
+    made.take()
+    assert made.oldest_ms == 2000
+    made.take()
+    assert made.oldest_ms is None
+    made = returning(Cursor(Anchor(7, "abcdef")))
+    made.replayed(entry(1, 8))
+    assert [(event.id, received_ms) for event, received_ms in made.waiting()] == [("e1", None)]
+    made.take()
+    assert made.oldest_ms is None
+
+
+# Events that this bridge's catalogue cannot read.
+
+
+@pytest.mark.contract("5.59")
+def test_a_live_stream_has_one_gap_in_five_seconds_for_events_that_cannot_be_read() -> None:
+    made = live()
+    assert made.unreadable_gaps == 0
+    made.unreadable(2000)
+    (gap,) = frames(made)
+    assert (gap.event, gap.json, made.unreadable_gaps) == ("bridge.gap", {"reason": "not-readable"}, 1)
+    made.unreadable(3000)
+    made.offer(make_event(1), 6999)
+    assert [frame.event for frame in frames(made)] == ["test.done"], "not five seconds yet"
+    made.offer(make_event(2), 7000)
+    assert [frame.event for frame in frames(made)] == ["bridge.gap", "test.done"]
+    made.offer(make_event(3), 20_000)
+    assert [frame.event for frame in frames(made)] == ["test.done"], "nothing more was unreadable"
+    made.unreadable(20_000)
+    assert [frame.event for frame in frames(made)] == ["bridge.gap"]
+    assert made.unreadable_gaps == 3
+
+
+@pytest.mark.parametrize("sent_with", ["heartbeat", "position"])
+def test_a_gap_that_waits_is_sent_with_the_next_word_to_a_quiet_client(sent_with: str) -> None:
+    made = live()
+    made.unreadable(2000)
+    made.unreadable(3000)
+    frames(made)
+    made.heartbeat() if sent_with == "heartbeat" else made.send_position(4000)
+    found = {frame.event for frame in frames(made)}
+    assert found == {"bridge.gap"} | ({"bridge.position"} if sent_with == "position" else set())
+    made.heartbeat()
+    assert made.take() == sse.HEARTBEAT
+
+
+@pytest.mark.contract("5.60")
+def test_no_watermark_is_taken_before_the_gap_for_an_event_was_sent() -> None:
+    made = session(has_log=True)
+    made.bound(1000, Anchor(10, "AAAAAA"))
+    made.unreadable(2000)
+    made.unreadable(3000)
+    made.watermark(WATERMARK, 4000)
+    made.prove(WATERMARK)
+    frames(made)
+    assert cursor_of(made).anchor == Anchor(10, "AAAAAA")
+    made.prove(WATERMARK)
+    assert cursor_of(made).anchor == WATERMARK
+
+
+@pytest.mark.contract("5.59")
+def test_one_gap_is_for_all_unreadable_events_of_a_read_of_the_log() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")))
+    frames(made)
+    for _ in range(3):
+        made.unreadable(5001, logged=True)
+    made.unreadable(5002)  # It arrived live, so the page's state may be older.
+    assert [frame.event for frame in frames(made)] == ["bridge.gap"]
+    made.caught_up(5003)
+    assert [frame.event for frame in frames(made)] == ["bridge.gap"]
+    assert made.unreadable_gaps == 2
+
+
+def test_an_event_that_cannot_be_read_in_a_later_part_of_the_log_has_its_own_gap() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")), max_events=1)
+    made.unreadable(5001, logged=True)
+    for number in (1, 2):
+        made.offer(make_event(number), 5001)
+    assert made.caught_up(5002) == Step(WriteWatermark())
+    made.extend(Anchor(200, "TOCKTO"))
+    frames(made)
+    made.unreadable(5003, logged=True)
+    assert [frame.event for frame in frames(made)] == ["bridge.gap"]
+
+
+def test_an_unreadable_event_before_ready_needs_no_gap_of_its_own() -> None:
+    made = session()
+    made.unreadable(900)
+    made.bound(1000, None)
+    made.offer(make_event(1), 9000)
+    assert [frame.event for frame in frames(made)] == ["bridge.ready", "test.done"]
+
+
 # The table of states and events.
 
 
