@@ -19,7 +19,7 @@ import aio_pika
 import aiormq
 import httpx
 
-from deploy.local.node import MACHINES, Installation, Node
+from deploy.local.node import MACHINES, Installation, Node, NodeFailed
 from tests.patience import PATIENCE
 
 
@@ -110,6 +110,22 @@ class Vhost:
     def delete_queue(self, name: str) -> None:
         """Also an exclusive one, which the management API does not delete."""
         self.node.ctl("delete_queue", "--vhost", self.name, name)
+
+    def delete_bound_queue(self, key: str) -> None:
+        """Deletes the queue that is bound with this key. If the machine stood still, the bridge may have lost its
+        connection, and have made another queue between the two commands."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            names = {name for name, bound in self.bindings() if bound == key}
+            try:
+                if names:
+                    self.delete_queue(names.pop())
+                    return
+            except NodeFailed:
+                if time.monotonic() > deadline:
+                    raise
+            assert time.monotonic() < deadline, f"no queue is bound with {key}"
+            time.sleep(0.1)  # Between two looks.
 
     def wait_for_log(self, node: Node, replicas: int, *, seconds: float = PATIENCE) -> None:
         """Waits until so many replicas of the log run, as `node` sees it. A restarted node has none at first."""

@@ -34,7 +34,8 @@ def bare_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("BRIDGE_")}
 
 
-def mint(user: str, *groups: str, ttl: int = 3600) -> str:
+def mint(user: str, *groups: str, ttl: int = 86_400) -> str:
+    """A token that outlives the slowest run of the suite: many tests make one when they are imported."""
     return auth.mint(SECRET, user=user, groups=groups, ttl_seconds=ttl, now=time.time())
 
 

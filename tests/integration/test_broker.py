@@ -116,8 +116,7 @@ async def test_heartbeats_detect_a_network_that_drops_everything(
 async def test_a_live_queue_deleted_by_an_operator(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops")
     other = await connect(service, "43")
-    (queue,) = [name for name, key in vhost.bindings() if key == "user.42.#"]
-    vhost.delete_queue(queue)
+    vhost.delete_bound_queue("user.42.#")
     await assert_flows_again(stream, vhost, "e1")
     await vhost.publish("user.43.job.completed", cloudevent("unharmed"))
     assert "bridge.gap" not in [frame.event for frame in other.frames]
@@ -125,8 +124,7 @@ async def test_a_live_queue_deleted_by_an_operator(service: Service, vhost: Vhos
 
 async def test_the_shared_queue_deleted_by_an_operator(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops")
-    (queue,) = {name for name, key in vhost.bindings() if key == "all.#"}
-    vhost.delete_queue(queue)
+    vhost.delete_bound_queue("all.#")
     await assert_flows_again(stream, vhost, "e1")
 
 

@@ -102,9 +102,8 @@ async def test_an_open_stream_waits_for_its_queue(start: StartService, connect: 
 
 async def test_without_its_shared_queue_a_bridge_is_not_ready(start: StartService, vhost: Vhost) -> None:
     service = await start(deadlines=SOON, BROKER_GRACE_SECONDS="0")
-    (shared,) = [name for name in vhost.queues() if name.startswith("bridge.shared.")]
     limit(vhost, "max-queues", 0)
-    vhost.delete_queue(shared)
+    vhost.delete_bound_queue("all.#")
     await service.logged("shared queue lost", count=2)
     not_ready = await reason(service)
     assert not_ready is not None
