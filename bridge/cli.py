@@ -440,6 +440,7 @@ async def check() -> None:
             exchange=loaded.exchange,
             quarantine=loaded.quarantine,
             log=loaded.log_stream,
+            makes_queues=loaded.feed == "queues",
             describe_channels=live.describe_channels,
         ):
             _passed(step)

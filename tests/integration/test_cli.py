@@ -243,6 +243,29 @@ async def test_check_prints_what_is_right_and_what_is_wrong(vhost: Vhost) -> Non
     assert "/no/such/file cannot be used" in done.out
 
 
+@pytest.mark.contract("8.8")
+async def test_check_tries_what_the_feed_needs(vhost: Vhost) -> None:
+    done = await run("check", amqp_url=vhost.url, JWT_SECRET=SECRET, FEED="log")
+    assert done.code == 0, done.out
+    assert "the feed 'log' fits" in done.out
+    assert "live queue" not in done.out
+    user = f"reader-{vhost.name}"
+    vhost.add_user(user)
+    try:
+        vhost.grant(user, configure="^$", write=r"^amq\.default$", read=r"^events\.log$")
+        url = vhost.url_at(vhost.node.port, user=user, password="secret-" + user)
+        assert (await run("check", amqp_url=url, JWT_SECRET=SECRET, FEED="log")).code == 0
+        done = await run("check", amqp_url=url, JWT_SECRET=SECRET)
+        assert done.code == 1
+        assert "BRIDGE_FEED=log, which needs no queues" in done.out
+        vhost.grant(user, configure="^$", write="^$", read=r"^events\.log$")
+        done = await run("check", amqp_url=url, JWT_SECRET=SECRET, FEED="log")
+        assert done.code == 1
+        assert "right to write to amq.default" in done.out
+    finally:
+        vhost.delete_user(user)
+
+
 @pytest.mark.contract("3.9")
 async def test_quarantine_is_listed_and_replayed(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service)

@@ -341,6 +341,7 @@ async def rehearse(
     exchange: str,
     quarantine: str,
     log: LogSettings | None,
+    makes_queues: bool = True,
     describe_channels: Callable[[int], str],
 ) -> AsyncIterator[str]:
     """Tries each step of the bridge's work with RabbitMQ once, and yields a line for each step that succeeds.
@@ -348,6 +349,7 @@ async def rehearse(
     Exchange, quarantine and log remain, as after a start of the bridge. Cancelling closes the connection.
 
     Args:
+        makes_queues: whether the feed declares a queue for each stream (`BRIDGE_FEED=queues`).
         describe_channels: describes a number of channels in one line, or raises a BrokerError if it is too small.
 
     Raises:
@@ -356,7 +358,8 @@ async def rehearse(
     connection = await amqp.connect(addresses, name="bridge check")
     try:
         yield "connected to RabbitMQ"
-        yield describe_channels(amqp.most_channels(connection))
+        if makes_queues:
+            yield describe_channels(amqp.most_channels(connection))
         yield _describe(f"exchange {exchange!r} is a topic exchange", await declare_exchange(connection, exchange))
         declared = await declare_quarantine(connection, quarantine)
         yield _describe(f"queue {quarantine!r} for refused messages", declared)
@@ -370,9 +373,19 @@ async def rehearse(
                 answer = await channel.basic_consume(log.name, _ignore, arguments={"x-stream-offset": "next"})
                 await channel.basic_cancel(answer.consumer_tag or "")
             yield _describe(f"log {log.name!r}: a stream that can be read", declared)
+        if not makes_queues:
+            channel = await amqp.open_channel(connection, confirms=True)
+            async with amqp.translating(f"publishing to {quarantine!r} (right to write to amq.default)"):
+                # To no queue, so that no message remains in the quarantine. It needs the same right.
+                await channel.basic_publish(b"{}", exchange="", routing_key=f"bridge.check.{secrets.token_hex(4)}")
+            yield "refused messages can be quarantined"
+            yield "the feed 'log' fits: it needs no queue for a stream"
+            return
         channel = await amqp.open_channel(connection, confirms=True)
         queue = f"bridge.check.{secrets.token_hex(4)}"
-        async with amqp.translating("making an exclusive queue (right to configure queues named bridge.*)"):
+        alternative = "" if log is None else "; or set BRIDGE_FEED=log, which needs no queues"
+        making = f"making an exclusive queue (right to configure queues named bridge.*{alternative})"
+        async with amqp.translating(making):
             arguments: FieldTable = {"x-queue-type": "classic"}  # Only a classic queue can be exclusive.
             await channel.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
         key = Audience.user("bridge check").binding_key()
