@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from bridge.service.http import auth
@@ -77,7 +78,7 @@ def python() -> str:
     return str(fast) if fast.exists() else sys.executable
 
 
-def _bridge(url: str, port: int) -> Server:
+def _bridge(url: str, port: int, feed: str = "queues") -> Server:
     (internal,) = free_ports(1)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("BRIDGE_")},
@@ -87,6 +88,7 @@ def _bridge(url: str, port: int) -> Server:
         "BRIDGE_INTERNAL_BIND": f"127.0.0.1:{internal}",
         "BRIDGE_MAX_CONNECTIONS": "20000",
         "BRIDGE_SCHEMAS": "bridge.samples",
+        "BRIDGE_FEED": feed,
     }
     child = Child(
         [python(), "-m", "bridge", "serve"],
@@ -143,6 +145,7 @@ class Peer:
 
 PEERS = (
     Peer("bridge", "this bridge, with tokens, validation, ids, the log and metrics, as it ships", _bridge),
+    Peer("bridge-log", "the same with `BRIDGE_FEED=log`: no queue for a connection", partial(_bridge, feed="log")),
     Peer("node", "Node's `http` and `amqplib`, an exclusive queue for each connection", _node("bare.mjs")),
     Peer("node-shared", "the same with one queue for the process and the fan-out in memory", _node("shared.mjs")),
     Peer("fastify", "Fastify with `fastify-sse-v2` and `amqplib`", _node("fastify.mjs")),

@@ -171,8 +171,8 @@ MUTANTS = [
     Mutant(
         "replay-has-another-user",
         "bridge/service/streams/hub.py",
-        "        self._prefixes = [audience.prefix for audience in audiences]\n",
-        '        self._prefixes = [*(audience.prefix for audience in audiences), "user.43."]\n',
+        "        self.prefixes = [audience.prefix for audience in audiences]\n",
+        '        self.prefixes = [*(audience.prefix for audience in audiences), "user.43."]\n',
         "a client sees events of others in its replay",
         "tests/integration/test_resume.py::test_a_cursor_of_another_user_discloses_nothing",
     ),
