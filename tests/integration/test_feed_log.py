@@ -8,6 +8,7 @@ import pytest
 
 from tests.client import Stream
 from tests.conftest import OpenStream, StartService
+from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost, cloudevent
 from tests.service import Service
@@ -156,3 +157,21 @@ async def test_the_right_to_read_the_log_is_enough(start: StartService, vhost: V
         assert gaps(stream) == []
     finally:
         vhost.delete_user(user)
+
+
+@pytest.mark.contract("8.9")
+@pytest.mark.parametrize("notices", ["queues", "log"])
+async def test_a_process_of_the_other_feed_hears_of_a_deleted_exchange(
+    start: StartService, vhost: Vhost, connect: OpenStream, notices: str
+) -> None:
+    other = "log" if notices == "queues" else "queues"
+    never = {f"service.broker.{name}.EXCHANGE_CHECK_SECONDS": 1000 * PATIENCE for name in ("tail", "live")}
+    soon = {f"service.broker.{name}.EXCHANGE_CHECK_SECONDS": 0.2 for name in ("tail", "live")}
+    services = [await start(FEED=notices, deadlines=soon), await start(FEED=other, deadlines=never)]
+    streams = [await connect(service, "42", "ops") for service in services]
+    vhost.delete_exchange("events")
+    for stream in streams:
+        assert (await stream.until("bridge.gap")).json == {"reason": "no-log"}
+    for number, stream in enumerate(streams):
+        await vhost.publish(USER, cloudevent(f"e{number}"))
+        assert f"e{number}" in await stream.ids(1 + number)

@@ -18,8 +18,8 @@ from bridge.service.broker.live import (
     CHANNELS_BESIDE_WORKERS,
     CHANNELS_OF_A_WORKER,
     Broker,
+    Deletion,
     Outage,
-    _Deletion,
     _Shared,
     count_channel_workers,
     describe_channels,
@@ -183,13 +183,13 @@ def _nothing() -> None: ...
     ],
 )
 def test_the_news_of_a_deletion_concerns_bindings_that_are_older_than_it(body: Any, concerns: bool) -> None:
-    news = _Deletion.parse(json.dumps(body).encode())
+    news = Deletion.parse(json.dumps(body).encode())
     assert (news is not None and news.concerns("events", "mine", 10.0)) is concerns
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff", b"[", b"[" * 100_000])
 def test_bytes_that_are_no_news_are_none(body: bytes) -> None:
-    assert _Deletion.parse(body) is None
+    assert Deletion.parse(body) is None
 
 
 def test_an_outage_has_a_line_for_each_new_cause_and_few_for_the_same() -> None:

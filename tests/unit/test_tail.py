@@ -135,6 +135,16 @@ async def test_a_log_with_another_entry_there_is_an_interruption(made: Tail, fir
     assert (got, heard, made.exchanges_lost, made.reached) == ([], [], 1, None)
 
 
+@pytest.mark.parametrize(
+    ("news", "lost"), [('["events", "other", 0.1]', 1), ('["parcels", "other", 0.1]', 0), ("[]", 0)]
+)
+async def test_the_news_of_a_deleted_exchange_is_an_interruption(made: Tail, news: str, lost: int) -> None:
+    await read(made, (7, "user.42.x", BODY), (8, "events.log", news.encode()), (9, "all.x", b"new"))
+    assert made.exchanges_lost == lost
+    assert len(got) == 1 - lost
+    assert (made.reached is None) == bool(lost)
+
+
 async def test_a_log_that_was_made_again_is_an_interruption(made: Tail, log: Log) -> None:
     await read(made, (7, "user.42.x", BODY))
     log.found = Anchor(0, "AAAAAA")

@@ -89,7 +89,7 @@ REPLICAS_EXCHANGE = "bridge.replicas"
 the events' exchange notifies the others: they may find it made again, but their bindings are gone."""
 
 EXCHANGE_GONE = "bridge.exchange-gone"
-"""Routing key of that message. Its body is a `_Deletion` as JSON."""
+"""Routing key of that message. Its body is a `Deletion` as JSON."""
 
 DROPPED_SECONDS = 0.5
 """Wait after the first dropped message, before the streams are read from the log: many are dropped at once."""
@@ -426,7 +426,7 @@ class _ExchangeGone(BrokerUnavailable):
         super().__init__(f"the exchange is gone, and all bindings with it: {reason}")
 
 
-class _Deletion(NamedTuple):
+class Deletion(NamedTuple):
     """The news of a deleted exchange, from one process to the others on the virtual host."""
 
     exchange: str
@@ -452,6 +452,25 @@ class _Deletion(NamedTuple):
                 noticed the deletion, its bindings are newer than the deletion.
         """
         return self.exchange == exchange and self.instance != instance and self.age < seconds_since_made
+
+
+async def report_deletion(channel: AbstractChannel, news: Deletion, log: LogSettings | None) -> None:
+    """Notifies the other processes: those with queues by `REPLICAS_EXCHANGE`, which exists, and those that read the
+    log by an entry of it."""
+    body = json.dumps(news).encode()
+    await channel.basic_publish(body, exchange=REPLICAS_EXCHANGE, routing_key=EXCHANGE_GONE)
+    if log is not None:
+        properties = Basic.Properties(delivery_mode=2, message_type=EXCHANGE_GONE)
+        await channel.basic_publish(body, exchange="", routing_key=log.name, properties=properties)
+
+
+def warn_not_notified(error: BrokerError) -> None:
+    _log.warning(
+        "replicas not notified",
+        error=str(error),
+        detail="another replica may miss the deletion of the exchange. Grant the bridge's user the rights to "
+        f"configure, write and read {REPLICAS_EXCHANGE!r}",
+    )
 
 
 def log_differences(what: str, declared: topology.Declared, detail: str = "no action is needed") -> None:
@@ -881,17 +900,11 @@ class _Dropped:
                 await channel.queue_bind(self._queue, REPLICAS_EXCHANGE)
                 if (noticed_at := broker.deletion_to_report) is not None:
                     age = time.monotonic() - noticed_at
-                    news = json.dumps(_Deletion(broker.exchange, broker.instance, age)).encode()
-                    await channel.basic_publish(news, exchange=REPLICAS_EXCHANGE, routing_key=EXCHANGE_GONE)
+                    await report_deletion(channel, Deletion(broker.exchange, broker.instance, age), broker.log)
                     broker.deletion_to_report = None
                 await channel.close()
         except (AccessRefused, TopologyMismatch) as error:
-            _log.warning(
-                "replicas not notified",
-                error=str(error),
-                detail="another replica may miss the deletion of the exchange. Grant the bridge's user the rights to "
-                f"configure, write and read {REPLICAS_EXCHANGE!r}",
-            )
+            warn_not_notified(error)
 
     async def run(self) -> None:
         """Waits until the queue is lost, or a replica reports the deletion of the exchange.
@@ -906,13 +919,13 @@ class _Dropped:
 
     def _on_message(self, _tag: bytes, key: str, body: bytes, _offset: int | None) -> None:
         if key == EXCHANGE_GONE:
-            self._on_exchange_gone(_Deletion.parse(body))
+            self._on_exchange_gone(Deletion.parse(body))
             return
         self._count += 1
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(DROPPED_SECONDS, self._report)
 
-    def _on_exchange_gone(self, news: _Deletion | None) -> None:
+    def _on_exchange_gone(self, news: Deletion | None) -> None:
         broker, made_at = self._epoch.broker, self._epoch.made_at
         if news is not None and news.concerns(broker.exchange, broker.instance, time.monotonic() - made_at):
             self._exchange_gone = _ExchangeGone(f"replica {news.instance:.20} reports it", noticed_here=False)

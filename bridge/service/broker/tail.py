@@ -21,12 +21,21 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from bridge import amqp
-from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound
+from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
 from bridge.service.broker import topology
 from bridge.service.broker.consumer import Batch, ConsumingConnection
 from bridge.service.broker.deliveries import MAX_BODY_BYTES
 from bridge.service.broker.eventlog import LogConsumer
-from bridge.service.broker.live import EXCHANGE_CHECK_SECONDS, STEADY_SECONDS, Outage, log_differences
+from bridge.service.broker.live import (
+    EXCHANGE_CHECK_SECONDS,
+    REPLICAS_EXCHANGE,
+    STEADY_SECONDS,
+    Deletion,
+    Outage,
+    log_differences,
+    report_deletion,
+    warn_not_notified,
+)
 from bridge.service.settings import LogSettings
 from bridge.service.streams.cursor import Anchor, digest
 
@@ -135,6 +144,8 @@ class Tail:
         self._outage = Outage()
         self.connects = 0
         self.exchanges_lost = 0
+        self._deletion_to_report: float | None = None
+        """When this process noticed a deletion of the exchange (monotonic), until it has notified the others."""
 
     @property
     def connected(self) -> bool:
@@ -223,6 +234,19 @@ class Tail:
         except NotFound as error:
             _log.error("no quarantine", error=str(error))
         log_differences("log", await topology.declare_log(connection, self._log_stream, self._exchange))
+        if self._deletion_to_report is not None:
+            await self._report_deletion(connection, time.monotonic() - self._deletion_to_report)
+            self._deletion_to_report = None
+
+    async def _report_deletion(self, connection: aio_pika.abc.AbstractConnection, age: float) -> None:
+        try:
+            async with amqp.translating(f"publishing to {REPLICAS_EXCHANGE!r}"):
+                channel = await amqp.open_channel(connection)
+                await channel.exchange_declare(REPLICAS_EXCHANGE, exchange_type="fanout", durable=True)
+                await report_deletion(channel, Deletion(self._exchange, self._instance, age), self._log_stream)
+                await channel.close()
+        except (AccessRefused, TopologyMismatch) as error:
+            warn_not_notified(error)
 
     async def _read(self, connection: aio_pika.abc.AbstractConnection) -> None:
         """Reads from the position on, until the connection is lost.
@@ -251,6 +275,13 @@ class Tail:
             if self._broken is not None:
                 return
             self._last, self._anchor = (offset, body), None
+            if routing_key == self._log_stream.name:
+                # The bridge's own entry: a watermark, or the news of a deletion.
+                news = Deletion.parse(body)
+                if news is not None and news.exchange == self._exchange and news.instance != self._instance:
+                    self._broken = f"replica {news.instance:.20} reports that the exchange was deleted"
+                    changed.set()
+                return
             self._on_logged(self._name_last, routing_key, body)
 
         start = "first" if position is None else position.offset
@@ -259,15 +290,19 @@ class Tail:
                 self._mark_connected(connection)
             else:
                 await self._verify(consumer, position, changed)
-            if self._broken is not None:
-                self._forget_position(self._broken)
-                raise BrokerUnavailable(f"the log does not continue where it was read to: {self._broken}")
+            self._stop_if_broken()
             changed.clear()
             while True:
                 await consumer.idle(EXCHANGE_CHECK_SECONDS, changed)
+                self._stop_if_broken()
                 # The exchange may have been deleted, and the log's binding with it. Repeating the binding changes
                 # nothing. RabbitMQ notifies no client.
                 await self._check_binding(connection)
+
+    def _stop_if_broken(self) -> None:
+        if self._broken is not None:
+            self._forget_position(self._broken)
+            raise BrokerUnavailable(f"the log does not continue where it was read to: {self._broken}")
 
     async def _verify(self, consumer: LogConsumer, position: Anchor, changed: asyncio.Event) -> None:
         """Waits for the entry at the position. In a log that was made again it never arrives."""
@@ -302,6 +337,7 @@ class Tail:
             pass  # The bridge's user may not bind the log; an operator has.
         except NotFound as error:
             self._forget_position(str(error))
+            self._deletion_to_report = time.monotonic()
             raise BrokerUnavailable(f"the exchange is gone, and the log's binding with it: {error}") from error
 
     async def _find_start(self) -> Anchor | None:
