@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,6 +26,7 @@ def clauses() -> list[str]:
     return re.findall(r"\[(\d+\.\d+)\]", CONTRACT.read_text())
 
 
+@cache
 def markers() -> dict[str, list[str]]:
     """Each clause that a test names, with the tests."""
     found: dict[str, list[str]] = defaultdict(list)

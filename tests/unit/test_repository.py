@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import hypothesis
@@ -88,6 +89,7 @@ def imports_of(node: ast.AST) -> set[str]:
     return found
 
 
+@cache
 def imports(name: str) -> set[str]:
     return imports_of(ast.parse(FILES[name].read_text()))
 
