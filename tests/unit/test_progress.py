@@ -15,6 +15,7 @@ from bridge.service.streams.progress import (
     Passed,
     Progress,
     Proof,
+    Reached,
     Reset,
     Watermark,
 )
@@ -213,6 +214,15 @@ def test_a_reset_forgets_all_that_was_sent() -> None:
     progress.move(Reset(THIRD))
     progress.move(Proof(SECOND))
     assert progress.cursor(0) == Cursor(THIRD)
+
+
+def test_an_entry_that_was_reached_is_the_position_and_nothing_is_after_it() -> None:
+    progress = Progress(FIRST)
+    progress.move(entry(105))
+    for number in range(20):
+        progress.move(live(number))
+    progress.move(Reached(SECOND))
+    assert progress.cursor(0) == Cursor(SECOND, passed=names(105))
 
 
 def test_what_is_forgotten_is_sent_again() -> None:

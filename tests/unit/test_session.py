@@ -9,8 +9,8 @@ import pytest
 from bridge.routing import TypeFilter
 from bridge.service.streams import sse
 from bridge.service.streams.cursor import MAX_DIGESTS, NONE, VALUE_MASK, Anchor, Cursor, Unnamed
-from bridge.service.streams.progress import MANY_BEHIND, Entry
-from bridge.service.streams.recall import RECALL_BYTES
+from bridge.service.streams.progress import MANY_BEHIND, OVERLAP_MS, Entry
+from bridge.service.streams.recall import RECALL_BYTES, RECALL_EVENTS
 from bridge.service.streams.session import (
     CHUNK_BYTES,
     RECENT_IDS,
@@ -232,6 +232,13 @@ def test_a_heartbeat_is_a_comment_and_only_when_there_is_nothing_else() -> None:
     made.offer(make_event(1), 2000)
     made.heartbeat()
     assert made.take().startswith(b"id: ")
+
+
+def test_there_is_no_heartbeat_before_ready_while_the_log_is_asked() -> None:
+    made = session(has_log=True, last_event_id="2.7.abcdef.")
+    made.bound(1000, Anchor(100, "TICKTI"))
+    made.heartbeat()
+    assert made.take() == b""
 
 
 def test_one_take_is_bounded_and_ends_with_a_whole_frame() -> None:
@@ -651,6 +658,14 @@ def test_a_stream_that_misses_something_reads_the_log() -> None:
     assert made.bound(3000, logged(312)) == Step(Replay(310, 312, "000310"))
 
 
+def test_a_stream_that_was_sent_events_after_its_position_reads_the_log() -> None:
+    made = session(has_log=True)
+    made.bound(1000, WATERMARK)
+    made.offer(make_event(1), 1001)
+    made.lost()
+    assert made.bound(2000, WATERMARK) == Step(Replay(100, 100, "TICKTI"))
+
+
 def test_a_quiet_stream_moves_with_the_log() -> None:
     made = live()
     made.offer(make_event(1), 2000)
@@ -832,6 +847,158 @@ def test_when_events_arrived_is_known_while_they_wait_and_when_they_are_taken() 
     assert made.oldest_ms is None
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_count_that_the_log_does_not_confirm_leaves_the_cursor(is_shared: bool) -> None:
+    wrong, right = unnamed(1, 2, 4), unnamed(101)
+    told = (right, wrong) if is_shared else (wrong, right)
+    made = returning(Cursor(Anchor(7, "abcdef"), (), told))
+    for number, offset in [(1, 8), (2, 9), (3, 10), (101, 11)]:
+        made.replayed(Entry(offset, "abcdef", make_event(number), shared=is_shared != (number == 101)))
+    made.caught_up(5001)
+    first = frames(made)[1]
+    assert first.json["id"] == "e1"
+    assert Cursor.parse(first.id).unnamed == ((right, NONE) if is_shared else (NONE, right))
+
+
+def test_entries_that_waited_for_a_sum_are_sent_although_the_backlog_is_full() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef"), (), (Unnamed(3, 1), NONE)), max_events=2)
+    for number in range(1, 6):
+        assert made.replayed(entry(number, 7 + number))
+    assert [frame.json["id"] for frame in frames(made)[1:]] == [f"e{number}" for number in range(1, 6)]
+
+
+def test_entries_are_kept_back_up_to_the_limit_of_a_recall() -> None:
+    cursor = Cursor(Anchor(7, "abcdef"), (), (Unnamed(1000, 1), NONE))
+    rest = RECALL_BYTES - len(make_event(1).named)
+    for size, count in ((rest, 0), (rest + 1, 1)):
+        made = returning(cursor)
+        made.replayed(Entry(8, "abcdef", make_event(1, size=size)))
+        assert len(made.waiting()) == count
+    made = returning(cursor)
+    again = entry(1, 8)  # A publisher's retry is an entry, too.
+    for _ in range(RECALL_EVENTS):
+        made.replayed(again)
+    assert made.waiting() == []
+    made.replayed(again)
+    assert len(made.waiting()) == 1
+
+
+def test_an_event_that_the_cursor_names_is_one_duplicate() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef"), (make_event(1).digest,)))
+    made.replayed(entry(1, 8))
+    assert made.duplicates == 1
+
+
+def test_each_of_two_watermarks_behind_an_event_can_be_proved() -> None:
+    made = session(has_log=True)
+    made.bound(1000, Anchor(10, "AAAAAA"))
+    made.offer(make_event(1), 2000)
+    made.watermark(WATERMARK, 9000)
+    made.watermark(Anchor(200, "TOCKTO"), 9001)
+    made.prove(WATERMARK)
+    frames(made)
+    assert cursor_of(made) == Cursor(WATERMARK)
+
+
+def test_a_position_replaces_only_the_position_just_before_it() -> None:
+    made = live()
+    made.offer(make_event(1, size=CHUNK_BYTES), 2000)
+    made.reached(logged(310))
+    made.offer(make_event(2), 2000)
+    made.take()
+    made.reached(logged(320))
+    (event,) = frames(made)
+    assert event.json["id"] == "e2"
+
+
+@pytest.mark.parametrize("limits", [{"max_events": 4}, {"max_bytes": 4 * len(make_event(1).named)}])
+def test_half_a_buffer_is_kept_when_a_later_watermark_is_asked_for(limits: dict[str, int]) -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")), **limits)
+    for number in range(10):
+        made.offer(make_event(number), 5001)
+    assert made.caught_up(5002) == Step(WriteWatermark())
+    made.extend(Anchor(200, "TOCKTO"))
+    assert made.caught_up(5003) == Step()
+    assert [frame.json["id"] for frame in frames(made)[1:]] == ["e8", "e9"]
+
+
+def test_the_buffer_keeps_events_that_may_be_behind_a_later_watermark() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")), max_events=4)
+    for number, before_ms in enumerate([2000, 2000, 2000, OVERLAP_MS + 1, OVERLAP_MS]):
+        made.offer(make_event(number), 9000 - before_ms)
+    assert made.caught_up(9000) == Step(WriteWatermark())
+    made.extend(Anchor(200, "TOCKTO"))
+    assert made.caught_up(9001) == Step()
+    assert [frame.json["id"] for frame in frames(made)[1:]] == ["e4"]
+
+
+def test_an_event_that_arrives_live_after_a_later_part_of_the_log_gave_it_is_not_sent_again() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")), max_events=3)
+    for number in range(4):
+        made.offer(make_event(number), 5001)
+    assert made.caught_up(5002) == Step(WriteWatermark())
+    made.extend(Anchor(20_000, "TOCKTO"))
+    for number in range(2 * RECENT_IDS):
+        assert made.replayed(entry(number, 101 + number))
+        made.take()
+    made.offer(make_event(5), 5003)
+    made.caught_up(5004)
+    assert frames(made) == []
+
+
+def test_an_event_of_the_tail_waits_for_its_end_or_for_many_others() -> None:
+    made = session(has_log=True, max_events=2)
+    made.bound(1000, WATERMARK)
+    made.take()
+    made.offer_tail(make_event(1), 1001)
+    made.offer_tail(make_event(2), 1001)
+    assert made.waiting() == []
+    made.offer_tail(make_event(3), 1001)
+    assert [frame.json["id"] for frame in frames(made)] == ["e1"]
+    made.tail_ended()
+    assert [frame.json["id"] for frame in frames(made)] == ["e2", "e3"]
+
+
+@pytest.mark.parametrize(
+    ("has_log", "last_event_id", "is_ready", "reason"),
+    [
+        (True, "2.7.abcdef.", False, None),
+        (True, None, False, "slow"),
+        (True, None, True, None),
+        (False, None, True, "slow"),
+    ],
+)
+def test_a_full_buffer_ends_a_stream_that_cannot_read_the_log(
+    has_log: bool, last_event_id: str | None, is_ready: bool, reason: str | None
+) -> None:
+    made = session(has_log=has_log, last_event_id=last_event_id, max_events=2)
+    if is_ready:
+        made.bound(1000, None)
+        made.lost()
+    for number in range(3):
+        made.offer(make_event(number), 2000)
+    assert made.end_reason == reason
+
+
+@pytest.mark.parametrize(("spare", "reason"), [(0, None), (-1, "slow")])
+def test_a_buffer_that_a_loss_emptied_takes_as_many_bytes_again(spare: int, reason: str | None) -> None:
+    made = session(max_bytes=2 * len(make_event(1).named) + spare)
+    made.offer(make_event(1), 900)
+    made.lost()
+    for number in (2, 3):
+        made.offer(make_event(number), 901)
+    assert made.end_reason == reason
+
+
+def test_the_time_of_a_cursor_moves_with_the_events_and_never_back() -> None:
+    made = live()
+    made.offer(make_event(1), 2000)
+    (first,) = frames(made)
+    made.offer(make_event(2), 1500)
+    (second,) = frames(made)
+    assert (first.id, second.id) == (f"0.{2000:x}", f"0.{2000:x}")
+
+
 # Events that this bridge's catalogue cannot read.
 
 
@@ -912,6 +1079,23 @@ def test_an_unreadable_event_before_ready_needs_no_gap_of_its_own() -> None:
     made.bound(1000, None)
     made.offer(make_event(1), 9000)
     assert [frame.event for frame in frames(made)] == ["bridge.ready", "test.done"]
+
+
+def test_a_gap_in_the_read_of_the_log_is_for_its_later_unreadable_events_too() -> None:
+    made = returning(Cursor(Anchor(7, "abcdef")))
+    for _ in range(2):
+        made.unreadable(5001, logged=True)
+    assert [frame.event for frame in frames(made)] == ["bridge.ready", "bridge.gap"]
+    made.caught_up(5002)
+    assert frames(made) == []
+
+
+def test_five_seconds_after_a_gap_the_next_one_is_sent_at_once() -> None:
+    made = live()
+    made.unreadable(2000)
+    frames(made)
+    made.unreadable(2000 + UNREADABLE_MS)
+    assert [frame.event for frame in frames(made)] == ["bridge.gap"]
 
 
 # The table of states and events.
