@@ -651,6 +651,16 @@ def test_a_stream_that_has_everything_needs_no_read_of_the_log() -> None:
     assert made._overlapping is False
 
 
+def test_a_stream_whose_buffer_was_too_small_reads_the_log() -> None:
+    made = session(has_log=True, max_events=2)
+    made.bound(1000, WATERMARK)
+    made.reached(logged(310))
+    made.lost()
+    for number in range(3):
+        made.offer(make_event(number), 2000)
+    assert isinstance(made.bound(3000, logged(310)).action, Replay)
+
+
 def test_a_stream_that_misses_something_reads_the_log() -> None:
     made = live()
     made.reached(logged(310))

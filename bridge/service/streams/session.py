@@ -360,7 +360,8 @@ class Session:
             return self._go_live("unknown")  # A cursor of a log that was deleted, or an invented one.
         if resume_from.anchor.offset < complete_from:
             return self._go_live("no-log")
-        if self.is_ready and resume_from.anchor == watermark and self._has_sent_nothing_after(resume_from):
+        is_there = resume_from.anchor == watermark and self._has_sent_nothing_after(resume_from)
+        if self.is_ready and is_there and not self._buffer_overflowed:
             self._release_buffered()  # Nothing was published meanwhile.
             self._overlapping = False
             return _NOTHING
