@@ -169,6 +169,25 @@ async def test_a_stream_that_opens_while_it_reads_is_bound_in_the_next_iteration
     assert heard == ["bound"]
 
 
+async def test_a_client_with_a_cursor_waits_until_all_that_was_published_is_read(made: Tail, log: Log) -> None:
+    """Another process may have sent it an entry that this one has not read yet."""
+    await read(made, (7, "user.42.x", BODY))
+    found: list[Anchor | None] = []
+    log.write_watermark = lambda on_written: on_written(Anchor(9, "mine.."), 0)  # type: ignore[method-assign]
+    made.find_position(lambda anchor, _: found.append(anchor), resumes=False)
+    made.find_position(lambda anchor, _: found.append(anchor), resumes=True)
+    assert found == [LAST]
+    made._last, made._anchor = (8, b"8"), None
+    made._answer_waiting(8)
+    assert found == [LAST]
+    made._last, made._anchor = (9, b"9"), None
+    made._answer_waiting(9)
+    made._answer_waiting(10)
+    assert found == [LAST, Anchor(9, digest(b"9"))]
+    made.find_position(lambda anchor, _: found.append(anchor), resumes=True)
+    assert len(found) == 3, "it has been read already"
+
+
 async def test_a_closed_stream_hears_nothing(made: Tail) -> None:
     heard: list[str] = []
     subscription = made.subscribe(

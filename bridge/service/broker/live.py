@@ -271,7 +271,7 @@ class Broker:
         """The name of the shared queue; None while it is not consumed."""
         return self._epoch.shared.queue if self._epoch is not None and self._epoch.shared.consuming else None
 
-    def find_position(self, on_found: OnWatermark) -> None:
+    def find_position(self, on_found: OnWatermark, *, resumes: bool) -> None:
         """Calls back with an entry that is written to the log now; without a log, with None."""
         if self._write_watermark is None:
             on_found(None, 0)

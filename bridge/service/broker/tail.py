@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -31,6 +32,7 @@ from bridge.service.broker.live import (
     REPLICAS_EXCHANGE,
     STEADY_SECONDS,
     Deletion,
+    OnWatermark,
     Outage,
     log_differences,
     report_deletion,
@@ -136,6 +138,8 @@ class Tail:
         self._anchor: Anchor | None = None
         """The same as a position; None until it is asked for. A digest of each entry would cost more than its
         reading."""
+        self._waiting: list[tuple[int, OnWatermark]] = []
+        """Streams that resume, each with the entry that must be read first."""
         self._broken: str | None = None
         """Why the log does not continue after the last entry."""
         self.down_since: float | None = time.monotonic()
@@ -158,9 +162,31 @@ class Tail:
             self._anchor = Anchor(self._last[0], digest(self._last[1]))
         return self._anchor
 
-    def find_position(self, on_found: Callable[[Anchor | None, int], None]) -> None:
-        """Calls back at once: each entry after this one goes to the hub."""
+    def find_position(self, on_found: OnWatermark, *, resumes: bool) -> None:
+        """Calls back with the last entry that was read: each entry after it goes to the hub.
+
+        Another process may be ahead of this one, and have sent what this one has not read yet. So for a client with a
+        cursor an entry is written, and the answer waits until it has been read.
+        """
+        if resumes:
+            self._log.write_watermark(partial(self._on_written, on_found))
+        else:
+            self._answer(on_found)
+
+    def _answer(self, on_found: OnWatermark) -> None:
         on_found(self.reached, time.time_ns() // 1_000_000)
+
+    def _on_written(self, on_found: OnWatermark, anchor: Anchor | None, _: int) -> None:
+        if anchor is None or (self._last is not None and anchor.offset <= self._last[0]):
+            self._answer(on_found)
+        else:
+            self._waiting.append((anchor.offset, on_found))
+
+    def _answer_waiting(self, offset: int) -> None:
+        due = [on_found for until, on_found in self._waiting if until <= offset]
+        self._waiting = [each for each in self._waiting if each[0] > offset]
+        for on_found in due:
+            self._answer(on_found)
 
     def subscribe(
         self,
@@ -275,6 +301,8 @@ class Tail:
             if self._broken is not None:
                 return
             self._last, self._anchor = (offset, body), None
+            if self._waiting:
+                self._answer_waiting(offset)
             if routing_key == self._log_stream.name:
                 # The bridge's own entry: a watermark, or the news of a deletion.
                 news = Deletion.parse(body)
@@ -385,6 +413,7 @@ class Tail:
             subscription.bind()
 
     def _mark_lost(self) -> None:
+        self._waiting = []  # These streams are bound again later.
         if self.down_since is None:
             self.down_since = time.monotonic()
         for subscription in list(self._subscriptions.values()):

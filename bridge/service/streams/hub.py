@@ -161,8 +161,12 @@ class Feed(Protocol):
     def reached(self) -> Anchor | None:
         """The entry up to which the hub was given everything; None if events do not come as entries."""
 
-    def find_position(self, on_found: Callable[[Anchor | None, int], None]) -> None:
-        """Calls back with an entry of the log: every later event of a bound stream arrives live."""
+    def find_position(self, on_found: Callable[[Anchor | None, int], None], *, resumes: bool) -> None:
+        """Calls back with an entry of the log: every later event of a bound stream arrives live.
+
+        Args:
+            resumes: the client has a cursor. The entry is not before any event that was sent with that cursor.
+        """
 
     def subscribe(
         self,
@@ -304,7 +308,8 @@ class Connection:
         if self._hub.log is None:
             self._on_bound_watermark(self._epoch, None, 0)
         else:
-            self._hub.feed.find_position(partial(self._on_bound_watermark, self._epoch))
+            resumes = not self.session.is_ready and bool(self.request.last_event_id)
+            self._hub.feed.find_position(partial(self._on_bound_watermark, self._epoch), resumes=resumes)
 
     def on_lost(self) -> None:
         with self._contained():
@@ -444,7 +449,7 @@ class Connection:
                 self.session.tail_ended()
         else:
             self._end_request()
-            self._hub.feed.find_position(partial(self._on_later_watermark, self._epoch))
+            self._hub.feed.find_position(partial(self._on_later_watermark, self._epoch), resumes=False)
 
     def found(self) -> None:
         with self._contained():
