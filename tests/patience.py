@@ -22,7 +22,9 @@ DEADLINES = {
     "service.streams.hub.ATTACH_SECONDS": 0.9 * PATIENCE,
     "amqp.CONNECT_SECONDS": PATIENCE / 2,
     # If RabbitMQ does not answer about the quarantine for this long, streams start without it.
-    "service.broker.live.QUARANTINE_SECONDS": PATIENCE,
+    "service.broker.feed.QUARANTINE_SECONDS": PATIENCE,
+    # If the log does not continue for this long after a loss, all streams get a gap.
+    "service.broker.tail.VERIFY_SECONDS": 0.8 * PATIENCE,
     # If a client is slow for this long, the bridge closes its connection.
     "service.http.entrance.HEADER_SECONDS": PATIENCE,
     "service.http.entrance.ANSWER_SECONDS": PATIENCE,

@@ -194,10 +194,11 @@ class _Service:
                 settings.addresses,
                 exchange=settings.exchange,
                 quarantine=settings.quarantine,
-                log_stream=settings.log_stream,
-                log=self.log,
+                log=settings.log_stream,
+                event_log=self.log,
                 on_logged=hub.on_logged,
                 write_batch=self.write_batch,
+                fleet_key=settings.identity_key,
                 max_body=settings.max_kept_bytes,
             )
         return Broker(
@@ -208,6 +209,7 @@ class _Service:
             on_shared=hub.on_shared,
             write_watermark=None if self.log is None else self.log.write_watermark,
             write_batch=self.write_batch,
+            fleet_key=settings.identity_key,
             max_body=settings.max_kept_bytes,
         )
 

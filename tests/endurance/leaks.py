@@ -39,7 +39,7 @@ PARTS = 10
 """Parts of a scenario. After each part the table gets a row."""
 
 DEADLINES = {
-    "service.broker.live.STEADY_SECONDS": 0.0,  # Each loss is followed by a quick try.
+    "service.broker.feed.STEADY_SECONDS": 0.0,  # Each loss is followed by a quick try.
     "service.http.entrance.KEEP_ALIVE_SECONDS": 10
     * PATIENCE,  # No connection ends by this limit; its client closes it.
 }

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
+from bridge.service.broker.feed import Deletion
+from bridge.service.settings import Settings
 from deploy.local.node import Installation, Node
 from tests import certificate
 from tests.client import Stream
@@ -21,7 +24,7 @@ from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import Vhost, cloudevent
 from tests.raw_amqp import publish_raw, short_string, table
-from tests.service import Service
+from tests.service import SECRET, Service
 
 
 @pytest.fixture
@@ -162,8 +165,9 @@ async def test_each_replica_is_notified_of_a_deleted_exchange(
         await vhost.publish("user.42.job.completed", cloudevent(f"e{number}"))
         assert f"e{number}" in await stream.ids(1 + number)
     # A notice about another bridge's exchange on this virtual host changes nothing, and an old notice neither.
-    await vhost.publish("bridge.exchange-gone", b'["parcels", "other", 0.1]', exchange="bridge.replicas")
-    await vhost.publish("bridge.exchange-gone", b'["events", "other", 1e9]', exchange="bridge.replicas")
+    key = Settings(jwt_secret=SecretStr(SECRET)).identity_key
+    for news in (Deletion("parcels", "other", 0.1), Deletion("events", "other", 1e9)):
+        await vhost.publish("bridge.exchange-gone", news.write(key), exchange="bridge.replicas")
     back = await connect(services[1], "42", "ops", headers={"Last-Event-ID": cursor}, ready=False)
     assert [(await back.next()).event for _ in range(2)] == ["bridge.ready", "bridge.gap"]
     assert [await service.metric("bridge_broker_connects") for service in services] == [2, 2]
@@ -306,7 +310,7 @@ async def test_streams_do_not_wait_for_a_queue_that_does_not_answer(
         found = f'{{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost.name}">>, queue, <<"{queue}">>))'
         await asyncio.to_thread(node.ctl, "eval", f"{found}, sys:{action}(amqqueue:get_pid(Queue)).")
 
-    service = await start(deadlines={"service.broker.live.QUARANTINE_SECONDS": 2.0})
+    service = await start(deadlines={"service.broker.feed.QUARANTINE_SECONDS": 2.0})
     stream = await connect(service)
     await signal_process("suspend")
     try:

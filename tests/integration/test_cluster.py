@@ -47,7 +47,7 @@ async def test_the_node_that_a_replica_is_connected_to_dies(nodes: list[Node]) -
     vhost.create()
     addresses = ",".join(vhost.url_at(node.port) for node in nodes)
     # The quarantine may be on the node that dies. RabbitMQ 4.3 reports this only after a minute.
-    service = Service(addresses, deadlines={"service.broker.live.QUARANTINE_SECONDS": 2.0})
+    service = Service(addresses, deadlines={"service.broker.feed.QUARANTINE_SECONDS": 2.0})
     publisher = Publisher(addresses, source="/cluster", timeout=PATIENCE)
     stream = Stream(service.public, "")
     try:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
-from bridge.amqp import BrokerUnavailable, LimitReached
+from bridge.amqp import LimitReached
 from bridge.service.broker.live import (
     CHANNEL_WORKERS,
     CHANNELS_BESIDE_WORKERS,
     CHANNELS_OF_A_WORKER,
     Broker,
-    Deletion,
-    Outage,
     _Shared,
     count_channel_workers,
     describe_channels,
@@ -153,6 +149,7 @@ async def test_a_group_is_wanted_until_its_last_subscription_closes() -> None:
         log=None,
         on_shared=lambda key, body: None,
         write_batch=contextlib.nullcontext(),
+        fleet_key=b"",
     )
     one, other = (
         broker.subscribe((), groups, on_delivery=lambda key, body: None, on_bound=_nothing, on_lost=_nothing)
@@ -166,40 +163,3 @@ async def test_a_group_is_wanted_until_its_last_subscription_closes() -> None:
 
 
 def _nothing() -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("body", "concerns"),
-    [
-        (["events", "other", 3.0], True),
-        (["events", "other", 11.0], False),  # Noticed before this process made its bindings.
-        (["events", "mine", 3.0], False),
-        (["parcels", "other", 3.0], False),  # Of another bridge on the same virtual host.
-        (["events", "other"], False),
-        ({"exchange": "events"}, False),
-        ("events", False),
-        (["events", "other", "soon"], False),
-        (["events", "other", float("nan")], False),
-    ],
-)
-def test_the_news_of_a_deletion_concerns_bindings_that_are_older_than_it(body: Any, concerns: bool) -> None:
-    news = Deletion.parse(json.dumps(body).encode())
-    assert (news is not None and news.concerns("events", "mine", 10.0)) is concerns
-
-
-@pytest.mark.parametrize("body", [b"", b"\xff", b"[", b"[" * 100_000])
-def test_bytes_that_are_no_news_are_none(body: bytes) -> None:
-    assert Deletion.parse(body) is None
-
-
-def test_an_outage_has_a_line_for_each_new_cause_and_few_for_the_same() -> None:
-    outage = Outage()
-    with capture_logs() as lines:
-        for _ in range(20):
-            outage.log(BrokerUnavailable("refused"))
-        outage.log(LimitReached("too many connections"))
-        outage.log(BrokerUnavailable("refused"))
-    assert [(line["attempts"], line["kind"]) for line in lines] == [
-        (1, "BrokerUnavailable"), (2, "BrokerUnavailable"), (4, "BrokerUnavailable"), (8, "BrokerUnavailable"),
-        (16, "BrokerUnavailable"), (21, "LimitReached"), (22, "BrokerUnavailable"),
-    ]  # fmt: skip

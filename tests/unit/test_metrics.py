@@ -28,6 +28,7 @@ async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> N
             exchange="e",
             quarantine="q",
             log=LogSettings("l", "1h", 1),
+            fleet_key=b"",
             on_shared=hub.on_shared,
             write_batch=WriteBatch(),
         ),

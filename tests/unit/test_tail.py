@@ -12,12 +12,14 @@ import pytest
 from bridge import amqp
 from bridge.amqp import BrokerUnavailable
 from bridge.service.broker import tail
+from bridge.service.broker.feed import Deletion
 from bridge.service.broker.tail import Tail
 from bridge.service.settings import LogSettings
 from bridge.service.streams.cursor import Anchor, digest
 
 BODY = b"last"
 LAST = Anchor(7, digest(BODY))
+KEY = b"of this bridge"
 
 
 class Log:
@@ -76,14 +78,15 @@ def made(log: Log, monkeypatch: pytest.MonkeyPatch) -> Tail:
         [],
         exchange="events",
         quarantine="events.invalid",
-        log_stream=LogSettings("events.log", "1h", 1_000_000),
-        log=log,
-        on_logged=lambda name, key, body: got.append((name(), key, body)),
+        log=LogSettings("events.log", "1h", 1_000_000),
+        event_log=log,
+        on_logged=lambda *entry: got.append(entry),
         write_batch=contextlib.nullcontext(),
+        fleet_key=KEY,
     )
 
 
-got: list[tuple[Anchor, str, bytes]] = []
+got: list[tuple[int, str, bytes]] = []
 
 
 def subscribe(made: Tail) -> list[str]:
@@ -107,14 +110,14 @@ async def read(made: Tail, *entries: tuple[int, str, bytes]) -> None:
     connection: Any = object()
     with contextlib.suppress(BrokerUnavailable):
         await made._read(connection)
-    made._mark_lost()
+    made._lose_streams()
 
 
 async def test_it_begins_after_the_newest_entry(made: Tail) -> None:
     heard = subscribe(made)
     await read(made, (7, "user.42.x", BODY), (8, "user.42.y", b"next"))
     assert Consumer.starts == [7]
-    assert got == [(Anchor(8, digest(b"next")), "user.42.y", b"next")]
+    assert got == [(8, "user.42.y", b"next")]
     assert heard == ["bound", "lost"]
     assert made.reached == Anchor(8, digest(b"next"))
 
@@ -136,10 +139,16 @@ async def test_a_log_with_another_entry_there_is_an_interruption(made: Tail, fir
 
 
 @pytest.mark.parametrize(
-    ("news", "lost"), [('["events", "other", 0.1]', 1), ('["parcels", "other", 0.1]', 0), ("[]", 0)]
+    ("news", "lost"),
+    [
+        (Deletion("events", "other", 0.1).write(KEY), 1),
+        (Deletion("parcels", "other", 0.1).write(KEY), 0),
+        (Deletion("events", "other", 0.1).write(b"of somebody else"), 0),
+        (b"018f3c2e-0000-7000-8000-000000000000", 0),
+    ],
 )
-async def test_the_news_of_a_deleted_exchange_is_an_interruption(made: Tail, news: str, lost: int) -> None:
-    await read(made, (7, "user.42.x", BODY), (8, "events.log", news.encode()), (9, "all.x", b"new"))
+async def test_the_news_of_a_deleted_exchange_is_an_interruption(made: Tail, news: bytes, lost: int) -> None:
+    await read(made, (7, "user.42.x", BODY), (8, "events.log", news), (9, "all.x", b"new"))
     assert made.exchanges_lost == lost
     assert len(got) == 1 - lost
     assert (made.reached is None) == bool(lost)
@@ -162,7 +171,7 @@ async def test_an_empty_log_gets_a_first_entry(made: Tail, log: Log) -> None:
 async def test_a_stream_that_opens_while_it_reads_is_bound_in_the_next_iteration(made: Tail) -> None:
     connection: Any = object()
     await read(made, (7, "user.42.x", BODY))
-    made._mark_connected(connection)
+    made._gain_streams(connection)
     heard = subscribe(made)
     assert heard == []
     await asyncio.sleep(0)

@@ -17,13 +17,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import random
 import secrets
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import structlog
 from pamqp.commands import Basic
@@ -31,9 +30,16 @@ from pamqp.commands import Basic
 from bridge import amqp
 from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, LimitReached, NotFound, TopologyMismatch
 from bridge.routing import Audience
-from bridge.service.broker import topology
-from bridge.service.broker.consumer import Batch, Consumer, ConsumingConnection
+from bridge.service.broker.consumer import Batch, Consumer
 from bridge.service.broker.deliveries import MAX_BODY_BYTES
+from bridge.service.broker.eventlog import OnWatermark
+from bridge.service.broker.feed import (
+    EXCHANGE_CHECK_SECONDS,
+    EXCHANGE_GONE,
+    REPLICAS_EXCHANGE,
+    ConsumingFeed,
+    Deletion,
+)
 from bridge.service.logs import RareLine
 from bridge.service.settings import LogSettings
 from bridge.service.streams.cursor import Anchor
@@ -71,38 +77,15 @@ session's backlog, so this limits only the deliveries on their way while the pro
 
 SHARED_PREFETCH = 2_000
 
-STEADY_SECONDS = 10.0
-"""After a connection that lasted this long, the first pause is short again. Otherwise each pause is longer."""
-
-QUARANTINE_SECONDS = 2.0
-"""Limit of the wait for RabbitMQ's answer about the quarantine. After it, the bridge makes the streams' queues."""
-
 COMMAND_SECONDS = 30.0
 """Limit of a command's answer. After it, the bridge connects again, even if heartbeats still arrive."""
-
-EXCHANGE_CHECK_SECONDS = 10.0
-"""After this time without a change of groups, the bridge checks that the exchange exists. RabbitMQ deletes all bindings
-with an exchange, and notifies no client."""
-
-REPLICAS_EXCHANGE = "bridge.replicas"
-"""A fanout exchange to which each process binds its queue of dropped messages. The process that notices the deletion of
-the events' exchange notifies the others: they may find it made again, but their bindings are gone."""
-
-EXCHANGE_GONE = "bridge.exchange-gone"
-"""Routing key of that message. Its body is a `Deletion` as JSON."""
 
 DROPPED_SECONDS = 0.5
 """Wait after the first dropped message, before the streams are read from the log: many are dropped at once."""
 
-LOG_RECOVERY_SECONDS = 5.0
-"""Limit of the wait for a log that does not exist: RabbitMQ 3.10 may not have recovered it yet."""
-
 _RETRY_SECONDS = 1.0
-_LOG_PAUSE_SECONDS = 0.1
 
 _log = structlog.get_logger("bridge.broker")
-
-OnWatermark = Callable[[Anchor | None, int], None]
 
 Delivery = Callable[[str, bytes], None]
 """Called with the routing key and the body of a message. It must not raise."""
@@ -196,16 +179,13 @@ class Subscription:
             self._broker.drop(self)
 
 
-class Broker:
+class Broker(ConsumingFeed):
     """Keeps the consuming connection, the subscriptions and the shared queue.
 
     Args:
-        addresses: AMQP URLs of the cluster's nodes.
-        exchange, quarantine, log: the topology, declared with every new connection.
         on_shared: called with each message of the shared queue.
-        write_batch: entered and left around the callbacks of all messages of one packet.
         write_watermark: writes an entry to the log, and calls back with it; None without a log.
-        max_body: limit of a body in bytes; callbacks get a `Cut` of a larger one.
+        Others: see `ConsumingFeed`.
     """
 
     overlaps = True
@@ -220,46 +200,31 @@ class Broker:
         log: LogSettings | None,
         on_shared: Delivery,
         write_batch: Batch,
+        fleet_key: bytes,
         write_watermark: Callable[[OnWatermark], None] | None = None,
         max_body: int = MAX_BODY_BYTES,
     ) -> None:
-        self._addresses = addresses
+        super().__init__(
+            addresses,
+            exchange=exchange,
+            quarantine=quarantine,
+            log=log,
+            write_batch=write_batch,
+            fleet_key=fleet_key,
+            max_body=max_body,
+        )
         self._write_watermark = write_watermark
-        self._write_batch = write_batch
-        self._max_body = max_body
-        self.log = log
-        self.exchange = exchange
-        self.quarantine = quarantine
         self.on_shared = on_shared
-        # A queue name contains no user id: more people see queue names than tokens, and AMQP limits a name's length.
-        self.instance = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self.subscriptions: dict[int, Subscription] = {}
         self.groups: Counter[str] = Counter()
         self._epoch: _ConnectionEpoch | None = None
-        self.down_since: float | None = time.monotonic()
-        """Monotonic time since which the bridge does not consume; None while it consumes."""
-        self._up_since = 0.0
-        self.last_error: BrokerError | None = None
-        self._outage = Outage()
-        self.connects = 0
-        """Connections since the start, the first included."""
         self.dropped = 0
         """Messages that RabbitMQ has dropped from the bridge's queues since the start."""
         self.refused = 0
         """Live queues refused for a limit since the start."""
         self._most_workers = CHANNEL_WORKERS
         """Half as many after RabbitMQ refused the channels: other connections of the user or the node have them."""
-        self.log_may_be_unbound = False
-        """Whether the log's binding was deleted with the exchange, and the bridge has not bound the log again."""
-        self.exchanges_lost = 0
-        """Deletions of the exchange since the start. Events published before the log is bound again are not in it."""
-        self.deletion_to_report: float | None = None
-        """When this process noticed a deletion (monotonic), until it has notified the other replicas."""
-
-    @property
-    def connected(self) -> bool:
-        return self.down_since is None
 
     @property
     def has_dropped(self) -> bool:
@@ -323,43 +288,27 @@ class Broker:
                 async with self._connection() as connection:
                     workers = count_channel_workers(amqp.most_channels(connection), most=self._most_workers)
                     epoch = _ConnectionEpoch(self, connection, workers=workers)
-                    await epoch.declare_topology()
+                    await self.declare_topology(connection)
                     self._epoch = epoch
                     for subscription in self.subscriptions.values():
                         epoch.attach(subscription)
                     try:
                         await epoch.run()
                     finally:
-                        if self.connected and time.monotonic() - self._up_since > STEADY_SECONDS:
+                        if self._was_steady:
                             next_pause = amqp.pauses()
                         self._end_epoch()
             except BrokerError as error:
                 cause = error if epoch is None else await epoch.cause_of(error)
                 self.last_error = cause
                 if isinstance(cause, _ExchangeGone):
-                    self.log_may_be_unbound = True
-                    self.exchanges_lost += 1
-                    if cause.noticed_here:
-                        self.deletion_to_report = time.monotonic()
+                    self._note_deletion(noticed_here=cause.noticed_here)
                 if self.connects == 0 and not isinstance(cause, BrokerUnavailable):
                     raise
                 if isinstance(cause, LimitReached) and "channel" in str(cause):
                     self._most_workers = max(1, self._most_workers // 2)
                 self._outage.log(cause)
             await asyncio.sleep(next_pause())
-
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[aio_pika.abc.AbstractConnection]:
-        connection = await ConsumingConnection.open(
-            self._addresses,
-            name=f"bridge {self.instance} consumer",
-            write_batch=self._write_batch,
-            max_body=self._max_body,
-        )
-        try:
-            yield connection
-        finally:
-            await amqp.close(connection)
 
     def mark_connected(self, epoch: _ConnectionEpoch) -> None:
         """Records that the shared queue, which every stream needs, is consumed."""
@@ -368,54 +317,24 @@ class Broker:
         is_new = not epoch.has_been_up
         epoch.has_been_up = True
         self.connects += is_new
-        away = None if self.connects == 1 or self.down_since is None else round(time.monotonic() - self.down_since, 3)
-        self.down_since = None
-        self._up_since = time.monotonic()
-        self.last_error = None
-        self._outage = Outage()
         if is_new:
             # The limit may be temporary, so the next connection tries more channels again.
             self._most_workers = min(CHANNEL_WORKERS, 2 * self._most_workers)
-        _log.info(
-            "broker connected" if is_new else "shared queue made again",
-            address=amqp.address(epoch.connection),
-            exchange=self.exchange,
-            streams=len(self.subscriptions),
-            away_seconds=away,
-        )
+        self._mark_up(epoch.connection, len(self.subscriptions), is_new=is_new)
 
     def mark_disconnected(self, epoch: _ConnectionEpoch, error: BrokerError) -> None:
         """Records that the shared queue is lost; without it every stream misses events."""
-        if epoch is self._epoch and self.connected:
-            self.down_since = time.monotonic()
+        if epoch is self._epoch:
+            self._mark_down()
         self.last_error = error
 
     def _end_epoch(self) -> None:
         self._epoch = None
-        if self.down_since is None:
-            self.down_since = time.monotonic()
+        self._mark_down()
         for subscription in list(self.subscriptions.values()):
             subscription.worker = None
             subscription.consumed = False
             _mark_lost(subscription)
-
-
-class Outage:
-    """The log lines of one outage: one for each new cause, and for the attempts 1, 2, 4, 8, and so on.
-
-    An outage of an hour has some 700 attempts, and a dozen lines.
-    """
-
-    def __init__(self) -> None:
-        self._attempts = 0
-        self._cause = ""
-
-    def log(self, cause: BrokerError) -> None:
-        self._attempts += 1
-        is_new, self._cause = str(cause) != self._cause, str(cause)
-        if is_new or self._attempts.bit_count() == 1:
-            kind = type(cause).__name__
-            _log.warning("broker unavailable", error=str(cause), kind=kind, attempts=self._attempts)
 
 
 class _ExchangeGone(BrokerUnavailable):
@@ -424,59 +343,6 @@ class _ExchangeGone(BrokerUnavailable):
     def __init__(self, reason: object, *, noticed_here: bool = True) -> None:
         self.noticed_here = noticed_here
         super().__init__(f"the exchange is gone, and all bindings with it: {reason}")
-
-
-class Deletion(NamedTuple):
-    """The news of a deleted exchange, from one process to the others on the virtual host."""
-
-    exchange: str
-    instance: str
-    """The sender's."""
-    age: float
-    """Seconds since the sender noticed it. The clocks of two machines may differ, so the message has no time."""
-
-    @classmethod
-    def parse(cls, body: bytes) -> Self | None:
-        try:
-            exchange, instance, age = json.loads(body)
-            return cls(str(exchange), str(instance), float(age))
-        except (ValueError, TypeError, RecursionError):
-            return None
-
-    def concerns(self, exchange: str, instance: str, seconds_since_made: float) -> bool:
-        """Whether the bindings of this process may be gone.
-
-        Args:
-            exchange, instance: of this process. Bridges with other exchanges may share the virtual host.
-            seconds_since_made: since this process began to declare exchange and bindings. If it began after the sender
-                noticed the deletion, its bindings are newer than the deletion.
-        """
-        return self.exchange == exchange and self.instance != instance and self.age < seconds_since_made
-
-
-async def report_deletion(channel: AbstractChannel, news: Deletion, log: LogSettings | None) -> None:
-    """Notifies the other processes: those with queues by `REPLICAS_EXCHANGE`, which exists, and those that read the
-    log by an entry of it."""
-    body = json.dumps(news).encode()
-    await channel.basic_publish(body, exchange=REPLICAS_EXCHANGE, routing_key=EXCHANGE_GONE)
-    if log is not None:
-        properties = Basic.Properties(delivery_mode=2, message_type=EXCHANGE_GONE)
-        await channel.basic_publish(body, exchange="", routing_key=log.name, properties=properties)
-
-
-def warn_not_notified(error: BrokerError) -> None:
-    _log.warning(
-        "replicas not notified",
-        error=str(error),
-        detail="another replica may miss the deletion of the exchange. Grant the bridge's user the rights to "
-        f"configure, write and read {REPLICAS_EXCHANGE!r}",
-    )
-
-
-def log_differences(what: str, declared: topology.Declared, detail: str = "no action is needed") -> None:
-    if declared.differences:
-        differences = [str(each) for each in declared.differences]
-        _log.warning(f"the {what} differs, and fits", differences=differences, detail=detail)
 
 
 def _mark_lost(subscription: Subscription) -> None:
@@ -502,86 +368,9 @@ class _ConnectionEpoch:
         self._workers = [_ChannelWorker(self) for _ in range(workers)]
         self.shared = _Shared(self)
         self.dropped = _Dropped(self)
-        self._declaring: asyncio.Task[topology.Declared] | None = None
-        """The declaration of the quarantine, if its answer takes longer than `QUARANTINE_SECONDS`."""
         self._waiting: defaultdict[str | None, dict[int, Subscription]] = defaultdict(dict)
         """Subscriptions whose own queue is consumed, by what they still wait for: a group's binding, or None for the
         shared queue itself."""
-
-    async def declare_topology(self) -> None:
-        """Declares exchange, quarantine and log, on channels without consumers: a refused declare closes its channel.
-
-        Raises:
-            BrokerError: names the difference or the missing right, and how to fix it.
-        """
-        log_differences("exchange", await topology.declare_exchange(self.connection, self.broker.exchange))
-        await self._declare_quarantine()
-        if self.broker.log is not None:
-            try:
-                await self._declare_log(self.broker.log)
-            except (NotFound, TopologyMismatch, AccessRefused) as error:
-                # Its node may be down, or an operator changes it. Live events need no log; a client that returns
-                # gets a gap.
-                if self.broker.connects == 0 and not isinstance(error, NotFound):
-                    raise
-                _log.error("no log", error=str(error))
-
-    async def _declare_quarantine(self) -> None:
-        """Declares the quarantine, and waits `QUARANTINE_SECONDS` at most: if its node is down, RabbitMQ 4.3 answers
-        only after a minute. Streams do not need it, and `Quarantine` keeps refused messages for a while."""
-        declaring = asyncio.create_task(
-            topology.declare_quarantine(self.connection, self.broker.quarantine), name="amqp-quarantine"
-        )
-        try:
-            await asyncio.wait({declaring}, timeout=QUARANTINE_SECONDS)
-        except BaseException:
-            declaring.cancel()
-            raise
-        if declaring.done():
-            try:
-                log_differences("quarantine", declaring.result())
-            except NotFound as error:
-                _log.error("no quarantine", error=str(error))
-        else:
-            _log.error("no quarantine", error=f"no answer from RabbitMQ within {QUARANTINE_SECONDS:g} s; still waiting")
-            self._declaring = declaring
-            declaring.add_done_callback(self._on_quarantine_declared)
-
-    def _on_quarantine_declared(self, declaring: asyncio.Task[topology.Declared]) -> None:
-        if declaring.cancelled() or self._closed.is_set():
-            return
-        try:
-            log_differences("quarantine", declaring.result())
-        except BrokerError as error:
-            _log.error("no quarantine", error=str(error))
-        else:
-            _log.info("quarantine found", queue=self.broker.quarantine)
-
-    async def _declare_log(self, log: LogSettings) -> None:
-        # RabbitMQ 3.10 accepts connections before it has recovered its streams, and says that the log does not exist.
-        # A live queue bound then would get events that the log misses, so a client that returns would not get them.
-        deadline = time.monotonic() + LOG_RECOVERY_SECONDS
-        while True:
-            try:
-                declared = await topology.declare_log(self.connection, log, self.broker.exchange)
-                break
-            except NotFound:
-                if time.monotonic() >= deadline:
-                    raise
-                await asyncio.sleep(_LOG_PAUSE_SECONDS)
-        log_differences(
-            "log",
-            declared,
-            "the limits of the existing log apply. Set BRIDGE_LOG_MAX_AGE and BRIDGE_LOG_MAX_BYTES to them. To apply "
-            "other limits, set BRIDGE_LOG to a new name",
-        )
-        if self.broker.log_may_be_unbound and not declared.may_declare:
-            _log.error(
-                "the log may be unbound",
-                detail=f"exchange {self.broker.exchange!r} was deleted and made again, and the bridge's user may not "
-                f"bind {log.name!r} to it. Bind it with '#': until then, clients that return miss events",
-            )
-        self.broker.log_may_be_unbound = False
 
     async def run(self) -> None:
         """Opens the channels, and keeps all queues until the connection is lost.
@@ -606,10 +395,9 @@ class _ConnectionEpoch:
                 await failed
             raise self._loss_error()
         finally:
-            tasks = [watch, *owners, *([self._declaring] if self._declaring is not None else [])]
-            for task in tasks:
+            for task in (watch, *owners):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(watch, *owners, return_exceptions=True)
 
     def _on_closed(self, _: object, error: BaseException | None) -> None:
         self._cause = error
@@ -898,13 +686,10 @@ class _Dropped:
                 channel = await amqp.open_channel(self._epoch.connection)
                 await channel.exchange_declare(REPLICAS_EXCHANGE, exchange_type="fanout", durable=True)
                 await channel.queue_bind(self._queue, REPLICAS_EXCHANGE)
-                if (noticed_at := broker.deletion_to_report) is not None:
-                    age = time.monotonic() - noticed_at
-                    await report_deletion(channel, Deletion(broker.exchange, broker.instance, age), broker.log)
-                    broker.deletion_to_report = None
+                await broker.report_deletion(channel)
                 await channel.close()
         except (AccessRefused, TopologyMismatch) as error:
-            warn_not_notified(error)
+            broker.warn_not_notified(error)
 
     async def run(self) -> None:
         """Waits until the queue is lost, or a replica reports the deletion of the exchange.
@@ -919,7 +704,7 @@ class _Dropped:
 
     def _on_message(self, _tag: bytes, key: str, body: bytes, _offset: int | None) -> None:
         if key == EXCHANGE_GONE:
-            self._on_exchange_gone(Deletion.parse(body))
+            self._on_exchange_gone(Deletion.parse(body, self._epoch.broker.fleet_key))
             return
         self._count += 1
         if self._timer is None:

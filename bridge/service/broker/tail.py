@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,21 +22,10 @@ import structlog
 
 from bridge import amqp
 from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
-from bridge.service.broker import topology
-from bridge.service.broker.consumer import Batch, ConsumingConnection
+from bridge.service.broker.consumer import Batch
 from bridge.service.broker.deliveries import MAX_BODY_BYTES
-from bridge.service.broker.eventlog import LogConsumer
-from bridge.service.broker.live import (
-    EXCHANGE_CHECK_SECONDS,
-    REPLICAS_EXCHANGE,
-    STEADY_SECONDS,
-    Deletion,
-    OnWatermark,
-    Outage,
-    log_differences,
-    report_deletion,
-    warn_not_notified,
-)
+from bridge.service.broker.eventlog import LogConsumer, OnWatermark
+from bridge.service.broker.feed import EXCHANGE_CHECK_SECONDS, REPLICAS_EXCHANGE, ConsumingFeed, Deletion
 from bridge.service.settings import LogSettings
 from bridge.service.streams.cursor import Anchor, digest
 
@@ -53,15 +41,15 @@ VERIFY_SECONDS = 10.0
 
 _log = structlog.get_logger("bridge.tail")
 
-OnLogged = Callable[[Callable[[], Anchor], str, bytes], None]
-"""Called with each entry: a function that names it, its routing key, its body. It must not raise."""
+OnLogged = Callable[[int, str, bytes], None]
+"""Called with each entry: its offset, its routing key and its body. It must not raise."""
 
 
 class Log(Protocol):
     """What the reader needs of `EventLog`."""
 
     async def newest(self) -> Anchor: ...
-    def write_watermark(self, on_written: Callable[[Anchor | None, int], None]) -> None: ...
+    def write_watermark(self, on_written: OnWatermark) -> None: ...
 
 
 class TailSubscription:
@@ -93,17 +81,16 @@ class TailSubscription:
             self.on_bound()
 
 
-class Tail:
+class Tail(ConsumingFeed):
     """
     Args:
-        addresses: AMQP URLs of the cluster's nodes.
-        exchange, quarantine, log_stream: the topology, declared with every new connection.
-        log: finds the newest entry at the start.
+        log: the stream to read.
+        event_log: writes entries, and finds the newest one.
         on_logged: called with each entry.
-        write_batch: entered and left around the callbacks of all entries of one packet.
-        max_body: limit of a body in bytes; callbacks get a `Cut` of a larger one.
+        Others: see `ConsumingFeed`.
     """
 
+    needs_log = True
     overlaps = False
     has_dropped = False
     shared_queue: str | None = None
@@ -116,21 +103,25 @@ class Tail:
         *,
         exchange: str,
         quarantine: str,
-        log_stream: LogSettings,
-        log: Log,
+        log: LogSettings,
+        event_log: Log,
         on_logged: OnLogged,
         write_batch: Batch,
+        fleet_key: bytes,
         max_body: int = MAX_BODY_BYTES,
     ) -> None:
-        self._addresses = addresses
-        self._exchange = exchange
-        self._quarantine = quarantine
-        self._log_stream = log_stream
-        self._log = log
+        super().__init__(
+            addresses,
+            exchange=exchange,
+            quarantine=quarantine,
+            log=log,
+            write_batch=write_batch,
+            fleet_key=fleet_key,
+            max_body=max_body,
+        )
+        self._stream = log.name
+        self._event_log = event_log
         self._on_logged = on_logged
-        self._write_batch = write_batch
-        self._max_body = max_body
-        self._instance = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._subscriptions: dict[int, TailSubscription] = {}
         self._last: tuple[int, bytes] | None = None
@@ -142,18 +133,8 @@ class Tail:
         """Streams that resume, each with the entry that must be read first."""
         self._broken: str | None = None
         """Why the log does not continue after the last entry."""
-        self.down_since: float | None = time.monotonic()
-        self._up_since = 0.0
-        self.last_error: BrokerError | None = None
-        self._outage = Outage()
-        self.connects = 0
-        self.exchanges_lost = 0
-        self._deletion_to_report: float | None = None
-        """When this process noticed a deletion of the exchange (monotonic), until it has notified the others."""
-
-    @property
-    def connected(self) -> bool:
-        return self.down_since is None
+        self._may_bind = True
+        """Whether the bridge's user may bind the log to the exchange, and so check that both exist."""
 
     @property
     def reached(self) -> Anchor | None:
@@ -169,7 +150,7 @@ class Tail:
         cursor an entry is written, and the answer waits until it has been read.
         """
         if resumes:
-            self._log.write_watermark(partial(self._on_written, on_found))
+            self._event_log.write_watermark(partial(self._on_written, on_found))
         else:
             self._answer(on_found)
 
@@ -221,13 +202,14 @@ class Tail:
         while True:
             try:
                 async with self._connection() as connection:
-                    await self._declare_topology(connection)
+                    await self.declare_topology(connection)
+                    await self._report_deletion(connection)
                     try:
                         await self._read(connection)
                     finally:
-                        if self.connected and time.monotonic() - self._up_since > STEADY_SECONDS:
+                        if self._was_steady:
                             next_pause = amqp.pauses()
-                        self._mark_lost()
+                        self._lose_streams()
             except BrokerError as error:
                 self.last_error = error
                 if self.connects == 0 and not isinstance(error, BrokerUnavailable):
@@ -235,44 +217,17 @@ class Tail:
                 self._outage.log(error)
             await asyncio.sleep(next_pause())
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[aio_pika.abc.AbstractConnection]:
-        connection = await ConsumingConnection.open(
-            self._addresses,
-            name=f"bridge {self._instance} log reader",
-            write_batch=self._write_batch,
-            max_body=self._max_body,
-        )
-        try:
-            yield connection
-        finally:
-            await amqp.close(connection)
-
-    async def _declare_topology(self, connection: aio_pika.abc.AbstractConnection) -> None:
-        """Declares exchange, quarantine and log.
-
-        Raises:
-            BrokerError: names the difference or the missing right, and how to fix it.
-        """
-        log_differences("exchange", await topology.declare_exchange(connection, self._exchange))
-        try:
-            log_differences("quarantine", await topology.declare_quarantine(connection, self._quarantine))
-        except NotFound as error:
-            _log.error("no quarantine", error=str(error))
-        log_differences("log", await topology.declare_log(connection, self._log_stream, self._exchange))
-        if self._deletion_to_report is not None:
-            await self._report_deletion(connection, time.monotonic() - self._deletion_to_report)
-            self._deletion_to_report = None
-
-    async def _report_deletion(self, connection: aio_pika.abc.AbstractConnection, age: float) -> None:
+    async def _report_deletion(self, connection: aio_pika.abc.AbstractConnection) -> None:
+        if self.deletion_to_report is None:
+            return
         try:
             async with amqp.translating(f"publishing to {REPLICAS_EXCHANGE!r}"):
                 channel = await amqp.open_channel(connection)
                 await channel.exchange_declare(REPLICAS_EXCHANGE, exchange_type="fanout", durable=True)
-                await report_deletion(channel, Deletion(self._exchange, self._instance, age), self._log_stream)
+                await self.report_deletion(channel)
                 await channel.close()
         except (AccessRefused, TopologyMismatch) as error:
-            warn_not_notified(error)
+            self.warn_not_notified(error)
 
     async def _read(self, connection: aio_pika.abc.AbstractConnection) -> None:
         """Reads from the position on, until the connection is lost.
@@ -280,42 +235,37 @@ class Tail:
         Raises:
             BrokerError: the reader is lost, the exchange is gone, or the log does not answer.
         """
-        position = self.reached
-        if position is None:
-            position = await self._find_start()
+        position = self.reached or await self._find_start()
         self._broken = None
+        self._may_bind = True
         changed = asyncio.Event()
         expects = position
 
         def on_entry(offset: int, routing_key: str, body: bytes) -> None:
             nonlocal expects
+            if self._broken is not None:
+                return
             if expects is not None:
                 if Anchor(offset, digest(body)) == expects:
                     self._last, self._anchor = (offset, body), expects
-                    self._mark_connected(connection)
+                    self._gain_streams(connection)
                 else:
-                    self._broken = f"entry {expects.offset} is gone, or is another one; the log begins with {offset}"
+                    self._interrupt(f"entry {expects.offset} is gone, or is another one; the log begins with {offset}")
                 expects = None
                 changed.set()
                 return
-            if self._broken is not None:
-                return
             self._last, self._anchor = (offset, body), None
+            if routing_key != self._stream:
+                self._on_logged(offset, routing_key, body)
+            elif self._is_news(body):
+                changed.set()
             if self._waiting:
                 self._answer_waiting(offset)
-            if routing_key == self._log_stream.name:
-                # The bridge's own entry: a watermark, or the news of a deletion.
-                news = Deletion.parse(body)
-                if news is not None and news.exchange == self._exchange and news.instance != self._instance:
-                    self._broken = f"replica {news.instance:.20} reports that the exchange was deleted"
-                    changed.set()
-                return
-            self._on_logged(self._name_last, routing_key, body)
 
         start = "first" if position is None else position.offset
-        async with LogConsumer(connection, self._log_stream.name, start, on_entry, changed.set) as consumer:
+        async with LogConsumer(connection, self._stream, start, on_entry, changed.set) as consumer:
             if position is None:
-                self._mark_connected(connection)
+                self._gain_streams(connection)
             else:
                 await self._verify(consumer, position, changed)
             self._stop_if_broken()
@@ -323,50 +273,64 @@ class Tail:
             while True:
                 await consumer.idle(EXCHANGE_CHECK_SECONDS, changed)
                 self._stop_if_broken()
-                # The exchange may have been deleted, and the log's binding with it. Repeating the binding changes
-                # nothing. RabbitMQ notifies no client.
-                await self._check_binding(connection)
+                if self._may_bind:
+                    await self._check_binding(connection)
+
+    def _is_news(self, body: bytes) -> bool:
+        """Whether an entry of the bridge's own is the news of a deletion, and not a watermark."""
+        news = Deletion.parse(body, self.fleet_key)
+        # However old it is: what was published between the deletion and this entry may be missing.
+        if news is None or not news.concerns(self.exchange, self.instance, math.inf):
+            return False
+        self._note_deletion(noticed_here=False)
+        self._broken = f"replica {news.instance:.20} reports that the exchange was deleted"
+        return True
+
+    def _interrupt(self, why: str) -> None:
+        """The log does not continue after the last entry that was read."""
+        self.exchanges_lost += 1
+        self._broken = why
 
     def _stop_if_broken(self) -> None:
+        """Forgets the position if events may be missing after it: the streams are sent a gap."""
         if self._broken is not None:
-            self._forget_position(self._broken)
-            raise BrokerUnavailable(f"the log does not continue where it was read to: {self._broken}")
+            _log.error("the log was interrupted", detail=f"{self._broken}. All streams are sent a gap")
+            self._lose_streams()
+            self._last = self._anchor = None
+            raise BrokerUnavailable(f"the log was interrupted: {self._broken}")
 
     async def _verify(self, consumer: LogConsumer, position: Anchor, changed: asyncio.Event) -> None:
-        """Waits for the entry at the position. In a log that was made again it never arrives."""
+        """Waits for the entry at the position. In a log that was made again it never arrives.
+
+        An entry that is written now tells the two apart: it is after the position, unless the log is a new one. The
+        newest entry of this node would not: in a cluster the node may be behind.
+        """
         deadline = time.monotonic() + VERIFY_SECONDS
         while not changed.is_set():
             await consumer.idle(LOOK_SECONDS, changed)
             if changed.is_set():
                 return
-            try:
-                newest: Anchor | None = await self._log.newest()
-            except BrokerUnavailable:
-                newest = None
-            if newest is None or newest.offset < position.offset:
-                self._broken = f"entry {position.offset} is gone; the newest is {newest and newest.offset}"
+            written = await self._write_entry()
+            if written is not None and written.offset < position.offset and not changed.is_set():
+                self._interrupt(f"entry {position.offset} is gone, and the newest is {written.offset}")
                 return
-            if time.monotonic() > deadline:
-                self._broken = f"entry {position.offset} did not arrive within {VERIFY_SECONDS:g} s"
+            if time.monotonic() > deadline and not changed.is_set():
+                self._interrupt(f"entry {position.offset} did not arrive within {VERIFY_SECONDS:g} s")
                 return
-
-    def _name_last(self) -> Anchor:
-        anchor = self.reached
-        assert anchor is not None, "an entry has just been read"
-        return anchor
 
     async def _check_binding(self, connection: aio_pika.abc.AbstractConnection) -> None:
+        """The exchange may have been deleted, and the log's binding with it. To repeat the binding changes nothing."""
         try:
-            async with amqp.translating(f"checking that exchange {self._exchange!r} exists"):
+            async with amqp.translating(f"checking that exchange {self.exchange!r} exists"):
                 channel = await amqp.open_channel(connection)
-                await channel.queue_bind(self._log_stream.name, self._exchange, "#")
+                await channel.queue_bind(self._stream, self.exchange, "#")
                 await channel.close()
         except AccessRefused:
-            pass  # The bridge's user may not bind the log; an operator has.
+            self._may_bind = False  # An operator has bound the log. RabbitMQ would log an error for each check.
         except NotFound as error:
-            self._forget_position(str(error))
-            self._deletion_to_report = time.monotonic()
-            raise BrokerUnavailable(f"the exchange is gone, and the log's binding with it: {error}") from error
+            self._note_deletion(noticed_here=True)
+            self._broken = f"the exchange is gone, and the log's binding with it: {error}"
+            self._stop_if_broken()
 
     async def _find_start(self) -> Anchor | None:
         """The newest entry of the log. After an interruption, and in an empty log, an entry that is written now: a
@@ -374,48 +338,33 @@ class Tail:
         bridge may not write one."""
         newest: Anchor | None = None
         try:
-            newest = await self._log.newest()
+            newest = await self._event_log.newest()
         except BrokerUnavailable as error:
             _log.info("the log is empty", error=str(error))
         if newest is not None and not self.exchanges_lost:
             return newest
+        return await self._write_entry() or newest
+
+    async def _write_entry(self) -> Anchor | None:
+        """An entry that is written to the log now; None if the log does not answer, or the bridge may not write."""
         written: asyncio.Future[Anchor | None] = asyncio.get_running_loop().create_future()
 
         def on_written(anchor: Anchor | None, _: int) -> None:
             if not written.done():
                 written.set_result(anchor)
 
-        self._log.write_watermark(on_written)
-        return await written or newest
+        self._event_log.write_watermark(on_written)
+        return await written
 
-    def _forget_position(self, why: str) -> None:
-        """The log does not have everything after the position: the streams are sent a gap."""
-        _log.error("the log was interrupted", detail=f"{why}. All streams are sent a gap")
-        self._mark_lost()
-        self._last = self._anchor = None
-        self.exchanges_lost += 1
-
-    def _mark_connected(self, connection: aio_pika.abc.AbstractConnection) -> None:
+    def _gain_streams(self, connection: aio_pika.abc.AbstractConnection) -> None:
         self.connects += 1
-        away = None if self.connects == 1 or self.down_since is None else round(time.monotonic() - self.down_since, 3)
-        self.down_since = None
-        self._up_since = time.monotonic()
-        self.last_error = None
-        self._outage = Outage()
-        _log.info(
-            "broker connected",
-            address=amqp.address(connection),
-            exchange=self._exchange,
-            streams=len(self._subscriptions),
-            away_seconds=away,
-        )
+        self._mark_up(connection, len(self._subscriptions))
         for subscription in list(self._subscriptions.values()):
             subscription.bind()
 
-    def _mark_lost(self) -> None:
+    def _lose_streams(self) -> None:
+        self._mark_down()
         self._waiting = []  # These streams are bound again later.
-        if self.down_since is None:
-            self.down_since = time.monotonic()
         for subscription in list(self._subscriptions.values()):
             if subscription.bound:
                 subscription.bound = False

@@ -23,12 +23,12 @@ import structlog
 from bridge.amqp import BrokerError
 from bridge.routing import Audience, RoutingError, TypeFilter, split_key
 from bridge.service import clock
-from bridge.service.broker.eventlog import EventLog, Request
+from bridge.service.broker.eventlog import EventLog, OnWatermark, Request
 from bridge.service.budgets import Budgets
 from bridge.service.http.auth import Subscriber
 from bridge.service.metrics import Metrics
 from bridge.service.streams import deadlines
-from bridge.service.streams.cursor import Anchor
+from bridge.service.streams.cursor import Anchor, digest
 from bridge.service.streams.deadlines import Deadlines
 from bridge.service.streams.progress import Entry
 from bridge.service.streams.reader import EventReader
@@ -161,7 +161,7 @@ class Feed(Protocol):
     def reached(self) -> Anchor | None:
         """The entry up to which the hub was given everything; None if events do not come as entries."""
 
-    def find_position(self, on_found: Callable[[Anchor | None, int], None], *, resumes: bool) -> None:
+    def find_position(self, on_found: OnWatermark, *, resumes: bool) -> None:
         """Calls back with an entry of the log: every later event of a bound stream arrives live.
 
         Args:
@@ -766,7 +766,7 @@ class Hub:
             if connection.session.types.matches(event.type):
                 connection.offer(event, now_ms, shared=True)
 
-    def on_logged(self, anchor_of: Callable[[], Anchor], routing_key: str, body: bytes) -> None:
+    def on_logged(self, offset: int, routing_key: str, body: bytes) -> None:
         """An entry of the log, from a feed that reads the log. Nearly all of a busy log are for nobody here."""
         # `user.42.job.done` -> `user.42.`, `all.job.done` -> `all.`
         kind, _, rest = routing_key.partition(".")
@@ -778,8 +778,8 @@ class Hub:
             if event.depends_on_catalogue:
                 self._report_unreadable(routing_key, everyone=True)
             return
-        now_ms, anchor, shared = clock.now_ms(), anchor_of(), _is_shared(routing_key)
-        for connection in list(members) if len(members) > 1 else tuple(members):
+        now_ms, anchor, shared = clock.now_ms(), Anchor(offset, digest(body)), _is_shared(routing_key)
+        for connection in list(members):
             if connection.session.types.matches(event.type):
                 connection.offer(event, now_ms, shared=shared, anchor=anchor)
 

@@ -619,13 +619,13 @@ class Session:
             return
         if now_ms > self._now_ms:
             self._now_ms = now_ms
+        if anchor is not None and self.state in _NOT_ATTACHED:
+            return
         item: Entry | Live
         if anchor is None or self._unreadable_pending:  # Until that gap is sent, the position must not move.
             item = Live(event, now_ms, shared)
         else:
             item = Entry(anchor.offset, anchor.check, event, shared, now_ms)
-        if anchor is not None and self.state in _NOT_ATTACHED:
-            return
         if self.state is State.LIVE:
             if self._unreadable_pending and now_ms >= (self._unreadable_gap_ms or 0) + UNREADABLE_MS:
                 self._send_unreadable_gap()
