@@ -138,8 +138,9 @@ class Stream:
 
     async def next_event(self, *, seconds: float = PATIENCE) -> dict[str, Any]:
         """The next CloudEvent; the bridge's own frames are skipped."""
-        while (frame := await self.next(seconds=seconds)).event.startswith("bridge."):
-            pass
+        async with asyncio.timeout(seconds):  # For all of them: a quiet stream sends a position again and again.
+            while (frame := await self.next(seconds=seconds)).event.startswith("bridge."):
+                pass
         value: dict[str, Any] = frame.json
         return value
 

@@ -348,6 +348,14 @@ def test_a_quiet_stream_gets_a_heartbeat_and_later_its_position() -> None:
     assert b"id: " in connection.session.take()
 
 
+def test_a_quiet_stream_moves_with_a_feed_that_reads_the_log() -> None:
+    connection = due()
+    feed: Any = connection._hub.feed
+    feed.reached = anchor(5)
+    connection.advance(POSITION_SECONDS)
+    assert offset_of(connection) == 500
+
+
 @pytest.mark.contract("2.52")
 @pytest.mark.parametrize(
     ("now", "down_since", "ends"), [(19.9, None, False), (20.0, None, True), (3.0, 0.0, True), (2.9, 0.0, False)]
