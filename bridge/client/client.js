@@ -379,7 +379,7 @@ class Subscription {
   #open; // The types of this tab's connection.
   // While it is behind.
   /** @type {Set<string>} */
-  #owed = new Set(); // Events of the leader that its own connection has not delivered yet.
+  #missing = new Set(); // Events of the leader that its own connection has not delivered yet.
   /** @type {Set<string>} */
   #own = new Set(); // Events that it has delivered.
   #feed = { at: { term: 0, n: 0 }, cursor: /** @type {string | null} */ (null) }; // The leader's position meanwhile.
@@ -948,7 +948,7 @@ class Subscription {
       // Not `#at`: nothing of it has been taken here.
       this.#feed = { at: { term: entry.term, n: entry.n }, cursor: block.id ?? this.#feed.cursor };
       if (this.#own.has(entry.eventId)) this.#joinFeed();
-      else if (entry.eventId !== null && !this.#recent.has(entry.eventId)) this.#owed.add(entry.eventId);
+      else if (entry.eventId !== null && !this.#recent.has(entry.eventId)) this.#missing.add(entry.eventId);
     } else if (this.#role === "follows") {
       if (this.#isNext(entry)) this.#takeEntry(entry);
       else if (entry.n > this.#at.n) this.#ask();
@@ -1025,7 +1025,7 @@ class Subscription {
     if (this.#role === "follows") return;
     if (entries === null) {
       this.#role = "behind";
-      this.#owed = new Set(ids.filter((/** @type {string} */ id) => !this.#recent.has(id)));
+      this.#missing = new Set(ids.filter((/** @type {string} */ id) => !this.#recent.has(id)));
       this.#own.clear();
       this.#feed = { at, cursor };
       if (!this.#connection) this.#connect();
@@ -1048,11 +1048,11 @@ class Subscription {
   #catchUp(id) {
     if (this.#role !== "behind" || id === null) return;
     this.#own.add(id);
-    if (this.#owed.delete(id)) this.#joinFeed();
+    if (this.#missing.delete(id)) this.#joinFeed();
   }
 
   #joinFeed() {
-    if (this.#owed.size) return;
+    if (this.#missing.size) return;
     this.#own.clear();
     this.#connection?.stop();
     this.#connection = null;

@@ -182,7 +182,7 @@ async def test_a_process_of_the_other_feed_hears_of_a_deleted_exchange(
 
 
 async def test_a_publisher_cannot_report_a_deletion(start: StartService, vhost: Vhost, connect: OpenStream) -> None:
-    """Whoever may publish to the exchange can put a message with any routing key into the log."""
+    """Every publisher can put a message with any routing key into the log."""
     service = await start(FEED="log")
     stream = await connect(service, "42")
     await vhost.publish_all([("events.log", b'["events", "other", 0.1, "proof"]'), (USER, cloudevent("e0"))])

@@ -54,7 +54,7 @@ def test_an_outage_has_a_line_for_each_new_cause_and_few_for_the_same() -> None:
 
 
 def test_news_without_the_key_of_the_bridge_are_none() -> None:
-    """Whoever may publish to the exchange can put a message into the log, with the log's name as its routing key."""
+    """Every publisher can put a message into the log, with the log's name as its routing key."""
     news = Deletion("events", "other", 3.0)
     assert Deletion.parse(news.write(KEY), KEY) == news
     assert Deletion.parse(news.write(b"of another bridge"), KEY) is None

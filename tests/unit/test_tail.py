@@ -178,6 +178,7 @@ async def test_a_stream_that_opens_while_it_reads_is_bound_in_the_next_iteration
     assert heard == ["bound"]
 
 
+@pytest.mark.contract("8.10")
 async def test_a_client_with_a_cursor_waits_until_all_that_was_published_is_read(made: Tail, log: Log) -> None:
     """Another process may have sent it an entry that this one has not read yet."""
     await read(made, (7, "user.42.x", BODY))

@@ -82,8 +82,8 @@ class Deletion(NamedTuple):
     """Seconds since the sender noticed it. The clocks of two machines may differ, so the message has no time."""
 
     def write(self, key: bytes) -> bytes:
-        """The message's body, with a proof that a process of this bridge wrote it: whoever may publish to the exchange
-        can put messages into the log."""
+        """The message's body, with a proof that a process of this bridge wrote it: every publisher can put a message
+        into the log, with any routing key."""
         return json.dumps([*self, self._proof(key)]).encode()
 
     @classmethod

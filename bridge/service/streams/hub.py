@@ -767,7 +767,7 @@ class Hub:
                 connection.offer(event, now_ms, shared=True)
 
     def on_logged(self, offset: int, routing_key: str, body: bytes) -> None:
-        """An entry of the log, from a feed that reads the log. Nearly all of a busy log are for nobody here."""
+        """An entry of the log, from a feed that reads the log. Nearly all of a busy log are for no stream here."""
         # `user.42.job.done` -> `user.42.`, `all.job.done` -> `all.`
         kind, _, rest = routing_key.partition(".")
         members = self._by_prefix.get("all." if kind == "all" else f"{kind}.{rest.partition('.')[0]}.")
