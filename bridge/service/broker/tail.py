@@ -340,7 +340,7 @@ class Tail(ConsumingFeed):
         try:
             newest = await self._event_log.newest()
         except BrokerUnavailable as error:
-            _log.info("the log is empty", error=str(error))
+            _log.info("newest entry not found", reason=str(error))
         if newest is not None and not self.exchanges_lost:
             return newest
         return await self._write_entry() or newest
