@@ -43,7 +43,7 @@ $(NODE)/.ready: tests/node/package.json tests/node/package-lock.json
 	npm ci --prefix $(NODE) --no-audit --no-fund --loglevel=error >/dev/null
 	@touch $@
 
-chaos: $(READY) ## faults of all kinds under load: LENGTH seconds, ROUNDS seeds from SEED, NODES, FEED=log; RABBITMQ=4.3 for one version
+chaos: $(READY) ## faults of all kinds under load: LENGTH seconds, ROUNDS seeds from SEED, NODES, FEED=log or queues,log; RABBITMQ=4.3 for one version
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure rabbitmq4 > /dev/null
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) SUITE_FEED=$(or $(FEED),queues) \

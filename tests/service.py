@@ -20,7 +20,8 @@ from tests.patience import DEADLINES, PATIENCE, VARIABLE
 SECRET = "a-secret-of-the-tests-0123456789abcdef"
 
 BRIDGE = os.environ.get("SUITE_BRIDGE", "tests.patience")
-FEED = os.environ.get("SUITE_FEED", "queues")
+FEEDS = os.environ.get("SUITE_FEED", "queues").split(",")
+"""The feeds to test, `queues` or `log`. Chaos gives each replica the next one; elsewhere the first one counts."""
 """The module that is run: `bridge` with longer deadlines. `tests.slow` is the other one."""
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +67,7 @@ class Service:
             "BRIDGE_INTERNAL_BIND": "127.0.0.1:0",
             # A fast machine opens more streams of one user than any browser does. Tests of the limit set it.
             "BRIDGE_OPENINGS_PER_USER": "1000000",
-            **({"BRIDGE_FEED": FEED} if settings.get("LOG") != "" else {}),
+            **({"BRIDGE_FEED": FEEDS[0]} if settings.get("LOG") != "" else {}),
             **{f"BRIDGE_{name}": value for name, value in settings.items()},
             VARIABLE: json.dumps(DEADLINES | (deadlines or {})),
         }

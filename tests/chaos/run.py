@@ -32,7 +32,7 @@ from tests.chaos.oracle import Client, Ledger, Verdict, burst, publish, wait_for
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import INSTALLATIONS, Vhost
-from tests.service import Service
+from tests.service import FEEDS, Service
 
 REPLICAS = 2
 USERS = 12
@@ -138,6 +138,7 @@ class Chaos:
             HEARTBEAT_SECONDS="2",
             STALL_SECONDS="5",
             MAX_AGE_SECONDS="30",
+            FEED=FEEDS[number % len(FEEDS)],
         )
         for name, value in BACKLOGS[number].items():
             service.set(name, value)
