@@ -176,11 +176,12 @@ class Node:
         )
         if done.returncode != 0:
             raise NodeFailed(
-                f"{program} {' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}{self._log()}"
+                f"{program} {' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}{self.log_end()}"
             )
         return done.stdout
 
-    def _log(self) -> str:
+    def log_end(self) -> str:
+        """The last 2,000 bytes of each of the node's logs."""
         logs = sorted((self.folder / "log").glob("*.log"))
         return "".join(log.read_text(errors="replace")[-2000:] for log in logs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -68,11 +69,13 @@ async def test_the_node_that_a_replica_is_connected_to_dies(nodes: list[Node]) -
         publishing = asyncio.create_task(publish())
 
         async def more(count: int) -> None:
-            async with asyncio.timeout(PATIENCE):
-                before = confirmed
-                while confirmed < before + count:
-                    assert not publishing.done(), publishing
-                    await asyncio.sleep(0.05)  # Between two polls.
+            before, deadline = confirmed, time.monotonic() + PATIENCE
+            while confirmed < before + count:
+                assert not publishing.done(), publishing
+                if time.monotonic() > deadline:
+                    logs = "\n\n".join(f"{node.folder}\n{node.log_end()}" for node in nodes)
+                    pytest.fail(f"{confirmed - before} of {count} events were confirmed\n{logs}\n{service.text}")
+                await asyncio.sleep(0.05)  # Between two polls.
 
         for node in nodes:
             node.flush()
