@@ -1,11 +1,13 @@
 """Joining the log with live events, tested with a small model of everything around a session.
 
 The model has several publishers, a log (a list), and live queues. Any queue may deliver next, however far behind the
-others are. There are three variants:
+others are. There are five variants:
 
     World           two queues, the client's own and the shared one, each in the log's order
     CrossingWorld   one queue for each publisher and audience: events of two publishers have another order in each queue
     RollingWorld    some events are of a type that only newer replicas can read; the client uses old and new replicas
+    LogWorld        the feed `log`: no queues; one reader at the end of the log
+    MixedWorld      the client uses replicas of both feeds
 
 The client's connection breaks at any point. It has read any part of what was written, and returns to a new session with
 the last id that it saw. What must hold, checked whenever nothing is on its way:
@@ -56,9 +58,15 @@ class Mark:
 
 Key = tuple[int, str]
 
+THE_LOG: Key = (0, "log")
+"""The only queue of a replica whose feed is the log."""
+
 
 class World(RuleBasedStateMachine):
     """Two queues, each in the log's order."""
+
+    reads_log = False
+    """Whether the replica's feed is the log."""
 
     def queue_of(self, publisher: int, audience: str) -> Key:
         return 0, audience
@@ -105,9 +113,16 @@ class World(RuleBasedStateMachine):
         event = Published(self.count, publisher, audience)
         self.log.append(event)
         # It is not known whether a new stream's first events are before its watermark or after it.
-        self.may_repeat = self.may_repeat or (self.bound and not self.last_id)
-        if self.bound and audience in MINE:
-            self.queues.setdefault(self.queue_of(publisher, audience), deque()).append(event)
+        self.may_repeat = self.may_repeat or (self.bound and not self.last_id and not self.reads_log)
+        self.route(event)
+
+    def route(self, event: Published) -> None:
+        if self.bound and event.audience in MINE:
+            self.queues.setdefault(self.queue_of(event.publisher, event.audience), deque()).append(event)
+
+    def waiting(self) -> list[Key]:
+        """The queues from which an event may be delivered next."""
+        return [key for key, queue in self.queues.items() if queue]
 
     @rule(publisher=st.integers(0, PUBLISHERS - 1))
     def publish_again(self, publisher: int) -> None:
@@ -117,8 +132,7 @@ class World(RuleBasedStateMachine):
             self.log.append(last)
             # One copy may be before an anchor, and the other after it.
             self.may_repeat = self.may_repeat or bool(self.anchors)
-            if self.bound and last.audience in MINE:
-                self.queues.setdefault(self.queue_of(publisher, last.audience), deque()).append(last)
+            self.route(last)
 
     def deliver_one(self, key: Key) -> None:
         event = self.queues[key].popleft()
@@ -128,10 +142,10 @@ class World(RuleBasedStateMachine):
             return
         self.session.offer(make_event(event.number), self.now_ms, shared=event.audience != "user")
 
-    @precondition(lambda self: any(self.queues.values()))
+    @precondition(lambda self: bool(self.waiting()))
     @rule(data=st.data())
     def deliver(self, data: st.DataObject) -> None:
-        self.deliver_one(data.draw(st.sampled_from([key for key, queue in self.queues.items() if queue])))
+        self.deliver_one(data.draw(st.sampled_from(self.waiting())))
 
     @rule(forward=st.integers(0, 3000))
     def pass_time(self, forward: int) -> None:
@@ -167,9 +181,13 @@ class World(RuleBasedStateMachine):
     @rule()
     def answer_watermark(self) -> None:
         assert self.session is not None
-        step = self.session.bound(self.now_ms, self.asked or self.write_mark())
-        self.asked = None
+        step = self.session.bound(self.now_ms, self.find_position())
         self.carry_out(step)
+
+    def find_position(self) -> Anchor:
+        """An entry of the log from which on the feed has every event."""
+        asked, self.asked = self.asked, None
+        return asked or self.write_mark()
 
     @precondition(lambda self: self.awaits_watermark)
     @rule()
@@ -188,14 +206,14 @@ class World(RuleBasedStateMachine):
     def answer_later_watermark(self) -> None:
         assert self.session is not None
         self.extending = False
-        step = self.session.extend(self.asked or self.write_mark())
-        self.asked = None
-        self.carry_out(step)
+        self.carry_out(self.session.extend(self.find_position()))
 
     def carry_out(self, step: Step) -> None:
         assert self.session is not None
         action = step.action
-        if isinstance(action, WriteWatermark):
+        if isinstance(action, WriteWatermark) and self.reads_log:
+            self.carry_out(self.session.extend(self.find_position()))  # The position is known at once.
+        elif isinstance(action, WriteWatermark):
             self.extending = True
         elif isinstance(action, ReadTail):
             self.start_tail(action.after, replayed=False)
@@ -233,6 +251,10 @@ class World(RuleBasedStateMachine):
                 self.reading = offset + 1
 
     def start_tail(self, after: Anchor, *, replayed: bool) -> None:
+        if self.reads_log:
+            assert self.session is not None
+            self.session.tail_ended()
+            return
         self.replayed = replayed
         self.tail = after.offset + 1
 
@@ -257,8 +279,8 @@ class World(RuleBasedStateMachine):
         """A second later. If the log was not read up to the watermark, all live events arrive before this: later ones
         would be out of order."""
         assert self.session is not None
-        while not self.replayed and (key := next((key for key, queue in self.queues.items() if queue), None)):
-            self.deliver_one(key)
+        while not self.replayed and (keys := self.waiting()):
+            self.deliver_one(keys[0])
         self.tail = None
         self.session.tail_ended()
 
@@ -318,7 +340,7 @@ class World(RuleBasedStateMachine):
         self.may_repeat = self.may_repeat or "~" in frame.id
         if frame.event == "bridge.ready":
             if self.since is None:
-                self.since = int(frame.id.split(".")[1], 16)
+                self.since = int(frame.id.split(".")[1], 16) + 1
         elif frame.event == "bridge.gap":
             # Nothing here can make another gap: the log is never cut, and no cursor is bad.
             assert frame.json["reason"] == "not-readable"
@@ -344,7 +366,7 @@ class World(RuleBasedStateMachine):
             publisher, audience = number % PUBLISHERS, MINE[number % 2]
             self.publish(publisher, audience)
             key = self.queue_of(publisher, audience)
-            while delivered and self.queues.get(key):
+            while delivered and key in self.waiting():
                 self.deliver_one(key)
                 self.write()
 
@@ -448,11 +470,11 @@ class World(RuleBasedStateMachine):
                 self.answer_later_watermark()
             elif self.reading is not None:
                 self.read_log(50)
-            elif key := next((key for key, queue in self.queues.items() if queue), None):
-                self.deliver_one(key)
+            elif keys := self.waiting():
+                self.deliver_one(keys[0])
             self.write()
             self.read(len(self.written))
-            if self.session.state is State.LIVE and not any(self.queues.values()):
+            if self.session.state is State.LIVE and not self.waiting():
                 break
         assert self.session is not None
         assert self.session.state is State.LIVE
@@ -521,8 +543,109 @@ class RollingWorld(World):
         self.count += 1
         event = Published(self.count, publisher, audience, is_new=True)
         self.log.append(event)
-        if self.bound and audience in MINE:
-            self.queues.setdefault(self.queue_of(publisher, audience), deque()).append(event)
+        self.route(event)
+
+
+class LogWorld(RollingWorld):
+    """The feed `log`: its reader takes every entry in the log's order. No event comes twice, except a publisher's."""
+
+    reads_log = True
+
+    @initialize()
+    def begin(self) -> None:
+        self.read_at = -1  # The last entry that the replica's reader has read.
+        super().begin()
+        self.may_repeat = False
+
+    def queue_of(self, publisher: int, audience: str) -> Key:
+        return THE_LOG if self.reads_log else super().queue_of(publisher, audience)
+
+    def route(self, event: Published) -> None:
+        if not self.reads_log:
+            super().route(event)
+
+    def waiting(self) -> list[Key]:
+        if not self.reads_log:
+            return super().waiting()
+        return [THE_LOG] if self.bound and self.read_at < len(self.log) - 1 else []
+
+    def deliver_one(self, key: Key) -> None:
+        if not self.reads_log:
+            super().deliver_one(key)
+            return
+        assert self.session is not None
+        self.read_at += 1
+        item = self.log[self.read_at]
+        if not isinstance(item, Published) or item.audience not in MINE:
+            return
+        if item.is_new and not self.is_new:
+            self.session.unreadable(self.now_ms)
+        else:
+            event, anchor = make_event(item.number), Anchor(self.read_at, self.check(self.read_at))
+            self.session.offer(event, self.now_ms, shared=item.audience != "user", anchor=anchor)
+
+    @property
+    def reached(self) -> Anchor | None:
+        return Anchor(self.read_at, self.check(self.read_at)) if self.read_at >= 0 else None
+
+    def find_position(self) -> Anchor:
+        if not self.reads_log:
+            return super().find_position()
+        assert self.session is not None
+        self.asked = None
+        if self.last_id and not self.session.is_ready:
+            # Another replica may be ahead of this one's reader.
+            mark = self.write_mark()
+            while self.read_at < mark.offset:
+                self.deliver_one(THE_LOG)
+        if self.reached is None:
+            self.write_mark()
+            self.deliver_one(THE_LOG)
+        assert self.reached is not None
+        return self.reached
+
+    def take_reached(self) -> None:
+        if self.reads_log and self.reached is not None:
+            assert self.session is not None
+            self.session.reached(self.reached)
+
+    @rule()
+    def heartbeat(self) -> None:
+        self.take_reached()
+        super().heartbeat()
+
+    @precondition(lambda self: self.bound)
+    @rule()
+    def lose_queues(self) -> None:
+        self.take_reached()
+        super().lose_queues()
+
+    @precondition(lambda self: bool(self.anchors) and not self.reads_log)
+    @rule()
+    def prove_watermark(self) -> None:
+        if not self.reads_log:
+            super().prove_watermark()
+
+    @rule(publisher=st.integers(0, PUBLISHERS - 1))
+    def publish_again(self, publisher: int) -> None:
+        self.may_repeat = True  # A cursor has only the names of the last events.
+        super().publish_again(publisher)
+
+
+class MixedWorld(LogWorld):
+    """A fleet of both feeds, as while an installation changes its feed."""
+
+    @initialize()
+    def begin(self) -> None:
+        super().begin()
+        self.may_repeat = True
+
+    @precondition(lambda self: self.count % 5 == 0)
+    @rule()
+    def change_feed(self) -> None:
+        self.cut()
+        self.reads_log = not self.reads_log
+        self.read_at = max(self.read_at, len(self.log) - 1)  # A replica's reader begins at the end of the log.
 
 
 World.TestCase.settings = settings(max_examples=400, stateful_step_count=80)
@@ -531,3 +654,7 @@ CrossingWorld.TestCase.settings = World.TestCase.settings
 TestCrossingWorld = CrossingWorld.TestCase
 RollingWorld.TestCase.settings = World.TestCase.settings
 TestRollingWorld = RollingWorld.TestCase
+LogWorld.TestCase.settings = World.TestCase.settings
+TestLogWorld = LogWorld.TestCase
+MixedWorld.TestCase.settings = World.TestCase.settings
+TestMixedWorld = MixedWorld.TestCase
