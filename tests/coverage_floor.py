@@ -13,6 +13,7 @@ PURE = [
     "event.py",
     "routing.py",
     "service/budgets.py",
+    "service/broker/gathering.py",
     "service/broker/scans.py",
     "service/http/claims.py",
     "service/http/headers.py",
@@ -27,7 +28,7 @@ PURE = [
 ]
 """Files of pure logic: without I/O and without waiting."""
 
-PURE_FLOOR = 97
+PURE_FLOOR = 99
 OVERALL_FLOOR = 85
 """Percent of the lines and branches. The integration tests cover the code around RabbitMQ (`live.py`, `topology.py`,
 `eventlog.py`). They are not measured: tracing would change their timing."""

@@ -20,6 +20,7 @@ TOOL = ROOT / ".run/mutation/bin"
 FILES = {
     "deadlines": ("bridge/service/streams/deadlines.py", "tests/unit/test_deadlines.py"),
     "sse": ("bridge/service/streams/sse.py", "tests/unit/test_sse.py"),
+    "gathering": ("bridge/service/broker/gathering.py", "tests/unit/test_gathering.py"),
     "budgets": ("bridge/service/budgets.py", "tests/unit/test_budgets.py"),
     "recall": ("bridge/service/streams/recall.py", "tests/unit/test_recall.py"),
     "requesthead": ("bridge/service/http/requesthead.py", "tests/unit/test_requesthead.py"),

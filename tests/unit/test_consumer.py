@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,20 @@ import pytest
 from structlog.testing import capture_logs
 
 from bridge.service.broker import consumer
-from bridge.service.broker.consumer import ACK_SECONDS, GATHER_SECONDS, LARGE_BYTES, MANY, QUIET_SECONDS, TALK_SECONDS
+from bridge.service.broker.consumer import (
+    ACK_SECONDS,
+    LARGE_BYTES,
+    MANY,
+    QUIET_SECONDS,
+    SUCCESSION_SECONDS,
+    TALK_SECONDS,
+)
 from bridge.service.broker.deliveries import HEARTBEAT, Deliveries
+from bridge.service.broker.gathering import MEASURE_SECONDS, MOST_SECONDS
 from tests.raw_amqp import frame
 from tests.unit.test_deliveries import CHANNEL, message
 
-GAP = 2 * GATHER_SECONDS
+PAUSE_SECONDS = 0.01
 
 
 class Timer:
@@ -80,6 +89,8 @@ class Connection:
         self.socket = Transport()
         self.reader._clock = self.clock  # type: ignore[assignment]
         self.reader.writer = self.socket  # type: ignore[assignment]
+        self.reader._gathering._since = self.clock.now  # Nothing is measured in the first `MEASURE_SECONDS`.
+        self.reader._gathering.seconds = PAUSE_SECONDS  # As on a busy process.
         self.tag = 0
 
     def bring(self, count: int = 1, size: int = 1) -> None:
@@ -104,18 +115,30 @@ async def to() -> Connection:
 def test_a_delivery_that_comes_alone_is_not_delayed(to: Connection) -> None:
     to.bring()
     assert (to.bodies, to.socket.is_paused) == ([b"x"], False)
-    to.clock.go(GAP)
+    to.clock.go(SUCCESSION_SECONDS)
     to.bring()
     assert not to.socket.is_paused
 
 
 def test_after_a_burst_reading_pauses_for_a_moment(to: Connection) -> None:
     to.bring()
-    to.clock.go(GATHER_SECONDS / 2)
+    to.clock.go(SUCCESSION_SECONDS / 2)
     to.bring()
     assert to.socket.is_paused
-    to.clock.go(GATHER_SECONDS)
+    to.clock.go(PAUSE_SECONDS)
     assert not to.socket.is_paused
+
+
+def test_while_the_process_has_time_reading_does_not_pause(to: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = to.reader._gathering._cpu
+    monkeypatch.setattr(time, "thread_time", lambda: cpu)
+    for busy, is_paused in ((0.0, False), (1.0, True), (0.0, False)):
+        cpu += busy * MEASURE_SECONDS
+        to.clock.go(MEASURE_SECONDS)
+        to.bring()
+        to.bring()
+        assert to.socket.is_paused is is_paused
+        to.clock.go(MOST_SECONDS)
 
 
 @pytest.mark.parametrize(("count", "size"), [(MANY, 1), (1, LARGE_BYTES)])

@@ -41,6 +41,7 @@ LAYERS = [
         "service.descriptors",
         "service.http.claims",
         "service.broker.deliveries",
+        "service.broker.gathering",
     ],
     ["service.logs", "service.http.requesthead"],
     ["service.streams.sse", "service.streams.cursor", "service.streams.deadlines"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self, SupportsIndex, cast
@@ -20,10 +21,11 @@ from yarl import URL
 
 from bridge import amqp
 from bridge.service.broker.deliveries import HEARTBEAT, Deliveries, Sink
+from bridge.service.broker.gathering import Gathering
 
-GATHER_SECONDS = 0.016
-"""Pause in reading after deliveries in quick succession, so that the next read returns more of them. 16 ms is one frame
-of a screen. A single event is not delayed."""
+SUCCESSION_SECONDS = 0.032
+"""Deliveries that follow others within this time may be followed by a pause in reading. A single event is not
+delayed."""
 
 TALK_SECONDS = 0.1
 """Reading does not pause for this long after an answer of RabbitMQ: more answers may be awaited."""
@@ -105,9 +107,8 @@ async def _unexpected(message: DeliveredMessage) -> None:
 class _Reader(asyncio.StreamReader):
     """The library's view of a connection: everything except deliveries.
 
-    After deliveries in quick succession, the reader pauses for `GATHER_SECONDS`, so that the next read returns more of
-    them. Waking a process costs more than reading an event, because other programs have filled the caches (figures in
-    docs/decisions/07).
+    While the process is busy, reading pauses after deliveries in quick succession, so that the next read returns more
+    of them (`gathering`).
     """
 
     def __init__(self, deliveries: Deliveries, write_batch: Batch) -> None:
@@ -116,7 +117,8 @@ class _Reader(asyncio.StreamReader):
         self._write_batch = write_batch
         self._clock = asyncio.get_running_loop()
         self._passed_at = self._answered_at = self._delivered_at = self._acked_at = 0.0
-        self._gathering = False
+        self._gathering = Gathering(self._clock.time(), time.thread_time())
+        self._paused = False
         self._ack_timer: asyncio.TimerHandle | None = None
         self.writer: asyncio.StreamWriter
 
@@ -141,14 +143,17 @@ class _Reader(asyncio.StreamReader):
             super().feed_data(passed)
 
     def _on_delivered(self, now: float, count: int, size: int) -> None:
-        busy = now - self._delivered_at < 2 * GATHER_SECONDS
+        if self._gathering.is_due(now):
+            self._gathering.measure(now, time.thread_time())
+        in_succession = now - self._delivered_at < SUCCESSION_SECONDS
         # While queues are made, each command waits for the answer to the one before it. A pause would delay them all.
         awaits_answers = now - self._answered_at < TALK_SECONDS
         is_small = count < MANY and size < LARGE_BYTES
-        if busy and not awaits_answers and is_small and not self._gathering:
-            self._gathering = True
+        seconds = self._gathering.seconds
+        if seconds and in_succession and not awaits_answers and is_small and not self._paused:
+            self._paused = True
             cast("asyncio.Transport", self.writer.transport).pause_reading()
-            self._clock.call_later(GATHER_SECONDS, self._resume_reading)
+            self._clock.call_later(seconds, self._resume_reading)
         self._delivered_at = now
         if self._deliveries.unacked >= MANY or now - self._acked_at >= ACK_SECONDS:
             self._ack()
@@ -156,7 +161,7 @@ class _Reader(asyncio.StreamReader):
             self._ack_timer = self._clock.call_later(ACK_SECONDS, self._ack)
 
     def _resume_reading(self) -> None:
-        self._gathering = False
+        self._paused = False
         if not self.writer.is_closing():
             cast("asyncio.Transport", self.writer.transport).resume_reading()
 
