@@ -30,9 +30,11 @@ COMPARED: dict[str, Case] = {
 ALONE: dict[str, Case] = {
     "log": cases.log_reading,
     "back": cases.back,
+    "restart": cases.restart,
+    "killed": cases.killed,
     "big": lambda bench, peer: cases.users(bench, peer, count=10_000, rate=1_000, seconds=30),
 }
-GROWTH = (100, 300, 1_000, 3_000, 10_000)
+GROWTH = (100, 500, 1_000, 3_000, 10_000)
 
 
 def main() -> int:
@@ -46,7 +48,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # So that all started processes are ended.
     chosen = options.cases.split(",")
     chosen_peers = [peer for peer in peers.PEERS if peer.name in options.peers.split(",")]
-    bridge = peers.PEERS[0]
     peers.folder()
     results: report.Results = {}
     began = time.monotonic()
@@ -66,14 +67,15 @@ def main() -> int:
                     for peer in chosen_peers:
                         if case in chosen and case in peer.cases:
                             record(case, peer.name, run(bench, peer))
-                if round_number > 0 or bridge not in chosen_peers:
-                    continue
-                for case, run in ALONE.items():
-                    if case in chosen:
-                        record(case, bridge.name, run(bench, bridge))
-                for count in GROWTH if "growth" in chosen else ():
-                    figures = cases.users(bench, bridge, count=count, rate=1_000)
-                    record("growth", bridge.name, {"connections": count, **figures})
+                for peer in chosen_peers if round_number == 0 else ():
+                    if peer.name not in report.FEEDS.values():
+                        continue
+                    for case, run in ALONE.items():
+                        if case in chosen:
+                            record(case, peer.name, run(bench, peer))
+                    for count in GROWTH if "growth" in chosen else ():
+                        figures = cases.users(bench, peer, count=count, rate=1_000)
+                        record("growth", peer.name, {"connections": count, **figures})
         except KeyboardInterrupt:
             print("interrupted; the results so far:", file=sys.stderr)
         finally:
@@ -81,7 +83,7 @@ def main() -> int:
 
     text = report.markdown(results)
     if "bridge" in options.peers.split(","):
-        text = report.verdicts(results) + "\n" + text
+        text = report.verdicts(results) + "\n" + report.OTHERS + "\n" + text
     found = report.warnings(results)
     if found:
         text += "Warnings about the measurement:\n\n" + "\n".join(f"- {warning}" for warning in found) + "\n"

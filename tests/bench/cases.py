@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import secrets
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from bridge import Audience, Publisher
+from bridge.samples.jobs import JobProgress
 from deploy.local.node import Node, free_ports
 from tests.bench.peers import Peer, Server
-from tests.bench.process import Load, Publisher, cpu_seconds, resident_bytes
+from tests.bench.process import Load, Source, cpu_seconds, resident_bytes
 
 WARM_UP_SECONDS = 2.0
 
@@ -41,8 +46,8 @@ class Bench:
             server.end()
             self.node.ctl("delete_vhost", vhost)
 
-    def publish(self, vhost: str, *, rate: float, seconds: float, keys: list[str]) -> Publisher:
-        return Publisher(self.node.port, vhost, rate=rate, seconds=seconds, keys=keys)
+    def publish(self, vhost: str, *, rate: float, seconds: float, keys: list[str]) -> Source:
+        return Source(self.node.port, vhost, rate=rate, seconds=seconds, keys=keys)
 
     def cpu(self, server: Server) -> tuple[float, float]:
         """CPU seconds of the server and of the broker so far."""
@@ -192,6 +197,57 @@ def back(bench: Bench, peer: Peer, *, count: int = 2_000, away: float = 30, rate
             "twice": report["twice"],
             "server_cpu_s": server_after - server_before,
         }
+
+
+def restart(bench: Bench, peer: Peer, *, count: int = 3_000) -> Figures:
+    """Kills RabbitMQ with SIGKILL, and starts it again: seconds from its first answer until all streams are live."""
+    names = [f"u{number}" for number in range(count)]
+    with bench.running(peer) as (server, load, vhost):
+        open_in_waves(load, server, names)
+        server_before, _ = bench.cpu(server)
+        bench.node.kill()
+        bench.node.start()
+        up_ns = time.time_ns()
+        load.ask("since", since_ns=up_ns)
+        # Four broadcasts a second, more would slow the streams down. A stream gets its first one when it is live.
+        deadline = time.monotonic() + 60
+        while len(first := load.ask("first", since_ns=up_ns)["first"]) < count and time.monotonic() < deadline:
+            bench.publish(vhost, rate=4, seconds=0.25, keys=["all.job.progress"]).done()
+            time.sleep(0.2)
+        server_after, _ = bench.cpu(server)
+        return {
+            "all_live_s": max((first.get(name, float("inf")) for name in names), default=0.0),
+            "missing": count - len(first),
+            "server_cpu_s": server_after - server_before,
+        }
+
+
+def killed(bench: Bench, peer: Peer, *, count: int = 5_000) -> Figures:
+    """Kills the server of many streams with SIGKILL: the longest time that RabbitMQ takes to confirm an event."""
+    with bench.running(peer) as (server, load, vhost):
+        open_in_waves(load, server, [f"u{number}" for number in range(count)])
+        url = f"amqp://guest:guest@127.0.0.1:{bench.node.port}/{vhost}"
+        before, after = asyncio.run(_confirm_times(url, lambda: os.kill(server.pids[0], signal.SIGKILL)))
+        return {"stall_before_ms": max(before) * 1000, "stall_ms": max(after) * 1000}
+
+
+async def _confirm_times(url: str, kill: Callable[[], None]) -> tuple[list[float], list[float]]:
+    """How long each event took until its confirm, for three seconds before `kill` and ten seconds after it."""
+
+    async def publish(seconds: float) -> list[float]:
+        taken = []
+        end = time.monotonic() + seconds
+        while (began := time.monotonic()) < end:
+            await publisher.publish(Audience.user("somebody"), JobProgress(job_id="1", percent=1))
+            taken.append(time.monotonic() - began)
+            await asyncio.sleep(0.002)
+        return taken
+
+    async with Publisher(url, source="/bench") as publisher:
+        await publish(0.5)
+        before = await publish(3)
+        kill()
+        return before, await publish(10)
 
 
 def log_reading(bench: Bench, peer: Peer, *, entries: int = 300_000) -> Figures:

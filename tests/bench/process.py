@@ -120,7 +120,7 @@ class Load:
         self._child.end()
 
 
-class Publisher:
+class Source:
     """The process of `tests.bench.publish`."""
 
     def __init__(self, port: int, vhost: str, *, rate: float, seconds: float, keys: list[str]) -> None:
