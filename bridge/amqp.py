@@ -193,8 +193,8 @@ def _text(error: BaseException) -> str:
 
 
 async def connect(
-    addresses: Sequence[str], *, name: str, make: Callable[[URL], Connection] | None = None
-) -> Connection:
+    addresses: Sequence[str], *, name: str, make: Callable[[URL], BrokerConnection] | None = None
+) -> BrokerConnection:
     """Opens a connection to the first address that accepts one. The order of the addresses is random.
 
     The connection is plain, not robust: a robust one restores its queues one after another, and one refused queue
@@ -203,7 +203,7 @@ async def connect(
     Args:
         addresses: AMQP URLs. A `heartbeat` in the URL replaces the default of 10 s.
         name: shown in RabbitMQ's list of connections.
-        make: creates the connection for a URL, not yet open. The default is `Connection`.
+        make: creates the connection for a URL, not yet open. The default is `BrokerConnection`.
 
     Raises:
         BrokerError: no address accepted the connection. It is the error of the last address tried, and names it.
@@ -217,7 +217,7 @@ async def connect(
         quiet = _quiet.set(True)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                connection = (make or Connection)(url)
+                connection = (make or BrokerConnection)(url)
                 await connection.connect()
                 return connection
         except (*ERRORS, TimeoutError) as error:
@@ -335,7 +335,7 @@ class _Underlay(UnderlayConnection):
         return connection
 
 
-class Connection(aio_pika.Connection):
+class BrokerConnection(aio_pika.Connection):
     """A plain connection of aio-pika that the garbage collector does not close. Made by `connect`."""
 
     def __del__(self) -> None:

@@ -32,7 +32,7 @@ from bridge.publisher import (
     error_of_batch,
 )
 from bridge.routing import Audience
-from bridge.sender import PIPELINE_EVENTS, Message, Progress
+from bridge.sender import PIPELINE_EVENTS, Message, PipelineProgress
 
 MARGIN_SECONDS = 2.0
 """A call raises this long after its timeout, if the thread of the event loop does not answer."""
@@ -321,10 +321,10 @@ class _Batch:
             return failed.error
         return None
 
-    def progress(self) -> Progress:
+    def progress(self) -> PipelineProgress:
         """The progress of the pipeline, read in the loop's thread because the pipeline may still be running there."""
 
-        async def ask() -> Progress:
+        async def ask() -> PipelineProgress:
             return self._pipeline.progress()
 
         try:

@@ -28,7 +28,7 @@ from bridge.roundtrip import zoneless_times
 from bridge.routing import Audience, RoutingError
 
 if TYPE_CHECKING:
-    from bridge.service.broker.quarantine import Refused
+    from bridge.service.broker.quarantine import RefusedMessage
     from bridge.service.settings import BrokerSettings, Kind, PublicSettings, Settings
 
 BAD_INPUT = 2
@@ -495,7 +495,7 @@ async def replay_refused(limit: int) -> None:
     catalogue = _catalogue(loaded.schemas)
     sent = left = 0
     try:
-        messages: AsyncIterator[tuple[Refused, InvalidEvent | None]] = replay(
+        messages: AsyncIterator[tuple[RefusedMessage, InvalidEvent | None]] = replay(
             loaded.addresses,
             queue=loaded.quarantine,
             exchange=loaded.exchange,
@@ -515,7 +515,7 @@ async def replay_refused(limit: int) -> None:
     sys.exit(1 if left else 0)
 
 
-def _shown(message: Refused, error: InvalidEvent | None = None) -> str:
+def _shown(message: RefusedMessage, error: InvalidEvent | None = None) -> str:
     return json.dumps(
         {
             "reason": error.reason if error else message.reason,

@@ -257,7 +257,7 @@ def _read(body: bytes, routing_key: str, models: Models) -> Event:
     return Event(id=envelope["id"], type=event_type, text=b'{%b,"data":%b}' % (head.encode(), data))
 
 
-class _Refused(ValueError):
+class _AmbiguousJson(ValueError):
     """The body contains JSON that Python accepts, but that is invalid or that parsers read in different ways."""
 
 
@@ -267,19 +267,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # Parsers differ in which of the two they use (RFC 8259, section 4): a page could show the unvalidated one.
         seen: set[str] = set()
         name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise _Refused(f"the member {name[:100]!r} occurs twice in one object")
+        raise _AmbiguousJson(f"the member {name[:100]!r} occurs twice in one object")
     return members
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise _Refused(f"the number {text[:40]} is out of range")
+        raise _AmbiguousJson(f"the number {text[:40]} is out of range")
     return number
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise _Refused(f"{name} is not JSON (RFC 8259, section 6)")
+    raise _AmbiguousJson(f"{name} is not JSON (RFC 8259, section 6)")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_constant)
@@ -305,7 +305,7 @@ def _parse(body: bytes) -> dict[str, Any]:
         value = _decode(text)
     except json.JSONDecodeError as error:
         raise Malformed(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except _Refused as error:
+    except _AmbiguousJson as error:
         raise Malformed(str(error)) from None
     except ValueError:  # Python's limit (sys.set_int_max_str_digits): the time to read a number grows with its square.
         raise Malformed("a number has more than 4,300 digits") from None

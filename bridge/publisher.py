@@ -43,7 +43,7 @@ from bridge.event import (
 )
 from bridge.roundtrip import declaring_class, find_loss
 from bridge.routing import Audience, RoutingError
-from bridge.sender import Message, Pipeline, Progress, Sender
+from bridge.sender import Message, Pipeline, PipelineProgress, Sender
 
 if TYPE_CHECKING:
     from bridge.blocking import BlockingPublisher
@@ -380,7 +380,7 @@ class EventWriter:
             loss = find_loss(data, text)
         except InvalidEvent as error:
             raise EventRefused(f"{event_type} for {audience}: {error}", id=str(envelope["id"])) from error
-        except (RoutingError, _Refused) as error:
+        except (RoutingError, _InvalidAttribute) as error:
             raise EventRefused(f"{event_type} for {audience}: {error}") from error
         except ValidationError as error:
             raise EventRefused(f"{event_type} for {audience}: {describe_faults(error)}") from error
@@ -422,7 +422,7 @@ class ItemRefused(Exception):
         super().__init__(str(error))
 
 
-class _Refused(ValueError):
+class _InvalidAttribute(ValueError):
     """An attribute is invalid. The message names it and says how to fix it."""
 
 
@@ -444,12 +444,12 @@ def _read_attributes(attributes: Mapping[str, Attribute]) -> dict[str, str]:
     for name, value in attributes.items():
         if name not in _NAMES:
             hint = "its class gives the type" if name == "type" else "pages get only these; put it into the data"
-            raise _Refused(f"{name[:100]!r} is not an attribute to pass ({', '.join(sorted(_NAMES))}): {hint}")
+            raise _InvalidAttribute(f"{name[:100]!r} is not an attribute to pass ({', '.join(sorted(_NAMES))}): {hint}")
         if value is None:
             continue
         if name == "time" and isinstance(value, datetime):
             if value.tzinfo is None:
-                raise _Refused(f"time is {value.isoformat()}, without a zone: pass datetime.now(UTC)")
+                raise _InvalidAttribute(f"time is {value.isoformat()}, without a zone: pass datetime.now(UTC)")
             found[name] = _rfc3339(value)
         elif isinstance(value, str):
             found[name] = value
@@ -457,7 +457,7 @@ def _read_attributes(attributes: Mapping[str, Attribute]) -> dict[str, str]:
             found[name] = str(value)
         else:
             takes = {"id": "a str, an int or a UUID", "time": "a datetime with a zone, or RFC 3339 text"}
-            raise _Refused(f"{name} must be {takes.get(name, 'a str')}, not {value!r:.80}")
+            raise _InvalidAttribute(f"{name} must be {takes.get(name, 'a str')}, not {value!r:.80}")
     return found
 
 
@@ -470,20 +470,20 @@ def _rfc3339(time: datetime) -> str:
 def _check_trace_context(envelope: Mapping[str, str]) -> None:
     """
     Raises:
-        _Refused: the bridge would drop one of the two; see `read_trace_context`.
+        _InvalidAttribute: the bridge would drop one of the two; see `read_trace_context`.
     """
     kept = read_trace_context(envelope)
     if "traceparent" in envelope.keys() - kept.keys():
-        raise _Refused(
+        raise _InvalidAttribute(
             f"traceparent is {envelope['traceparent']!r:.80}, which is not valid in W3C Trace Context: leave it out, "
             "or pass it as in 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
         )
     if "tracestate" in envelope.keys() - kept.keys():
         if not kept:
-            raise _Refused(
+            raise _InvalidAttribute(
                 "tracestate is given without a traceparent, and has no meaning alone: pass both, or leave it out"
             )
-        raise _Refused(
+        raise _InvalidAttribute(
             f"tracestate is {envelope['tracestate']!r:.80}, which is not valid in W3C Trace Context: leave it out, "
             "or pass key=value pairs joined by commas"
         )
@@ -535,7 +535,7 @@ async def settle(pipeline: Pipeline, limit: float) -> BaseException | None:
     return None
 
 
-def error_of_batch(error: BaseException, failure: BaseException | None, progress: Progress) -> BaseException:
+def error_of_batch(error: BaseException, failure: BaseException | None, progress: PipelineProgress) -> BaseException:
     """What `publish_many` raises, with its cause.
 
     Args:
@@ -552,7 +552,7 @@ def error_of_batch(error: BaseException, failure: BaseException | None, progress
     return made
 
 
-def batch_error(error: BaseException, progress: Progress) -> PublishError:
+def batch_error(error: BaseException, progress: PipelineProgress) -> PublishError:
     """The PublishError for a failed batch. It names the first unconfirmed event."""
     rest = {entry.index: entry.message.id for entry in progress.unconfirmed}
     if not progress.unconfirmed:
@@ -570,7 +570,7 @@ def batch_error(error: BaseException, progress: Progress) -> PublishError:
     )
 
 
-def report_progress(error: BaseException, progress: Progress) -> BaseException:
+def report_progress(error: BaseException, progress: PipelineProgress) -> BaseException:
     """Adds the number of confirmed events to the error that ended a batch, and returns the error to raise."""
     confirmed, rest = progress.confirmed, {entry.index: entry.message.id for entry in progress.unconfirmed}
     if isinstance(error, ItemRefused):

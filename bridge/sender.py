@@ -326,7 +326,7 @@ def _look_at_failure(task: asyncio.Task[AbstractChannel]) -> None:
 # Many messages in order
 
 
-class Entry:
+class WindowEntry:
     """A message of a `Window`.
 
     `index` counts the added messages from 0. `deadline` is the loop's time, in seconds, until which it must be
@@ -352,7 +352,7 @@ class Window:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._entries: deque[Entry] = deque()
+        self._entries: deque[WindowEntry] = deque()
         self._unsent = 0
         """The number of entries at the right end that must be sent."""
         self.added = 0
@@ -367,23 +367,23 @@ class Window:
         return len(self._entries) >= self._size
 
     @property
-    def head(self) -> Entry:
+    def head(self) -> WindowEntry:
         """The first unconfirmed entry. The window must not be empty."""
         return self._entries[0]
 
     def add(self, message: Message, deadline: float) -> None:
         assert not self.is_full, "the caller waits for room"
-        self._entries.append(Entry(self.added, message, deadline))
+        self._entries.append(WindowEntry(self.added, message, deadline))
         self.added += 1
         self._unsent += 1
 
-    def take_unsent(self) -> list[Entry]:
+    def take_unsent(self) -> list[WindowEntry]:
         """Returns the entries to send now, in this order, and counts them as sent."""
         taken = [entry for entry in self._last(self._unsent) if not entry.is_confirmed]
         self._unsent = 0
         return taken
 
-    def confirm(self, entry: Entry) -> None:
+    def confirm(self, entry: WindowEntry) -> None:
         entry.is_confirmed = True
         while self._entries and self._entries[0].is_confirmed:
             self._entries.popleft()
@@ -394,15 +394,15 @@ class Window:
         self._unsent = len(self._entries)
 
     @property
-    def unconfirmed(self) -> list[Entry]:
+    def unconfirmed(self) -> list[WindowEntry]:
         return [entry for entry in self._entries if not entry.is_confirmed]
 
-    def _last(self, count: int) -> Iterator[Entry]:
+    def _last(self, count: int) -> Iterator[WindowEntry]:
         return (self._entries[at] for at in range(len(self._entries) - count, len(self._entries)))
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PipelineProgress:
     """The progress of a `Pipeline`.
 
     Attributes:
@@ -411,7 +411,7 @@ class Progress:
     """
 
     confirmed: int
-    unconfirmed: list[Entry]
+    unconfirmed: list[WindowEntry]
 
 
 class Pipeline:
@@ -441,9 +441,9 @@ class Pipeline:
         self._changed = asyncio.Event()
         self._next_pause = amqp.pauses()
 
-    def progress(self) -> Progress:
+    def progress(self) -> PipelineProgress:
         """The progress at this moment."""
-        return Progress(self._window.confirmed, self._window.unconfirmed)
+        return PipelineProgress(self._window.confirmed, self._window.unconfirmed)
 
     async def put(self, message: Message) -> None:
         """Takes a message once the window has room.
@@ -481,7 +481,7 @@ class Pipeline:
             self._tasks.add(task)
             task.add_done_callback(partial(self._settle, entry))
 
-    def _settle(self, entry: Entry, task: asyncio.Task[None]) -> None:
+    def _settle(self, entry: WindowEntry, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._changed.set()
         if task.cancelled():

@@ -35,7 +35,7 @@ from bridge.publisher import (
 )
 from bridge.roundtrip import declaring_class
 from bridge.routing import Audience
-from bridge.sender import PIPELINE_EVENTS, Entry, Message, Pipeline, Progress, Sender
+from bridge.sender import PIPELINE_EVENTS, Message, Pipeline, PipelineProgress, Sender, WindowEntry
 
 URL = "amqp://fake/"
 """A placeholder: a fake never connects."""
@@ -166,7 +166,7 @@ class FakePublisher(_Recording, Publisher):
         super().__init__(
             url, source=source, exchange=exchange, timeout=timeout, max_event_bytes=max_event_bytes, log=log
         )
-        self._writer = _Writer(source=source, exchange=exchange, max_event_bytes=max_event_bytes, log=log)
+        self._writer = _RecordingWriter(source=source, exchange=exchange, max_event_bytes=max_event_bytes, log=log)
         self._connect(_Record())
 
     def _connect(self, record: _Record) -> None:
@@ -217,7 +217,7 @@ class FakeBlockingPublisher(_Recording, BlockingPublisher):
         )
         self._record = _Record()
         self._make = lambda: _connected(make(), self._record)
-        self._writer = _Writer(source=source, exchange=exchange, max_event_bytes=max_event_bytes, log=log)
+        self._writer = _RecordingWriter(source=source, exchange=exchange, max_event_bytes=max_event_bytes, log=log)
 
 
 def _connected(fake: FakePublisher, record: _Record) -> FakePublisher:
@@ -226,7 +226,7 @@ def _connected(fake: FakePublisher, record: _Record) -> FakePublisher:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class _Passed(Message):
+class _MessageWithEvent(Message):
     """A message together with the event that it was made from."""
 
     audience: Audience
@@ -234,11 +234,11 @@ class _Passed(Message):
     max_event_bytes: int
 
 
-class _Writer(EventWriter):
+class _RecordingWriter(EventWriter):
     def message(self, audience: Audience, data: EventData, attributes: Mapping[str, Attribute]) -> Message:
         made = super().message(audience, data, attributes)
         values = {field.name: getattr(made, field.name) for field in fields(made)}
-        return _Passed(**values, audience=audience, data=data, max_event_bytes=self._max_event_bytes)
+        return _MessageWithEvent(**values, audience=audience, data=data, max_event_bytes=self._max_event_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,14 +277,14 @@ class _Record:
         return failure
 
     def add(self, message: Message) -> None:
-        assert isinstance(message, _Passed), "made by this module's writer"
+        assert isinstance(message, _MessageWithEvent), "made by this module's writer"
         made = _read(message)
         is_repeat = (made.audience, made.id) in self._ids
         self._ids.add((made.audience, made.id))
         (self.repeats if is_repeat else self.published).append(made)
 
 
-def _read(message: _Passed) -> Published:
+def _read(message: _MessageWithEvent) -> Published:
     """The event as the bridge reads it and a page gets it."""
     kind = declaring_class(type(message.data))
     models = {kind.event_type: kind}
@@ -316,10 +316,10 @@ class _FakePipeline(Pipeline):
         self._record = sender.record
         self._added = 0
         self._planned: _Failure | None = None
-        self._unconfirmed: list[Entry] = []
+        self._unconfirmed: list[WindowEntry] = []
 
-    def progress(self) -> Progress:
-        return Progress(self._added - len(self._unconfirmed), list(self._unconfirmed))
+    def progress(self) -> PipelineProgress:
+        return PipelineProgress(self._added - len(self._unconfirmed), list(self._unconfirmed))
 
     async def put(self, message: Message) -> None:
         await asyncio.sleep(0)
@@ -330,7 +330,7 @@ class _FakePipeline(Pipeline):
         elif self._planned.arrived:
             self._record.add(message)
         if self._planned is not None:
-            self._unconfirmed.append(Entry(self._added, message, deadline=0.0))
+            self._unconfirmed.append(WindowEntry(self._added, message, deadline=0.0))
         self._added += 1
 
     async def drain(self) -> None:

@@ -94,7 +94,7 @@ def typescript(catalogue: Catalogue) -> str:
     """A TypeScript module: one interface for each model, a map from event type to data, and the union of all events."""
     names, definitions = received(catalogue)
     known = _identifiers(definitions)
-    writer = _Writer(known)
+    writer = _TypeScriptWriter(known)
     parts = [_PREAMBLE, *(writer.declare(known[name], schema) for name, schema in definitions.items())]
     members = "".join(f"{_INDENT}{json.dumps(kind)}: {known[names[kind]]};\n" for kind in catalogue)
     return "\n".join([*parts, f"export interface EventDataByType {{\n{members}}}\n"]) + _UNION
@@ -135,7 +135,7 @@ def _group(text: str) -> str:
     return f"({text})" if " | " in text or " & " in text else text
 
 
-class _Writer:
+class _TypeScriptWriter:
     """Writes TypeScript types. TypeScript has no lengths, patterns or ranges; the bridge has validated these."""
 
     def __init__(self, known: dict[str, str]) -> None:

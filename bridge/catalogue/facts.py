@@ -121,11 +121,11 @@ _LONGEST = 300
 def describe(model: type[BaseModel]) -> Schema:
     """The JSON Schema of a model's data as a publisher writes it. In `$defs` it also has the data as a page receives
     it."""
-    published = model.model_json_schema(by_alias=True, mode="validation", schema_generator=_Published)
+    published = model.model_json_schema(by_alias=True, mode="validation", schema_generator=_PublishedFacts)
     received = model.model_json_schema(
         by_alias=True,
         mode="serialization",
-        schema_generator=_Received,
+        schema_generator=_ReceivedFacts,
         ref_template=f"#/$defs/{RECEIVED}/$defs/{{model}}",
     )
     definitions = {**published.pop("$defs", {}), RECEIVED: received}
@@ -171,7 +171,7 @@ class _WithFacts(dialects.Generator):
         raise NotImplementedError
 
 
-class _Published(_WithFacts):
+class _PublishedFacts(_WithFacts):
     """The data that a publisher may send."""
 
     def _facts(self, core: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +280,7 @@ class _Published(_WithFacts):
     _facts_of_function_plain = _facts_of_function_before
 
 
-class _Received(_WithFacts, dialects.Received):
+class _ReceivedFacts(_WithFacts, dialects.Received):
     """The data that a page receives."""
 
     def _facts(self, core: Any, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from pamqp.commands import Basic
 
-from bridge.sender import Entry, Message, Window
+from bridge.sender import Message, Window, WindowEntry
 
 SIZE = 5
 
@@ -22,7 +22,7 @@ class Batch(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.window = Window(SIZE)
-        self.in_flight: list[Entry] = []
+        self.in_flight: list[WindowEntry] = []
         self.arrived: list[int] = []
         """In the order of arrival, with repeats."""
         self.certain: set[int] = set()

@@ -21,7 +21,7 @@ def test_a_connection_that_failed_may_be_forgotten_in_any_thread() -> None:
 
     async def fail() -> None:
         amqp._quiet.set(True)  # A kept log record would hold the error, and that the connection.
-        connection = amqp.Connection(URL(f"amqp://127.0.0.1:{port}/"))
+        connection = amqp.BrokerConnection(URL(f"amqp://127.0.0.1:{port}/"))
         left.append(connection)
         with contextlib.suppress(ConnectionError):
             await connection.connect()

@@ -16,7 +16,7 @@ from bridge.service.http.auth import Subscriber
 from bridge.service.metrics import Metrics
 from bridge.service.streams.cursor import Anchor
 from bridge.service.streams.deadlines import POSITION_SECONDS, Deadlines
-from bridge.service.streams.hub import Connection, Hub, Refused, StreamRequest
+from bridge.service.streams.hub import Connection, Hub, StreamRefused, StreamRequest
 from bridge.service.streams.reader import EventReader
 from bridge.service.streams.session import Session, State
 from tests.events import make_event
@@ -242,7 +242,7 @@ class Openings:
         )
         try:
             self.hub.detach(self.hub.attach(request, lambda: None))
-        except Refused as refused:
+        except StreamRefused as refused:
             self.refused = refused
             return refused.cause
         return "opened"

@@ -12,7 +12,7 @@ from bridge.event import Cut
 from bridge.routing import Audience, TypeFilter
 from bridge.service.broker import lookup
 from bridge.service.broker.lookup import LogQuestion, LookUp, Matches
-from bridge.service.broker.quarantine import Refused
+from bridge.service.broker.quarantine import RefusedMessage
 from bridge.service.streams.cursor import Anchor
 from deploy.local.node import free_ports
 from tests.unit.loopback import BODY, CATALOGUE, KEY, until
@@ -159,7 +159,7 @@ def test_an_entry_as_it_is_shown() -> None:
 
 
 def test_a_refused_message_as_it_is_shown() -> None:
-    message = Refused(body=Cut(b"abc", 5_000), routing_key="all.x", reason="too-large", detail="d")
+    message = RefusedMessage(body=Cut(b"abc", 5_000), routing_key="all.x", reason="too-large", detail="d")
     shown = lookup._shown_refused(message)
     assert (shown["bytes"], shown["is_cut"], shown["audience"]) == (5_000, True, "all")
     assert shown["refused"] == {"reason": "too-large", "detail": "d"}

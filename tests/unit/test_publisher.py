@@ -13,7 +13,7 @@ import pytest
 from bridge import Audience, EventData, EventRefused, Publisher
 from bridge.event import read_event
 from bridge.publisher import Attribute, EventWriter, ItemRefused, as_text, batch_error
-from bridge.sender import Progress
+from bridge.sender import PipelineProgress
 
 
 class Done(EventData, type="test.done"):
@@ -126,7 +126,7 @@ def test_an_item_of_a_batch_that_is_none() -> None:
 
 
 def test_a_batch_that_fails_before_anything_was_sent() -> None:
-    error = batch_error(ConnectionError("away"), Progress(0, []))
+    error = batch_error(ConnectionError("away"), PipelineProgress(0, []))
     assert (error.confirmed, error.index, error.id) == (0, None, "")
 
 

@@ -65,6 +65,7 @@ LAYERS = [
 PURE = [
     *("routing", "event", "trial", "catalogue.dialects", "catalogue.evolution", "catalogue.exports"),
     *("service.health", "service.broker.deliveries", "service.budgets", "service.broker.scans"),
+    "service.broker.gathering",
     *("service.http.claims", "service.http.headers", "service.http.openapi", "service.http.requesthead"),
     *("service.streams.sse", "service.streams.cursor", "service.streams.deadlines"),
     *("service.streams.streamevent", "service.streams.progress", "service.streams.recall", "service.streams.session"),
@@ -93,6 +94,15 @@ def imports_of(node: ast.AST) -> set[str]:
 @cache
 def imports(name: str) -> set[str]:
     return imports_of(ast.parse(FILES[name].read_text()))
+
+
+def test_a_class_name_is_used_once_in_the_package() -> None:
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "bridge").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name.lstrip("_"), []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
 
 
 def test_every_file_has_its_layer() -> None:

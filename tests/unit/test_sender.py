@@ -165,7 +165,7 @@ def filled(count: int) -> Window:
     return window
 
 
-def bodies(entries: list[sender.Entry]) -> list[int]:
+def bodies(entries: list[sender.WindowEntry]) -> list[int]:
     return [int(entry.message.body) for entry in entries]
 
 

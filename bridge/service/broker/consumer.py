@@ -104,7 +104,7 @@ async def _unexpected(message: DeliveredMessage) -> None:
     raise AssertionError(f"a delivery arrived through the library: {message.delivery!r}")
 
 
-class _Reader(asyncio.StreamReader):
+class _LibraryReader(asyncio.StreamReader):
     """The library's view of a connection: everything except deliveries.
 
     While the process is busy, reading pauses after deliveries in quick succession, so that the next read returns more
@@ -189,7 +189,7 @@ class _Transport(TransportFactory):
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         context = await kwargs.pop("ssl_context_provider").get_context() if url.scheme == "amqps" else None
         loop = asyncio.get_running_loop()
-        reader = _Reader(self.deliveries, self._write_batch)
+        reader = _LibraryReader(self.deliveries, self._write_batch)
         protocol = asyncio.StreamReaderProtocol(reader)
         assert url.host is not None, "parse_urls requires a host"
         port = url.port or (5671 if context else 5672)
@@ -198,7 +198,7 @@ class _Transport(TransportFactory):
         return reader, reader.writer
 
 
-class ConsumingConnection(amqp.Connection):
+class ConsumingConnection(amqp.BrokerConnection):
     """A connection whose deliveries are cut out before the library reads them, so that no delivery can break it."""
 
     @classmethod

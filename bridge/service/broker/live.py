@@ -118,7 +118,7 @@ def describe_channels(channels: int) -> str:
     return line if workers == CHANNEL_WORKERS else f"{line}: streams are opened more slowly than with {_ALL_CHANNELS}"
 
 
-class Subscription:
+class QueueSubscription:
     """The queues of one stream: a live queue of its own, and its groups on the shared queue.
 
     Made by `Broker.subscribe`. The callbacks run in the event loop, never inside `subscribe` or `close`:
@@ -216,7 +216,7 @@ class Broker(ConsumingFeed):
         self._write_watermark = write_watermark
         self.on_shared = on_shared
         self._numbers = itertools.count(1)
-        self.subscriptions: dict[int, Subscription] = {}
+        self.subscriptions: dict[int, QueueSubscription] = {}
         self.groups: Counter[str] = Counter()
         self._epoch: _ConnectionEpoch | None = None
         self.dropped = 0
@@ -252,17 +252,19 @@ class Broker(ConsumingFeed):
         on_bound: Callable[[], None],
         on_lost: Callable[[], None],
         on_refused: Callable[[], None] = lambda: None,
-    ) -> Subscription:
+    ) -> QueueSubscription:
         """Requests a live queue with these binding keys, and these groups on the shared queue. Returns at once."""
-        subscription = Subscription(self, next(self._numbers), keys, groups, on_delivery, on_bound, on_lost, on_refused)
+        subscription = QueueSubscription(
+            self, next(self._numbers), keys, groups, on_delivery, on_bound, on_lost, on_refused
+        )
         self.subscriptions[subscription.number] = subscription
         self.groups.update(groups)
         if self._epoch is not None:
             self._epoch.attach(subscription)
         return subscription
 
-    def drop(self, subscription: Subscription) -> None:
-        """For `Subscription.close`, once for each subscription."""
+    def drop(self, subscription: QueueSubscription) -> None:
+        """For `QueueSubscription.close`, once for each subscription."""
         del self.subscriptions[subscription.number]
         for group in subscription.groups:
             self.groups[group] -= 1
@@ -345,7 +347,7 @@ class _ExchangeGone(BrokerUnavailable):
         super().__init__(f"the exchange is gone, and all bindings with it: {reason}")
 
 
-def _mark_lost(subscription: Subscription) -> None:
+def _mark_lost(subscription: QueueSubscription) -> None:
     if subscription.bound:
         subscription.bound = False
         subscription.on_lost()
@@ -368,7 +370,7 @@ class _ConnectionEpoch:
         self._workers = [_ChannelWorker(self) for _ in range(workers)]
         self.shared = _Shared(self)
         self.dropped = _Dropped(self)
-        self._waiting: defaultdict[str | None, dict[int, Subscription]] = defaultdict(dict)
+        self._waiting: defaultdict[str | None, dict[int, QueueSubscription]] = defaultdict(dict)
         """Subscriptions whose own queue is consumed, by what they still wait for: a group's binding, or None for the
         shared queue itself."""
 
@@ -420,19 +422,19 @@ class _ConnectionEpoch:
                 await self._closed.wait()
         return error if self._cause is None else self._loss_error()
 
-    def attach(self, subscription: Subscription) -> None:
+    def attach(self, subscription: QueueSubscription) -> None:
         self.shared.on_groups_changed(subscription.groups)
         worker = min(self._workers, key=lambda worker: worker.load)
         worker.add(subscription)
 
-    def detach(self, subscription: Subscription) -> None:
+    def detach(self, subscription: QueueSubscription) -> None:
         for missing in (None, *subscription.groups):
             self._forget(missing, subscription)
         self.shared.on_groups_changed(subscription.groups)
         if subscription.worker is not None:
             subscription.worker.remove(subscription)
 
-    def check(self, subscription: Subscription) -> None:
+    def check(self, subscription: QueueSubscription) -> None:
         """Calls `on_bound` if the live queue is consumed and the shared queue has all groups; otherwise waits."""
         if subscription.bound or not subscription.wanted or not subscription.consumed:
             return
@@ -449,7 +451,7 @@ class _ConnectionEpoch:
         for subscription in self._waiting.pop(missing, {}).values():
             self.check(subscription)
 
-    def _forget(self, missing: str | None, subscription: Subscription) -> None:
+    def _forget(self, missing: str | None, subscription: QueueSubscription) -> None:
         waiting = self._waiting.get(missing)
         if waiting is not None:
             waiting.pop(subscription.number, None)
@@ -474,19 +476,19 @@ class _ChannelWorker:
     def __init__(self, epoch: _ConnectionEpoch) -> None:
         self._epoch = epoch
         self._broker = epoch.broker
-        self._subscriptions: dict[bytes, Subscription] = {}
-        self._commands: asyncio.Queue[Subscription | BrokerError] = asyncio.Queue()
+        self._subscriptions: dict[bytes, QueueSubscription] = {}
+        self._commands: asyncio.Queue[QueueSubscription | BrokerError] = asyncio.Queue()
         self._setup: AbstractChannel | None = None
         self._consumer: Consumer | None = None
         self._limit = RareLine("live queues refused", _log.error)
         self.load = 0
 
-    def add(self, subscription: Subscription) -> None:
+    def add(self, subscription: QueueSubscription) -> None:
         subscription.worker = self
         self.load += 1
         self._commands.put_nowait(subscription)
 
-    def remove(self, subscription: Subscription) -> None:
+    def remove(self, subscription: QueueSubscription) -> None:
         self.load -= 1
         self._commands.put_nowait(subscription)
 
@@ -567,7 +569,7 @@ class _ChannelWorker:
                 elif not command.wanted and command.consumed:
                     await self._detach(command, consumer)
 
-    async def _attach(self, subscription: Subscription, consumer: Consumer) -> None:
+    async def _attach(self, subscription: QueueSubscription, consumer: Consumer) -> None:
         if time.monotonic() < self._epoch.full_until:
             self._refuse(subscription, None)
             return
@@ -611,7 +613,7 @@ class _ChannelWorker:
             if not subscription.wanted:
                 await self._detach(subscription, consumer)
 
-    def _refuse(self, subscription: Subscription, error: LimitReached | None) -> None:
+    def _refuse(self, subscription: QueueSubscription, error: LimitReached | None) -> None:
         """Reports the limit, and asks again after a pause. The hub ends a new stream; other streams wait."""
         self._broker.refused += 1
         if error is not None:
@@ -628,7 +630,7 @@ class _ChannelWorker:
                 self._setup = await amqp.open_channel(self._epoch.connection)
                 await self._setup.queue_delete(queue)
 
-    async def _detach(self, subscription: Subscription, consumer: Consumer) -> None:
+    async def _detach(self, subscription: QueueSubscription, consumer: Consumer) -> None:
         subscription.consumed = False
         tag = b"%d" % subscription.number
         if self._subscriptions.pop(tag, None) is not None:

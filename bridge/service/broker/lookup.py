@@ -20,7 +20,7 @@ from bridge.event import Cut, InvalidEvent, Models, read_event
 from bridge.routing import Audience, RoutingError, TypeFilter, split_key
 from bridge.service.broker.consumer import Consumer, ConsumingConnection
 from bridge.service.broker.eventlog import EventLog
-from bridge.service.broker.quarantine import Refused, peek
+from bridge.service.broker.quarantine import RefusedMessage, peek
 from bridge.service.streams.cursor import Anchor
 
 SCAN_ENTRIES = 20_000
@@ -265,7 +265,7 @@ class LookUp:
         return {"offset": offset, **_shown(routing_key, body), "refused": refused}
 
 
-def _shown_refused(message: Refused) -> dict[str, Any]:
+def _shown_refused(message: RefusedMessage) -> dict[str, Any]:
     refused = {"reason": message.reason, "detail": message.detail}
     return {**_shown(message.routing_key, message.body), "refused": refused}
 

@@ -145,7 +145,7 @@ class Quarantine:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RefusedMessage:
     """A message in quarantine. `reason` and `detail` are empty if another program published it there.
 
     `body` is a `Cut` if only its beginning was kept.
@@ -157,7 +157,9 @@ class Refused:
     detail: str
 
 
-async def peek(addresses: Sequence[str], *, queue: str, limit: int, max_bytes: int | None = None) -> list[Refused]:
+async def peek(
+    addresses: Sequence[str], *, queue: str, limit: int, max_bytes: int | None = None
+) -> list[RefusedMessage]:
     """Reads the oldest messages, and leaves them in the queue.
 
     Args:
@@ -167,7 +169,7 @@ async def peek(addresses: Sequence[str], *, queue: str, limit: int, max_bytes: i
     Raises:
         BrokerError: cancelling, too, leaves all messages in the queue.
     """
-    found: list[Refused] = []
+    found: list[RefusedMessage] = []
     size = 0
     async with contextlib.aclosing(_get(addresses, queue, limit)) as messages:
         async for message, _ in messages:
@@ -180,7 +182,7 @@ async def peek(addresses: Sequence[str], *, queue: str, limit: int, max_bytes: i
 
 async def replay(
     addresses: Sequence[str], *, queue: str, exchange: str, models: Models, max_bytes: int, limit: int
-) -> AsyncIterator[tuple[Refused, InvalidEvent | None]]:
+) -> AsyncIterator[tuple[RefusedMessage, InvalidEvent | None]]:
     """Publishes messages again that the catalogue now accepts. Yields each message, with the error if it is refused.
 
     A message keeps its id. It leaves the queue after RabbitMQ has confirmed it on the exchange. A message that is still
@@ -231,7 +233,7 @@ def _check_is_whole(body: bytes) -> None:
 
 async def _get(
     addresses: Sequence[str], queue: str, limit: int
-) -> AsyncGenerator[tuple[Refused, Callable[[], Awaitable[None]]]]:
+) -> AsyncGenerator[tuple[RefusedMessage, Callable[[], Awaitable[None]]]]:
     """Yields messages, each with a call that removes it. The other messages return to their places at the end."""
     connection = await amqp.connect(addresses, name="bridge quarantine")
     try:
@@ -247,7 +249,7 @@ async def _get(
             headers = message.header.properties.headers or {}
             tag = message.delivery_tag or 0
             size = headers.get("x-size")
-            refused = Refused(
+            refused = RefusedMessage(
                 Cut(message.body, size) if isinstance(size, int) else message.body,
                 str(headers.get("x-routing-key", message.routing_key or "")),
                 str(headers.get("x-reason", "")),

@@ -179,7 +179,7 @@ class Guest(asyncio.StreamReaderProtocol):
         if self.is_ending:
             self._transport.abort()
             return
-        self._entrance.welcome(self, reader, _Writer(self._transport, self, reader, asyncio.get_running_loop()))
+        self._entrance.welcome(self, reader, _KeptWriter(self._transport, self, reader, asyncio.get_running_loop()))
 
     def data_received(self, data: bytes) -> None:
         self.has_unread = True
@@ -193,7 +193,7 @@ class Guest(asyncio.StreamReaderProtocol):
         super().connection_lost(error)
 
 
-class _Writer(asyncio.StreamWriter):
+class _KeptWriter(asyncio.StreamWriter):
     """A StreamWriter that does not close its connection when it is deleted: a stream still uses the connection."""
 
     def __del__(self) -> None: ...

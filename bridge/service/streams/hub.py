@@ -187,7 +187,7 @@ class Feed(Protocol):
         """
 
 
-class Refused(Exception):
+class StreamRefused(Exception):
     """No stream is opened now. `reason` and `retry_ms` belong into the `bridge.bye` to send."""
 
     def __init__(self, reason: EndReason, retry_ms: int, cause: Cause) -> None:
@@ -597,15 +597,17 @@ class Hub:
             wake: called when the connection's session has output, at any time.
 
         Raises:
-            Refused: draining, or a limit is reached. Counting and admitting are one step, so the limit is exact.
+            StreamRefused: draining, or a limit is reached. Counting and admitting are one step, so the limit is exact.
         """
         now = time.monotonic()
         user = request.subscriber.user
         if (cause := self._why_not(user, now)) is not None:
             self._metrics.streams_refused.labels(cause).inc()
             if cause == "drain":
-                raise Refused("drain", deadlines.drain_retry_ms(self._limits.drain_seconds, random.random()), cause)
-            raise Refused("busy", deadlines.busy_retry_ms(random.random()), cause)
+                raise StreamRefused(
+                    "drain", deadlines.drain_retry_ms(self._limits.drain_seconds, random.random()), cause
+                )
+            raise StreamRefused("busy", deadlines.busy_retry_ms(random.random()), cause)
         session = Session(
             user=user,
             identity=request.identity,

@@ -32,7 +32,7 @@ _log = structlog.get_logger("bridge.reader")
 
 
 @dataclass(slots=True)
-class _Refusal:
+class _RefusalCount:
     """A message that was refused: how often each queue delivered it, and how often it must have been published."""
 
     came_by: Counter[int] = field(default_factory=Counter)
@@ -69,7 +69,7 @@ class EventReader:
         self._quarantine = quarantine
         self._cache: OrderedDict[tuple[str, bytes], StreamEvent | InvalidEvent] = OrderedDict()
         self._cache_bytes = 0
-        self._refusals: OrderedDict[tuple[str, bytes], _Refusal] = OrderedDict()
+        self._refusals: OrderedDict[tuple[str, bytes], _RefusalCount] = OrderedDict()
         self._refused = RareLine("message refused", _log.warning, by="reason", burst=REFUSED_LINES)
 
     def read(self, routing_key: str, body: bytes, *, via: int, only: bool = False) -> StreamEvent | InvalidEvent:
@@ -115,10 +115,10 @@ class EventReader:
             _log.exception("event not read", routing_key=routing_key)
             return SchemaViolation(f"the bridge failed to read it, which is a bug of the bridge: {error!r:.200}")
 
-    def _refusal(self, routing_key: str, body: bytes) -> _Refusal:
+    def _refusal(self, routing_key: str, body: bytes) -> _RefusalCount:
         # By a digest: the body may be as large as the broker takes.
         digested = (routing_key, hashlib.blake2b(body, digest_size=16).digest())
-        refusal = self._refusals.setdefault(digested, _Refusal())
+        refusal = self._refusals.setdefault(digested, _RefusalCount())
         if len(self._refusals) > REFUSALS:
             self._refusals.popitem(last=False)
         return refusal

@@ -20,7 +20,7 @@ from bridge.service.logs import RareLine
 from bridge.service.metrics import Metrics
 from bridge.service.streams import sse
 from bridge.service.streams.cursor import echo
-from bridge.service.streams.hub import CAUSES, Connection, Hub, Refused, StreamRequest
+from bridge.service.streams.hub import CAUSES, Connection, Hub, StreamRefused, StreamRequest
 from bridge.service.streams.session import State
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class _Stream(asyncio.Protocol):
     def begin(self, request: StreamRequest) -> None:
         try:
             self._connection = self._streams.hub.attach(request, self.wake)
-        except Refused as refusal:
+        except StreamRefused as refusal:
             self._streams.metrics.streams_ended.labels(refusal.reason).inc()
             self._streams.refusals[refusal.cause].log(user=request.subscriber.user, cause=refusal.cause)
             self._write(sse.encode_bye(refusal.reason, refusal.retry_ms, cursor=echo(request.last_event_id)))
