@@ -19,7 +19,7 @@ import contextlib
 import logging
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -263,6 +263,36 @@ async def close(connection: aio_pika.abc.AbstractConnection) -> None:
     with contextlib.suppress(*ERRORS, TimeoutError):
         async with asyncio.timeout(CLOSE_SECONDS):
             await connection.close()
+
+
+async def while_open(connection: aio_pika.abc.AbstractConnection, work: Coroutine[Any, Any, None]) -> None:
+    """Awaits `work`, and cancels it when the connection is lost: `work` may wait for something else at that moment.
+
+    Cancelling it cancels `work`, and waits for its end.
+
+    Raises:
+        BrokerUnavailable: the connection was lost.
+        Exception: `work` raised it.
+    """
+    lost: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+
+    def on_closed(_: object, error: BaseException | None) -> None:
+        if not lost.done():
+            lost.set_result(error)
+
+    connection.close_callbacks.add(on_closed)
+    task = asyncio.create_task(work, name="amqp-while-open")
+    try:
+        either: set[asyncio.Future[Any]] = {task, lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            error = translate(lost.result() or BrokerUnavailable("the connection was closed"), "consuming")
+            raise BrokerUnavailable(f"connection lost: {error}")
+    finally:
+        lost.cancel()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    task.result()
 
 
 def is_rejection(error: BaseException) -> bool:

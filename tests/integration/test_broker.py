@@ -116,6 +116,7 @@ async def test_heartbeats_detect_a_network_that_drops_everything(
     await assert_flows_again(stream, vhost, "e1")
 
 
+@pytest.mark.queues
 async def test_a_live_queue_deleted_by_an_operator(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops")
     other = await connect(service, "43")
@@ -125,6 +126,7 @@ async def test_a_live_queue_deleted_by_an_operator(service: Service, vhost: Vhos
     assert "bridge.gap" not in [frame.event for frame in other.frames]
 
 
+@pytest.mark.queues
 async def test_the_shared_queue_deleted_by_an_operator(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops")
     vhost.delete_bound_queue("all.#")
@@ -238,10 +240,11 @@ async def test_after_a_reconnect_each_stream_has_all_its_groups(
             assert set(await stream.ids(len(expected))) == expected
 
 
+@pytest.mark.parametrize("feed", ["queues", "log"])
 async def test_connections_cut_again_while_they_reconnect(
-    vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream
+    vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream, feed: str
 ) -> None:
-    service = await start(amqp_url=vhost.url_at(proxy.port))
+    service = await start(amqp_url=vhost.url_at(proxy.port), FEED=feed)
     stream = await connect(service, "42", "ops")
     for milliseconds in range(0, 40, 2):
         accepted = proxy.accepted
@@ -269,6 +272,7 @@ async def test_the_bridge_waits_for_a_broker_that_is_not_there_yet(
     assert "guest:guest" not in service.text
 
 
+@pytest.mark.queues
 @pytest.mark.contract("1.16")
 async def test_queues_end_with_their_streams(
     service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually

@@ -4,7 +4,10 @@ import gc
 import threading
 import warnings
 import weakref
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from yarl import URL
 
 from bridge import amqp
@@ -44,3 +47,50 @@ def test_a_connection_that_failed_may_be_forgotten_in_any_thread() -> None:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def unclosed() -> Any:
+    return SimpleNamespace(close_callbacks=set())
+
+
+async def for_ever(ended: list[str]) -> None:
+    try:
+        await asyncio.Event().wait()
+    finally:
+        ended.append("ended")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(None, "connection lost: the connection was closed"), (ConnectionResetError("reset"), "reset")],
+)
+async def test_work_ends_when_its_connection_is_lost(error: BaseException | None, words: str) -> None:
+    connection, ended = unclosed(), list[str]()
+    waiting = asyncio.create_task(amqp.while_open(connection, for_ever(ended)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for on_closed in connection.close_callbacks:
+        on_closed(connection, error)
+        on_closed(connection, error)
+    with pytest.raises(amqp.BrokerUnavailable, match=words):
+        await waiting
+    assert ended == ["ended"]
+
+
+async def test_a_cancel_ends_the_work_first() -> None:
+    connection, ended = unclosed(), list[str]()
+    waiting = asyncio.create_task(amqp.while_open(connection, for_ever(ended)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert ended == ["ended"]
+
+
+async def test_an_error_of_the_work_is_raised() -> None:
+    async def fail() -> None:
+        raise amqp.NotFound("made by the test")
+
+    with pytest.raises(amqp.NotFound, match="made by the test"):
+        await amqp.while_open(unclosed(), fail())

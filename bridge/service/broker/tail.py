@@ -205,7 +205,7 @@ class Tail(ConsumingFeed):
                     await self.declare_topology(connection)
                     await self._report_deletion(connection)
                     try:
-                        await self._read(connection)
+                        await amqp.while_open(connection, self._read(connection))
                     finally:
                         if self._was_steady:
                             next_pause = amqp.pauses()
