@@ -12,7 +12,7 @@ demo: $(READY) ## RabbitMQ, bridge, a sample worker and a live page; Ctrl-C ends
 	@[ -n "$$BRIDGE_AMQP_URL" ] || deploy/local/ensure rabbitmq
 	@exec $(VENV)/bin/python -m deploy.local.demo
 
-test: $(READY) check $(if $(TESTS),,coverage) ## every test, on private RabbitMQs (this machine's and 4.3) and in three browsers
+test: $(READY) check $(if $(TESTS),,coverage) ## every test, on private RabbitMQs (this machine's and 4.3) and in three browsers; FEED=log: with that feed
 	@deploy/local/ensure rabbitmq
 	@deploy/local/ensure rabbitmq4 > /dev/null
 	@deploy/local/ensure chromium
@@ -22,7 +22,7 @@ test: $(READY) check $(if $(TESTS),,coverage) ## every test, on private RabbitMQ
 	@deploy/local/ensure promtool
 	@deploy/local/ensure proxies
 	@$(MAKE) --no-print-directory $(NODE)/.ready
-	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) \
+	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) SUITE_FEED=$(or $(FEED),queues) \
 		$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 coverage: $(READY) ## branch coverage of the unit tests, against the floors of tests/coverage_floor.py

@@ -17,7 +17,7 @@ from tests.client import Stream
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
 from tests.rabbit import FURTHER, INSTALLATIONS, Vhost
-from tests.service import Service, mint
+from tests.service import FEEDS, Service, mint
 
 # All property tests use this profile. None fails because the machine is slow, or because a random example was
 # large. The health checks that stay on find mistakes in a test, the same ones in every run.
@@ -44,8 +44,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("rabbitmq", chosen, ids=ids, scope="session")
 
 
-def pytest_report_header() -> str:
-    return "RabbitMQ: " + ", ".join(f"{each.version} ({each.root or each.home})" for each in INSTALLATIONS)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With the feed `log`, tests of the feed `queues` are left out."""
+    if FEEDS[0] == "log":
+        left_out = [item for item in items if item.get_closest_marker("queues") is not None]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"feed: {FEEDS[0]}",
+        "RabbitMQ: " + ", ".join(f"{each.version} ({each.root or each.home})" for each in INSTALLATIONS),
+    ]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,9 +20,10 @@ from tests.patience import DEADLINES, PATIENCE, VARIABLE
 SECRET = "a-secret-of-the-tests-0123456789abcdef"
 
 BRIDGE = os.environ.get("SUITE_BRIDGE", "tests.patience")
+"""The module that is run: `bridge` with longer deadlines. `tests.slow` is the other one."""
+
 FEEDS = os.environ.get("SUITE_FEED", "queues").split(",")
 """The feeds to test, `queues` or `log`. Chaos gives each replica the next one; elsewhere the first one counts."""
-"""The module that is run: `bridge` with longer deadlines. `tests.slow` is the other one."""
 
 ROOT = Path(__file__).parent.parent
 

@@ -26,6 +26,7 @@ async def publish_burst(vhost: Vhost, **properties: Any) -> None:
             await target.publish(message, f"{key}.job.completed", mandatory=False)
 
 
+@pytest.mark.queues
 @pytest.mark.contract("1.18", "5.29")
 @pytest.mark.parametrize("cause", ["max-length", "max-length-bytes", "message-ttl", "expiration"])
 async def test_what_is_dropped_while_the_bridge_is_slow_comes_from_the_log(

@@ -206,7 +206,7 @@ async def test_ten_clients_at_once_share_a_scan(
 
 
 @pytest.mark.contract("5.46")
-@pytest.mark.parametrize("fault", ["cut", "operator", "queue"])
+@pytest.mark.parametrize("fault", ["cut", "operator", pytest.param("queue", marks=pytest.mark.queues)])
 async def test_a_lost_queue_is_invisible(
     vhost: Vhost, proxy: Proxy, start: StartService, connect: OpenStream, eventually: Eventually, fault: str
 ) -> None:

@@ -81,6 +81,7 @@ async def test_any_user_id_is_one_word_of_a_routing_key(
     assert stream.frames[0].json["user"] == user
 
 
+@pytest.mark.queues
 @pytest.mark.contract("1.16", "2.6")
 async def test_the_broker_filters_types_by_the_bindings(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops", query="types=job.*,billing.%23")
@@ -149,6 +150,7 @@ async def test_the_same_id_is_the_same_event(service: Service, vhost: Vhost, con
     assert await stream.ids(2) == ["both", "e3"]
 
 
+@pytest.mark.queues
 @pytest.mark.contract("5.13")
 async def test_a_copy_is_only_for_the_audience_of_the_routing_key(
     service: Service, vhost: Vhost, connect: OpenStream
@@ -183,6 +185,7 @@ async def test_a_broadcast_is_one_delivery_per_process(service: Service, vhost: 
     assert await service.metric("bridge_events_delivered_total") == 10
 
 
+@pytest.mark.queues
 @pytest.mark.contract("1.17")
 async def test_a_group_is_bound_with_its_first_member_and_unbound_with_its_last(
     service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually
@@ -201,6 +204,7 @@ async def test_a_group_is_bound_with_its_first_member_and_unbound_with_its_last(
     assert vhost.live_queues() == []
 
 
+@pytest.mark.queues
 async def test_queues_are_exclusive_and_never_named_after_a_user(
     service: Service, vhost: Vhost, connect: OpenStream
 ) -> None:
