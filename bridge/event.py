@@ -59,7 +59,7 @@ _OWN = frozenset({*_REQUIRED, *_OPTIONAL, "data", "data_base64"})
 
 _PLAIN = r"[ !#-\[\]-~]"  # The ASCII characters that JSON strings contain without an escape.
 _HEAD_AS_WRITTEN = re.compile(
-    rf'\{{"specversion":"1\.0","id":"({_ID.pattern})","source":"{_PLAIN}++","type":"([a-z0-9_.-]++)"'
+    rf'\{{"specversion":"1\.0","id":"({_ID.pattern})","source":"({_PLAIN}++)","type":"([a-z0-9_.-]++)"'
     rf'(?:,"time":"({_RFC3339.pattern})")?(?:,"subject":"{_PLAIN}++")?(?:,"datacontenttype":"application/json")?'
     rf'(?:,"dataschema":"{_PLAIN}++")?(?:,"traceparent":"(?:{_TRACEPARENT.pattern})"(?:,"tracestate":"({_PLAIN}++)")?)?'
     rf',"data":'.encode()
@@ -170,13 +170,15 @@ class Event:
     """A validated event. Do not change it: streams share it.
 
     Args:
+        source: `source` and `id` together identify the event (CloudEvents 1.0.2, section "source").
         text: the CloudEvent as one line of JSON, UTF-8.
     """
 
-    __slots__ = ("id", "text", "type")
+    __slots__ = ("id", "source", "text", "type")
 
-    def __init__(self, *, id: str, type: str, text: bytes) -> None:
+    def __init__(self, *, id: str, source: str, type: str, text: bytes) -> None:
         self.id = id
+        self.source = source
         self.type = type
         self.text = text
 
@@ -220,14 +222,14 @@ def _read_as_written(body: bytes, routing_key: str, models: Models) -> Event | N
     head = _HEAD_AS_WRITTEN.match(body)
     if head is None or body[-1:] != b"}":
         return None
-    at = head.start(3)
+    at = head.start(4)
     # Only a day above 28 or a second of 60 needs the calendar. `at` is -1 if there is no time.
     is_rare = at > 0 and (body[at + 8 : at + 10] > b"28" or body[at + 17 : at + 19] == b"60")
-    if is_rare and not _is_in_calendar(head[3].decode()):
+    if is_rare and not _is_in_calendar(head[4].decode()):
         return None
-    if head.start(4) > 0 and not _is_tracestate(head[4].decode()):
+    if head.start(5) > 0 and not _is_tracestate(head[5].decode()):
         return None
-    event_type = head[2].decode("ascii")
+    event_type = head[3].decode("ascii")
     model = models.get(event_type)
     if model is None or not is_key_of(routing_key, event_type):
         return None
@@ -239,7 +241,7 @@ def _read_as_written(body: bytes, routing_key: str, models: Models) -> Event | N
     # Pydantic reads and writes these two, but they are not JSON.
     if text != data or b"NaN" in text or b"Infinity" in text:
         return None
-    return Event(id=head[1].decode("ascii"), type=event_type, text=body)
+    return Event(id=head[1].decode("ascii"), source=head[2].decode("ascii"), type=event_type, text=body)
 
 
 def _read(body: bytes, routing_key: str, models: Models) -> Event:
@@ -254,7 +256,8 @@ def _read(body: bytes, routing_key: str, models: Models) -> Event:
     data = _pass_through(body, model)
     if data is None:
         data = _revalidate(body, model)
-    return Event(id=envelope["id"], type=event_type, text=b'{%b,"data":%b}' % (head.encode(), data))
+    text = b'{%b,"data":%b}' % (head.encode(), data)
+    return Event(id=envelope["id"], source=envelope["source"], type=event_type, text=text)
 
 
 class _AmbiguousJson(ValueError):

@@ -6,4 +6,4 @@ from bridge.service.streams.streamevent import StreamEvent
 
 def make_event(number: int, *, size: int = 0, event_type: str = "test.done") -> StreamEvent:
     text = f'{{"id":"e{number}","pad":"{"x" * size}"}}'
-    return StreamEvent(Event(id=f"e{number}", type=event_type, text=text.encode()))
+    return StreamEvent(Event(id=f"e{number}", source="/test", type=event_type, text=text.encode()))

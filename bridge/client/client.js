@@ -320,7 +320,7 @@ async function readProblem(response) {
  * @typedef {{term: number, n: number}} Position
  */
 
-/** @typedef {Position & {block: Block, eventId: string | null}} Entry */
+/** @typedef {Position & {block: Block, eventKey: string | null}} Entry */
 
 /**
  * What a tab is to the tabs of its identity. docs/states.md has the table of messages and roles.
@@ -846,11 +846,11 @@ class Subscription {
       return;
     }
     if (this.#role !== "leads") {
-      this.#takeEntry({ term: -1, n: 0, block, eventId: eventId(block) }, false);
-      this.#catchUp(eventId(block));
+      this.#takeEntry({ term: -1, n: 0, block, eventKey: eventKey(block) }, false);
+      this.#catchUp(eventKey(block));
       return;
     }
-    const entry = { term: this.#term, n: this.#at.n + 1, block, eventId: eventId(block) };
+    const entry = { term: this.#term, n: this.#at.n + 1, block, eventKey: eventKey(block) };
     const ready = block.name === "bridge.ready";
     this.#post({ kind: "entry", entry, ...(ready ? { start: this.#start, types: this.#open } : {}) });
     if (ready) this.#start = null;
@@ -947,8 +947,8 @@ class Subscription {
     if (this.#role === "behind") {
       // Not `#at`: nothing of it has been taken here.
       this.#feed = { at: { term: entry.term, n: entry.n }, cursor: block.id ?? this.#feed.cursor };
-      if (this.#own.has(entry.eventId)) this.#joinFeed();
-      else if (entry.eventId !== null && !this.#recent.has(entry.eventId)) this.#missing.add(entry.eventId);
+      if (this.#own.has(entry.eventKey)) this.#joinFeed();
+      else if (entry.eventKey !== null && !this.#recent.has(entry.eventKey)) this.#missing.add(entry.eventKey);
     } else if (this.#role === "follows") {
       if (this.#isNext(entry)) this.#takeEntry(entry);
       else if (entry.n > this.#at.n) this.#ask();
@@ -1013,7 +1013,7 @@ class Subscription {
       // The bridge may send events from before the position where this tab begins again.
       recent: entries ? [...this.#recent] : [],
       // The events that a tab too far behind has to get by a connection of its own before it can follow.
-      ids: entries ? [] : this.#ring.flatMap((entry) => entry.eventId ?? []),
+      ids: entries ? [] : this.#ring.flatMap((entry) => entry.eventKey ?? []),
       types: this.#open,
       state: this.#state,
     });
@@ -1118,7 +1118,8 @@ class Subscription {
     else if (name === "bridge.gap") this.#wait({ kind: "gap", reason: JSON.parse(data).reason });
     if (id !== null) this.#cursor = id;
     const event = name.startsWith("bridge.") ? null : JSON.parse(data);
-    if (!event || this.#recent.has(event.id) || (this.#remember(event.id), !this.wants(event.type))) {
+    const key = event && identify(event);
+    if (!key || this.#recent.has(key) || (this.#remember(key), !this.wants(event.type))) {
       if (!this.#waiting.length) this.#handed = this.#cursor;
       return;
     }
@@ -1302,9 +1303,14 @@ function readKept(key) {
   }
 }
 
+/** Two sources may use the same id. @param {{source: string, id: string}} event */
+function identify({ source, id }) {
+  return `${id} ${source}`;
+}
+
 /** @param {Block} block */
-function eventId(block) {
-  return block.name.startsWith("bridge.") ? null : JSON.parse(block.data).id;
+function eventKey(block) {
+  return block.name.startsWith("bridge.") ? null : identify(JSON.parse(block.data));
 }
 
 /** @param {any} state */

@@ -41,6 +41,16 @@ async def test_only_the_types_that_were_asked_for(bridge: Service, vhost: Vhost,
     assert await one.seen(1) == ["n1"]
 
 
+@pytest.mark.contract("1.10")
+async def test_two_sources_may_use_the_same_ids(bridge: Service, vhost: Vhost, tab: OpenTab) -> None:
+    one = await (await tab(bridge)).subscribe("{ onEvent: (event) => seen.push(event.source) }")
+    await one.live()
+    both = ["/workers/a", "/workers/b"]
+    for source in [*both, *both, "/end"]:
+        await vhost.publish("user.42.job.completed", {**cloudevent("1"), "source": source})
+    assert await one.seen(3) == [*both, "/end"]
+
+
 @pytest.mark.contract("7.12", "7.13")
 async def test_seven_tabs_share_one_connection_and_continue_without_their_leader(
     bridge: Service, vhost: Vhost, tab: OpenTab

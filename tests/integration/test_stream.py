@@ -132,6 +132,27 @@ async def test_each_event_names_its_audience(service: Service, vhost: Vhost, con
 
 
 @pytest.mark.contract("1.10")
+async def test_two_sources_may_use_the_same_ids(service: Service, vhost: Vhost, connect: OpenStream) -> None:
+    stream = await connect(service)
+    begin = stream.frames[0].id
+    workers = [{**cloudevent("1", job_id=worker), "source": f"/workers/{worker}"} for worker in ("a", "b")]
+    for body in (*workers, *workers, cloudevent("end")):
+        await vhost.publish("user.42.job.completed", body)
+
+    both = ["/workers/a", "/workers/b"]
+    frames = [await stream.next() for _ in both]
+    assert [frame.json["source"] for frame in frames] == both
+    assert await stream.ids(1) == ["end"]
+    await stream.close()
+    # By a cursor that names both events, and by one that names none.
+    for cursor, expected in ((frames[1].id, []), (begin, both)):
+        again = await connect(service, headers={"Last-Event-ID": cursor})
+        assert [(await again.next_event())["source"] for _ in expected] == expected
+        assert await again.ids(1) == ["end"]
+        await again.close()
+
+
+@pytest.mark.contract("1.10")
 async def test_the_same_id_is_the_same_event(service: Service, vhost: Vhost, connect: OpenStream) -> None:
     stream = await connect(service, "42", "ops", "dev")
     again = cloudevent("again")

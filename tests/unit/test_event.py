@@ -627,7 +627,7 @@ def test_attributes_are_written_in_the_bridges_order() -> None:
 
 
 def test_an_event_is_shown_by_its_id_and_type() -> None:
-    assert repr(Event(id="e1", type="test.done", text=b"{}")) == "<Event e1 test.done>"
+    assert repr(Event(id="e1", source="/test", type="test.done", text=b"{}")) == "<Event e1 test.done>"
 
 
 @pytest.mark.contract("5.71")

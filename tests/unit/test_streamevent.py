@@ -15,7 +15,7 @@ TEXT = b'{"id":"e1","data":{"x":"\xc3\xa9"}}'
 
 
 def event(text: bytes = TEXT, key: str = "user.42.test.done") -> StreamEvent:
-    return StreamEvent(Event(id="e1", type="test.done", text=text), key)
+    return StreamEvent(Event(id="e1", source="/test", type="test.done", text=text), key)
 
 
 def test_the_frame_has_a_type_unless_the_stream_wants_none() -> None:
@@ -52,11 +52,17 @@ def test_a_text_that_would_break_the_frame_is_refused(text: bytes) -> None:
         event(text)
 
 
-def test_two_events_have_other_names_in_a_cursor() -> None:
-    one, two = make_event(1), make_event(2)
-    assert one.digest != two.digest
-    assert one.value != two.value
-    assert (one.digest, one.value) == (make_event(1, size=9).digest, make_event(1).value), "of the id alone"
+def names(source: str, event_id: str) -> tuple[bytes, str, int]:
+    made = StreamEvent(Event(id=event_id, source=source, type="test.done", text=TEXT))
+    return made.identity, made.digest, made.value
+
+
+@pytest.mark.contract("1.10")
+def test_source_and_id_together_are_the_identity() -> None:
+    one = names("/workers/a", "1")
+    for another in (names("/workers/a", "2"), names("/workers/b", "1"), names("/workers/a1", "")):
+        assert all(mine != its for mine, its in zip(one, another, strict=True))
+    assert make_event(1, size=9).identity == make_event(1).identity, "whatever else the event has"
 
 
 def test_what_a_person_sees() -> None:

@@ -21,7 +21,7 @@ SAMPLED = f"00-{TRACE}-00f067aa0ba902b7-01"
 
 
 def event(members: str = "") -> StreamEvent:
-    return StreamEvent(Event(id="e1", type="test.done", text=f'{{"id":"e1"{members}}}'.encode()))
+    return StreamEvent(Event(id="e1", source="/test", type="test.done", text=f'{{"id":"e1"{members}}}'.encode()))
 
 
 class Collector(ThreadingHTTPServer):

@@ -67,7 +67,11 @@ class InvalidCursor(ValueError):
 
 def digest(content: bytes) -> str:
     """Six characters of base64url, 36 bits of a hash."""
-    return b2a_base64(blake2b(content, digest_size=5).digest())[:DIGEST_CHARS].translate(_URL_SAFE).decode("ascii")
+    return _name(blake2b(content, digest_size=5).digest())
+
+
+def _name(hashed: bytes) -> str:
+    return b2a_base64(hashed)[:DIGEST_CHARS].translate(_URL_SAFE).decode("ascii")
 
 
 def echo(last_event_id: str | None) -> str | None:
@@ -102,9 +106,12 @@ BySource = tuple[Unnamed | None, Unnamed | None]
 which."""
 
 
-def value(content: bytes) -> int:
-    """The number of an event in a sum: 48 bits of a hash."""
-    return int.from_bytes(blake2b(content, digest_size=VALUE_BITS // 8).digest(), "big")
+def identify(source: str, event_id: str) -> tuple[bytes, str, int]:
+    """The identity of an event: 128 bits of a hash of `source` and `id`. Its name in cursors, which is the first 36 of
+    these bits. And its number in sums, which is the last 48."""
+    # An id contains no space, so no other pair has the same text.
+    identity = blake2b(f"{event_id} {source}".encode(), digest_size=16).digest()
+    return identity, _name(identity[:5]), int.from_bytes(identity[-VALUE_BITS // 8 :], "big")
 
 
 def encode_unnamed(unnamed: Unnamed | None) -> str:

@@ -264,13 +264,13 @@ class Session:
         self._backlog_events = 0
         self._backlog_bytes = 0
         self._progress = Progress(None)
-        self._recent: dict[str, None] = {}
+        self._recent: dict[bytes, None] = {}
 
         # Kept back: live events while the log is read, and events of the tail read while older ones may arrive live.
-        self._buffered: OrderedDict[str, Entry | Live] = OrderedDict()  # By event id.
+        self._buffered: OrderedDict[bytes, Entry | Live] = OrderedDict()  # By the event's identity.
         self._buffered_bytes = 0
         self._buffer_overflowed = False
-        self._pending: dict[str, Live] | None = None  # By event id.
+        self._pending: dict[bytes, Live] | None = None  # By the event's identity.
 
         # The read of the log.
         self._replay: Replay | None = None
@@ -279,7 +279,7 @@ class Session:
         self._recall: Recall | None = None
         self._sent_by_cursor: frozenset[str] = frozenset()
         """Digests of the events that the cursor names as sent."""
-        self._recent_before_log: frozenset[str] = frozenset()
+        self._recent_before_log: frozenset[bytes] = frozenset()
         self._overlapping = False
         """Whether an event may arrive by the log and by the live queue."""
 
@@ -491,10 +491,10 @@ class Session:
     def _take_entry(self, entry: Entry, *, was_sent: bool, fits: bool = False) -> bool:
         event = entry.event
         # An event that the log gives is not sent again from the buffer, however many events come between the two.
-        self._unbuffer(event.id)
-        if was_sent or event.id in self._recent_before_log:
+        self._unbuffer(event.identity)
+        if was_sent or event.identity in self._recent_before_log:
             self.duplicates += 1
-            self._recent[event.id] = None  # A publisher's retry may yet arrive live.
+            self._recent[event.identity] = None  # A publisher's retry may yet arrive live.
             self._append(Passed(event, entry.shared))
             return True
         waiting = self._backlog_events
@@ -563,8 +563,8 @@ class Session:
             return
         if self._pending is None:
             self.offer(event, now_ms, shared=shared)
-        elif event.id not in self._recent:
-            self._pending[event.id] = Live(event, now_ms, shared)
+        elif event.identity not in self._recent:
+            self._pending[event.identity] = Live(event, now_ms, shared)
             if len(self._pending) > self._max_events:
                 item = self._pending.pop(next(iter(self._pending)))
                 self.offer(item.event, item.received_ms, shared=item.shared)
@@ -632,8 +632,8 @@ class Session:
             self._admit(event, item)
             if self._is_over(self._backlog_events, self._backlog_bytes):
                 self.end("slow", self._retry_ms)
-        elif event.id not in self._buffered:
-            self._buffered[event.id] = item
+        elif event.identity not in self._buffered:
+            self._buffered[event.identity] = item
             self._buffered_bytes += len(event.named)
             # Counted together with the backlog, which the buffer joins later: it must not end the stream then.
             while self._buffered and self._is_over(
@@ -645,8 +645,8 @@ class Session:
                 self._buffer_overflowed = True  # The log has the event, and is read past it.
                 self._unbuffer(next(iter(self._buffered)))
 
-    def _unbuffer(self, event_id: str) -> None:
-        if (item := self._buffered.pop(event_id, None)) is not None:
+    def _unbuffer(self, identity: bytes) -> None:
+        if (item := self._buffered.pop(identity, None)) is not None:
             self._buffered_bytes -= len(item.event.named)
 
     def _clear_buffer(self) -> None:
@@ -658,10 +658,10 @@ class Session:
         return events > self._max_events or (size > self._max_bytes and events > 1)
 
     def _admit(self, event: StreamEvent, item: Entry | Live) -> None:
-        if event.id in self._recent:
+        if event.identity in self._recent:
             self.duplicates += 1
             return
-        self._recent[event.id] = None
+        self._recent[event.identity] = None
         # Two for each event, so that after an overlap those that may still be on their way are forgotten last.
         excess = len(self._recent) - (OVERLAP_IDS if self._overlapping else RECENT_IDS)
         for _ in range(min(2, excess)) if excess > 0 else ():

@@ -10,13 +10,13 @@ import json
 from bridge.event import Event
 from bridge.routing import split_key
 from bridge.service.streams import sse
-from bridge.service.streams.cursor import digest, value
+from bridge.service.streams.cursor import identify
 
 
 class StreamEvent:
     """A validated event with its bytes on the wire. Immutable."""
 
-    __slots__ = ("_key", "_unnamed_at", "digest", "id", "named", "type", "value")
+    __slots__ = ("_key", "_unnamed_at", "digest", "id", "identity", "named", "type", "value")
 
     def __init__(self, event: Event, key: str = "") -> None:
         """
@@ -29,11 +29,9 @@ class StreamEvent:
         self._key = key
         self.id = event.id
         self.type = event.type
-        name = event.id.encode("ascii")
-        self.digest = digest(name)
-        """Digest of the id: how a cursor names an event that was sent."""
-        self.value = value(name)
-        """Number of the id: a cursor has the sum of these for events that it does not name."""
+        self.identity, self.digest, self.value = identify(event.source, event.id)
+        """`identity`: the same for each publication of this event. `digest`: how a cursor names an event that was sent.
+        `value`: a cursor has the sum of these for events that it does not name."""
         line = sse.encode_type(event.type)
         self.named = line + sse.encode_data(event.text)
         """The frame after its `id:` line, with an `event:` line."""
