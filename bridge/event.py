@@ -39,6 +39,13 @@ _RFC3339 = re.compile(
     r"(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII,
 )
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_JSON_TYPE = re.compile(
+    rf"(?:application|text)/(?:[!#$%&'*.^_`|~0-9a-z-]++\+)*+json"
+    rf'(?:[ \t]*;(?:[ \t]*{_TOKEN}=(?:{_TOKEN}|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"))?)*+[ \t]*',
+    re.IGNORECASE,
+)
+"""A media type of JSON (CloudEvents JSON event format 1.0.2, section 3.1), with parameters (RFC 9110, section 8.3.1)."""
 _PARENT = r"-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 _TRACEPARENT = re.compile(rf"00{_PARENT}|(?!00|ff)[0-9a-f]{{2}}{_PARENT}(?:-[ !#-\[\]-~]*+)?")
 """W3C Trace Context, sections 3.2.2 and 4.3. Versions after 00 may append fields."""
@@ -361,8 +368,10 @@ def _read_attributes(envelope: dict[str, Any]) -> str:
                 f"time is {value[:60]!r}: the day does not exist, or its second 60 is not the last second of a month "
                 "in UTC (RFC 3339, section 5.7)"
             )
-        if name == "datacontenttype" and value != "application/json":
-            raise NotACloudEvent(f"datacontenttype must be application/json, not {value[:100]!r}")
+        if name == "datacontenttype":
+            if not _JSON_TYPE.fullmatch(value):
+                raise NotACloudEvent(f"datacontenttype must be a JSON type (application/json), not {value[:100]!r}")
+            value = "application/json"  # Parameters have no meaning for JSON (RFC 8259, section 11).
         text += f',"{name}":{_quote(value)}'
     if extensions:
         for name, value in read_trace_context(envelope).items():

@@ -267,9 +267,30 @@ async def test_a_head_request_checks_the_query_as_get_does(query: str) -> None:
 @pytest.mark.contract("5.2")
 @pytest.mark.parametrize(
     "written",
-    ["application/json; charset=utf-8", "application/json;charset=utf-8", "APPLICATION/JSON", "text/json", ""],
+    [
+        "application/json; charset=utf-8",
+        "application/json;charset=utf-8",
+        "application/json ;\tcharset=\"utf-8\"; profile=\"a;\\\"b\"",
+        "application/json;",
+        "APPLICATION/JSON",
+        "text/json",
+        "application/vnd.acme.job+json; v=2",
+        "application/problem+json",
+    ],
 )
-def test_the_type_of_the_data_has_no_parameters(written: str) -> None:
+def test_the_data_may_have_any_type_of_json(written: str) -> None:
+    event = {"specversion": "1.0", "id": "e", "source": "/t", "type": "job.completed", "datacontenttype": written}
+    body = json.dumps({**event, "data": {"job_id": "r-7", "duration_seconds": 1}}).encode()
+    assert json.loads(read_event(body, "all.job.completed", SAMPLE).text)["datacontenttype"] == "application/json"
+
+
+@pytest.mark.contract("5.2")
+@pytest.mark.parametrize(
+    "written",
+    ["application/jsonp", "application/json charset=utf-8", "application/json; charset", "json", "text/plain", "",
+     "application/xml; a=json", "application/json; a=\"", "application/+jsonx", "image/json", "application/json, a/b"],
+)  # fmt: skip
+def test_another_type_of_the_data_is_refused(written: str) -> None:
     event = {"specversion": "1.0", "id": "e", "source": "/t", "type": "job.completed", "datacontenttype": written}
     body = json.dumps({**event, "data": {"job_id": "r-7", "duration_seconds": 1}}).encode()
     with pytest.raises(InvalidEvent) as caught:

@@ -87,7 +87,7 @@ def test_an_attribute_that_is_none_is_not_given() -> None:
         ({"traceparent": "00-ab-cd-01"}, "traceparent is '00-ab-cd-01', which is not valid in W3C .* leave it out"),
         ({"tracestate": "v=1"}, "tracestate is given without a traceparent"),
         ({"traceparent": PARENT, "tracestate": "v"}, "tracestate is 'v', which is not valid in W3C"),
-        ({"datacontenttype": "text/plain"}, "datacontenttype must be application/json"),
+        ({"datacontenttype": "text/plain"}, "datacontenttype must be a JSON type"),
     ],
 )
 def test_an_attribute_that_cannot_be_taken(attributes: dict[str, Any], words: str) -> None:
