@@ -45,7 +45,7 @@ _JSON_TYPE = re.compile(
     rf'(?:[ \t]*;(?:[ \t]*{_TOKEN}=(?:{_TOKEN}|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"))?)*+[ \t]*',
     re.IGNORECASE,
 )
-"""A media type of JSON (CloudEvents JSON event format 1.0.2, section 3.1), with parameters (RFC 9110, section 8.3.1)."""
+"""A media type of JSON (CloudEvents JSON event format 1.0.2, section 3.1). Parameters: RFC 9110, section 8.3.1."""
 _PARENT = r"-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 _TRACEPARENT = re.compile(rf"00{_PARENT}|(?!00|ff)[0-9a-f]{{2}}{_PARENT}(?:-[ !#-\[\]-~]*+)?")
 """W3C Trace Context, sections 3.2.2 and 4.3. Versions after 00 may append fields."""

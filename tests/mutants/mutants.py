@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant(
         "buffered-is-not-compared",
         "bridge/service/streams/session.py",
-        "        self._unbuffer(event.id)\n        if was_sent or",
+        "        self._unbuffer(event.identity)\n        if was_sent or",
         "        if was_sent or",
         "with more than 512 buffered events, events from the log come again from the live queue",
         SESSION,

@@ -270,7 +270,7 @@ async def test_a_head_request_checks_the_query_as_get_does(query: str) -> None:
     [
         "application/json; charset=utf-8",
         "application/json;charset=utf-8",
-        "application/json ;\tcharset=\"utf-8\"; profile=\"a;\\\"b\"",
+        'application/json ;\tcharset="utf-8"; profile="a;\\"b"',
         "application/json;",
         "APPLICATION/JSON",
         "text/json",

@@ -24,10 +24,9 @@ from __future__ import annotations
 
 import re
 from binascii import b2a_base64
-from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Self
+from typing import NamedTuple, Self
 
 MAX_CHARS = 160
 
@@ -82,8 +81,7 @@ def echo(last_event_id: str | None) -> str | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Anchor:
+class Anchor(NamedTuple):
     """An entry of the log: its offset, and the digest of its body. After a log was deleted and declared again, the same
     offsets have other bodies."""
 
@@ -127,10 +125,10 @@ def _read_unnamed(text: str) -> Unnamed | None:
     return Unnamed(int(count, 16), int(total, 16)) if text else NONE
 
 
-def encode(anchor: Anchor, digests: str, own: str, shared: str, passed: Collection[str]) -> str:
+def encode(anchor: Anchor, digests: str, own: str, shared: str, passed: str) -> str:
     """The text of a cursor with a position. The parts are text already: a busy stream writes one with every event."""
     text = f"3.{anchor.offset:x}.{anchor.check}.{own}.{shared}.{digests}"
-    return f"{text}.{''.join(passed)}" if passed else text
+    return f"{text}.{passed}" if passed else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +172,7 @@ class Cursor:
         if self.anchor is None:
             return f"0.{self.time_ms:x}"
         own, shared = map(encode_unnamed, self.unnamed)
-        return encode(self.anchor, "".join(self.digests), own, shared, self.passed)
+        return encode(self.anchor, "".join(self.digests), own, shared, "".join(self.passed))
 
 
 def split(digests: str) -> tuple[str, ...]:

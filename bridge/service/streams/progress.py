@@ -5,7 +5,6 @@ Pure. The session appends items to its backlog; `Progress.move` goes past each o
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -39,8 +38,7 @@ MAX_WATERMARKS = 4
 """Watermarks that may wait for their proof. The second one after it proves it, so a fifth means that no proof comes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """An entry of the log that is an event for this connection."""
 
     offset: int
@@ -132,15 +130,15 @@ class _Pending:
 class Progress:
     """A client's position, and the events that were sent after it."""
 
-    __slots__ = ("_before_ms", "_counts", "_digests", "_named", "_pending", "_sent", "_totals", "_unnamed",
-                 "anchor", "passed")  # fmt: skip
+    __slots__ = ("_before_ms", "_counts", "_digests", "_named", "_passed", "_pending", "_sent", "_totals",
+                 "_unnamed", "anchor")  # fmt: skip
 
     def __init__(self, anchor: Anchor | None, cursor: Cursor | None = None, now_ms: int = 0) -> None:
         self.anchor = anchor
         # The named events that were sent after the position, oldest first. The names are one text, because every event
         # is sent with them.
         self._digests = ""
-        self._named: deque[_Sent] = deque(maxlen=MAX_DIGESTS)
+        self._named: list[_Sent] = []
         # The unnamed events, by queue: how many, and their sum. None: the bridge does not know which.
         self._unnamed: list[Unnamed | None] = [NONE, NONE]
         # All events that were ever sent live, by queue. The difference of two moments is what was sent between them.
@@ -148,16 +146,16 @@ class Progress:
         self._counts = [0, 0]
         self._totals = [0, 0]
         self._before_ms = 0
-        self._pending: deque[_Pending] = deque(maxlen=MAX_WATERMARKS)
-        self.passed: deque[str] = deque(maxlen=MAX_DIGESTS)
-        """Names of events up to the position: a publisher's retry may be after it again."""
+        self._pending: list[_Pending] = []
+        # Names of events up to the position, oldest first: a publisher's retry may be after it again. One text, too.
+        self._passed = ""
         if cursor is not None:
             # Which queue delivered these is unknown, and not needed: they are only compared by name.
             for digest in cursor.digests[-MAX_DIGESTS:]:
                 self._digests += digest
                 self._named.append(_Sent(now_ms, False, 0, False))
             self._unnamed = list(cursor.unnamed)
-            self.passed.extend(cursor.passed)
+            self._passed = "".join(cursor.passed)
 
     def copy(self) -> Progress:
         progress = Progress(self.anchor)
@@ -169,7 +167,7 @@ class Progress:
         progress._totals = self._totals.copy()
         progress._before_ms = self._before_ms
         progress._pending.extend(replace(each) for each in self._pending)
-        progress.passed.extend(self.passed)
+        progress._passed = self._passed
         return progress
 
     def move(self, item: Item) -> None:
@@ -179,7 +177,7 @@ class Progress:
         elif isinstance(item, Entry):
             # Everything up to here has been sent. Live events that were sent from after it stay as they are.
             self.anchor = Anchor(item.offset, item.check)
-            self.passed.append(item.event.digest)
+            self._passed = (self._passed + item.event.digest)[-MAX_DIGESTS * DIGEST_CHARS :]
             if item.received_ms is not None:
                 self._forget_sent()  # It is newer than all events before it.
         elif isinstance(item, Reached):
@@ -188,6 +186,7 @@ class Progress:
         elif isinstance(item, Passed):
             self._pass(item)
         elif isinstance(item, Watermark):
+            del self._pending[: 1 - MAX_WATERMARKS]
             self._pending.append(
                 _Pending(
                     item.anchor,
@@ -206,7 +205,7 @@ class Progress:
             self.anchor = item.anchor
             self._forget_sent()
             self._pending.clear()
-            self.passed.clear()
+            self._passed = ""
 
     def _forget_sent(self) -> None:
         """Nothing has been sent after the position."""
@@ -218,7 +217,7 @@ class Progress:
     def _send(self, item: Live) -> None:
         event, received_ms, shared = item
         if len(self._named) == MAX_DIGESTS:
-            oldest = self._named[0]
+            oldest = self._named.pop(0)
             self._digests = self._digests[DIGEST_CHARS:]
             unnamed = self._unnamed[oldest.shared]
             if oldest.counted and unnamed is not None:
@@ -244,12 +243,12 @@ class Progress:
         elif (unnamed := self._unnamed[shared]) is not None and unnamed.count:
             total = (unnamed.total - item.event.value) & VALUE_MASK
             self._unnamed[shared] = Unnamed(unnamed.count - 1, total)
-        self.passed.append(digest)
+        self._passed = (self._passed + digest)[-MAX_DIGESTS * DIGEST_CHARS :]
 
     def _adopt(self, anchor: Anchor) -> None:
         if all(each.anchor != anchor for each in self._pending):
             return
-        while (since := self._pending.popleft()).anchor != anchor:
+        while (since := self._pending.pop(0)).anchor != anchor:
             pass  # A newer proof replaces an older watermark.
         count = self._sent - since.sent
         is_near = since.seen_ms - since.before_ms < NEAR_MS or (
@@ -259,7 +258,7 @@ class Progress:
         if is_near and count > MAX_DIGESTS and self.sent_behind < MANY_BEHIND:
             return
         self.anchor = anchor
-        self.passed.clear()
+        self._passed = ""
         since_ms = since.seen_ms - OVERLAP_MS
         named = list(zip(split(self._digests), self._named, strict=True))
         first = len(named) - count
@@ -269,18 +268,17 @@ class Progress:
             if at >= first or each.received_ms >= since_ms
         ]
         self._digests = "".join([digest for digest, _ in kept])
-        self._named.clear()
-        self._named.extend([each for _, each in kept])
+        self._named = [each for _, each in kept]
         for shared in (False, True):
             of_queue = [each for _, each in kept if each.shared is shared and each.counted]
             left = self._counts[shared] - since.counts[shared] - len(of_queue)
             total = self._totals[shared] - since.totals[shared] - sum(each.value for each in of_queue)
             self._unnamed[shared] = Unnamed(left, total & VALUE_MASK)
 
-    def _passed(self) -> tuple[str, ...]:
+    def _last_passed(self) -> str:
         # Names of events after the position are needed. The others fill the room that is left.
         room = MAX_DIGESTS - len(self._named)
-        return tuple(self.passed)[-room:] if room else ()
+        return self._passed[-room * DIGEST_CHARS :] if room else ""
 
     @property
     def sent_behind(self) -> int:
@@ -290,7 +288,8 @@ class Progress:
     def cursor(self, now_ms: int) -> Cursor:
         if self.anchor is None:
             return Cursor(None, time_ms=now_ms)
-        return Cursor(self.anchor, split(self._digests), (self._unnamed[0], self._unnamed[1]), self._passed())
+        own, shared = self._unnamed
+        return Cursor(self.anchor, split(self._digests), (own, shared), split(self._last_passed()))
 
     def text(self, now_ms: int) -> str:
         """The cursor's text."""
@@ -302,5 +301,5 @@ class Progress:
             self._digests,
             "" if own is NONE else encode_unnamed(own),
             "" if shared is NONE else encode_unnamed(shared),
-            self._passed() if self.passed else (),
+            self._last_passed() if self._passed else "",
         )
