@@ -61,6 +61,10 @@ _LIMIT = re.compile(r"limit .*reached|reached the maximum")
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 
+RECONNECT_SECONDS = 1.0
+"""Longest pause before the bridge tries to reach RabbitMQ again: open streams wait for it. There are few bridges, and
+may be thousands of publishers."""
+
 _log = logging.getLogger("bridge.amqp")
 
 ERRORS = (
@@ -320,14 +324,15 @@ async def translating(doing: str) -> AsyncIterator[None]:
         raise BrokerUnavailable(f"{doing}: the connection was closed") from error
 
 
-def pauses() -> Callable[[], float]:
-    """Returns the backoff between tries: each call draws seconds from 0 up to 0.1, 0.2, 0.4, ... 5 ("full jitter")."""
+def pauses(longest: float = _LONGEST_PAUSE_SECONDS) -> Callable[[], float]:
+    """Returns the backoff between tries: each call draws seconds from 0 up to 0.1, 0.2, 0.4, ... `longest` ("full
+    jitter")."""
     ceiling = _FIRST_PAUSE_SECONDS
 
     def draw() -> float:
         nonlocal ceiling
         pause = random.uniform(0, ceiling)
-        ceiling = min(ceiling * 2, _LONGEST_PAUSE_SECONDS)
+        ceiling = min(ceiling * 2, longest)
         return pause
 
     return draw

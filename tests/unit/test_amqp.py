@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import gc
+import random
 import threading
 import warnings
 import weakref
@@ -94,3 +95,11 @@ async def test_an_error_of_the_work_is_raised() -> None:
 
     with pytest.raises(amqp.NotFound, match="made by the test"):
         await amqp.while_open(unclosed(), fail())
+
+
+def test_the_pauses_grow_up_to_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda _, ceiling: ceiling)
+    draw = amqp.pauses(1.0)
+    assert [draw() for _ in range(6)] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+    draw = amqp.pauses()
+    assert [draw() for _ in range(9)][-2:] == [5.0, 5.0]

@@ -442,7 +442,7 @@ async def test_a_log_that_does_not_answer_within_eight_seconds_is_no_log(
         return Anchor(9, "abcdef")
 
     monkeypatch.setattr(log, "_write_watermark", write)
-    monkeypatch.setattr(amqp, "pauses", lambda: lambda: 0.0)
+    monkeypatch.setattr(amqp, "pauses", lambda *_: lambda: 0.0)
 
     def answer(name: str, anchor: Anchor | None, _: int) -> None:
         answers[name] = anchor

@@ -79,7 +79,7 @@ class Scripted(Sender):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amqp, "pauses", lambda: lambda: 0.0)
+    monkeypatch.setattr(amqp, "pauses", lambda *_: lambda: 0.0)
 
 
 async def test_a_nack_is_answered_by_the_same_message_again() -> None:

@@ -333,7 +333,7 @@ class EventLog:
     # Watermarks.
 
     async def _write_watermarks(self) -> None:
-        next_pause = amqp.pauses()
+        next_pause = amqp.pauses(amqp.RECONNECT_SECONDS)
         while True:
             await self._watermark_wanted.wait()
             self._watermark_wanted.clear()
@@ -341,7 +341,7 @@ class EventLog:
             written_ms = time.time_ns() // 1_000_000
             try:
                 anchor = await self._write_watermark()
-                next_pause = amqp.pauses()
+                next_pause = amqp.pauses(amqp.RECONNECT_SECONDS)
             except BrokerError as error:
                 _log.warning("watermark not written", error=str(error), waiting=len(waiters))
                 overdue = time.monotonic() - PATIENCE_SECONDS

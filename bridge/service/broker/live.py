@@ -283,7 +283,7 @@ class Broker(ConsumingFeed):
         Raises:
             AccessRefused, TopologyMismatch, NotFound: with the first connection only: waiting does not fix it.
         """
-        next_pause = amqp.pauses()
+        next_pause = amqp.pauses(amqp.RECONNECT_SECONDS)
         while True:
             epoch: _ConnectionEpoch | None = None
             try:
@@ -298,7 +298,7 @@ class Broker(ConsumingFeed):
                         await epoch.run()
                     finally:
                         if self._was_steady:
-                            next_pause = amqp.pauses()
+                            next_pause = amqp.pauses(amqp.RECONNECT_SECONDS)
                         self._end_epoch()
             except BrokerError as error:
                 cause = error if epoch is None else await epoch.cause_of(error)

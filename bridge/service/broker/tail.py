@@ -198,7 +198,7 @@ class Tail(ConsumingFeed):
         Raises:
             AccessRefused, TopologyMismatch, NotFound: with the first connection only: waiting does not fix it.
         """
-        next_pause = amqp.pauses()
+        next_pause = amqp.pauses(amqp.RECONNECT_SECONDS)
         while True:
             try:
                 async with self._connection() as connection:
@@ -208,7 +208,7 @@ class Tail(ConsumingFeed):
                         await amqp.while_open(connection, self._read(connection))
                     finally:
                         if self._was_steady:
-                            next_pause = amqp.pauses()
+                            next_pause = amqp.pauses(amqp.RECONNECT_SECONDS)
                         self._lose_streams()
             except BrokerError as error:
                 self.last_error = error
