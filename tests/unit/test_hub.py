@@ -97,6 +97,7 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
     subscriber = Subscriber("42", (), 1e12)
     request = StreamRequest(subscriber, "", TypeFilter(), named=True, last_event_id=None, keys=())
     connection = Connection(hub, request, session, NOTHING, lambda: None, 0.0)
+    hub._by_user = {"user.42.": [connection]}
     subscription: Any = Subscription()
     connection.subscription = subscription
     return hub, log, connection
@@ -377,9 +378,10 @@ def test_a_group_is_forgotten_with_its_last_connection(monkeypatch: pytest.Monke
     )
     one, other = to.hub.attach(request, lambda: None), to.hub.attach(request, lambda: None)
     to.hub.detach(one)
-    assert set(to.hub._by_prefix) == {"user.42.", "group.a.", "group.b.", "all."}
+    assert set(to.hub._by_prefix) == {"group.a.", "group.b.", "all."}
+    assert set(to.hub._by_user) == {"user.42."}
     to.hub.detach(other)
-    assert (to.hub._by_prefix, to.hub._by_user, len(to.hub)) == ({}, Counter(), 0)
+    assert (to.hub._by_prefix, to.hub._by_user, len(to.hub)) == ({}, {}, 0)
 
 
 @pytest.mark.contract("5.13")

@@ -12,8 +12,8 @@ import hmac
 import random
 import secrets
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, get_args
@@ -270,6 +270,7 @@ class Connection:
         subscriber = request.subscriber
         audiences = [Audience.user(subscriber.user), *map(Audience.group, subscriber.groups), Audience.everyone()]
         self.prefixes = [audience.prefix for audience in audiences]
+        """First words of the routing keys of its events; the user's own audience is the first."""
         self._prefix = self.prefixes[0]
 
     # Called by the broker's side.
@@ -568,9 +569,10 @@ class Hub:
         self.log = log
         self.draining = False
         self._connections: dict[Connection, None] = {}
+        self._by_user: dict[str, list[Connection]] = {}
+        """By the first words of a user's routing keys, as in `user.42.`: the user's few connections."""
         self._by_prefix: dict[str, dict[Connection, None]] = {}
-        """By the first words of their routing keys, as in `user.42.`: the connections whose audience it is."""
-        self._by_user: Counter[str] = Counter()
+        """By the first words of routing keys, as in `group.ops.` and `all.`: the connections that this audience has."""
         openings = limits.openings_per_user or max(LEAST_OPENINGS, OPENINGS_FACTOR * limits.max_connections_per_user)
         self._openings = Budgets(openings, OPENINGS_SECONDS / openings, most=USERS_KEPT)
         self.watermarks = 0
@@ -629,8 +631,9 @@ class Hub:
         )
         connection = Connection(self, request, session, own_deadlines, wake, now)
         self._connections[connection] = None
-        self._by_user[user] += 1
-        for prefix in connection.prefixes:
+        own, *shared = connection.prefixes
+        self._by_user.setdefault(own, []).append(connection)
+        for prefix in shared:
             self._by_prefix.setdefault(prefix, {})[connection] = None
         self._empty.clear()
         self._metrics.connections.set(len(self._connections))
@@ -650,8 +653,7 @@ class Hub:
             return "drain"
         if len(self._connections) >= self._limits.max_connections:
             return "connections"
-        # `get`: a Counter would keep each user that it is asked for.
-        if self._by_user.get(user, 0) >= self._limits.max_connections_per_user:
+        if len(self._by_user.get(Audience.user(user).prefix, ())) >= self._limits.max_connections_per_user:
             return "connections-per-user"
         # Last: a refused stream uses no opening, so a client that keeps trying is admitted like others.
         return None if self._openings.take(user, now) else "openings-per-user"
@@ -662,11 +664,11 @@ class Hub:
         connection.forget()
         connection.expect(False)
         del self._connections[connection]
-        user = connection.request.subscriber.user
-        self._by_user[user] -= 1
-        if not self._by_user[user]:
-            del self._by_user[user]
-        for prefix in connection.prefixes:
+        own, *shared = connection.prefixes
+        self._by_user[own].remove(connection)
+        if not self._by_user[own]:
+            del self._by_user[own]
+        for prefix in shared:
             members = self._by_prefix[prefix]
             del members[connection]
             if not members:
@@ -772,7 +774,7 @@ class Hub:
         """An entry of the log, from a feed that reads the log. Nearly all of a busy log are for no stream here."""
         # `user.42.job.done` -> `user.42.`, `all.job.done` -> `all.`
         kind, _, rest = routing_key.partition(".")
-        members = self._by_prefix.get("all." if kind == "all" else f"{kind}.{rest.partition('.')[0]}.")
+        members = self._by_audience("all." if kind == "all" else f"{kind}.{rest.partition('.')[0]}.")
         if not members:
             return
         event = self.reader.read(routing_key, body, via=0, only=len(members) == 1)
@@ -795,7 +797,10 @@ class Hub:
                 connection.unreadable()
 
     def _members(self, audience: Audience) -> list[Connection]:
-        return list(self._by_prefix.get(audience.prefix, ()))
+        return list(self._by_audience(audience.prefix))
+
+    def _by_audience(self, prefix: str) -> Collection[Connection]:
+        return self._by_user.get(prefix) or self._by_prefix.get(prefix) or ()
 
     def record_copy(self, routing_key: str) -> None:
         """Reports a message that a `CC` or `BCC` header sent to a queue that its own key does not lead to.
@@ -812,7 +817,7 @@ class Hub:
 
     def is_only(self, connection: Connection) -> bool:
         """Whether its user has no other connection here."""
-        return self._by_user[connection.session.user] == 1
+        return len(self._by_user[connection.prefixes[0]]) == 1
 
     # The end.
 

@@ -143,8 +143,7 @@ class Progress:
         self._unnamed: list[Unnamed | None] = [NONE, NONE]
         # All events that were ever sent live, by queue. The difference of two moments is what was sent between them.
         self._sent = 0
-        self._counts = [0, 0]
-        self._totals = [0, 0]
+        self._counts = self._totals = (0, 0)
         self._before_ms = 0
         self._pending: list[_Pending] = []
         # Names of events up to the position, oldest first: a publisher's retry may be after it again. One text, too.
@@ -163,8 +162,8 @@ class Progress:
         progress._named.extend(self._named)
         progress._unnamed = self._unnamed.copy()
         progress._sent = self._sent
-        progress._counts = self._counts.copy()
-        progress._totals = self._totals.copy()
+        progress._counts = self._counts
+        progress._totals = self._totals
         progress._before_ms = self._before_ms
         progress._pending.extend(replace(each) for each in self._pending)
         progress._passed = self._passed
@@ -192,8 +191,8 @@ class Progress:
                     item.anchor,
                     item.seen_ms,
                     self._sent,
-                    (self._counts[0], self._counts[1]),
-                    (self._totals[0], self._totals[1]),
+                    self._counts,
+                    self._totals,
                     self._before_ms,
                 )
             )
@@ -226,8 +225,13 @@ class Progress:
         self._digests += event.digest
         self._named.append(_Sent(received_ms, shared, event.value, True))
         self._sent += 1
-        self._counts[shared] += 1
-        self._totals[shared] = (self._totals[shared] + event.value) & VALUE_MASK
+        (own, of_shared), (own_total, shared_total) = self._counts, self._totals
+        if shared:
+            self._counts = own, of_shared + 1
+            self._totals = own_total, (shared_total + event.value) & VALUE_MASK
+        else:
+            self._counts = own + 1, of_shared
+            self._totals = (own_total + event.value) & VALUE_MASK, shared_total
         self._before_ms = received_ms
         for each in self._pending:
             if each.after_ms is None:

@@ -15,7 +15,6 @@ event as received, and each end of a stream leaves the client a position to retu
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -269,7 +268,7 @@ class Session:
         self._recent: dict[bytes, None] = {}
 
         # Kept back: live events while the log is read, and events of the tail read while older ones may arrive live.
-        self._buffered: OrderedDict[bytes, Entry | Live] = OrderedDict()  # By the event's identity.
+        self._buffered: dict[bytes, Entry | Live] = {}  # By the event's identity.
         self._buffered_bytes = 0
         self._buffer_overflowed = False
         self._pending: dict[bytes, Live] | None = None  # By the event's identity.
@@ -416,7 +415,7 @@ class Session:
         self.state = State.LIVE
         self._replay = None
         self._overlapping = self._live_from is not None
-        buffered, self._buffered, self._buffered_bytes = self._buffered, OrderedDict(), 0
+        buffered, self._buffered, self._buffered_bytes = self._buffered, {}, 0
         for item in buffered.values():
             self._admit(item.event, item)
 
