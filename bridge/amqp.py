@@ -5,7 +5,8 @@ service consumes through `consumer.py`. This file needs aio-pika, but no module 
 
     BrokerError
     ├─ BrokerUnavailable    unreachable, disconnected, or no answer in time: another try may succeed
-    │  └─ LimitReached      a limit of connections, channels or queues
+    │  ├─ LimitReached      a limit of connections, channels or queues
+    │  └─ NoReplica         this node has no running replica of a stream; another may have one
     ├─ AccessRefused        credentials, virtual host or a permission: an operator must change them
     ├─ TopologyMismatch     an exchange or queue exists with other properties
     ├─ NotFound             an exchange or queue does not exist
@@ -58,6 +59,9 @@ _ACCESS_REFUSED = 403
 _LIMIT = re.compile(r"limit .*reached|reached the maximum")
 """Occurs in RabbitMQ's texts for a limit of connections, channels or queues. Such a limit may be temporary."""
 
+_NO_REPLICA = "does not have a running replica on the local node"
+"""Occurs in RabbitMQ's refusal to read a stream on a node without a running replica."""
+
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 
@@ -101,7 +105,7 @@ for _name in ("aiormq.connection", "aiormq.channel", "aio_pika.connection", "aio
 
 
 class BrokerError(Exception):
-    """An operation with RabbitMQ failed: one of the five classes below."""
+    """An operation with RabbitMQ failed: one of the classes below."""
 
 
 class BrokerUnavailable(BrokerError):
@@ -110,6 +114,10 @@ class BrokerUnavailable(BrokerError):
 
 class LimitReached(BrokerUnavailable):
     """A limit of RabbitMQ for connections, channels or queues is reached. This may be temporary."""
+
+
+class NoReplica(BrokerUnavailable):
+    """This node has no running replica of a stream. It may be starting; another node may have one."""
 
 
 class AccessRefused(BrokerError):
@@ -182,6 +190,8 @@ def translate(error: BaseException, doing: str) -> BrokerError:
         return AccessRefused(text)
     if isinstance(error, ChannelNotFoundEntity):
         return NotFound(text)
+    if isinstance(error, ChannelPreconditionFailed) and _NO_REPLICA in text:
+        return NoReplica(f"{text}. Add one with `rabbitmq-streams add_replica`, or wait for the node's start")
     if isinstance(error, ChannelPreconditionFailed | ChannelLockedResource):
         return TopologyMismatch(text)
     return BrokerUnavailable(text)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiormq.exceptions import ChannelPreconditionFailed
 from yarl import URL
 
 from bridge import amqp
@@ -95,6 +96,16 @@ async def test_an_error_of_the_work_is_raised() -> None:
 
     with pytest.raises(amqp.NotFound, match="made by the test"):
         await amqp.while_open(unclosed(), fail())
+
+
+def test_a_node_without_a_replica_of_the_log_is_unavailable_for_now() -> None:
+    refused = ChannelPreconditionFailed(
+        "PRECONDITION_FAILED - stream queue 'events.log' in vhost '/' does not have a running replica on the local node"
+    )
+    found = amqp.translate(refused, "consuming 'events.log'")
+    assert type(found) is amqp.NoReplica
+    assert "rabbitmq-streams add_replica" in str(found)
+    assert type(amqp.translate(ChannelPreconditionFailed("inequivalent arg"), "x")) is amqp.TopologyMismatch
 
 
 def test_the_pauses_grow_up_to_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:

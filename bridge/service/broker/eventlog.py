@@ -22,7 +22,7 @@ import structlog
 from pamqp.commands import Basic
 
 from bridge import amqp
-from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NotFound, TopologyMismatch
+from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, NoReplica, NotFound
 from bridge.publisher import new_id
 from bridge.sender import Sender
 from bridge.service.broker import topology
@@ -366,9 +366,8 @@ class EventLog:
             on_written(anchor, written_ms)
 
     async def _elsewhere(self, error: BrokerError) -> None:
-        """Closes the connection, so that the next one is to another node. A node without a replica of the log, or one
-        that is starting, refuses to read it."""
-        if isinstance(error, TopologyMismatch) and self._connection is not None:
+        """If this node cannot read the log, closes the connection, so that the next one is to another node."""
+        if isinstance(error, NoReplica) and self._connection is not None:
             await amqp.close(self._connection)
 
     async def _declare_again(self) -> bool:
@@ -405,6 +404,8 @@ class EventLog:
                 return Anchor(await seen, digest(mine))
         except amqp.Unroutable as error:
             raise NotFound(str(error)) from None
+        except NoReplica:
+            raise
         except (TimeoutError, BrokerUnavailable) as error:
             _log.warning("the log takes no entry; using its newest", error=str(error) or "no answer in time")
             return await self.newest()
