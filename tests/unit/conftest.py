@@ -1,4 +1,4 @@
-"""What several unit files start from."""
+"""Fixtures that several unit files use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridge.service.settings import LogSettings
 
 @pytest.fixture
 def log() -> EventLog:
-    """Never run, and with no broker: asked for whom it would begin a scan, or what it does without an answer."""
+    """A log without a broker; `run` is never called. Tests call its parts, and replace the broker's answers."""
     return EventLog(
         ["amqp://nobody/"],
         log=LogSettings("events.log", "1h", 1_000),

@@ -36,7 +36,7 @@ BODY = (
 
 
 class LiveQueue:
-    """What the hub holds of a stream's live queue."""
+    """A live queue, as the hub sees it."""
 
     bound = True
 
@@ -126,7 +126,7 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def serving(app: Quart, *, guests: int = 100, ended: list[str]) -> AsyncIterator[tuple[str, Entrance]]:
-    """Hosts an application. Gives its address and its entrance."""
+    """Hosts an application. Yields its address and its entrance."""
     listener = listen("127.0.0.1:0", stall_seconds=30)
     end = asyncio.Event()
     opened: asyncio.Future[Entrance] = asyncio.get_running_loop().create_future()
@@ -154,7 +154,7 @@ async def serving(app: Quart, *, guests: int = 100, ended: list[str]) -> AsyncIt
 async def site(catalogue: Catalogue = CATALOGUE, tracing_with: Any = None, **settings: Any) -> AsyncIterator[Site]:
     """
     Args:
-        tracing_with: in place of `Tracing`.
+        tracing_with: used instead of `Tracing`.
         settings: by their names in `Settings`.
     """
     made = Site(catalogue, tracing_with, **settings)
@@ -166,7 +166,7 @@ async def site(catalogue: Catalogue = CATALOGUE, tracing_with: Any = None, **set
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    """Lets the loop run until a condition holds that no signal reports."""
+    """Runs the loop until a condition is true. It is for conditions that no signal reports."""
     async with asyncio.timeout(PATIENCE):
-        while not is_so():  # noqa: ASYNC110 - Nothing sets an event for it.
+        while not is_so():  # noqa: ASYNC110 - No event is set for it.
             await asyncio.sleep(0)

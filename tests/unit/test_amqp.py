@@ -16,8 +16,8 @@ from bridge import amqp
 from deploy.local.node import free_ports
 
 
-def test_a_connection_that_failed_may_be_forgotten_in_any_thread() -> None:
-    """The library's `__del__` makes a task, which needs a loop: the thread that collects the garbage may have none."""
+def test_a_failed_connection_may_be_collected_in_any_thread() -> None:
+    """The library's `__del__` makes a task, which needs a loop. The thread that collects garbage may not have one."""
     (port,) = free_ports(1)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -25,7 +25,7 @@ def test_a_connection_that_failed_may_be_forgotten_in_any_thread() -> None:
     left: list[object] = []
 
     async def fail() -> None:
-        amqp._quiet.set(True)  # A kept log record would hold the error, and that the connection.
+        amqp._quiet.set(True)  # A kept log record would hold the error, and the error the connection.
         connection = amqp.BrokerConnection(URL(f"amqp://127.0.0.1:{port}/"))
         left.append(connection)
         with contextlib.suppress(ConnectionError):

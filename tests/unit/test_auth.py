@@ -1,4 +1,4 @@
-"""Which tokens are good. Keys are made here; the key set is served by a real HTTP server on loopback."""
+"""The authenticator accepts good tokens only. The tests make the keys. An HTTP server on loopback has the key set."""
 
 import asyncio
 import base64
@@ -101,7 +101,7 @@ async def test_bad_claims(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("token", ["", "a", "a.b.c", "....", "é", "x" * 10_000, "e30.e30.", "\0"])
-async def test_no_jwt_at_all(token: str) -> None:
+async def test_a_text_that_is_not_a_jwt(token: str) -> None:
     with pytest.raises(InvalidToken):
         await authenticate(token)
 
@@ -117,7 +117,7 @@ async def test_the_wrong_key_and_a_changed_token() -> None:
 
 @pytest.mark.contract("2.5")
 @pytest.mark.parametrize("algorithm", ["none", "None", "HS384", "RS256", None, 7, ["HS256"]])
-async def test_an_algorithm_of_the_tokens_choosing(algorithm: Any) -> None:
+async def test_a_token_cannot_choose_its_algorithm(algorithm: Any) -> None:
     head = base64.urlsafe_b64encode(json.dumps({"alg": algorithm}).encode()).decode().rstrip("=")
     payload = base64.urlsafe_b64encode(json.dumps(CLAIMS).encode()).decode().rstrip("=")
     with pytest.raises(InvalidToken):
@@ -148,7 +148,7 @@ class KeyServer(ThreadingHTTPServer):
         """While it is clear, requests wait for their answer."""
         self.answers.set()
         self.asked = threading.Event()
-        """Set once a request has come and its answer is settled."""
+        """Set when a request has arrived and its answer is chosen."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine must not turn a good answer into a slow one."""
+    """On a busy machine a good answer may be slow. Such an answer must not fail a test."""
     monkeypatch.setattr(keys, "WAIT_SECONDS", PATIENCE)
     monkeypatch.setattr(keys, "FETCH_SECONDS", PATIENCE)
 
@@ -208,7 +208,7 @@ async def test_each_algorithm_of_a_key_set(key_server: KeyServer, key: Any, algo
 
 
 @pytest.mark.contract("2.5")
-async def test_a_public_key_is_no_secret(key_server: KeyServer) -> None:
+async def test_a_public_key_is_not_accepted_as_a_secret(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(RSA, "r")]}
     pem = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     head = base64.urlsafe_b64encode(b'{"alg":"HS256","kid":"r"}').decode().rstrip("=")
@@ -232,7 +232,7 @@ async def test_a_key_for_something_else_is_not_used(key_server: KeyServer, chang
 
 
 def by(key: Any, kid: Any = ..., **claims: Any) -> str:
-    """A token that any of our keys signed, good for a day."""
+    """A token that one of our keys signed. It is valid for a day."""
     algorithm = {RSA: "RS256", EC: "ES256", ED: "EdDSA"}[key]
     return signed(key, algorithm, **{"exp": NOW + 86_400, "kid": kid, **claims})
 
@@ -248,7 +248,7 @@ async def test_a_rotated_key_is_found_at_once(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(ED, "new")]}
     await authenticator.authenticate(by(ED, "new"), NOW + 1)
     assert key_server.hits == 2
-    # What the issuer withdrew is refused, and the same token costs one reading, not one a request.
+    # A withdrawn key is refused. Ten requests with the same token cost one read of the key set.
     withdrawn = by(EC, "old")
     for _ in range(10):
         with pytest.raises(InvalidToken, match="does not have key 'old'"):
@@ -285,7 +285,7 @@ async def test_strangers_cannot_spend_more_than_the_budget_nor_have_anybody_refu
         await authenticator.authenticate(by(ED, "new"), NOW + 1)
     assert (await authenticator.authenticate(by(EC, "old"), NOW + 1)).user == "42"
     assert (await authenticator.authenticate(by(ED, "new"), NOW + FETCH_EVERY_SECONDS)).user == "42"
-    # That reading decided about the strangers' tokens as well.
+    # That read of the key set also decided about the strangers' tokens.
     with pytest.raises(InvalidToken):
         await authenticator.authenticate(by(RSA, "more-0"), NOW + FETCH_EVERY_SECONDS)
     assert key_server.hits == 2 + FETCH_BURST
@@ -338,7 +338,7 @@ async def test_a_verdict_is_looked_up_again_after_a_while(key_server: KeyServer)
     key_server.document = {"keys": [public(EC, "old")]}
     authenticator = Authenticator(jwks=url(key_server))
     await authenticator.start()
-    token = by(ED, "late")  # The issuer shows its key only after it has signed with it.
+    token = by(ED, "late")  # The issuer publishes this key only after it has signed with it.
     with pytest.raises(InvalidToken):
         await authenticator.authenticate(token, NOW)
     key_server.document = {"keys": [public(ED, "late")]}
@@ -363,7 +363,7 @@ async def test_another_key_under_the_same_name_is_found(key_server: KeyServer, k
 
 @pytest.mark.contract("6.14")
 @pytest.mark.parametrize("kid", ["same", ...])
-async def test_of_two_keys_with_one_name_each_is_tried(key_server: KeyServer, kid: Any) -> None:
+async def test_each_of_several_keys_with_one_name_is_tried(key_server: KeyServer, kid: Any) -> None:
     other = ed25519.Ed25519PrivateKey.generate()
     key_server.document = {"keys": [public(EC, "same"), public(other, "same"), public(ED, "same")]}
     authenticator = Authenticator(jwks=url(key_server))
@@ -391,7 +391,7 @@ async def test_a_kid_of_another_type(tmp_path: Path, in_the_set: Any, in_the_tok
 
 
 @pytest.mark.contract("5.41", "6.4")
-async def test_a_key_set_that_does_not_answer_judges_nobody(key_server: KeyServer) -> None:
+async def test_without_an_answer_from_the_key_set_no_token_is_refused(key_server: KeyServer) -> None:
     key_server.document, key_server.status = {}, 500
     authenticator = Authenticator(jwks=url(key_server))
     await authenticator.start()
@@ -401,7 +401,7 @@ async def test_a_key_set_that_does_not_answer_judges_nobody(key_server: KeyServe
     assert key_server.hits == 1 + FETCH_BURST
     key_server.document, key_server.status = {"keys": [public(EC, "e")]}, 200
     assert (await authenticator.authenticate(by(EC, "e"), NOW + FETCH_EVERY_SECONDS)).user == "42"
-    # And once it has been read, an outage does not refuse tokens whose key is known.
+    # After the first read, a token with a known key is accepted during an outage.
     key_server.status = 500
     assert (await authenticator.authenticate(by(EC, "e"), NOW + REFRESH_SECONDS + 100)).user == "42"
 
@@ -442,12 +442,12 @@ async def test_a_slow_endpoint_delays_nobody_whose_key_is_known(
     await authenticator.authenticate(by(EC, "e"), NOW)
     key_server.answers.clear()
     key_server.document = {"keys": [public(ED, "new")]}
-    # The set is old, is read again in the background, and that does not end. These would wait with it.
+    # The set is old, so it is read again in the background. That read does not end, and these requests do not wait.
     for _ in range(3):
         await authenticator.authenticate(by(EC, "e"), NOW + REFRESH_SECONDS + 1)
-    # A stranger's cookie before a good one does not wait either.
+    # A stranger's cookie before a good one does not cause a wait either.
     await authenticator.authenticate_any([by(RSA, "x"), by(EC, "e")], NOW + REFRESH_SECONDS + 1)
-    # Shorter than anything: the endpoint answers only when it is let.
+    # A short limit is enough: the endpoint does not answer until the test allows it.
     monkeypatch.setattr(keys, "WAIT_SECONDS", 0.01)
     with pytest.raises(KeysUnavailable, match="has not answered yet"):
         await authenticator.authenticate(by(ED, "new"), NOW + REFRESH_SECONDS + 1)
@@ -457,7 +457,7 @@ async def test_a_slow_endpoint_delays_nobody_whose_key_is_known(
 
 
 @pytest.mark.contract("6.3")
-async def test_a_reading_that_began_before_the_token_came_does_not_refuse_it(key_server: KeyServer) -> None:
+async def test_a_read_that_began_before_a_token_arrived_does_not_refuse_it(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "old")]}
     authenticator = Authenticator(jwks=url(key_server))
     await authenticator.start()
@@ -465,10 +465,10 @@ async def test_a_reading_that_began_before_the_token_came_does_not_refuse_it(key
     key_server.asked.clear()
     stranger = asyncio.create_task(authenticator.authenticate(by(RSA, "x"), NOW))
     await asyncio.to_thread(key_server.asked.wait)
-    # The answer under way has the old keys; the issuer shows the new one now, and signs with it.
+    # The answer on its way has the old keys. Now the issuer publishes the new key, and signs with it.
     key_server.document = {"keys": [public(ED, "new")]}
     page = asyncio.create_task(authenticator.authenticate(by(ED, "new"), NOW))
-    await asyncio.sleep(0)  # It runs until it waits for the reading.
+    await asyncio.sleep(0)  # It runs until it waits for the key set.
     key_server.answers.set()
     with pytest.raises(InvalidToken):
         await stranger
@@ -476,7 +476,7 @@ async def test_a_reading_that_began_before_the_token_came_does_not_refuse_it(key
     assert key_server.hits == 3
 
 
-async def test_a_clock_that_is_set_back_neither_ages_nor_keeps_a_set(key_server: KeyServer) -> None:
+async def test_a_clock_that_is_set_back_does_not_keep_an_old_key_set(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "old")]}
     authenticator = Authenticator(jwks=url(key_server))
     with pytest.raises(InvalidToken):
@@ -486,7 +486,7 @@ async def test_a_clock_that_is_set_back_neither_ages_nor_keeps_a_set(key_server:
 
 
 @pytest.mark.contract("6.25")
-async def test_of_several_tokens_the_first_good_one_counts(key_server: KeyServer) -> None:
+async def test_the_first_good_one_of_several_tokens_counts(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "e")]}
     authenticator = Authenticator(secret=SECRET, jwks=url(key_server))
     await authenticator.start()
@@ -526,7 +526,7 @@ async def test_groups_elsewhere_need_a_good_signature(key_server: KeyServer) -> 
 
 
 @pytest.mark.contract("6.15")
-async def test_the_name_of_an_algorithm_by_rfc_9864(tmp_path: Path) -> None:
+async def test_an_algorithm_by_its_name_in_rfc_9864(tmp_path: Path) -> None:
     (tmp_path / "keys.json").write_text(json.dumps({"keys": [public(ED, "d", alg="Ed25519")]}))
     authenticator = Authenticator(jwks=str(tmp_path / "keys.json"))
     head = base64.urlsafe_b64encode(b'{"alg":"Ed25519","kid":"d"}').rstrip(b"=")
@@ -543,7 +543,7 @@ async def test_the_name_of_an_algorithm_by_rfc_9864(tmp_path: Path) -> None:
             {**public(RSA, "d"), "use": "enc"}, {**public(RSA, "d"), "alg": "RSA-OAEP"},
             {**public(RSA, "d"), "key_ops": ["encrypt"]}, {**public(RSA, "d"), "use": ["sig"]}]
 )  # fmt: skip
-async def test_a_bad_key_beside_a_good_one_is_passed_over(tmp_path: Path, bad: Any) -> None:
+async def test_a_bad_key_beside_a_good_one_is_ignored(tmp_path: Path, bad: Any) -> None:
     good = public(ED, "d")
     (tmp_path / "keys.json").write_text(json.dumps({"keys": [bad, good, good]}))
     authenticator = Authenticator(jwks=str(tmp_path / "keys.json"))

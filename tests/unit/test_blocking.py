@@ -1,4 +1,4 @@
-"""The thread of a blocking publisher: it starts once, ends with `close`, and no call waits for ever.
+"""The thread of a blocking publisher: it starts once, ends with `close`, and no call waits forever.
 
 Real brokers and forks are in tests/integration/test_blocking.py.
 """
@@ -20,7 +20,7 @@ DONE = JobCompleted(job_id="r-7", duration_seconds=3.2)
 
 
 def publisher(timeout: float = 0.05) -> BlockingPublisher:
-    """Of a port where nobody listens."""
+    """A publisher to a port on which nothing listens."""
     (port,) = free_ports(1)
     return Publisher.blocking(f"amqp://127.0.0.1:{port}/", source="/t", timeout=timeout)
 
@@ -60,7 +60,7 @@ def test_a_with_statement_that_cannot_connect_leaves_no_thread() -> None:
     assert made._workers == {}
 
 
-def test_what_is_refused_needs_no_thread() -> None:
+def test_a_refused_event_starts_no_thread() -> None:
     made = publisher()
     with pytest.raises(EventRefused):
         made.to_group("", DONE)
@@ -98,7 +98,7 @@ def test_a_thread_that_does_not_start_is_given_up(monkeypatch: pytest.MonkeyPatc
     made._workers.clear()
 
 
-def test_a_batch_that_fails_names_where() -> None:
+def test_a_batch_that_fails_names_the_event() -> None:
     made = publisher()
     with pytest.raises(PublishError) as caught:
         made.publish_many([(Audience.user("42"), DONE), (Audience.everyone(), DONE)])
@@ -142,7 +142,7 @@ def test_a_batch_may_publish_by_itself(fake: BlockingPublisher) -> None:
     assert {f"e-{at}" for at in range(3)} | {f"own-{at}" for at in range(3)} == set(published(fake))
 
 
-def test_an_iterable_that_fails_loses_nothing_that_came_before(fake: BlockingPublisher) -> None:
+def test_an_iterable_that_fails_loses_no_event_before_its_failure(fake: BlockingPublisher) -> None:
     def items() -> Any:
         yield Audience.user("42"), DONE, {"id": "e-1"}
         raise KeyError("of the caller")

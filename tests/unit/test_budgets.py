@@ -1,4 +1,4 @@
-"""What a budget allows, and that many of them cost a bounded amount of memory."""
+"""A budget limits how much is taken in a time. Many budgets need a bounded amount of memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from bridge.service.budgets import Budget, Budgets
 
 
-def test_so_many_at_once_and_then_one_each_so_many_seconds() -> None:
+def test_a_burst_is_allowed_and_then_one_in_each_interval() -> None:
     budget = Budget(2, 10)
     assert [budget.take(now) for now in (0, 0, 0, 9, 10, 10, 5, 15, 24, 1000, 1000, 1000)] == [
         True, True, False, False, True, False, False, True, False, True, True, False,
     ]  # fmt: skip
 
 
-def test_what_has_been_used_already_is_a_debt_with_a_bound() -> None:
+def test_use_beyond_the_budget_is_a_debt_with_a_bound() -> None:
     budget = Budget(100, 0.5)
     budget.spend(130, 0, debt=50)
     assert budget.left(0) == -30
@@ -26,7 +26,7 @@ def test_what_has_been_used_already_is_a_debt_with_a_bound() -> None:
     assert budget.left(20) == -10
 
 
-def test_a_debt_that_was_deeper_is_not_forgiven() -> None:
+def test_a_smaller_bound_does_not_reduce_an_old_debt() -> None:
     budget = Budget(100, 0.5)
     budget.spend(200, 0, debt=100)
     budget.spend(1, 0, debt=0)
@@ -78,14 +78,14 @@ def test_no_more_is_taken_in_any_time_than_the_budget_allows(
         assert taken <= burst + now / every + 1e-6
 
 
-def test_each_new_key_has_two_full_budgets_forgotten() -> None:
+def test_for_each_new_key_two_full_budgets_are_forgotten() -> None:
     budgets = Budgets(1, 10, most=10)
     for key in "abcd":
         budgets.take(key, 0)
     budgets.take("e", 10)
     assert len(budgets) == 3
     budgets.take("f", 20)
-    assert len(budgets) == 2, "two are forgotten for the new one, and the last two stay"
+    assert len(budgets) == 2, "two are forgotten for the new one, and the last two are kept"
 
 
 def test_the_only_full_budget_is_kept() -> None:
@@ -96,14 +96,14 @@ def test_the_only_full_budget_is_kept() -> None:
     assert budgets.left("b", 1_000) == 1
 
 
-def test_the_wait_for_what_is_there_is_none() -> None:
+def test_a_budget_that_is_left_needs_no_wait() -> None:
     budget = Budget(5, 0.5)
     assert budget.seconds_until(1, 0) == 0
     budget.spend(5, 0, debt=0)
     assert budget.seconds_until(1, 0) == 0.5
 
 
-def test_room_for_no_key_is_a_mistake() -> None:
+def test_budgets_need_room_for_one_key() -> None:
     with pytest.raises(AssertionError):
         Budgets(1, 1, most=0)
 

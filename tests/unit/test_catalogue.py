@@ -1,4 +1,4 @@
-"""Catalogues as teams write them, and every way in which one can be broken."""
+"""Catalogues as teams write them, and the faults that a catalogue can have."""
 
 from pathlib import Path
 from textwrap import dedent
@@ -29,7 +29,7 @@ def faults(name: str) -> list[str]:
     return caught.value.faults
 
 
-def test_the_catalogue_that_comes_with_the_bridge() -> None:
+def test_the_samples_of_the_bridge_are_a_catalogue() -> None:
     catalogue = load_catalogue("bridge.samples")
     assert {"job.started", "job.progress", "job.completed", "approval.requested", "report.ready"} <= set(catalogue)
     assert {"billing.notice", "notification"} <= set(catalogue)
@@ -49,7 +49,7 @@ def test_a_class_in_any_module_is_found(package: tuple[str, Path]) -> None:
     assert set(catalogue["b"].model_fields) == {"x", "y"}
 
 
-def test_a_base_without_a_type_is_no_event(package: tuple[str, Path]) -> None:
+def test_a_base_without_a_type_is_not_an_event(package: tuple[str, Path]) -> None:
     name, folder = package
     write(folder, "a.py", 'class Base(EventData):\n  x: int\nclass A(Base, type="a"):\n  y: int')
     assert list(load_catalogue(name)) == ["a"]
@@ -148,7 +148,7 @@ def test_a_single_module_is_a_catalogue(package: tuple[str, Path]) -> None:
 def test_a_plain_folder_that_python_does_not_use_is_named(
     package: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python prefers a package with an `__init__.py`, also where its place comes later."""
+    """Python prefers a package with an `__init__.py`, even if its folder is later in `sys.path`."""
     name, folder = package
     write(folder, "a.py", MODEL.format("A", "a"))
     users = folder.parent / "first" / name
@@ -161,7 +161,7 @@ def test_a_plain_folder_that_python_does_not_use_is_named(
     assert "add an empty __init__.py" in note
 
 
-def test_of_two_packages_the_first_counts(package: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_two_packages_counts(package: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     name, folder = package
     write(folder, "a.py", MODEL.format("A", "a"))
     users = folder.parent / "first" / name
@@ -246,14 +246,14 @@ def test_a_model_that_does_not_read_what_it_writes_is_a_fault(package: tuple[str
     assert fault.startswith(f"{name}.a.Shipped: Shipped.carrier: it is written as 'carrierName' and read as 'carrier'")
 
 
-def test_an_annotation_that_means_nothing_is_a_fault(package: tuple[str, Path]) -> None:
+def test_an_annotation_that_cannot_be_resolved_is_a_fault(package: tuple[str, Path]) -> None:
     name, folder = package
     write(folder, "a.py", 'class A(EventData, type="a"):\n  x: "NoSuchThing"')
     (fault,) = faults(name)
     assert "NoSuchThing" in fault
 
 
-def test_the_example_of_a_catalogue_of_ones_own() -> None:
+def test_the_example_of_a_teams_own_catalogue() -> None:
     catalogue = load_catalogue("schemas")
     assert (list(catalogue), catalogue.notes) == (["parcel.shipped"], ())
     text = '{"parcel_id": "p-1", "arrives_at": "2026-11-26T12:00:00"}'

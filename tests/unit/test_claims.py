@@ -1,4 +1,4 @@
-"""What real issuers write into tokens is read, and nothing that could mean somebody else."""
+"""The bridge reads the claims of real issuers. It refuses a claim that could mean another user."""
 
 import base64
 import json
@@ -154,11 +154,11 @@ def test_claims_by_path(claims: dict[str, Any], path: str, value: Any) -> None:
         ({"_claim_names": {"realm": "src1"}}, "realm.roles", True),
         ({"_claim_names": {"address": "x"}}, "groups", False),
         ({"_claim_names": {"groups": "src1"}}, "", False), ({"_claim_names": "groups"}, "groups", False),
-        # Entra sends both for users who are in some roles and many groups: what is there counts.
+        # Entra sends both for a user in some roles and many groups. The groups in the token count.
         ({"_claim_names": {"groups": "src1"}, "groups": ["ops"]}, "groups", False),
     ],
 )  # fmt: skip
-def test_groups_that_are_elsewhere_are_never_no_groups(claims: dict[str, Any], name: str, elsewhere: bool) -> None:
+def test_groups_elsewhere_are_not_read_as_no_groups(claims: dict[str, Any], name: str, elsewhere: bool) -> None:
     reader = ClaimsReader(groups=name)
     if elsewhere:
         with pytest.raises(GroupsElsewhere, match=repr(name)):
@@ -186,7 +186,7 @@ def test_the_compact_form() -> None:
     token = parse(f"{head}.{claims}.AAAA")
     assert (token.algorithm, token.kid, token.claims) == ("HS256", "7", {"sub": "42"})
     assert (token.signed, token.signature) == (f"{head}.{claims}".encode(), b"\0\0\0")
-    # Padding is not there by RFC 7515, section 2; a load balancer of Amazon's adds it, and signs it.
+    # RFC 7515, section 2, allows no padding. A load balancer of Amazon adds padding, and signs it.
     assert parse(f"{head}==.{claims}.AA==").signed == f"{head}==.{claims}".encode()
 
 
@@ -204,13 +204,13 @@ def test_the_compact_form() -> None:
         (encode({}) + "." + base64.urlsafe_b64encode(b"[" * 100_000).decode() + ".", "decoded"),
     ],
 )  # fmt: skip
-def test_what_is_no_signed_token(text: str, why: str) -> None:
+def test_a_text_that_is_not_a_signed_token(text: str, why: str) -> None:
     with pytest.raises(InvalidToken, match=why):
         parse(text)
 
 
 @pytest.mark.contract("2.18", "2.19")
-def test_an_identity_is_of_the_user_and_the_set_of_groups() -> None:
+def test_an_identity_depends_on_the_user_and_the_set_of_groups() -> None:
     key = b"k"
 
     def identity(user: str, *groups: str, key: bytes = key) -> str:

@@ -1,4 +1,4 @@
-"""The command line, called in this process: what is printed, and the exit code. RabbitMQ is not there."""
+"""The command line, called in this process: its output and its exit code. There is no RabbitMQ."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bridge(*arguments: str, text: str | None = None) -> Result:
     return CliRunner().invoke(cli.main, arguments, input=text)
 
 
-def test_a_token_is_one_that_the_service_accepts() -> None:
+def test_a_token_has_the_claims_and_the_signature_that_the_service_reads() -> None:
     done = bridge("token", "--user", "42", "--group", "ops", "--group", "dev", "--ttl", "60")
     assert done.exit_code == 0
     claims = jwt.decode(done.stdout.strip(), SECRET, ["HS256"])
@@ -64,7 +64,7 @@ def test_all_faults_of_the_settings_are_named(monkeypatch: pytest.MonkeyPatch) -
     assert done.stderr.startswith("bridge: 2 setting(s) to fix:")
 
 
-def test_a_catalogue_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_catalogue_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BRIDGE_SCHEMAS", "no.such.package")
     done = bridge("schemas", "export")
     assert done.exit_code == 2
@@ -106,7 +106,7 @@ def test_a_diff_says_what_a_change_breaks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[]", "not an object"), ('{"a": 1}', "not an object")])
-def test_a_file_that_is_no_export(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_is_not_an_export(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "old.json").write_text(text)
     done = bridge("schemas", "diff", "old.json")
     assert done.exit_code == 2
@@ -147,7 +147,7 @@ def test_an_event_that_the_publisher_refuses(monkeypatch: pytest.MonkeyPatch) ->
     assert "id must be" in done.stderr
 
 
-def test_a_line_may_say_for_whom_it_is() -> None:
+def test_a_line_may_name_its_audience() -> None:
     line = json.dumps({"to": "user:42", "type": "job.completed", "data": json.loads(DONE)})
     audience, event = cli._read_line(line, None, None, CATALOGUE)
     assert (str(audience), event.event_type) == ("user:42", "job.completed")
@@ -163,7 +163,7 @@ def test_without_rabbitmq_a_command_fails_with_1() -> None:
     assert "0 published again before this error" in replayed.stderr
 
 
-def test_check_goes_as_far_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_everything_that_it_can_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BRIDGE_JWTSECRET", "x")
     done = bridge("check")
     assert done.exit_code == 1
@@ -175,7 +175,7 @@ def test_check_goes_as_far_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "connecting to amqp://127.0.0.1" in broker
 
 
-def test_check_names_a_key_set_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_check_names_an_invalid_key_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "keys.json").write_text("{}")
     monkeypatch.setenv("BRIDGE_JWKS", str(tmp_path / "keys.json"))
     done = bridge("check")
@@ -262,13 +262,13 @@ async def test_listen_resumes_after_a_cut_with_its_cursor() -> None:
     assert "bridge.bye" in done.stderr
 
 
-def test_what_is_shown_of_a_refused_message() -> None:
+def test_a_refused_message_as_it_is_shown() -> None:
     message: Any = type("Message", (), {"reason": "schema", "detail": "d", "routing_key": "all.x", "body": b"\xff"})
     shown = json.loads(cli._shown(message))
     assert shown == {"reason": "schema", "detail": "d", "routing_key": "all.x", "body": "\\xff"}
 
 
-def test_a_reader_that_has_enough_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_closes_the_pipe_is_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "dup2", lambda one, other: closed.append((one, other)))
 

@@ -1,4 +1,4 @@
-"""The clock of the streams while the wall clock is set."""
+"""The clock of the streams does not change when the wall clock is set."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""When a connection's bytes are read, and when deliveries are acknowledged: a reader with a clock of the test's."""
+"""The reader of a connection: when it reads bytes, and when it acknowledges deliveries. The test sets its clock."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Clock:
 
 
 class Transport:
-    """The two things that the reader does with its socket."""
+    """Records how the reader uses its socket: writes and pauses."""
 
     def __init__(self) -> None:
         self.transport = self
@@ -93,7 +93,7 @@ class Connection:
         self.reader._gathering.seconds = PAUSE_SECONDS  # As on a busy process.
         self.tag = 0
 
-    def bring(self, count: int = 1, size: int = 1) -> None:
+    def deliver(self, count: int = 1, size: int = 1) -> None:
         packet = b""
         for _ in range(count):
             self.tag += 1
@@ -102,7 +102,7 @@ class Connection:
 
     @property
     def passed(self) -> bytes:
-        """What the library has not read yet."""
+        """The bytes that the library has not read yet."""
         buffer: Any = self.reader._buffer  # type: ignore[attr-defined]
         return bytes(buffer)
 
@@ -112,18 +112,18 @@ async def to() -> Connection:
     return Connection()
 
 
-def test_a_delivery_that_comes_alone_is_not_delayed(to: Connection) -> None:
-    to.bring()
+def test_a_single_delivery_is_not_delayed(to: Connection) -> None:
+    to.deliver()
     assert (to.bodies, to.socket.is_paused) == ([b"x"], False)
     to.clock.go(SUCCESSION_SECONDS)
-    to.bring()
+    to.deliver()
     assert not to.socket.is_paused
 
 
 def test_after_a_burst_reading_pauses_for_a_moment(to: Connection) -> None:
-    to.bring()
+    to.deliver()
     to.clock.go(SUCCESSION_SECONDS / 2)
-    to.bring()
+    to.deliver()
     assert to.socket.is_paused
     to.clock.go(PAUSE_SECONDS)
     assert not to.socket.is_paused
@@ -135,33 +135,33 @@ def test_while_the_process_has_time_reading_does_not_pause(to: Connection, monke
     for busy, is_paused in ((0.0, False), (1.0, True), (0.0, False)):
         cpu += busy * MEASURE_SECONDS
         to.clock.go(MEASURE_SECONDS)
-        to.bring()
-        to.bring()
+        to.deliver()
+        to.deliver()
         assert to.socket.is_paused is is_paused
         to.clock.go(MOST_SECONDS)
 
 
 @pytest.mark.parametrize(("count", "size"), [(MANY, 1), (1, LARGE_BYTES)])
-def test_a_packet_that_is_large_enough_is_followed_at_once(to: Connection, count: int, size: int) -> None:
-    to.bring()
-    to.bring(count, size)
+def test_after_a_large_packet_reading_does_not_pause(to: Connection, count: int, size: int) -> None:
+    to.deliver()
+    to.deliver(count, size)
     assert not to.socket.is_paused
 
 
 def test_while_an_answer_is_awaited_nothing_is_delayed(to: Connection) -> None:
     to.reader.feed_data(frame(1, 1, b"\x00\x32\x00\x0b"))
-    to.bring()
-    to.bring()
+    to.deliver()
+    to.deliver()
     assert not to.socket.is_paused
     to.clock.go(TALK_SECONDS)
-    to.bring()
-    to.bring()
+    to.deliver()
+    to.deliver()
     assert to.socket.is_paused
 
 
-def test_a_connection_that_closes_meanwhile_is_left_alone(to: Connection) -> None:
-    to.bring()
-    to.bring()
+def test_a_connection_that_closes_during_a_pause_is_left_alone(to: Connection) -> None:
+    to.deliver()
+    to.deliver()
     to.socket.closing = True
     to.clock.go(1.0)
     assert to.socket.is_paused
@@ -169,10 +169,10 @@ def test_a_connection_that_closes_meanwhile_is_left_alone(to: Connection) -> Non
 
 
 def test_acks_wait_for_others_of_their_channel(to: Connection) -> None:
-    to.bring()
-    assert len(to.socket.written) == 1, "the first for a while"
-    to.bring()
-    to.bring()
+    to.deliver()
+    assert len(to.socket.written) == 1, "the first ack for a while"
+    to.deliver()
+    to.deliver()
     assert len(to.socket.written) == 1
     to.clock.go(ACK_SECONDS)
     assert len(to.socket.written) == 2
@@ -181,23 +181,23 @@ def test_acks_wait_for_others_of_their_channel(to: Connection) -> None:
 
 
 def test_many_deliveries_are_acknowledged_at_once(to: Connection) -> None:
-    to.bring()
-    to.bring(MANY - 1)
+    to.deliver()
+    to.deliver(MANY - 1)
     assert len(to.socket.written) == 1
-    to.bring()
+    to.deliver()
     assert len(to.socket.written) == 2
     assert to.deliveries.unacked == 0
 
 
 def test_a_busy_connection_shows_the_library_a_heartbeat(to: Connection) -> None:
-    to.bring()
+    to.deliver()
     assert to.passed == HEARTBEAT, "the first packet for a while"
-    to.bring()
+    to.deliver()
     to.clock.go(QUIET_SECONDS)
-    to.bring()
+    to.deliver()
     assert to.passed == HEARTBEAT
     to.clock.go(0.01)
-    to.bring()
+    to.deliver()
     assert to.passed == HEARTBEAT * 2
 
 
@@ -207,7 +207,7 @@ def test_a_fault_of_a_callback_is_logged_and_forgotten(to: Connection, caplog: p
 
     to.deliveries.take(CHANNEL, fail)
     with capture_logs():
-        to.bring()
+        to.deliver()
     assert "a delivery was not taken" in caplog.text
     assert to.deliveries.faults == []
 

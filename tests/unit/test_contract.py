@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 CONTRACT = ROOT / "docs" / "contract.md"
 TESTS = ROOT / "tests"
 
-# The list may only shrink. Each promise has the reason why no test holds it.
+# The list may only shrink. Each promise has the reason why no test checks it.
 UNTESTED = {
     "2.32": "a permission for later bridges; no test sends the browser client a frame that it does not know",
     "5.31": "a fact about RabbitMQ 4.3; the test of a cluster waits for the node, and expects no timeout",

@@ -1,4 +1,4 @@
-"""Promises of docs/contract.md that no other test holds, and that need no RabbitMQ."""
+"""Promises of docs/contract.md that no other test checks, and that need no RabbitMQ."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_publisher_and_bridge_make_keys_by_one_public_function() -> None:
 
 
 class Replayed:
-    """A queue with one message, and a publisher that keeps what it is given."""
+    """A queue with one message, and a publisher that records its messages."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, body: bytes, **headers: Any) -> None:
         self.sent: list[bytes] = []
@@ -106,7 +106,7 @@ class Replayed:
 @pytest.mark.contract("1.24")
 @pytest.mark.parametrize("headers", [{}, {"x-size": 300_000}], ids=["whole", "cut"])
 async def test_a_cut_message_is_never_replayed(monkeypatch: pytest.MonkeyPatch, headers: dict[str, Any]) -> None:
-    """Though the part that was kept is a good event, and the limit is above the size of the whole."""
+    """Even if the kept part is a valid event, and the limit is above the size of the whole message."""
     event = {"specversion": "1.0", "id": "e", "source": "/t", "type": "job.completed"}
     body = json.dumps({**event, "data": {"job_id": "r-7", "duration_seconds": 1}}).encode()
     queue = Replayed(monkeypatch, body, **headers)
@@ -133,7 +133,7 @@ def make_app(**changes: Any) -> Quart:
 
 
 @pytest.mark.contract("2.22")
-async def test_an_identity_opens_nothing() -> None:
+async def test_an_identity_is_not_accepted_as_a_token() -> None:
     client = make_app(query_token=True).test_client()
     token = mint(SECRET, user="42", groups=(), ttl_seconds=3600, now=4_000_000_000)
     answer = await client.head("/events", headers={"Authorization": f"Bearer {token}"})
@@ -245,12 +245,12 @@ def test_after_a_gap_the_cursor_stays_before_the_event_until_the_next_position()
     assert [frame.event for frame in frames(made)] == ["bridge.gap"]
     made.offer(make_event(1), 3_000)
     (event,) = frames(made)
-    assert Cursor.parse(event.id).anchor == Anchor(10, "AAAAAA"), "a client that comes back has the event read again"
+    assert Cursor.parse(event.id).anchor == Anchor(10, "AAAAAA"), "for a client that returns, the event is read again"
     made.watermark(Anchor(100, "BBBBBB"), 9_000)
     made.prove(Anchor(100, "BBBBBB"))
     made.offer(make_event(2), 20_000)
     (event,) = frames(made)
-    assert Cursor.parse(event.id).anchor == Anchor(100, "BBBBBB"), "it is read from behind the event"
+    assert Cursor.parse(event.id).anchor == Anchor(100, "BBBBBB"), "the log is read from after the event"
 
 
 @pytest.mark.contract("2.13")
@@ -298,7 +298,7 @@ def test_another_type_of_the_data_is_refused(written: str) -> None:
     assert caught.value.reason == "not-a-cloudevent"
 
 
-# The bounds of connections, on real sockets. A guest's time is set back instead of waited for.
+# The limits of connections, on real sockets. The tests do not wait: they set a guest's time back.
 
 
 async def dial(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -326,7 +326,7 @@ async def test_a_connection_without_a_further_request_is_closed_after_75_s() -> 
         here.entrance._sweep()
         assert here.ended == ["idle"]
         async with asyncio.timeout(PATIENCE):
-            assert b"HTTP/1.1 4" not in await reader.read(), "only the end, and no error"
+            assert b"HTTP/1.1 4" not in await reader.read(), "the connection ends without an error"
         writer.close()
 
 
@@ -365,12 +365,12 @@ async def test_the_internal_address_takes_16_connections_and_makes_room_as_the_p
 ) -> None:
     entrances: dict[str, Entrance] = {}
 
-    async def note(*args: Any, name: str, **options: Any) -> None:
+    async def record(*args: Any, name: str, **options: Any) -> None:
         options["on_entrance"] = partial(entrances.__setitem__, name)
         await host(*args, name=name, **options)
 
-    monkeypatch.setattr(service_main, "host", note)
-    monkeypatch.setattr(gc, "freeze", lambda: None)  # The tests' process lives on.
+    monkeypatch.setattr(service_main, "host", record)
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # The test process continues.
     (port,) = free_ports(1)
     settings = Settings(
         amqp_url=SecretStr(f"amqp://127.0.0.1:{port}/"), jwt_secret=SecretStr(SECRET), schemas="bridge.samples",
@@ -388,10 +388,10 @@ async def test_the_internal_address_takes_16_connections_and_makes_room_as_the_p
     for reader, _ in clients[:16]:
         async with asyncio.timeout(PATIENCE):
             assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
-    door = entrances["internal"]
-    await until(lambda: len(door._guests[Phase.IDLE]) == 16 and door._is_full)
-    assert len(door) == 16, "the last one waits to be accepted"
-    oldest = next(iter(door._guests[Phase.IDLE]))
+    internal_entrance = entrances["internal"]
+    await until(lambda: len(internal_entrance._guests[Phase.IDLE]) == 16 and internal_entrance._is_full)
+    assert len(internal_entrance) == 16, "the last one waits to be accepted"
+    oldest = next(iter(internal_entrance._guests[Phase.IDLE]))
     await until(lambda: oldest.is_silent)
     set_back(oldest, 2)
     async with asyncio.timeout(PATIENCE):
@@ -403,12 +403,12 @@ async def test_the_internal_address_takes_16_connections_and_makes_room_as_the_p
         writer.close()
 
 
-# RabbitMQ, as far as it is seen from the bridge.
+# RabbitMQ, as the bridge sees it.
 
 
 @pytest.mark.contract("5.20")
 async def test_a_user_who_may_not_declare_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the three exists, and is of a kind that does not fit: RabbitMQ says so only to a user who may declare."""
+    """All three exist, and do not fit. RabbitMQ reports this only to a user who may declare."""
     asked: list[bool] = []
 
     async def on_new_channel(*_: Any, passive: bool = False) -> None:
@@ -428,7 +428,7 @@ async def test_a_user_who_may_not_declare_compares_nothing(monkeypatch: pytest.M
 
 
 @pytest.mark.contract("5.47")
-async def test_a_log_that_does_not_answer_within_eight_seconds_is_no_log(
+async def test_a_log_that_does_not_answer_within_eight_seconds_is_a_gap(
     log: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers: dict[str, Anchor | None] = {}
@@ -463,7 +463,7 @@ async def test_a_log_that_does_not_answer_within_eight_seconds_is_no_log(
 async def test_the_bridges_own_entries_go_to_the_logs_queue_directly(
     log: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the default exchange (`""`), which leads to the queue of that name alone: no binding can get them."""
+    """The default exchange (`""`) routes them to the queue of that name only. No binding can get them."""
     sent: list[dict[str, Any]] = []
     readers: list[Any] = []
 
@@ -491,7 +491,7 @@ async def test_the_bridges_own_entries_go_to_the_logs_queue_directly(
     assert message["properties"].message_type == "bridge.tick"
     assert str(UUID(message["body"].decode())) == message["body"].decode()
     assert written.offset == 42
-    # One in ten seconds for all streams that are open, and none without a stream.
+    # One watermark in ten seconds serves all open streams. Without a stream, the hub writes none.
     limits = Settings(jwt_secret=SecretStr(SECRET))
     hub = Hub(reader=NOTHING, limits=limits, metrics=Metrics(), make_feed=lambda _: NOTHING, log=log)
     pauses: list[float] = []
@@ -510,7 +510,7 @@ async def test_the_bridges_own_entries_go_to_the_logs_queue_directly(
     assert len(log._watermark_waiters) == 2
 
 
-# The numbers. Other tests show the behaviour, often by these constants; these hold the values.
+# The numbers. Other tests check the behaviour, often with these constants. These tests check the values.
 
 CONTRACT = (ROOT / "docs" / "contract.md").read_text()
 IN_WORDS = {"a": 1, "an": 1, "two": 2, "three": 3, "third": 3, "five": 5, "eight": 8, "ten": 10, "sixteen": 16}
@@ -520,7 +520,7 @@ DEFAULT = re.compile(r"`BRIDGE_([A-Z_]+)` \[(?!\d+\.\d+\])`?([^\]`]+)`?\]")
 
 
 def text_of(clause: str) -> str:
-    """From the number before it to its own, with the bullets inside it that have no number."""
+    """The text from the previous number to this one, with the bullets inside it that have no number."""
     before, after = CONTRACT.split(f"[{clause}]")
     inside = re.match(r"(?:\n {2,}- [^\[]*?(?=\n {2,}- |\n- ))*", after)
     assert inside is not None
@@ -635,7 +635,7 @@ def test_a_number_of_the_contract_is_that_of_the_code(
     assert clause in mark.args
     assert re.search(rf"(?<![\w,]){re.escape(words)}(?!\d)", text_of(clause)), f"{clause} does not say {words!r}"
     number = words.split()[0].rstrip(".,").replace(",", "")
-    assert IN_WORDS.get(number, number) == (value if number in IN_WORDS else f"{value:.15g}"), "and the code differs"
+    assert IN_WORDS.get(number, number) == (value if number in IN_WORDS else f"{value:.15g}"), "the code differs"
 
 
 @pytest.mark.contract(
@@ -643,7 +643,7 @@ def test_a_number_of_the_contract_is_that_of_the_code(
 )
 def test_a_default_of_the_contract_is_that_of_the_settings(request: pytest.FixtureRequest) -> None:
     (mark,) = request.node.iter_markers("contract")
-    assert [clause for clause in mark.args if not DEFAULT.search(text_of(clause))] == [], "they have no default"
+    assert [clause for clause in mark.args if not DEFAULT.search(text_of(clause))] == [], "these have no default"
     for name, written in DEFAULT.findall(CONTRACT):
         value = default(name.lower())
         value = value.get_secret_value() if isinstance(value, SecretStr) else value

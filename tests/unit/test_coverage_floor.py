@@ -1,4 +1,4 @@
-"""The comparison with the floors."""
+"""The comparison of a coverage report with the floors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.coverage_floor import PURE, compare
 
 
 def report(covered: int, **others: int) -> dict[str, Any]:
-    """Of 100 lines in each file, so many are covered."""
+    """A report of files with 100 lines each, of which `covered` are covered."""
     files = dict.fromkeys(PURE, covered) | {f"{name}.py": count for name, count in others.items()}
     summary = {"num_statements": 100, "num_branches": 0, "covered_branches": 0}
     return {

@@ -1,4 +1,4 @@
-"""Cursors come back as they went, and nothing else is taken for one."""
+"""The bridge reads a cursor back as it wrote it, and refuses any other text."""
 
 import re
 from base64 import urlsafe_b64encode
@@ -34,13 +34,13 @@ from bridge.service.streams.cursor import (
         Cursor(None, time_ms=2**48 - 1),
     ],
 )
-def test_a_cursor_comes_back(cursor: Cursor) -> None:
+def test_a_cursor_is_read_back_as_it_was_written(cursor: Cursor) -> None:
     assert Cursor.parse(str(cursor)) == cursor
     assert re.fullmatch(r"[A-Za-z0-9._:~-]{1,160}", str(cursor))
     assert len(str(cursor)) <= MAX_CHARS == 160
 
 
-def test_more_than_can_be_told_is_told_as_unknown() -> None:
+def test_a_count_that_is_too_large_is_written_as_unknown() -> None:
     cursor = Cursor(Anchor(7, "AAAAAA"), (), (Unnamed(0x10000, 5), NONE))
     assert Cursor.parse(str(cursor)).unnamed == (None, NONE)
 
@@ -55,7 +55,7 @@ def test_more_than_can_be_told_is_told_as_unknown() -> None:
         ("2.1f.AAAAAA.", Cursor(Anchor(31, "AAAAAA"))),
     ],
 )
-def test_a_cursor_of_the_version_before_is_read(text: str, cursor: Cursor) -> None:
+def test_a_cursor_of_the_previous_version_is_read(text: str, cursor: Cursor) -> None:
     assert Cursor.parse(text) == cursor
 
 
@@ -73,11 +73,11 @@ def test_a_sum_has_at_most_twelve_digits() -> None:
         Cursor.parse(str(Cursor(Anchor(7, "AAAAAA"), (), (Unnamed(1, VALUE_MASK + 1), NONE))))
 
 
-def test_names_and_numbers_are_those_that_older_processes_wrote() -> None:
-    """Cursors are kept by clients. With another hash, each client would get all its events after the position again."""
+def test_names_and_numbers_do_not_change_with_a_version() -> None:
+    """Clients keep cursors. With another hash, each client would get all its events after the position again."""
     assert digest(b"e1") == "vpIO2p"
     identity, name, number = identify("/a", "e1")
-    assert identity.hex() == "cb68e5d06d0d685ec18cbdcecb876c45", "the same with each version: clients keep cursors"
+    assert identity.hex() == "cb68e5d06d0d685ec18cbdcecb876c45"
     assert (name, number) == (urlsafe_b64encode(identity).decode()[:6], int.from_bytes(identity[-6:], "big"))
 
 
@@ -89,7 +89,7 @@ def test_only_a_cursor_is_sent_back(last_event_id: str | None, echoed: str | Non
     assert echo(last_event_id) == echoed
 
 
-def test_a_digest_is_of_the_content() -> None:
+def test_a_digest_depends_on_the_content() -> None:
     assert digest(b"a") == digest(b"a") != digest(b"b")
     assert re.fullmatch(r"[A-Za-z0-9_-]{6}", digest(b""))
 
@@ -105,6 +105,6 @@ def test_a_digest_is_of_the_content() -> None:
      "3.0.AAAAAA.-1:1..", "3.0.AAAAAA.~~..", "3.0.AAAAAA..." + "abcdef" * 17,
      "3.0.AAAAAA..." + "abcdef" * 16 + ".abcdef", "3.0.AAAAAA...abcdef.", "3.0.AAAAAA.1:1.1:1.1:1.abcdef"],
 )  # fmt: skip
-def test_anything_else_is_no_cursor(text: str) -> None:
+def test_any_other_text_is_refused(text: str) -> None:
     with pytest.raises(InvalidCursor):
         Cursor.parse(text)

@@ -1,4 +1,4 @@
-"""The bounds of each draw, and what is due when."""
+"""The bounds of each random value, and the time at which each action is due."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_a_position_is_due_after_a_minute_without_an_event() -> None:
 
 
 @pytest.mark.contract("2.53")
-def test_the_end_of_the_token_counts_as_well_as_of_the_stream() -> None:
+def test_a_stream_ends_with_its_token_or_with_its_age() -> None:
     assert due().is_rotated(3000)
     assert not due().is_rotated(2999)
     assert due(expires_at=200).is_expired(200)

@@ -1,4 +1,4 @@
-"""Deliveries cut out of bytes, one sentence at a time. The laws are in tests/property/test_deliveries.py."""
+"""Deliveries are read from bytes: one rule a test. The property tests are in tests/property/test_deliveries.py."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def message(tag: int, body: bytes) -> bytes:
 
 
 class Taken:
-    """What came to the callback."""
+    """Records the deliveries that the callback gets."""
 
     def __init__(self, *, max_body: int = 100) -> None:
         self.deliveries = Deliveries(max_body=max_body)
         self.found: list[tuple[bytes, str, bytes, int | None]] = []
-        self.sink = self._note  # One object: it is known again by its identity.
+        self.sink = self._record  # One object: `drop` compares it by identity.
         self.deliveries.take(CHANNEL, self.sink)
 
-    def _note(self, tag: bytes, key: str, body: bytes, offset: int | None) -> None:
+    def _record(self, tag: bytes, key: str, body: bytes, offset: int | None) -> None:
         self.found.append((tag, key, body, offset))
 
 
@@ -48,7 +48,7 @@ def test_a_delivery_in_pieces(step: int) -> None:
     taken = Taken()
     data = message(1, b"hello") + message(2, b"")
     passed = b"".join(taken.deliveries.feed(data[at : at + step]) for at in range(0, len(data), step))
-    assert passed == b"", "nothing of it is the library's"
+    assert passed == b"", "no byte of it is for the library"
     assert taken.found == [(b"c", "all.x", b"hello", None), (b"c", "all.x", b"", None)]
     assert (taken.deliveries.unacked, taken.deliveries.buffered) == (2, 0)
 
@@ -60,7 +60,7 @@ def test_one_ack_for_all_of_a_channel() -> None:
     assert taken.deliveries.take_acks() == b""
 
 
-def test_a_large_body_is_not_gathered() -> None:
+def test_a_large_body_is_cut() -> None:
     taken = Taken(max_body=100)
     taken.deliveries.feed(message(1, b"x" * 101))
     ((_, _, body, _),) = taken.found
@@ -70,7 +70,7 @@ def test_a_large_body_is_not_gathered() -> None:
     assert not isinstance(taken.found[1][2], Cut)
 
 
-def test_other_frames_are_the_librarys() -> None:
+def test_other_frames_go_to_the_library() -> None:
     taken = Taken()
     assert taken.deliveries.feed(HEARTBEAT) == HEARTBEAT
     other = deliver(1, channel=4)
@@ -83,7 +83,7 @@ def test_after_a_drop_nothing_is_delivered_nor_acknowledged() -> None:
     taken.deliveries.drop(CHANNEL, taken.sink)
     taken.deliveries.feed(message(2, b"b"))
     assert len(taken.found) == 1
-    assert taken.deliveries.take_acks() == b"", "an ack behind the close would close the connection"
+    assert taken.deliveries.take_acks() == b"", "an ack after the close would close the connection"
 
 
 def test_bytes_that_are_not_amqp_end_it_with_a_frame_that_the_library_refuses() -> None:
@@ -97,7 +97,7 @@ def test_bytes_that_are_not_amqp_end_it_with_a_frame_that_the_library_refuses() 
     assert taken.found == []
 
 
-def test_what_a_callback_raises_is_kept_and_the_next_one_comes() -> None:
+def test_an_error_of_a_callback_is_kept_and_the_next_delivery_follows() -> None:
     deliveries = Deliveries()
     calls: list[bytes] = []
 

@@ -1,4 +1,4 @@
-"""How file descriptors are divided."""
+"""The division of file descriptors among streams and guests."""
 
 import pytest
 from hypothesis import given
@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from bridge.service.descriptors import LEAST_GUESTS, MOST_GUESTS, RESERVED, Plan, TooFewDescriptors, divide
 
 
-def test_a_usual_limit_is_no_limit() -> None:
+def test_a_usual_limit_does_not_limit_streams() -> None:
     plan = divide(1_048_576, 20, streams=10_000)
     assert (plan.streams, plan.guests) == (10_000, MOST_GUESTS)
 
 
-def test_containerds_soft_limit_allows_some_eight_hundred_streams() -> None:
+def test_containerds_soft_limit_allows_about_eight_hundred_streams() -> None:
     plan = divide(1024, 20, streams=10_000)
     assert plan.streams + plan.guests + 20 + RESERVED == 1024
     assert plan.streams > 800
@@ -20,7 +20,7 @@ def test_containerds_soft_limit_allows_some_eight_hundred_streams() -> None:
 
 @pytest.mark.contract("2.55", "2.57")
 @given(st.integers(0, 100_000), st.integers(0, 500), st.integers(1, 100_000))
-def test_what_is_reserved_is_never_given_away(limit: int, used: int, streams: int) -> None:
+def test_reserved_descriptors_are_never_given_away(limit: int, used: int, streams: int) -> None:
     try:
         plan = divide(limit, used, streams=streams)
     except TooFewDescriptors:
@@ -31,7 +31,7 @@ def test_what_is_reserved_is_never_given_away(limit: int, used: int, streams: in
     assert used + RESERVED + plan.guests + plan.streams <= limit
 
 
-def test_too_few_say_how_many_are_needed() -> None:
+def test_the_error_says_how_many_are_needed() -> None:
     with pytest.raises(TooFewDescriptors, match="at least 117 are needed"):
         divide(64, 20, streams=10)
     assert divide(117, 20, streams=10).streams == 1

@@ -78,9 +78,9 @@ def test_openapi_keeps_a_discriminator_and_moves_its_mapping() -> None:
 )
 def test_patterns_in_the_syntax_of_javascript(pattern: str, expected: str | None) -> None:
     assert ecma_pattern(pattern) == expected
-    told = standard({"type": "string", "pattern": pattern})
-    assert told.get("pattern") == expected
-    assert ("$comment" in told) == (expected is None)
+    written = standard({"type": "string", "pattern": pattern})
+    assert written.get("pattern") == expected
+    assert ("$comment" in written) == (expected is None)
 
 
 @pytest.mark.parametrize("new", ["(?i)b", "a"])

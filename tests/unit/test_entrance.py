@@ -1,4 +1,4 @@
-"""Which connections are let in, and which have to go. Real sockets on loopback; the sweeps are called by hand."""
+"""The entrance accepts connections, and closes some of them. Real sockets on loopback; the tests call the sweeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.loopback import until
 
 
 class House:
-    """An entrance, its guests in the order in which they came, and clients."""
+    """An entrance, its guests in the order of their arrival, and clients."""
 
     def __init__(self, most: int, listener: socket.socket) -> None:
         self.address = listener.getsockname()
@@ -32,7 +32,7 @@ class House:
             most=most,
             welcome=self._welcome,
             on_ended=self.ended.append,
-            on_shortage=self._note_shortage,
+            on_shortage=self._count_shortage,
         )
         self.entrance.open()
         self.clients: list[socket.socket] = []
@@ -41,7 +41,7 @@ class House:
         self.guests.append(guest)
         self.writers.append(writer)
 
-    def _note_shortage(self) -> None:
+    def _count_shortage(self) -> None:
         self.shortages += 1
 
     async def enter(self) -> socket.socket:
@@ -84,7 +84,7 @@ def test_an_address_in_use_is_named() -> None:
         assert caught.value.errno == errno.EADDRINUSE
 
 
-def test_a_stalled_peer_is_the_kernels_to_find() -> None:
+def test_the_kernel_finds_a_stalled_peer() -> None:
     with listen("127.0.0.1:0", stall_seconds=7.5) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7_500
         assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
@@ -98,7 +98,7 @@ async def test_a_guest_goes_through_its_phases_and_leaves() -> None:
         assert (guest.phase, guest.has_begun, len(here.entrance)) == (Phase.WAITING, False, 1)
         client.send(b"G")
         await until(lambda: guest.has_begun)
-        assert not guest.is_silent, "nobody has read its byte"
+        assert not guest.is_silent, "its byte has not been read"
         guest.has_unread = False
         assert guest.is_silent
         guest.answering()
@@ -128,7 +128,7 @@ async def test_a_deadline_ends_a_guest(monkeypatch: pytest.MonkeyPatch, phase: P
         await here.has(1)
         here.entrance.move(here.guests[0], phase)
         here.entrance._sweep()
-        assert here.ended == [], "it has just come"
+        assert here.ended == [], "it has just arrived"
         monkeypatch.setattr(entrances, constant, 0.0)
         here.entrance._sweep()
         assert here.ended == [why]
@@ -152,7 +152,7 @@ async def test_a_guest_that_does_not_end_after_its_deadline_is_aborted(monkeypat
         await here.has(1)
         (guest,) = here.guests
         late: list[bool] = []
-        guest.on_late = lambda: late.append(True)  # The host has last words, and does not close.
+        guest.on_late = lambda: late.append(True)  # The host sends a last answer, and does not close.
         client.send(b"G")
         await until(lambda: guest.has_unread)
         guest.has_unread = False
@@ -164,13 +164,13 @@ async def test_a_guest_that_does_not_end_after_its_deadline_is_aborted(monkeypat
         assert here.ended == ["header-timeout"], "it is counted once"
 
 
-async def test_a_full_house_lets_the_next_one_wait_until_a_guest_leaves() -> None:
+async def test_a_full_entrance_lets_the_next_client_wait_until_a_guest_leaves() -> None:
     async with house(most=1) as here:
         await here.enter()
         await here.has(1)
         await here.enter()
         await until(lambda: here.entrance._is_full)
-        assert len(here.guests) == 1, "the first is too young to be sent away"
+        assert len(here.guests) == 1, "the first one is too young to be closed"
         here.writers[0].transport.abort()
         await here.has(2)
 
@@ -185,7 +185,7 @@ async def test_the_quietest_guest_makes_room(monkeypatch: pytest.MonkeyPatch, ph
         (guest,) = here.guests
         here.entrance.move(guest, phase)
         if phase is Phase.ANSWERING:
-            # It takes nothing of its answer: more than both kernels take in.
+            # The client reads nothing of its answer, which is larger than the buffers of both kernels.
             writer = here.writers[0]
             while not guest.takes_nothing:
                 writer.write(b"x" * 1_000_000)
@@ -196,7 +196,7 @@ async def test_the_quietest_guest_makes_room(monkeypatch: pytest.MonkeyPatch, ph
         await here.is_over(first)
 
 
-async def test_a_guest_that_sends_is_not_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_guest_that_sends_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with house(most=1) as here:
         client = await here.enter()
         await here.has(1)
@@ -237,7 +237,7 @@ async def test_a_shortage_pauses_accepting_and_loses_no_client(error: int) -> No
         await here.has(1)
 
 
-async def test_a_client_that_is_gone_before_it_is_accepted_is_no_shortage() -> None:
+async def test_a_client_that_is_gone_before_it_is_accepted_is_not_a_shortage() -> None:
     listener = short(errno.ECONNABORTED)
     async with house(listener=listener) as here:
         await here.enter()
@@ -246,7 +246,7 @@ async def test_a_client_that_is_gone_before_it_is_accepted_is_no_shortage() -> N
         listener.error = None
 
 
-async def test_a_closed_entrance_lets_answers_end_and_nobody_in() -> None:
+async def test_a_closed_entrance_finishes_answers_and_accepts_no_client() -> None:
     async with house() as here:
         idle, answering = await here.enter(), await here.enter()
         await here.has(2)

@@ -1,4 +1,4 @@
-"""What is let through, what is refused, and under which reason."""
+"""The bridge accepts an event, or refuses it with a reason."""
 
 import json
 from datetime import datetime
@@ -82,7 +82,7 @@ def refusal(body: bytes | dict[str, Any], key: str = "user.42.test.done", **opti
 
 
 @pytest.mark.contract("1.8", "2.24")
-def test_an_event_comes_out_as_one_line_with_its_frame() -> None:
+def test_an_event_is_one_line_in_its_frame() -> None:
     event = read(envelope(time="2026-01-31T12:00:00Z", subject="s"))
     assert json.loads(line_of(event)) == {
         **envelope(time="2026-01-31T12:00:00Z", subject="s"),
@@ -94,7 +94,7 @@ def test_an_event_comes_out_as_one_line_with_its_frame() -> None:
 
 
 @pytest.mark.contract("1.13", "5.1")
-def test_what_no_model_declares_stays_inside() -> None:
+def test_members_that_no_model_declares_are_not_sent() -> None:
     data = {"job_id": "r", "password": "s3cret", "part": {"name": "n", "secret": "s3cret"}}
     event = read(
         envelope(data=data, tenant="s3cret", traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
@@ -147,7 +147,7 @@ def test_no_text_ends_a_line(text: str) -> None:
         json.dumps(envelope(data={"job_id": "@"})).encode().replace(b"@", rb"\ud800"),
         json.dumps(envelope(data={"job_id": "r", "anything": {"@": 1}})).encode().replace(b"@", rb"\udfff"),
         json.dumps(envelope(subject="@")).encode().replace(b"@", rb"\ud83d"),
-        # Neither of these three leaves the bridge.
+        # The bridge would send none of these three members.
         json.dumps(envelope(tenant="@")).encode().replace(b"@", rb"\uDBFF"),
         json.dumps(envelope(traceparent="@")).encode().replace(b"@", rb"\udc00\ud800"),
         json.dumps(envelope(data={"job_id": "r", "other": ["@"]})).encode().replace(b"@", rb"\ud800"),
@@ -203,7 +203,7 @@ def test_not_a_cloudevent(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"1", b'"text"', b"{}"])
-def test_json_that_is_no_cloudevent(body: bytes) -> None:
+def test_json_that_is_not_a_cloudevent(body: bytes) -> None:
     assert refusal(body).reason == "not-a-cloudevent"
 
 
@@ -219,7 +219,7 @@ def test_json_that_is_no_cloudevent(body: bytes) -> None:
         "2012-06-30t23:59:60z",
     ],
 )
-def test_times_go_on_as_they_are(time: str) -> None:
+def test_times_are_sent_as_they_were_written(time: str) -> None:
     assert json.loads(read(envelope(time=time)).text)["time"] == time
     assert json.loads(read(json.dumps(envelope(time=time), separators=(",", ":")).encode()).text)["time"] == time
 
@@ -230,7 +230,7 @@ def test_times_go_on_as_they_are(time: str) -> None:
     [
         ("2026-02-28T23:59:60Z", True), ("2024-02-28T23:59:60Z", False), ("2024-02-29T23:59:60Z", True),
         ("2026-04-30T23:59:60Z", True), ("2026-12-31T23:58:60Z", False), ("2026-12-31T22:59:60Z", False),
-        # East of Greenwich it is the first of the next month already, west of it the last of this one.
+        # East of Greenwich the next month has already begun. West of it, this month has not ended.
         ("2027-01-01T00:59:60+01:00", True), ("2027-01-02T00:59:60+01:00", False), ("2027-01-01T00:59:60Z", False),
         ("2027-01-01T00:59:60-01:00", False), ("2027-01-01T23:58:60+23:59", True), ("2027-01-01T23:59:60Z", False),
         ("2026-12-31T22:29:60-01:30", True), ("2026-12-31T22:29:60+01:30", False), ("2026-12-31T00:00:60-23:59", True),
@@ -295,11 +295,11 @@ def test_optional_attributes_may_be_null() -> None:
 
 @pytest.mark.contract("1.12")
 @pytest.mark.parametrize("key", ["user.42.test.other", "user.42", "", "user.42.Test.done", "team.x.test.done"])
-def test_type_unlike_its_key(key: str) -> None:
+def test_a_type_that_differs_from_its_key(key: str) -> None:
     assert refusal(envelope(), key).reason == "type-mismatch"
 
 
-def test_unknown_type() -> None:
+def test_an_unknown_type() -> None:
     assert refusal(envelope(type="test.new"), "all.test.new").reason == "unknown-type"
 
 
@@ -316,7 +316,7 @@ def test_unknown_type() -> None:
         ({"job_id": "r", "seconds": "NaN"}, "data.seconds"),
     ],
 )
-def test_data_against_its_model(data: Any, where: str) -> None:
+def test_data_that_does_not_fit_its_model(data: Any, where: str) -> None:
     error = refusal(envelope(data=data))
     assert error.reason == "schema"
     assert where in error.detail
@@ -333,7 +333,7 @@ def test_a_model_that_raises_is_a_refusal_too() -> None:
 
 
 @pytest.mark.contract("1.7")
-def test_size_is_looked_at_first() -> None:
+def test_the_size_is_checked_first() -> None:
     body = json.dumps(envelope(data={"job_id": "x" * 65_536})).encode()
     assert refusal(body).reason == "too-large"
     exact = json.dumps(envelope(data={"job_id": ""})).encode()
@@ -350,7 +350,7 @@ def test_an_id_has_at_most_128_characters() -> None:
     assert refusal(envelope(id="x" * 129)).detail == "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : ~ -"
 
 
-def test_of_a_body_that_was_cut_the_detail_has_the_whole_size() -> None:
+def test_the_detail_of_a_cut_body_has_the_whole_size() -> None:
     whole = json.dumps(envelope()).encode()
     error = refusal(Cut(whole, 10_000_000), max_bytes=20_000_000)
     assert error.reason == "too-large"
@@ -417,13 +417,13 @@ def write(attributes: dict[str, str], data: EventData) -> bytes:
     return write_event(attributes, data.event_type, encode_data(data).encode())
 
 
-def test_what_is_written_is_read() -> None:
+def test_a_written_event_is_read_back() -> None:
     data = Done.model_validate({"job_id": "r", "reNamed": "y", "at": "2026-01-01T00:00:00Z"})
     event = read(write({"id": "e", "source": "/t"}, data))
     assert json.loads(line_of(event))["data"]["reNamed"] == "y"
 
 
-def test_what_the_sdk_writes_goes_out_as_it_is() -> None:
+def test_an_event_of_the_sdk_is_sent_without_a_change() -> None:
     attributes = {"tracestate": "v=1", "time": "2026-01-31T12:00:00.5Z", "subject": "s", "id": "e", "source": "/t"}
     data = Done(job_id="r", seconds=1.5, anything={"text": 'é \n " \\', "none": None, "list": [1, -0.25, True]})
     body = write(
@@ -435,7 +435,7 @@ def test_what_the_sdk_writes_goes_out_as_it_is() -> None:
         data,
     )
     event = _read_as_written(body, "user.42.test.done", MODELS)
-    assert event is not None, "it takes the long way, at three times the price"
+    assert event is not None, "it takes the slow path, which costs three times as much"
     assert event.text == body == line_of(read(body))
 
 
@@ -484,7 +484,7 @@ WRITTEN = (
         (b'"seconds":0.0', b'"seconds":"inf"', "schema"),
     ],
 )
-def test_as_written_and_nearly_so(old: bytes, new: bytes, reason: str | None) -> None:
+def test_only_the_form_that_the_sdk_writes_takes_the_fast_path(old: bytes, new: bytes, reason: str | None) -> None:
     body = WRITTEN.replace(old, new)
     event = _read_as_written(body, "user.42.test.done", MODELS)
     assert (event is not None) == (body == WRITTEN)
@@ -570,7 +570,7 @@ class Number(EventData, type="test.number"):
         ("anything", b"9" * 4_301, "malformed"),
     ],
 )
-def test_numbers_are_what_the_model_validated(member: str, given: bytes, shown: bytes | str) -> None:
+def test_numbers_are_sent_as_the_model_validated_them(member: str, given: bytes, shown: bytes | str) -> None:
     body = b'{"specversion":"1.0","id":"e","source":"/t","type":"test.number","data":{"%b":%b}}'
     body %= member.encode(), given
     if isinstance(shown, str):

@@ -1,4 +1,4 @@
-"""What breaks whom, from one catalogue to the next."""
+"""Changes of a catalogue, and whether they break publishers or pages."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def limited(**limits: Any) -> Any:
         ({"x": Literal["a"]}, {"x": str}, PAGES, "data.x: may now be any string"),
         ({"x": str}, {"x": Literal["a"]}, PUBLISHERS, "data.x: must now be one of 'a'"),
         ({"x": str}, {"x": Annotated[str, limited(max_length=5)]}, PUBLISHERS, "largest length is now 5, was not"),
-        # A page was told that nothing is below 1.
+        # The old schema says to a page that no value is below 1.
         ({"x": Annotated[int, limited(ge=1)]}, {"x": Annotated[int, limited(ge=0)]}, PAGES, "value is now 0, was 1"),
         ({"x": Annotated[int, limited(ge=1)]}, {"x": Annotated[int, limited(ge=2)]}, PUBLISHERS, "value is now 2"),
         ({"x": Annotated[int, limited(le=1)]}, {"x": int}, PAGES, "largest value is no longer limited"),
@@ -306,7 +306,7 @@ def configured(config: ConfigDict) -> dict[str, Any]:
     return {"job.done": Catalogue({"job.done": Model}).json_schema("job.done")}
 
 
-def test_types_that_come_and_go() -> None:
+def test_a_type_that_is_added_or_removed() -> None:
     one, both = schemas(x=str), {**schemas(x=str), "job.new": schemas(x=str)["job.done"]}
     assert [(change.verdict, str(change)) for change in compare(one, both)] == [(COMPATIBLE, "job.new: a new type")]
     assert [change.verdict for change in compare(both, one)] == [PUBLISHERS]
@@ -340,17 +340,17 @@ class Checked(EventData):
         {"x": Checked, "y": SecretStr, "z": tagged(Cat, Dog)},
     ],
 )
-def test_what_is_the_same_is_no_change_and_a_tree_ends(members: dict[str, Any]) -> None:
+def test_two_equal_schemas_have_no_change_and_a_recursive_one_ends(members: dict[str, Any]) -> None:
     assert compare(schemas(**members), schemas(**members)) == []
 
 
-def test_order_and_words_for_people_are_no_change() -> None:
+def test_another_order_and_other_descriptions_are_not_a_change() -> None:
     old = schemas(x=Annotated[int, Field(description="one")], y=str, z=Cat | Dog | None)
     assert compare(old, schemas(z=None | Dog | Cat, y=str, x=Annotated[int, Field(title="two")])) == []
 
 
 def test_another_process_writes_the_same() -> None:
-    """Whatever the order of sets, and where objects lie."""
+    """The text does not depend on the order of sets, nor on the addresses of objects."""
     program = "import json, tests.unit.test_evolution as t; print(json.dumps(t.schemas(x=t.Checked)))"
     texts = {
         subprocess.run(
@@ -368,14 +368,14 @@ def test_another_process_writes_the_same() -> None:
 
 @pytest.mark.contract("3.20")
 @pytest.mark.parametrize("change", ["FACTOR", "halved"])
-def test_what_a_validator_calls_belongs_to_it(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_that_a_validator_uses_belongs_to_it(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old = schemas(x=Checked)
     new_value: Any = 3 if change == "FACTOR" else (lambda value: value)
     monkeypatch.setattr(sys.modules[__name__], change, new_value)
     assert UNKNOWN in {each.verdict for each in compare(old, schemas(x=Checked))}
 
 
-def test_under_a_validator_of_ones_own_nothing_is_known() -> None:
+def test_a_change_under_a_teams_own_validator_cannot_be_judged() -> None:
     def model(inner: Any) -> dict[str, Any]:
         return schemas(x=Annotated[inner, AfterValidator(checked)])
 
@@ -383,14 +383,14 @@ def test_under_a_validator_of_ones_own_nothing_is_known() -> None:
 
 
 def without_facts(value: Any) -> Any:
-    """As bridges before this one wrote it."""
+    """The export as an older bridge wrote it."""
     if isinstance(value, dict):
         return {name: without_facts(part) for name, part in value.items() if name not in ("$comment", ":received")}
     return [without_facts(part) for part in value] if isinstance(value, list) else value
 
 
 @pytest.mark.contract("3.21")
-def test_an_old_export_is_read_and_what_it_does_not_say_is_not_guessed() -> None:
+def test_an_old_export_is_read_and_its_missing_facts_are_not_guessed() -> None:
     old = without_facts(schemas(x=str))
     assert [change.verdict for change in compare(old, schemas(x=str))] == [UNKNOWN]
     changes = compare(old, schemas(x=str, y=int))
@@ -407,14 +407,14 @@ def test_an_old_export_is_read_and_what_it_does_not_say_is_not_guessed() -> None
         lambda schema: schema["properties"]["x"].update({"minimum": "one"}),
     ],
 )
-def test_a_file_that_makes_no_sense_is_no_change_of_nothing(break_it: Callable[[Any], None]) -> None:
+def test_a_change_of_a_broken_file_cannot_be_judged(break_it: Callable[[Any], None]) -> None:
     old, new = schemas(x=Annotated[int, Field(ge=1)]), schemas(x=Annotated[int, Field(ge=1)])
     break_it(new["job.done"])
     assert {change.verdict for change in compare(old, new)} == {UNKNOWN}
 
 
 @pytest.mark.contract("2.63", "3.11", "3.12")
-def test_an_export_is_a_schema_for_others_too() -> None:
+def test_an_export_is_a_schema_for_other_programs_too() -> None:
     schema = schemas(x=tagged(Cat, Dog), y=Leaf, z=AwareDatetime)["job.done"]
     jsonschema.Draft202012Validator.check_schema(schema)
     data = {"x": {"kind": "cat", "lives": 9}, "y": {"leaf": "a"}, "z": "2026-01-31T12:00:00Z"}

@@ -95,7 +95,7 @@ def test_asyncapi_names_every_type_and_every_reference_leads_somewhere() -> None
             place = place[step.replace("~1", "/").replace("~0", "~")]
 
 
-def test_what_the_bridge_writes_fits_the_payload_of_the_document() -> None:
+def test_an_event_of_the_bridge_fits_the_payload_of_the_document() -> None:
     document = exports.asyncapi(CATALOGUE, version="1.2.3")
     payload = document["components"]["messages"]["test.everything"]["payload"]
     data = Everything.model_validate(

@@ -1,4 +1,4 @@
-"""What an export says that JSON Schema cannot: each difference between two models shows in their exports."""
+"""An export says more than JSON Schema can: it shows each difference between two models."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class OnTime(BaseModel):
         (model(datetime, ser_json_timedelta="iso8601"), model(datetime, ser_json_timedelta="float")),
     ],
 )
-def test_two_models_that_differ_have_other_exports(one: type[BaseModel], other: type[BaseModel]) -> None:
+def test_two_models_that_differ_have_different_exports(one: type[BaseModel], other: type[BaseModel]) -> None:
     first, second = (text(each).replace(each.__name__, "Model") for each in (one, other))
     assert first != second
 
@@ -144,7 +144,7 @@ def test_an_export_says_what_a_page_receives() -> None:
 
 def test_the_same_code_has_the_same_digest_wherever_it_is() -> None:
     def first(value: str) -> str:
-        # A comment is no difference.
+        # A comment is not a difference.
         return value + "1"
 
     assert facts._digest(first) == facts._digest(globals()["first"])
@@ -218,5 +218,7 @@ def test_a_long_fact_is_a_digest() -> None:
         ({"a": 1}, {"a": 2}, {"a": [1, 2]}),
     ],
 )
-def test_facts_of_two_nodes_that_are_one(one: dict[str, Any], other: dict[str, Any], both: dict[str, Any]) -> None:
+def test_the_facts_of_two_nodes_that_become_one(
+    one: dict[str, Any], other: dict[str, Any], both: dict[str, Any]
+) -> None:
     assert facts._merged(one, other) == both

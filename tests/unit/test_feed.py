@@ -1,4 +1,4 @@
-"""What both feeds share: the news of a deleted exchange, and the log lines of an outage."""
+"""The parts that both feeds share: the news of a deleted exchange, and the log lines of an outage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_news_of_a_deletion_concerns_bindings_that_are_older_than_it(body: A
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff", b"[", b"[" * 100_000])
-def test_bytes_that_are_no_news_are_none(body: bytes) -> None:
+def test_bytes_that_are_not_news_are_ignored(body: bytes) -> None:
     assert Deletion.parse(body, KEY) is None
 
 
@@ -53,7 +53,7 @@ def test_an_outage_has_a_line_for_each_new_cause_and_few_for_the_same() -> None:
     ]  # fmt: skip
 
 
-def test_news_without_the_key_of_the_bridge_are_none() -> None:
+def test_news_without_the_key_of_the_bridge_is_ignored() -> None:
     """Every publisher can put a message into the log, with the log's name as its routing key."""
     news = Deletion("events", "other", 3.0)
     assert Deletion.parse(news.write(KEY), KEY) == news

@@ -1,4 +1,4 @@
-"""How long reading pauses, by the share of a processor that the process uses."""
+"""The pause between two reads depends on the share of a processor that the process uses."""
 
 from __future__ import annotations
 

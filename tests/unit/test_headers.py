@@ -14,7 +14,7 @@ from bridge.service.http.headers import (
 )
 
 JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
-"""What java.net.HttpURLConnection sends unless it is told otherwise."""
+"""The default of java.net.HttpURLConnection."""
 
 
 @pytest.mark.contract("6.27")
@@ -25,7 +25,7 @@ JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
         (["TEXT/Event-Stream"], True), (["text/event-stream; charset=utf-8"], True),
         (["text/html,text/event-stream;q=0.001"], True), (["text/html", "text/event-stream"], True),
         (["text/event-stream ; q=1.0 ; x=y"], True), (["text/event-stream;q=1."], True), (["*/*;q=.1"], True),
-        # What cannot be read excludes nothing.
+        # A part that cannot be read excludes nothing.
         (["nonsense"], True), (["text/event-stream;q=high"], True), (["text/event-stream;q=1.2.3"], True),
         (['text/html;level="a,b"', "*/*"], True), ([";q=0"], True), ([","], True),
         (["application/json"], False), (["text/html, application/json;q=0.9"], False), (["nonsense, text/html"], False),

@@ -1,4 +1,4 @@
-"""When a replica takes new streams."""
+"""A replica is ready when it can take new streams."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def test_not_ready(status: Status, word: str) -> None:
 
 
 @pytest.mark.contract("2.75")
-def test_what_is_left_out_does_not_count() -> None:
+def test_an_excluded_check_does_not_count() -> None:
     full = replace(GOOD, connections=10, broker_away_seconds=31)
     assert why_not_ready(full, grace_seconds=30, exclude={"broker", "connections"}) is None
     assert "cap" in (why_not_ready(full, grace_seconds=30, exclude={"broker"}) or "")

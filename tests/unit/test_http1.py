@@ -1,4 +1,4 @@
-"""HTTP/1.1 on real sockets: what Hypercorn lacks, and how strict the bridge is with a request's head."""
+"""HTTP/1.1 on real sockets: the features that Hypercorn lacks, and the checks of a request's head."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_the_error_of_a_head_request_has_no_body() -> None:
         assert await to.rest() == b""
 
 
-async def test_http_2_is_answered_in_its_own_words() -> None:
+async def test_http_2_is_answered_with_a_frame_of_http_2() -> None:
     async with site() as here, client(here) as to:
         to.writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
         first = await to.reader.readexactly(9)
@@ -124,7 +124,7 @@ async def test_a_bad_trailer_is_refused() -> None:
     async with site() as here, client(here) as to:
         head = b"POST /events HTTP/1.1\r\nHost: b\r\nTransfer-Encoding: chunked\r\n\r\n"
         status, _, _ = await to.ask(head + b"1\r\nx\r\n0\r\nbad trailer\r\n\r\n")
-        assert status in (400, 405), "the route may answer before the trailer comes"
+        assert status in (400, 405), "the route may answer before the trailer arrives"
         assert await to.rest() is not None
 
 
@@ -134,7 +134,7 @@ async def test_a_stream_in_http_1_0_has_no_chunks() -> None:
         status, headers, _ = await to.ask(head.encode(), body=False)
         assert status == 200
         assert "transfer-encoding" not in headers
-        assert (await to.reader.readline()).startswith(b"retry: "), "and not with a chunk's size"
+        assert (await to.reader.readline()).startswith(b"retry: "), "the body begins without a chunk's size"
 
 
 async def test_a_head_that_does_not_end_is_answered_408(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ async def test_after_the_last_answer_the_client_may_close() -> None:
         status, _, _ = await to.ask(GET + b"Connection: close\r\n\r\n")
         assert status == 200
         assert await to.rest() == b"", "the bridge has sent its FIN"
-        to.writer.write(b"bytes that nobody reads")  # They are discarded, not answered by a reset.
+        to.writer.write(b"bytes that nobody reads")  # The bridge discards them, and does not reset the connection.
         to.writer.write_eof()
         await until(lambda: len(here.entrance) == 0)
 

@@ -1,4 +1,4 @@
-"""What the hub does for all streams at once. No broker: sessions are what it is told of."""
+"""The hub serves all streams at once. There is no broker: the tests call the hub's callbacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOTHING: Any = None
 
 
 class Log:
-    """Takes fences, and keeps them until the test lets them come."""
+    """Records fences. The test decides when a queue delivers them."""
 
     def __init__(self) -> None:
         self.fences: list[tuple[str, bytes]] = []
@@ -83,7 +83,7 @@ def new_session() -> Session:
 
 
 def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
-    """The catalogue has no types: each event is of one that only another replica knows."""
+    """The catalogue has no types: each event has a type that only another replica knows."""
     log: Any = Log()
     broker: Any = Broker()
     metrics = Metrics()
@@ -104,7 +104,7 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
 
 
 def offset_of(connection: Connection) -> int:
-    """Of the anchor in the cursor that a client would come back with."""
+    """The offset of the position in the cursor with which a client would return."""
     connection.session.send_position(0)
     text = connection.session.take().decode()
     return int(text.rpartition("id: ")[2].split(".")[1], 16)
@@ -117,11 +117,11 @@ def send(connection: Connection, first: int, count: int = 6) -> None:
 
 
 @pytest.mark.contract("5.51")
-def test_an_anchor_is_taken_once_a_fence_has_come_by_both_queues() -> None:
+def test_a_position_is_used_when_both_queues_have_delivered_a_fence() -> None:
     hub, log, connection = make()
     send(connection, 100)
     hub._on_watermark(anchor(1), 0)
-    assert log.fences == [], "nothing proves the first yet"
+    assert log.fences == [], "nothing proves the first watermark yet"
     send(connection, 200)
     hub._on_watermark(anchor(2), 0)
     ((queue, shared),) = log.fences
@@ -138,7 +138,7 @@ def test_an_anchor_is_taken_once_a_fence_has_come_by_both_queues() -> None:
 
 
 @pytest.mark.contract("5.51")
-def test_a_fence_that_somebody_else_made_proves_nothing() -> None:
+def test_a_fence_of_another_sender_proves_nothing() -> None:
     hub, log, connection = make()
     for number in (1, 2):
         hub._on_watermark(anchor(number), 0)
@@ -174,7 +174,7 @@ def test_watermarks_from_before_a_stream_went_live_are_left_out() -> None:
     connection.ask_for_proof()
     for queue, body in log.fences:
         (hub.on_shared if "shared" in queue else connection.on_delivery)(queue, body)
-    assert offset_of(connection) == 150, "what was held when it went live may stand on either side of the first"
+    assert offset_of(connection) == 150, "events that were buffered then may be before or after the first watermark"
     send(connection, 100, count=9)
     hub._on_watermark(anchor(3), 0)
     send(connection, 200)
@@ -183,7 +183,7 @@ def test_watermarks_from_before_a_stream_went_live_are_left_out() -> None:
     for queue, body in log.fences:
         if "live" in queue:
             connection.on_delivery(queue, body)
-    assert offset_of(connection) == 200, "the one that was written while the stream was live"
+    assert offset_of(connection) == 200, "the watermark that was written while the stream was live"
 
 
 def test_a_fence_proves_nothing_while_messages_were_dropped() -> None:
@@ -220,7 +220,7 @@ def test_a_live_event_that_cannot_be_read_is_a_gap_for_those_who_asked_for_its_t
 
 
 class Openings:
-    """A hub whose broker notes what it is asked for, and whose streams all end at once."""
+    """A hub whose broker counts subscriptions. Each stream ends at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
         self.now = 0.0
@@ -267,7 +267,7 @@ def test_a_user_who_opens_streams_without_a_pause_is_refused_before_the_broker_i
 
 def test_streams_that_return_after_restarts_in_a_row_are_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
     to = Openings(monkeypatch)
-    # Twenty streams of one user, which return each three seconds while a proxy restarts again and again.
+    # Twenty streams of one user return every three seconds, while a proxy restarts repeatedly.
     for number in range(4):
         to.now = 3.0 * number
         assert {to.open("42") for _ in range(20)} == {"opened"}
@@ -303,14 +303,14 @@ def test_a_stream_that_is_refused_for_another_cause_uses_no_opening(monkeypatch:
         lambda connection: connection.on_refused(),
     ],
 )
-def test_a_fault_in_a_callback_is_kept_for_the_streams_writer_and_harms_nobody_else(callback: Any) -> None:
+def test_a_fault_in_a_callback_is_kept_for_the_writer_of_its_stream(callback: Any) -> None:
     _, _, connection = make()
-    connection.session = connection._hub = NOTHING  # Whatever is asked of them raises.
+    connection.session = connection._hub = NOTHING  # Each use of them raises.
     callback(connection)
     assert isinstance(connection.fault, AttributeError)
 
 
-# What is due at which moment.
+# The deadlines of a stream.
 
 
 def due(**changes: Any) -> Connection:
@@ -361,7 +361,7 @@ def test_a_quiet_stream_moves_with_a_feed_that_reads_the_log() -> None:
 @pytest.mark.parametrize(
     ("now", "down_since", "ends"), [(19.9, None, False), (20.0, None, True), (3.0, 0.0, True), (2.9, 0.0, False)]
 )
-def test_a_stream_that_is_not_bound_in_time_is_told_busy(now: float, down_since: float | None, ends: bool) -> None:
+def test_a_stream_that_is_not_bound_in_time_ends_with_busy(now: float, down_since: float | None, ends: bool) -> None:
     connection = due()
     broker: Any = connection._hub.feed
     broker.down_since = down_since
@@ -385,7 +385,7 @@ def test_a_group_is_forgotten_with_its_last_connection(monkeypatch: pytest.Monke
 
 
 @pytest.mark.contract("5.13")
-def test_a_copy_for_somebody_else_is_dropped() -> None:
+def test_a_copy_for_another_user_is_dropped() -> None:
     _, _, connection = make()
     connection.session.take()
     with capture_logs() as lines:
@@ -396,7 +396,7 @@ def test_a_copy_for_somebody_else_is_dropped() -> None:
 
 
 @pytest.mark.contract("5.35")
-def test_a_stream_without_a_queue_is_sent_away_unless_it_has_begun() -> None:
+def test_a_stream_without_a_queue_ends_unless_it_has_begun() -> None:
     connection = due()
     connection.on_refused()
     assert connection.session.end_reason is None
@@ -425,7 +425,7 @@ def test_a_stream_ends_when_its_token_expires(monkeypatch: pytest.MonkeyPatch) -
 def test_a_fault_of_the_session_ends_its_stream_only(callback: Any) -> None:
     quarantine: Any = Quarantine([], queue="q", on_dropped=lambda: None)
     hub, _, connection = make(quarantine)
-    session: Any = SimpleNamespace(user="42", types=TypeFilter())  # Whatever else is asked of it raises.
+    session: Any = SimpleNamespace(user="42", types=TypeFilter())  # Any other attribute raises.
     connection.session = session
     hub._on_watermark(anchor(1), 0)
     callback(hub, connection)

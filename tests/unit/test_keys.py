@@ -1,4 +1,4 @@
-"""Which keys of a key set verify something."""
+"""The bridge uses some keys of a key set, and ignores the others."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_curve_by_the_name_of_another_key_is_ignored() -> None:
     assert names({**P256, "crv": "P-384"}) == [("good", "EdDSA")]
 
 
-def test_a_key_that_is_there_twice_counts_once() -> None:
+def test_a_key_that_occurs_twice_counts_once() -> None:
     assert names(GOOD, GOOD) == [("good", "EdDSA")]
 
 
@@ -61,7 +61,7 @@ def test_a_key_that_is_there_twice_counts_once() -> None:
         (b'{"keys": []}', "no usable key for RS256, ES256, EdDSA"),
     ],
 )
-def test_a_document_that_is_no_key_set(document: bytes, words: str) -> None:
+def test_a_document_that_is_not_a_key_set(document: bytes, words: str) -> None:
     with pytest.raises(InvalidKeySet, match=words):
         read_key_set(document)
 

@@ -1,4 +1,4 @@
-"""How many workers a connection has room for, and which groups the shared queue is bound to."""
+"""The number of channel workers of a connection, and the groups to which the shared queue is bound."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ ALL = CHANNELS_BESIDE_WORKERS + CHANNELS_OF_A_WORKER * CHANNEL_WORKERS
     ("channels", "workers"),
     [(LEAST, 1), (LEAST + 1, 1), (ALL - 1, CHANNEL_WORKERS - 1), (ALL, CHANNEL_WORKERS), (65_535, CHANNEL_WORKERS)],
 )
-def test_never_more_channels_than_there_are(channels: int, workers: int) -> None:
+def test_workers_use_no_more_channels_than_rabbitmq_allows(channels: int, workers: int) -> None:
     assert count_channel_workers(channels) == workers
     assert CHANNELS_BESIDE_WORKERS + CHANNELS_OF_A_WORKER * workers <= channels
 
 
-def test_fewer_after_rabbitmq_refused_so_many() -> None:
+def test_there_are_fewer_workers_after_rabbitmq_refused_channels() -> None:
     assert count_channel_workers(65_535, most=2) == 2
 
 
 @pytest.mark.parametrize("channels", [0, 1, LEAST - 1])
-def test_too_few_are_told_with_the_setting(channels: int) -> None:
+def test_too_few_channels_are_reported_with_the_setting(channels: int) -> None:
     with pytest.raises(LimitReached, match=f"allows {channels} channels.*at least {LEAST}.*channel_max"):
         count_channel_workers(channels)
     with pytest.raises(LimitReached):
         describe_channels(channels)
 
 
-def test_what_check_says() -> None:
+def test_the_line_that_check_prints() -> None:
     assert describe_channels(2047) == f"RabbitMQ allows 2047 channels in a connection, and the bridge uses {ALL}"
     assert describe_channels(LEAST).endswith(f"uses {LEAST}: streams are opened more slowly than with {ALL}")
 
 
-# Which groups the shared queue is bound to. RabbitMQ's side is a list of what it was asked for.
+# The groups to which the shared queue is bound. RabbitMQ is replaced by a list of its commands.
 
 
 class Asked:
@@ -70,12 +70,12 @@ class Asked:
 
     async def _ask(self, command: str, key: str) -> None:
         self.commands.append((command, key))
-        assert len(self.commands) < 10, "it asks for the same again and again"
+        assert len(self.commands) < 10, "it repeats the same command"
         await self.answers.wait()
 
 
 class Groups:
-    """The shared queue of a process, and who waits for which group."""
+    """The shared queue of a process, and the streams that wait for a group."""
 
     def __init__(self) -> None:
         self.checked: list[str | None] = []
@@ -84,11 +84,11 @@ class Groups:
         self.shared = _Shared(epoch)
         self.asked = Asked()
 
-    def come(self, *groups: str) -> None:
+    def connect(self, *groups: str) -> None:
         self.broker.groups.update(groups)
         self.shared.on_groups_changed(groups)
 
-    def go(self, *groups: str) -> None:
+    def disconnect(self, *groups: str) -> None:
         for group in groups:
             del self.broker.groups[group]
         self.shared.on_groups_changed(groups)
@@ -104,44 +104,44 @@ class Groups:
 @pytest.mark.contract("1.17")
 async def test_a_group_is_bound_with_its_first_connection_and_unbound_with_its_last() -> None:
     to = Groups()
-    to.come("a", "b")
+    to.connect("a", "b")
     assert to.shared._changed.is_set()
     assert to.shared.first_unbound(["a", "b"]) == "a"
     assert await to.reconcile() == [("bind", "group.a.#"), ("bind", "group.b.#")]
     assert (to.checked, to.shared.first_unbound(["a", "b"])) == (["a", "b"], None)
     to.shared._changed.clear()
-    to.come("a")
+    to.connect("a")
     assert not to.shared._changed.is_set(), "it is bound already"
-    to.go("b")
+    to.disconnect("b")
     assert await to.reconcile() == [("unbind", "group.b.#")]
 
 
 async def test_a_group_that_was_unbound_is_bound_again_for_the_next_connection() -> None:
     to = Groups()
     for _ in range(2):
-        to.come("a")
+        to.connect("a")
         assert to.shared.first_unbound(["a"]) == "a", "it waits for a new binding"
         assert await to.reconcile() == [("bind", "group.a.#")]
-        to.go("a")
+        to.disconnect("a")
         assert await to.reconcile() == [("unbind", "group.a.#")]
 
 
-async def test_a_connection_that_comes_while_its_group_is_unbound_waits_for_a_new_binding() -> None:
+async def test_a_connection_that_opens_while_its_group_is_unbound_waits_for_a_new_binding() -> None:
     to = Groups()
-    to.come("a")
+    to.connect("a")
     await to.reconcile()
-    to.go("a")
+    to.disconnect("a")
     to.asked.answers.clear()
     running = asyncio.create_task(to.reconcile())
     await until(lambda: bool(to.asked.commands))
-    to.come("a")
+    to.connect("a")
     assert to.shared.first_unbound(["a"]) == "a"
     to.asked.answers.set()
     assert await running == [("unbind", "group.a.#"), ("bind", "group.a.#")]
     assert to.checked == ["a", "a"]
 
 
-async def test_a_group_is_wanted_until_its_last_subscription_closes() -> None:
+async def test_a_group_is_kept_until_its_last_subscription_closes() -> None:
     broker = Broker(
         [],
         exchange="events",

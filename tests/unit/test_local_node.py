@@ -1,4 +1,4 @@
-"""What the private RabbitMQ, the demo and the tests are given to listen on."""
+"""The free ports for the private RabbitMQ, the demo and the tests."""
 
 from pathlib import Path
 

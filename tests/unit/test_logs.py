@@ -1,4 +1,4 @@
-"""The log's own rules."""
+"""Log lines that are limited in number."""
 
 import asyncio
 from typing import Any
@@ -37,28 +37,28 @@ def test_those_left_out_are_counted_by_a_fact() -> None:
     assert lines[2]["left_out_by_reason"] == {"even": 4, "odd": 4}
 
 
-async def test_those_left_out_are_told_without_another_line(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_lines_left_out_are_reported_without_another_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "REPEATED_LINE_SECONDS", 0.001)
-    told = asyncio.Event()
+    reported = asyncio.Event()
     found: list[int] = []
 
     def write(_: str, **facts: Any) -> None:
         found.append(facts["left_out"])
         if len(found) == 2:
-            told.set()
+            reported.set()
 
     line = RareLine("refused", write, lambda: 0.0)
     line.log()
     line.log()
     async with asyncio.timeout(PATIENCE):
-        await told.wait()
+        await reported.wait()
     assert found == [0, 1]
 
 
-def test_at_the_end_all_are_told() -> None:
+def test_at_the_end_all_lines_left_out_are_reported() -> None:
     line = RareLine("told at the end", structlog.get_logger().warning, lambda: 0.0)
     with capture_logs() as lines:
         line.log()
         line.log()
-        summarise_rare_lines()  # Also those of other tests.
+        summarise_rare_lines()  # It also writes those of other tests.
     assert [found["left_out"] for found in lines if found["event"] == "told at the end"] == [0, 1]

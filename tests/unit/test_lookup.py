@@ -1,4 +1,4 @@
-"""What the console looks up: which entries match, how many, and where the next look-up begins. No RabbitMQ."""
+"""Look-ups of the console: which entries match, how many, and where the next look-up begins. No RabbitMQ."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.unit.loopback import BODY, CATALOGUE, KEY, until
         (LogQuestion(search="\u00e9"), "all.x", b"\\u00e9", False),
     ],
 )
-def test_what_matches(question: LogQuestion, key: str, body: bytes, matches: bool) -> None:
+def test_an_entry_matches_a_question(question: LogQuestion, key: str, body: bytes, matches: bool) -> None:
     assert question.matches(key, body) is matches
 
 
@@ -58,13 +58,13 @@ def test_a_range_that_begins_with_the_log_has_nothing_further() -> None:
 
 def test_a_range_within_the_log_goes_on_before_its_start() -> None:
     assert found(LogQuestion(), b"a", start=100).further == 100
-    # The log begins behind the range's start: what was before it is gone.
+    # The log begins after the start of the range. RabbitMQ has deleted the entries before.
     matches = Matches(LogQuestion(), start=100, until=200, own_key="log")
     matches.take(150, "all.x", b"a")
     assert matches.further is None
 
 
-def test_what_is_outside_of_the_range_or_the_bridges_own_is_left_out() -> None:
+def test_entries_outside_the_range_and_the_bridges_own_are_left_out() -> None:
     matches = Matches(LogQuestion(), start=10, until=20, own_key="log")
     assert not matches.take(9, "all.x", b"before")
     assert not matches.take(10, "log", b"the bridge's own")
@@ -77,7 +77,7 @@ def test_the_bytes_of_an_answer_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     matches = found(LogQuestion(), b"aa", b"bb", b"c")
     assert [body for _, _, body in matches.found] == [b"bb", b"c"]
     assert matches.further == 1
-    assert [body for _, _, body in found(LogQuestion(), b"large").found] == [b"large"], "one in any case"
+    assert [body for _, _, body in found(LogQuestion(), b"large").found] == [b"large"], "one entry in any case"
 
 
 def look_up(log: Any = None) -> LookUp:
@@ -93,7 +93,7 @@ def look_up(log: Any = None) -> LookUp:
 
 
 class Log:
-    """Answers watermarks with this."""
+    """Answers each watermark with this position."""
 
     def __init__(self, anchor: Anchor | None) -> None:
         self.anchor = anchor
@@ -103,7 +103,7 @@ class Log:
         answer(self.anchor, 0)
 
 
-async def test_without_a_log_or_a_broker_it_says_so() -> None:
+async def test_the_error_says_that_the_log_or_the_broker_is_missing() -> None:
     with pytest.raises(NotFound, match="BRIDGE_LOG is empty"):
         await look_up().log(LogQuestion())
     with pytest.raises(BrokerUnavailable, match="the log does not answer"):
@@ -127,7 +127,7 @@ async def test_a_log_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPa
         await look_up(silent).log(LogQuestion())
 
 
-async def test_a_look_up_ends_in_order_when_its_request_is_cancelled() -> None:
+async def test_a_look_up_ends_properly_when_its_request_is_cancelled() -> None:
     answers: list[Any] = []
     log: Any = type("Late", (), {"write_watermark": lambda self, answer: answers.append(answer)})()
     made = look_up(log)

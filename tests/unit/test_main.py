@@ -1,4 +1,4 @@
-"""The order of start and end, with a RabbitMQ that is not there."""
+"""The order of start and stop, without RabbitMQ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.unit.loopback import CATALOGUE, until
 
 @pytest.fixture(autouse=True)
 def unfrozen() -> Iterator[None]:
-    """The service freezes the collector's objects; the tests' process lives on."""
+    """The service freezes the objects of the garbage collector. The test process continues, so they are unfrozen."""
     yield
     gc.unfreeze()
 
@@ -68,7 +68,7 @@ async def test_a_stop_drains_and_ends_with_code_0(changes: dict[str, str]) -> No
     running = asyncio.create_task(made.run(public, internal, stop))
     async with httpx.AsyncClient(timeout=PATIENCE) as client:
         ready = await client.get(f"{addresses[1]}/readyz")
-        assert ready.status_code == 503, "RabbitMQ is not there"
+        assert ready.status_code == 503, "there is no RabbitMQ"
         assert "bridge_ready 0.0" in (await client.get(f"{addresses[1]}/metrics")).text
         schemas = await client.get(f"{addresses[0]}/schemas")
         assert schemas.status_code == 200
@@ -128,14 +128,14 @@ async def serve(**changes: Any) -> tuple[int, list[Any]]:
 
 @pytest.fixture
 def handled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Signals stay as the tests' runner has them. Sockets that a process closes with its end are closed here."""
+    """Keeps the signal handlers of the test runner. Closes the sockets that the end of a process would close."""
     made: list[socket.socket] = []
 
-    def note(bind: str, *, stall_seconds: float) -> socket.socket:
+    def record(bind: str, *, stall_seconds: float) -> socket.socket:
         made.append(listen(bind, stall_seconds=stall_seconds))
         return made[-1]
 
-    monkeypatch.setattr(main, "listen", note)
+    monkeypatch.setattr(main, "listen", record)
     monkeypatch.setattr(main, "_on_signals", asyncio.Event)
     yield
     for each in made:
@@ -143,7 +143,7 @@ def handled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("handled")
-async def test_an_address_in_use_is_said_with_code_1() -> None:
+async def test_an_address_in_use_ends_with_code_1() -> None:
     with listen("127.0.0.1:0", stall_seconds=30) as taken:
         address = main._address(taken)
         code, (line,) = await serve(bind=address)
@@ -152,7 +152,7 @@ async def test_an_address_in_use_is_said_with_code_1() -> None:
 
 
 @pytest.mark.usefixtures("handled")
-async def test_too_few_descriptors_are_said_with_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_few_descriptors_end_with_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_few(*_: Any, **__: Any) -> Any:
         raise TooFewDescriptors("made by the test")
 
@@ -162,14 +162,14 @@ async def test_too_few_descriptors_are_said_with_code_1(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("handled")
-async def test_a_key_set_that_is_none_is_said_with_code_1(tmp_path: Any) -> None:
+async def test_an_invalid_key_set_ends_with_code_1(tmp_path: Any) -> None:
     (tmp_path / "keys.json").write_text("{}")
     code, lines = await serve(jwt_secret=None, jwks=str(tmp_path / "keys.json"))
     assert code == 1
     assert lines[-1]["event"] == "cannot start"
 
 
-async def test_the_whole_of_it_until_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_service_runs_until_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = asyncio.Event()
     stop.set()
     monkeypatch.setattr(main, "_on_signals", lambda: stop)
@@ -209,7 +209,7 @@ def test_run_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main.run(settings(), CATALOGUE) == 7
 
 
-async def test_a_server_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_does_not_end_in_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "STOP_SECONDS", 0.0)
     hanging: asyncio.Task[None] = asyncio.create_task(asyncio.Event().wait(), name="hangs")  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What is counted where no stream shows it."""
+"""A metric that no stream shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridge.service.streams.reader import EventReader
 from bridge.service.streams.writer import WriteBatch
 
 
-async def test_whether_the_log_answers_is_known_before_anybody_comes_back() -> None:
+async def test_whether_the_log_answers_is_known_before_a_client_returns() -> None:
     metrics = Metrics()
     hub = Hub(
         reader=EventReader(

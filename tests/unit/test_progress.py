@@ -1,4 +1,4 @@
-"""How a client's cursor moves, item by item."""
+"""A client's cursor moves with each item."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_the_last_sixteen_are_named_and_the_others_are_summed_by_queue() -> None
     assert Cursor.parse(progress.text(0)) == cursor
 
 
-def test_a_cursor_in_no_log_has_the_time() -> None:
+def test_a_cursor_without_a_log_has_the_time() -> None:
     progress = Progress(None)
     progress.move(live(1))
     assert progress.cursor(1000) == Cursor(None, time_ms=1000)
     assert progress.text(1000) == "0.3e8"
 
 
-def test_an_entry_of_the_log_moves_the_anchor() -> None:
+def test_an_entry_of_the_log_moves_the_position() -> None:
     progress = Progress(FIRST)
     progress.move(live(1))
     progress.move(entry(105))
@@ -78,14 +78,14 @@ def test_names_up_to_the_position_fill_the_room_that_the_sent_ones_leave() -> No
     assert Cursor.parse(progress.text(0)) == cursor
 
 
-def test_a_watermark_becomes_the_anchor_with_its_proof() -> None:
+def test_a_watermark_becomes_the_position_with_its_proof() -> None:
     progress = Progress(FIRST)
     progress.move(live(1, 0))
     progress.move(Watermark(SECOND, 10_000))
     progress.move(live(2, 10_000 + NEAR_MS))
     assert progress.anchor == FIRST
     progress.move(Proof(THIRD))
-    assert progress.anchor == FIRST, "not a watermark that was seen"
+    assert progress.anchor == FIRST, "the progress has not seen this watermark"
     progress.move(Proof(SECOND))
     cursor = progress.cursor(0)
     assert (cursor.anchor, cursor.digests, cursor.unnamed) == (SECOND, names(2), (NONE, NONE))
@@ -100,7 +100,7 @@ def test_an_event_just_before_a_watermark_stays_named() -> None:
     progress.move(Proof(SECOND))
     cursor = progress.cursor(0)
     assert (cursor.digests, cursor.unnamed) == (names(2, 3), (NONE, NONE))
-    # It was sent before the watermark, so it is in no sum when its name falls out.
+    # It was sent before the watermark, so no sum has it when its name falls out.
     for number in range(4, 4 + MAX_DIGESTS):
         progress.move(live(number, seen + 1))
     assert progress.cursor(0).unnamed == (NONE, NONE)
@@ -141,7 +141,7 @@ def test_an_event_sent_after_a_watermark_stays_named_however_early_it_arrived() 
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_was_sent_long_before_a_watermark_is_in_no_sum(shared: bool) -> None:
+def test_an_event_that_was_sent_long_before_a_watermark_is_in_no_sum(shared: bool) -> None:
     progress = Progress(FIRST)
     for number in range(MAX_DIGESTS + 3):
         progress.move(live(number, 0, shared=shared))
@@ -160,7 +160,7 @@ def test_four_watermarks_may_wait_for_their_proof(later: int, taken: bool) -> No
     assert progress.anchor == (SECOND if taken else FIRST)
 
 
-def test_a_stream_with_very_many_behind_takes_any_watermark() -> None:
+def test_a_stream_with_very_many_events_after_its_position_takes_any_watermark() -> None:
     progress = Progress(FIRST)
     progress.move(Watermark(SECOND, 0))
     for number in range(MANY_BEHIND):
@@ -170,7 +170,7 @@ def test_a_stream_with_very_many_behind_takes_any_watermark() -> None:
     assert progress.sent_behind == MANY_BEHIND
 
 
-def test_what_was_sent_after_the_watermark_is_counted_behind_it() -> None:
+def test_events_that_were_sent_after_the_watermark_are_counted_after_it() -> None:
     progress = Progress(FIRST)
     for number in range(1, 4):
         progress.move(live(number, 0))
@@ -192,7 +192,7 @@ def test_an_older_watermark_is_dropped_when_a_newer_one_is_proved() -> None:
     assert progress.anchor == THIRD
 
 
-def test_reading_past_an_event_takes_it_out_of_what_was_sent() -> None:
+def test_reading_past_an_event_removes_it_from_the_sent_ones() -> None:
     progress = Progress(FIRST)
     for number in range(1, 19):
         progress.move(live(number))
@@ -225,7 +225,7 @@ def test_an_entry_that_was_reached_is_the_position_and_nothing_is_after_it() -> 
     assert progress.cursor(0) == Cursor(SECOND, passed=names(105))
 
 
-def test_what_is_forgotten_is_sent_again() -> None:
+def test_forget_clears_the_count_of_one_queue() -> None:
     progress = Progress(FIRST, Cursor(FIRST, unnamed=(Unnamed(3, 9), None)))
     progress.move(Forget(True))
     assert progress.cursor(0).unnamed == (Unnamed(3, 9), NONE)
@@ -233,12 +233,12 @@ def test_what_is_forgotten_is_sent_again() -> None:
     assert progress.cursor(0).unnamed == (NONE, NONE)
 
 
-def test_it_begins_where_a_cursor_was() -> None:
+def test_it_begins_with_the_clients_cursor() -> None:
     cursor = Cursor(FIRST, names(1, 2), (Unnamed(1, 7), None), names(3))
     progress = Progress(FIRST, cursor, 500)
     assert progress.cursor(0) == cursor
     assert progress.text(0) == str(cursor)
-    # Nothing is known of the shared queue: what falls out of the names there is not counted.
+    # The count of the shared queue is unknown. A name that falls out is not counted there.
     for number in range(10, 10 + MAX_DIGESTS + 1):
         progress.move(live(number, shared=True))
     assert progress.cursor(0).unnamed == (Unnamed(1, 7), None)

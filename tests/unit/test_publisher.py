@@ -1,4 +1,4 @@
-"""What the SDK makes of an event before anything is sent: its message, or the reason why not."""
+"""Before it sends anything, the SDK makes a message of an event, or refuses it with a reason."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_attributes_in_the_types_that_programs_have() -> None:
 
 
 @pytest.mark.contract("4.6")
-def test_an_attribute_that_is_none_is_not_given() -> None:
+def test_an_attribute_that_is_none_counts_as_not_given() -> None:
     event = written(id=None, time=None, subject=None, traceparent=None)
     assert len(event["id"]) == 36
     assert datetime.fromisoformat(event["time"]) <= datetime.now(UTC)
@@ -90,7 +90,7 @@ def test_an_attribute_that_is_none_is_not_given() -> None:
         ({"datacontenttype": "text/plain"}, "datacontenttype must be a JSON type"),
     ],
 )
-def test_an_attribute_that_cannot_be_taken(attributes: dict[str, Any], words: str) -> None:
+def test_an_attribute_that_is_refused(attributes: dict[str, Any], words: str) -> None:
     error = refused(**attributes)
     assert pytest.raises(EventRefused, match=words).matches(error), error
     assert str(error).startswith("test.done for user:42: ")
@@ -115,7 +115,7 @@ def test_an_audience_and_an_event_of_the_wrong_kind() -> None:
 
 
 @pytest.mark.contract("4.12")
-def test_an_item_of_a_batch_that_is_none() -> None:
+def test_a_malformed_item_of_a_batch_is_refused() -> None:
     bad: list[Any] = [DONE, (USER,), (USER, DONE, {}, 1), [USER, DONE]]
     for item in bad:
         with pytest.raises(ItemRefused, match=r"event 3: .* is not \(audience, data\)") as caught:

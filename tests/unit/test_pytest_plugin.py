@@ -1,4 +1,4 @@
-"""The fixtures, used as a team's tests use them: in a pytest of their own, which nothing loads them into unasked."""
+"""The fixtures in a team's tests: a pytest of its own, which loads the plugin only on request."""
 
 from __future__ import annotations
 

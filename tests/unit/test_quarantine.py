@@ -1,4 +1,4 @@
-"""What a flood of refused messages may take of memory and of the quarantine, and that the rest is counted and told."""
+"""A flood of refused messages takes a bounded part of memory and of the quarantine. The rest is counted and logged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bridge.service.broker.quarantine import BURST, MAX_PENDING, MAX_PENDING_BYT
 
 
 class Flooded:
-    """A quarantine that nothing is published from, with a clock of the test's."""
+    """A quarantine that publishes nothing. The test sets its clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -50,13 +50,13 @@ def test_a_flood_is_kept_in_part_and_the_rest_is_counted(flooded: Flooded) -> No
         flooded.now += 10  # Long enough for the next line.
         assert flooded.put(100_000) == BURST
     assert flooded.dropped == 300_000 - 2 * BURST - 3 * PER_SECOND
-    told = [line for line in lines if line["event"] == "message not quarantined"]
-    # The first one, and one once it is due again, with the number of those between.
-    assert len(told) == 2
-    assert told[0]["left_out"] == 0
+    logged = [line for line in lines if line["event"] == "message not quarantined"]
+    # The first line is written at once. The next one has the number of messages between them.
+    assert len(logged) == 2
+    assert logged[0]["left_out"] == 0
     between = (100_000 - BURST - 1) + (100_000 - 3 * PER_SECOND)
-    assert told[1]["left_out_by_reason"] == {"malformed": between}
-    assert "100 a second" in told[0]["error"]
+    assert logged[1]["left_out_by_reason"] == {"malformed": between}
+    assert "100 a second" in logged[0]["error"]
 
 
 def test_a_flood_of_one_reason_hides_no_other(flooded: Flooded) -> None:

@@ -36,7 +36,7 @@ UNKNOWN_KEY = "user.42.test.unknown"
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The bodies that are read in earnest."""
+    """The bodies that the reader parses, because its cache does not have them."""
     found: list[bytes] = []
 
     def count(body: bytes, *args: Any, **options: Any) -> Any:
@@ -63,7 +63,7 @@ def test_an_event_is_read_once_for_all_queues_and_for_the_log(reads: list[bytes]
     assert (len(reads), refused) == (1, [])
 
 
-def test_an_event_that_one_queue_brings_is_not_kept(reads: list[bytes]) -> None:
+def test_an_event_of_one_queue_only_is_not_kept(reads: list[bytes]) -> None:
     reader, _, _ = make()
     for _ in range(2):
         reader.read(KEY, body("test.done"), via=1, only=True)
@@ -81,14 +81,14 @@ def test_a_refused_entry_is_read_and_put_aside_once_for_all_clients(reads: list[
 
 
 @pytest.mark.contract("5.24")
-def test_a_message_that_was_refused_live_is_not_put_aside_again_from_the_log() -> None:
+def test_a_message_that_was_refused_live_is_not_quarantined_again_from_the_log() -> None:
     reader, refused, _ = make()
     for queue in range(3):
         reader.read(UNKNOWN_KEY, UNKNOWN, via=queue)
     reader.read_logged(UNKNOWN_KEY, UNKNOWN)
     assert len(refused) == 1
     reader.read(UNKNOWN_KEY, UNKNOWN, via=0)
-    assert len(refused) == 2, "the same queue brought it again, so it was published again"
+    assert len(refused) == 2, "the same queue delivered it again, so it was published again"
 
 
 @pytest.mark.contract("5.25")
@@ -123,10 +123,10 @@ def test_the_cache_gives_its_bytes_back(reads: list[bytes]) -> None:
     assert len(reads) == CACHE_EVENTS
 
 
-def test_a_fault_of_the_bridge_is_a_gap_and_a_kept_message_and_no_endless_resume(
+def test_after_a_fault_of_the_bridge_there_is_a_gap_and_the_message_is_quarantined(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If it raised, every client that resumes would meet it again."""
+    """If the reader raised, each client that resumes would fail at this message again."""
     reader, refused, _ = make()
     monkeypatch.setattr("bridge.service.streams.reader.read_event", lambda *_, **__: 1 / 0)
     for event in (reader.read(KEY, body("test.done"), via=1), reader.read_logged(KEY, body("test.done", 2))):

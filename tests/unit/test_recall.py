@@ -1,4 +1,4 @@
-"""Which entries of the log a client was sent, found from a count and a sum."""
+"""A count and a sum show which entries of the log a client was sent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sent(*numbers: int) -> BySource:
 
 
 def seen(unnamed: BySource, *numbers: int, named: tuple[int, ...] = ()) -> tuple[Recall, list[int]]:
-    """The numbers of those that were sent, as far as it is known."""
+    """Also returns the numbers of the entries that are known as sent."""
     recall = Recall(unnamed)
     for number in numbers:
         recall.see(entry(number), named=number in named)
@@ -37,13 +37,13 @@ def seen(unnamed: BySource, *numbers: int, named: tuple[int, ...] = ()) -> tuple
         ((1, 2, 3), (1, 2, 3, 4, 5), [1, 2, 3]),
         ((1, 3, 4), (1, 2, 3, 4, 5), [1, 3, 4]),  # One of the log was not sent.
         ((1, 4), (1, 2, 3, 4), [1, 4]),  # Two were not.
-        ((1, 5), (1, 2, 3, 4, 5), []),  # Three: none is taken as sent.
+        ((1, 5), (1, 2, 3, 4, 5), []),  # Three were not: no entry counts as sent.
         ((1, 2), (1, 1, 2), [1, 1, 2]),  # A publisher's retry counts once.
-        ((1, 3, 4), (1, 2, 3, 4), [1, 3, 4]),  # One was not, and it is known with the last one.
+        ((1, 3, 4), (1, 2, 3, 4), [1, 3, 4]),  # One was not: the last entry shows which.
         ((1, 2), (7, 8, 9, 10), []),  # None of them is in the log.
     ],
 )
-def test_what_was_sent(were_sent: tuple[int, ...], in_log: tuple[int, ...], found: list[int]) -> None:
+def test_sent_entries_are_found(were_sent: tuple[int, ...], in_log: tuple[int, ...], found: list[int]) -> None:
     recall, were = seen(sent(*were_sent), *in_log)
     assert recall.is_over
     assert were == found
@@ -73,7 +73,7 @@ def test_entries_after_the_last_sent_one_are_unsent_while_the_other_queue_is_sea
     assert [each.offset for each in recall.entries if recall.was_sent(each)] == [1, 9]
 
 
-def test_it_is_open_until_enough_have_come() -> None:
+def test_a_recall_is_open_until_it_has_seen_enough_entries() -> None:
     recall, were = seen(sent(1, 2, 3), 1, 2)
     assert (recall.is_over, were) == (False, [])
     recall.give_up()
@@ -81,7 +81,7 @@ def test_it_is_open_until_enough_have_come() -> None:
     assert not any(map(recall.was_sent, recall.entries))
 
 
-def test_it_stays_open_while_entries_are_missing_even_if_the_sum_fits() -> None:
+def test_a_recall_stays_open_while_entries_are_missing_even_if_the_sum_fits() -> None:
     """Any client may send a count that fits no sum."""
     recall, were = seen((Unnamed(3, 0), NONE), 1, 2)
     assert (recall.is_over, were) == (False, [])

@@ -1,4 +1,4 @@
-"""What holds of the files themselves: which way imports point, what lock files hold, what docs promise."""
+"""Rules for the files themselves: the direction of imports, the contents of lock files, the promises of docs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ FILES = {
 
 
 def imports_of(node: ast.AST) -> set[str]:
-    """The modules that a tree imports, by their whole names."""
+    """The modules that a tree imports, by their full names."""
     found = set()
     for inner in ast.walk(node):
         if isinstance(inner, ast.Import):
@@ -115,14 +115,14 @@ def test_imports_point_one_way() -> None:
         for imported in imports(name):
             target = imported.removeprefix("bridge.")
             if (name, target) == ("publisher", "blocking"):
-                continue  # `Publisher.blocking` makes one, and imports it when it is called.
+                continue  # `Publisher.blocking` imports it when it is called.
             if imported.startswith("bridge.") and target in height:
                 assert height[target] < level or name == target, f"{name} imports {target}"
 
 
 @pytest.mark.parametrize("name", sorted(name for name in FILES if not name.startswith("service.")))
 def test_nothing_outside_the_service_imports_it(name: str) -> None:
-    """The command line does when a command runs, so that a worker's installation has no need of the service."""
+    """The command line imports it when a command runs: the installation of a worker does not have the service."""
     tree = ast.parse(FILES[name].read_text())
     if name == "cli":
         at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -246,7 +246,7 @@ def test_the_page_of_log_lines_names_every_line_of_the_service() -> None:
                 real |= {ast.literal_eval(choice) for choice in choices if isinstance(choice, ast.Constant)}
     rows = re.findall(r"^\| (`.*?`) \| (?:info|warning|error)", (ROOT / "docs/logs.md").read_text(), re.MULTILINE)
     named = {event for row in rows for event in re.findall(r"`([^`]+)`", row)}
-    # Of one line: its event contains a variable.
+    # One line is left out: its event contains a variable.
     assert named - {f"the {what} differs, and fits" for what in ("exchange", "quarantine", "log")} == real
 
 
@@ -270,11 +270,11 @@ def test_the_page_of_attacks_names_tests_constants_and_settings_that_exist() -> 
 
 TESTS = ROOT / "tests"
 SUITE = sorted(path for path in TESTS.rglob("*.py") if "bench" not in path.parts)
-"""All of it but the benchmark, whose business is the machine's speed."""
+"""All tests except the benchmark, which measures the machine's speed."""
 
 
 def calls(path: Path) -> list[tuple[str, ast.Call]]:
-    """Each call in a file, with what is called as it is written."""
+    """Each call in a file, with the text of the function that is called."""
     tree = ast.parse(path.read_text())
     return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
@@ -292,7 +292,7 @@ def test_no_test_depends_on_the_machines_speed(path: Path) -> None:
         no_time = bool(call.args) and is_number(call.args[0]) and ast.literal_eval(call.args[0]) == 0
         reason = "#" in lines[call.lineno - 1] or lines[call.lineno - 2].lstrip().startswith("#")
         if name in ("time.sleep", "asyncio.sleep", "page.wait_for_timeout") and not no_time and not reason:
-            faults.append(f"{where}: a sleep; wait for a signal, or say in a comment why there is none")
+            faults.append(f"{where}: a sleep; wait for a signal, or say in a comment why no signal exists")
         if name == "asyncio.timeout" and is_number(call.args[0]):
             faults.append(f"{where}: a limit of its own; use PATIENCE of tests/patience.py")
         given = {keyword.arg for keyword in call.keywords}
@@ -341,7 +341,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "de
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
-    """To a file, and to a heading in it, by GitHub's rule for anchors."""
+    """It leads to a file, and to a heading in it. The anchor of a heading is as GitHub makes it."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):

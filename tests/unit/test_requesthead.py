@@ -1,4 +1,4 @@
-"""What is refused of a request's head, by RFC 9112."""
+"""The bridge refuses bad request heads, by RFC 9112."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_methods_are_case_sensitive(method: bytes) -> None:
 
 
 @pytest.mark.contract("6.32")
-def test_two_framings_are_none() -> None:
+def test_two_framings_are_refused() -> None:
     assert refused(content_length=b"5", transfer_encoding=b"chunked") == 400
     assert refused(version=b"1.0", transfer_encoding=b"chunked") == 400
 

@@ -258,7 +258,7 @@ class Dog(BaseModel):
 
 
 class Whole(EventData, type="whole"):
-    """All that should go through without a fault."""
+    """Members in which the check finds no fault."""
 
     text: str
     number: float = Field(0.0, ge=0, lt=10)
@@ -306,7 +306,7 @@ class Camel(EventData, type="camel"):
 
 
 @pytest.mark.parametrize("model", [Whole, Camel])
-def test_a_model_that_reads_what_it_writes_is_none(model: type[EventData]) -> None:
+def test_a_model_that_reads_what_it_writes_has_no_fault(model: type[EventData]) -> None:
     assert check_model(model) == []
 
 
@@ -352,7 +352,7 @@ class DetailedAddress(Address):
 
 
 class SameAddress(Address):
-    """No member more."""
+    """It adds no member."""
 
 
 class Shipped(EventData, type="shipped"):
@@ -377,7 +377,7 @@ class ShippedAsIs(Shipped):
 
 
 def broken(**values: Any) -> Shipped:
-    """As assignment leaves it, which validates nothing."""
+    """An event after assignments, which pydantic does not validate."""
     made = Shipped(parcel_id="p")
     for name, value in values.items():
         setattr(made, name, value)
@@ -412,14 +412,14 @@ NAIVE = datetime(2026, 1, 31, 12)
 def test_a_value_that_a_page_would_not_get(data: Shipped, words: str) -> None:
     try:
         found = loss(data)
-    except ValidationError as error:  # It is refused just as well.
+    except ValidationError as error:  # The event is refused, too.
         found = "; ".join(f"data.{fault['loc'][0]}" for fault in error.errors())
     assert found is not None
     assert pytest.raises(AssertionError, match=words).matches(AssertionError(found)), found
     assert "s3cret" not in found
 
 
-def test_what_is_at_the_edge_and_goes_through() -> None:
+def test_values_at_the_limit_are_accepted() -> None:
     assert loss(Shipped(parcel_id="p", count=MAX_SAFE_INTEGER, anything=-MAX_SAFE_INTEGER)) is None
     assert loss(Shipped(parcel_id="12345678901234567890", anything=0.12345678901234567)) is None
     assert loss(ShippedAsIs(parcel_id="p")) is None
@@ -514,7 +514,7 @@ AMSTERDAM_1850 = datetime(1850, 6, 1, tzinfo=timezone(timedelta(minutes=19, seco
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_more_that_a_page_would_not_get(data: EventData, words: str) -> None:
+def test_more_values_that_a_page_would_not_get(data: EventData, words: str) -> None:
     found = loss(data)
     assert found is not None
     assert pytest.raises(AssertionError, match=words).matches(AssertionError(found)), found
@@ -526,7 +526,7 @@ class LocalTimes(TypedDict):
 
 
 class Calendar(EventData, type="calendar"):
-    """Times that are meant to have no zone, wherever they stand."""
+    """Times that are declared without a zone, at any depth."""
 
     entry: LocalTimes | None = None
     all: list[NaiveDatetime] = []
@@ -549,7 +549,7 @@ class WithSerializer(EventData, type="with.serializer"):
         return {"userId": self.user}
 
 
-def test_what_looks_odd_and_is_not() -> None:
+def test_unusual_models_and_values_are_accepted() -> None:
     assert loss(Calendar(entry={"at": NAIVE}, all=[NAIVE])) is None
     assert check_model(WithNames) == check_model(WithSerializer) == []
     assert loss(WithNames(user="ann")) is None

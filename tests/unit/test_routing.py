@@ -1,4 +1,4 @@
-"""Ids, types and patterns at the edges of their grammar."""
+"""Ids, types and patterns at the limits of their grammar."""
 
 import pytest
 
@@ -34,7 +34,7 @@ from bridge.routing import (
         ("\0\r\n", "%00%0D%0A"),
     ],
 )
-def test_an_id_is_one_word_and_comes_back(identity: str, word: str) -> None:
+def test_an_id_is_one_word_and_is_decoded_again(identity: str, word: str) -> None:
     assert encode_id(identity) == word
     assert decode_id(word) == identity
 
@@ -87,7 +87,7 @@ def test_a_key_has_at_most_255_bytes() -> None:
         ("all.job.done", Audience.everyone(), "job.done"),
     ],
 )
-def test_a_key_says_whom_and_what(key: str, audience: Audience, event_type: str) -> None:
+def test_a_key_has_an_audience_and_a_type(key: str, audience: Audience, event_type: str) -> None:
     assert split_key(key) == (audience, event_type)
     assert audience.routing_key(event_type) == key
 
@@ -124,7 +124,7 @@ def test_an_audience_on_the_command_line(text: str, audience: Audience) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "42", "user:", "group:", "team:1", "all:x", "user"])
-def test_no_audience_on_the_command_line(text: str) -> None:
+def test_a_text_that_is_not_an_audience_is_refused(text: str) -> None:
     with pytest.raises(InvalidId):
         Audience.parse(text)
 
@@ -172,7 +172,7 @@ def test_a_word_of_a_pattern_matches_only_at_its_place() -> None:
 
 
 def test_a_filter_remembers_few_types() -> None:
-    types = TypeFilter.parse("kept.*")  # A pattern of no other test: filters of equal patterns are one object.
+    types = TypeFilter.parse("kept.*")  # No other test has this pattern: equal patterns share a filter.
     for number in range(TYPES_KEPT):
         assert types.matches(f"kept.{number}")
     assert len(types._known) == TYPES_KEPT

@@ -1,4 +1,4 @@
-"""Which scan of the log is made next, one sentence at a time. The laws are in tests/property/test_scans.py."""
+"""The choice of the next scan of the log: one rule a test. The property tests are in tests/property/test_scans.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def want(user: str = "42", first: int = 0, until: int = 10, **options: bool) -> 
 
 
 def read(scan: Scan, first: int, until: int) -> list[Want]:
-    """Those that ended."""
+    """Reads these entries, and returns the wants that ended."""
     ended = []
     for offset in range(first, until + 1):
         scan.reach(offset, 1)
@@ -39,20 +39,20 @@ def test_a_large_body_costs_more() -> None:
 @pytest.mark.parametrize(
     ("waited", "here", "expected", "waits"),
     [
-        (0.0, 1, 0, False),  # Nobody else comes.
+        (0.0, 1, 0, False),  # No other client is expected.
         (1.0, 50, 50, True),
-        (10.0, 50, 50, False),  # A tenth of a second for each of the hundred.
+        (10.0, 50, 50, False),  # The window is 0.1 s for each of the hundred.
         (0.1, 1, 1, True),
         (0.2, 1, 1, False),
-        (10.0, 900, 100, True),  # The last hundred come within a second and a half, at the pace so far.
+        (10.0, 900, 100, True),  # At the rate so far, the last hundred arrive within 1.5 s.
         (10.0, 100, 900, False),
         (16.0, 900, 100, False),
         (9.9, 1, 9_999, True),
         (10.0, 2_000, 999, True),
-        (10.0, 2_000, 1_000, False),  # At this pace the last ones would come in the fifteenth second.
+        (10.0, 2_000, 1_000, False),  # At this rate the last ones would not arrive before 15 s.
     ],
 )
-def test_a_window_is_open_while_others_will_come(waited: float, here: int, expected: int, waits: bool) -> None:
+def test_a_batch_window_is_open_while_others_will_arrive(waited: float, here: int, expected: int, waits: bool) -> None:
     assert is_worth_waiting(waited, here, expected) is waits
 
 
@@ -69,7 +69,7 @@ def test_one_scan_serves_all_whose_range_it_reads() -> None:
     schedule.end(scan, 0.0)
 
 
-def test_a_want_joins_a_scan_that_has_not_come_to_its_first_entry() -> None:
+def test_a_want_joins_a_scan_that_has_not_reached_its_first_entry() -> None:
     schedule = Schedule(100_000)
     schedule.add(want(until=1000), 0.0)
     scan = schedule.choose(0.0)
@@ -88,7 +88,7 @@ def test_the_cost_of_an_entry_is_shared_by_those_that_read_it() -> None:
     scan = Scan([want("1", 0, 3), want("2", 2, 3)], 0)
     read(scan, 0, 3)
     bills = {user: amount for user, amount, _ in scan.bills()}
-    # Opening and the first two entries: the first user alone. Then half each.
+    # The first user pays alone for the opening and two entries. Then both pay half.
     assert bills == {"1": scans.OPEN_COST + 2 + 1, "2": 1.0}
     assert scan.bills() == []
 
@@ -120,7 +120,7 @@ def test_a_want_that_costs_nothing_is_on_no_bill() -> None:
     assert [user for user, _, _ in scan.bills()] == ["1"]
 
 
-def test_one_that_leaves_pays_for_what_it_has_read() -> None:
+def test_a_want_that_leaves_pays_for_the_entries_that_it_has_read() -> None:
     leaving, staying = want("1", 0, 9), want("2", 0, 9)
     scan = Scan([leaving, staying, want("3", 5, 9)], 0)
     read(scan, 0, 1)
@@ -147,7 +147,7 @@ def test_a_user_without_a_budget_waits_until_it_refills() -> None:
 
 
 def charged(schedule: Schedule, user: str, amount: int) -> None:
-    """One scan for this user alone, which costs this much with its opening."""
+    """Makes one scan for this user alone. It costs this amount, with its opening."""
     first = want(user, 0, FAR)
     schedule.add(first, 0.0)
     scan = schedule.choose(0.0)
@@ -189,7 +189,7 @@ def test_a_user_without_budget_is_forgotten_with_its_last_want() -> None:
 
 
 @pytest.mark.contract("2.51")
-def test_what_extends_a_read_that_was_paid_for_needs_no_budget() -> None:
+def test_a_want_that_extends_a_paid_read_needs_no_budget() -> None:
     schedule = Schedule(1)
     schedule.add(want(until=50), 0.0)
     scan = schedule.choose(0.0)
@@ -335,7 +335,7 @@ def test_users_whose_service_differs_by_one_scan_count_as_equal(more: int, start
     assert next_start(schedule) == start
 
 
-def test_what_users_were_served_is_kept_for_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_served_amount_is_kept_for_few_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scans, "USERS_KEPT", 3)
     schedule = Schedule(10**9)
     for number in range(10):
@@ -345,7 +345,7 @@ def test_what_users_were_served_is_kept_for_few_of_them(monkeypatch: pytest.Monk
     assert list(schedule._served) == ["user 7", "user 8", "user 9"]
 
 
-def test_one_scan_of_many_users_keeps_what_few_of_them_were_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_one_scan_of_many_users_the_served_amount_of_few_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scans, "USERS_KEPT", 3)
     schedule = Schedule(10**9)
     for number in range(10):
@@ -361,7 +361,7 @@ def test_a_user_who_equals_a_new_one_is_not_kept() -> None:
     schedule = Schedule(10**9)
     charged(schedule, "42", 5_000)
     schedule.add(want(), 0.0)
-    next_start(schedule)  # Nobody was served less, so "42" begins where a new user does.
+    next_start(schedule)  # No user was served less, so "42" counts as a new user.
     assert not schedule._served
 
 
@@ -376,7 +376,7 @@ def test_a_scan_ends_after_its_cost_where_others_wait() -> None:
         assert not scan.is_over
         scan.reach(offset + 1, 1)
         assert scan.is_over
-        assert schedule.may_go_on(scan, 0.0), "nobody else wants to read"
+        assert schedule.may_go_on(scan, 0.0), "no other want waits"
     scan.reach(4, SCAN_COST)
     schedule.add(want("2", 5 * SCAN_COST, 9 * SCAN_COST), 0.0)
     assert not schedule.may_go_on(scan, 0.0)

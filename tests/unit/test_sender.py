@@ -1,6 +1,6 @@
-"""Sending with confirms: what is tried again, what is not, and the window for many messages in order.
+"""Sending with confirms: which messages are tried again, and the window for many messages in order.
 
-The connection is in the integration tests. Here a channel is a list of what happens to each message.
+The integration tests use a real connection. Here a channel is a list of outcomes, one for each message.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Channel:
     async def basic_publish(self, body: bytes, **_: Any) -> None:
         self.bodies.append(body)
         outcome = self.outcomes.pop(0) if self.outcomes else None
-        await asyncio.sleep(0)  # A confirm comes later.
+        await asyncio.sleep(0)  # A confirm arrives later.
         if outcome is not None:
             raise outcome
 
@@ -50,7 +50,7 @@ class Channel:
 
 
 class Scripted(Sender):
-    """A sender whose channels are given."""
+    """A sender that takes its channels from a list."""
 
     def __init__(self, *channels: Channel | BrokerError) -> None:
         super().__init__(["amqp://127.0.0.1:1/"], name="test")
@@ -82,7 +82,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amqp, "pauses", lambda *_: lambda: 0.0)
 
 
-async def test_a_nack_is_answered_by_the_same_message_again() -> None:
+async def test_after_a_nack_the_same_message_is_sent_again() -> None:
     channel = Channel(NACK, NACK)
     await Scripted(channel).deliver(message(), PATIENCE)
     assert channel.bodies == [b"1"] * 3
@@ -95,7 +95,7 @@ async def test_a_connection_that_cannot_be_made_is_tried_again() -> None:
 
 
 @pytest.mark.contract("5.30")
-async def test_a_message_that_no_queue_takes_is_refused_unless_the_connection_is_young() -> None:
+async def test_a_message_that_no_queue_takes_is_refused_unless_the_connection_is_new() -> None:
     channel = Channel(NO_QUEUE)
     with pytest.raises(Unroutable, match="no queue takes it"):
         await Scripted(channel).deliver(message(), PATIENCE)
@@ -147,7 +147,7 @@ async def test_a_user_who_is_refused_is_not_tried_again() -> None:
     assert made.opened == []
 
 
-def test_what_an_overdue_message_says() -> None:
+def test_the_error_of_an_overdue_message() -> None:
     made = Scripted()
     assert "RabbitMQ does not answer" in str(made.overdue(message(), 1, None))
     made._channel = Channel()  # type: ignore[assignment]
@@ -195,8 +195,8 @@ def test_a_full_window_takes_no_more() -> None:
 
 def pipeline(*channels: Channel | BrokerError, size: int = 4) -> tuple[Pipeline, list[str]]:
     unroutable: list[str] = []
-    note: Callable[[Message, Unroutable], None] = lambda message, _: unroutable.append(message.id)  # noqa: E731
-    return Pipeline(Scripted(*channels), timeout=PATIENCE, on_unroutable=note, size=size), unroutable
+    record: Callable[[Message, Unroutable], None] = lambda message, _: unroutable.append(message.id)  # noqa: E731
+    return Pipeline(Scripted(*channels), timeout=PATIENCE, on_unroutable=record, size=size), unroutable
 
 
 async def send(made: Pipeline, count: int) -> None:
@@ -220,7 +220,7 @@ async def test_after_a_nack_everything_unconfirmed_is_sent_again_in_order() -> N
     await send(made, 6)
     sent = list(map(int, channel.bodies))
     assert sent[:2] == [0, 1]
-    assert 1 in sent[2:], "the refused one again"
+    assert 1 in sent[2:], "the refused message is sent again"
     kept = [number for at, number in enumerate(sent) if number not in sent[:at] or at > sent.index(1)]
     assert [number for at, number in enumerate(kept) if number not in kept[:at]] == list(range(6))
 

@@ -1,4 +1,4 @@
-"""The table of a connection's life, one sentence at a time."""
+"""The session: one rule a test. The last tests compare it with the table in docs/states.md."""
 
 import re
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def frames(made: Session) -> list[Frame]:
 
 
 @pytest.mark.contract("2.23")
-def test_ready_comes_first_and_what_was_held_after_it() -> None:
+def test_ready_is_first_and_buffered_events_follow() -> None:
     made = session()
     made.offer(make_event(1), 990)
     assert made.take() == b""
@@ -80,7 +80,7 @@ def test_ready_comes_first_and_what_was_held_after_it() -> None:
     ("last_event_id", "reason"),
     [("2.0.AAAAAA.", "no-log"), ("garbage", "unknown"), ("\0", "unknown"), ("é" * 500, "unknown")],
 )
-def test_a_client_that_comes_back_is_told_the_gap_straight_after_ready(last_event_id: str, reason: GapReason) -> None:
+def test_a_returning_client_gets_the_gap_directly_after_ready(last_event_id: str, reason: GapReason) -> None:
     made = session(last_event_id=last_event_id)
     made.offer(make_event(1), 990)
     assert made.bound(1000, None) == Step(gap=reason)
@@ -88,7 +88,7 @@ def test_a_client_that_comes_back_is_told_the_gap_straight_after_ready(last_even
 
 
 @pytest.mark.parametrize("last_event_id", [None, ""])
-def test_a_client_that_comes_for_the_first_time_has_no_gap(last_event_id: str | None) -> None:
+def test_a_new_client_gets_no_gap(last_event_id: str | None) -> None:
     made = session(last_event_id=last_event_id)
     assert made.bound(1000, None) == Step()
     assert [frame.event for frame in frames(made)] == ["bridge.ready"]
@@ -164,7 +164,7 @@ def test_bytes_that_were_taken_no_longer_count() -> None:
 @pytest.mark.parametrize(
     ("reason", "flushed"), [("drain", True), ("rotate", True), ("expired", False), ("busy", False)]
 )
-def test_what_has_arrived_is_sent_before_a_planned_end(reason: Any, flushed: bool) -> None:
+def test_events_that_have_arrived_are_sent_before_a_planned_end(reason: Any, flushed: bool) -> None:
     made = live()
     made.offer(make_event(1), 2000)
     made.end(reason, 77)
@@ -175,7 +175,7 @@ def test_what_has_arrived_is_sent_before_a_planned_end(reason: Any, flushed: boo
     assert len(events) == flushed
 
 
-def test_an_end_before_ready_is_only_goodbye() -> None:
+def test_an_end_before_ready_sends_only_a_bye() -> None:
     made = session()
     made.offer(make_event(1), 900)
     made.end("drain", 5)
@@ -184,7 +184,7 @@ def test_an_end_before_ready_is_only_goodbye() -> None:
 
 
 @pytest.mark.contract("2.25", "5.45", "5.46")
-def test_a_loss_is_told_once_the_queues_are_back_and_not_before() -> None:
+def test_a_gap_is_sent_when_the_queues_are_back_and_not_before() -> None:
     made = live()
     made.offer(make_event(1), 2000)
     made.lost()
@@ -196,7 +196,7 @@ def test_a_loss_is_told_once_the_queues_are_back_and_not_before() -> None:
     assert [frame.event for frame in frames(made)] == ["bridge.gap", "test.done", "test.done"]
 
 
-def test_losses_that_a_slow_client_has_not_read_of_do_not_pile_up() -> None:
+def test_several_losses_are_one_gap_while_a_slow_client_does_not_read() -> None:
     made = live()
     for now_ms in range(100):
         made.lost()
@@ -214,7 +214,7 @@ def test_a_position_moves_the_cursor_of_a_quiet_client() -> None:
     assert (frame.event, frame.json, frame.id) == ("bridge.position", {}, f"0.{62_000:x}")
 
 
-def test_no_position_is_told_while_something_may_be_missing() -> None:
+def test_no_position_is_sent_while_an_event_may_be_missing() -> None:
     made = live()
     made.lost()
     made.send_position(62_000)
@@ -234,7 +234,7 @@ def test_a_heartbeat_is_a_comment_and_only_when_there_is_nothing_else() -> None:
     assert made.take().startswith(b"id: ")
 
 
-def test_there_is_no_heartbeat_before_ready_while_the_log_is_asked() -> None:
+def test_no_heartbeat_is_sent_before_ready_while_the_log_is_read() -> None:
     made = session(has_log=True, last_event_id="2.7.abcdef.")
     made.bound(1000, Anchor(100, "TICKTI"))
     made.heartbeat()
@@ -251,7 +251,7 @@ def test_one_take_is_bounded_and_ends_with_a_whole_frame() -> None:
 
 
 @pytest.mark.contract("2.52", "5.57")
-def test_a_goodbye_before_ready_leaves_the_client_its_place() -> None:
+def test_a_bye_before_ready_leaves_the_client_its_cursor() -> None:
     made = session(has_log=True, last_event_id="2.7.abcdef.")
     made.end("busy", 5)
     (bye,) = frames(made)
@@ -268,7 +268,7 @@ def entry(number: int, offset: int) -> Entry:
 
 
 def returning(cursor: Cursor, **changes: Any) -> Session:
-    """Bound, and found in the log."""
+    """A session that is bound, and whose position was found in the log."""
     made = session(has_log=True, last_event_id=str(cursor), **changes)
     assert isinstance(made.bound(5000, WATERMARK).action, Replay)
     made.found()
@@ -286,20 +286,20 @@ def test_a_new_client_begins_at_the_watermark() -> None:
 
 
 @pytest.mark.contract("2.33")
-def test_ready_of_a_resumed_stream_has_the_place_that_the_client_came_with() -> None:
+def test_ready_of_a_resumed_stream_has_the_cursor_of_the_client() -> None:
     cursor = Cursor(Anchor(7, "abcdef"), (make_event(1).digest,))
     made = session(has_log=True, last_event_id=str(cursor))
     made.bound(5000, WATERMARK)
     assert made.state is State.REPLAYING
     assert made.replay == Replay(7, 100, "abcdef")
-    assert made.take() == b"", "nothing is said before the log was asked"
+    assert made.take() == b"", "nothing is sent before the log was read"
     made.found()
     (ready,) = frames(made)
     assert (ready.id, ready.json["resumed"]) == (str(cursor), True)
 
 
 @pytest.mark.contract("2.38")
-def test_log_then_held_then_live_each_once() -> None:
+def test_events_of_the_log_then_buffered_then_live_each_once() -> None:
     made = returning(Cursor(Anchor(7, "abcdef"), (make_event(1).digest,)))
     made.offer(make_event(4), 5001)
     made.offer(make_event(3), 5002)
@@ -310,7 +310,7 @@ def test_log_then_held_then_live_each_once() -> None:
     found = frames(made)[1:]
     assert [frame.json["id"] for frame in found] == ["e2", "e3", "e4", "e5"]
     sent = make_event(1).digest
-    # In the log a cursor is exact; behind the watermark it is the watermark and what was sent since.
+    # In the log a cursor is exact. After the watermark, it has the watermark and the events sent since then.
     assert [frame.id for frame in found] == [
         f"3.9.ck0009....{sent}{make_event(2).digest}",
         f"3.32.ck0050....{sent}{make_event(2).digest}{make_event(3).digest}",
@@ -328,24 +328,24 @@ def shared(number: int, offset: int) -> Entry:
 
 
 @pytest.mark.contract("5.50")
-def test_what_was_sent_and_is_not_named_is_told_by_its_count_and_sum() -> None:
+def test_sent_events_without_a_name_are_found_by_their_count_and_sum() -> None:
     named = (make_event(5).digest, make_event(6).digest)
     made = returning(Cursor(Anchor(7, "abcdef"), named, (unnamed(1, 2, 3), unnamed(101))))
-    # e4 was not sent, though e5 and e6 were; the shared queue is behind, and brought e101 only.
+    # e4 was not sent, although e5 and e6 were. The shared queue is behind: it delivered e101 only.
     log = [entry(1, 8), shared(101, 9), entry(2, 10), shared(102, 11), entry(3, 12), entry(4, 13), entry(5, 14),
            entry(6, 15), entry(7, 16)]  # fmt: skip
     for each in log:
         assert made.replayed(each)
     found = frames(made)[1:]
     assert [frame.json["id"] for frame in found] == ["e102", "e4", "e7"]
-    # Cut off in the middle, a client comes back with what it was sent of those that are still behind it.
+    # A client that is cut off here returns with a count of the sent events that are still after its position.
     assert Cursor.parse(found[0].id).unnamed == (unnamed(3), NONE)
     assert Cursor.parse(found[1].id).unnamed == (NONE, NONE)
 
 
 @pytest.mark.contract("5.53")
 @pytest.mark.parametrize("unsent", [(), (1,), (3,), (5,), (1, 2), (2, 5)])
-def test_one_or_two_that_were_overtaken_are_found_by_what_the_sum_lacks(unsent: tuple[int, ...]) -> None:
+def test_one_or_two_overtaken_events_are_found_by_the_difference_of_the_sums(unsent: tuple[int, ...]) -> None:
     sent = [number for number in range(1, 6) if number not in unsent]
     made = returning(Cursor(Anchor(7, "abcdef"), (), (unnamed(*sent), NONE)))
     # A publisher's retry is in the log twice.
@@ -355,20 +355,20 @@ def test_one_or_two_that_were_overtaken_are_found_by_what_the_sum_lacks(unsent: 
 
 
 @pytest.mark.contract("5.50")
-@pytest.mark.parametrize("told", [unnamed(1, 2, 4), unnamed(1, 2, 3, 4, 5), None])
-def test_what_the_log_does_not_bear_out_is_sent_again(told: Unnamed | None) -> None:
-    """Rather twice than never: an event among them was not sent, or the log has too few, or nothing is known."""
-    made = returning(Cursor(Anchor(7, "abcdef"), (make_event(9).digest,), (told, unnamed(101))))
+@pytest.mark.parametrize("claimed", [unnamed(1, 2, 4), unnamed(1, 2, 3, 4, 5), None])
+def test_events_that_the_log_does_not_confirm_as_sent_are_sent_again(claimed: Unnamed | None) -> None:
+    """A duplicate is better than a loss: an event was not sent, the log has too few, or the count is unknown."""
+    made = returning(Cursor(Anchor(7, "abcdef"), (make_event(9).digest,), (claimed, unnamed(101))))
     for each in [entry(1, 8), shared(101, 9), entry(2, 10), entry(9, 11), entry(3, 12)]:
         assert made.replayed(each)
     made.caught_up(5001)
     assert [frame.json["id"] for frame in frames(made)[1:]] == ["e1", "e2", "e3"]
 
 
-def test_a_cursor_does_not_make_us_keep_back_more_than_a_backlog() -> None:
+def test_a_cursor_cannot_make_the_session_keep_back_more_than_a_backlog() -> None:
     made = returning(Cursor(Anchor(7, "abcdef"), (), (Unnamed(0xFFFF, 1), NONE)))
     made.replayed(entry(1, 8))
-    assert [frame.json["id"] for frame in frames(made)[1:]] == ["e1"], "so many are not waited for"
+    assert [frame.json["id"] for frame in frames(made)[1:]] == ["e1"], "the session does not wait for so many"
     made = returning(Cursor(Anchor(7, "abcdef"), (), (Unnamed(1000, 1), NONE)), max_bytes=10 * RECALL_BYTES)
     number, taken = 0, b""
     while b"test.done" not in taken:
@@ -376,20 +376,20 @@ def test_a_cursor_does_not_make_us_keep_back_more_than_a_backlog() -> None:
         made.replayed(Entry(7 + number, "abcdef", make_event(number, size=RECALL_BYTES // 10)))
         while chunk := made.take():
             taken += chunk
-    # Not by the decoder: it takes its time for four million characters.
+    # Without the decoder, which is slow with four million characters.
     assert re.findall(rb'"id":"(e[0-9]+)"', taken) == [b"e%d" % each for each in range(1, number + 1)]
     assert number < 12
 
 
 @pytest.mark.parametrize("cursor", [Cursor(Anchor(101, "abcdef")), Cursor(None, time_ms=5)])
-def test_a_place_that_cannot_be_in_this_log_is_unknown(cursor: Cursor) -> None:
+def test_a_position_that_cannot_be_in_this_log_is_unknown(cursor: Cursor) -> None:
     made = session(has_log=True, last_event_id=str(cursor))
     assert made.bound(5000, WATERMARK) == Step(ReadTail(WATERMARK), "unknown")
     ready, gap = frames(made)
     assert (ready.json["resumed"], ready.id, gap.json) == (False, "3.64.TICKTI...", {"reason": "unknown"})
 
 
-def test_a_place_that_the_log_no_longer_has_is_a_gap_after_ready() -> None:
+def test_a_position_that_the_log_no_longer_has_is_a_gap_after_ready() -> None:
     made = session(has_log=True, last_event_id="2.7.abcdef.")
     made.bound(5000, WATERMARK)
     made.offer(make_event(1), 5001)
@@ -397,7 +397,7 @@ def test_a_place_that_the_log_no_longer_has_is_a_gap_after_ready() -> None:
     assert [frame.event for frame in frames(made)] == ["bridge.ready", "bridge.gap", "test.done"]
 
 
-def test_a_client_that_reads_slowly_stops_the_reading_and_is_not_ended() -> None:
+def test_a_slow_client_stops_the_read_of_the_log_and_is_not_ended() -> None:
     made = returning(Cursor(Anchor(7, "abcdef")), max_events=4)
     for offset in range(8, 12):
         assert made.replayed(entry(offset, offset))
@@ -410,7 +410,7 @@ def test_a_client_that_reads_slowly_stops_the_reading_and_is_not_ended() -> None
     assert made.replayed(entry(12, 12))
 
 
-def test_more_than_can_be_held_is_read_from_the_log_instead() -> None:
+def test_events_beyond_the_buffer_are_read_from_the_log() -> None:
     made = returning(Cursor(Anchor(7, "abcdef")), max_events=3)
     for number in range(10):
         made.offer(make_event(number), 5001)
@@ -426,8 +426,8 @@ def test_more_than_can_be_held_is_read_from_the_log_instead() -> None:
     assert [frame.json["id"] for frame in frames(made)] == ["e10"]
 
 
-def test_what_comes_between_the_asking_for_a_later_watermark_and_its_answer_is_held() -> None:
-    """Events and answers come by different connections: this is behind the watermark, and came before its answer."""
+def test_events_between_the_request_for_a_later_watermark_and_its_answer_are_buffered() -> None:
+    """Events and answers have different connections: e10 is after the watermark, and arrives before the answer."""
     made = returning(Cursor(Anchor(7, "abcdef")), max_events=4)
     for number in range(10):
         made.offer(make_event(number), 5001)
@@ -442,7 +442,7 @@ def test_what_comes_between_the_asking_for_a_later_watermark_and_its_answer_is_h
     assert [frame.json["id"] for frame in frames(made)] == ["e10", "e11"]
 
 
-def test_what_the_log_gave_is_not_given_again_however_much_is_held() -> None:
+def test_events_of_the_log_are_not_sent_again_however_many_are_buffered() -> None:
     made = returning(Cursor(Anchor(7, "abcdef")), max_events=2000)
     for number in range(1500):
         made.offer(make_event(number), 5001)
@@ -453,7 +453,7 @@ def test_what_the_log_gave_is_not_given_again_however_much_is_held() -> None:
     assert made.delivered == 1500
 
 
-def test_after_a_loss_it_is_read_from_its_own_place_and_the_page_sees_nothing() -> None:
+def test_after_a_loss_the_log_is_read_from_the_position_without_a_gap() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
     made.offer(make_event(1), 1001)
@@ -472,7 +472,7 @@ def cursor_of(made: Session) -> Cursor:
     return Cursor.parse(frames(made)[-1].id)
 
 
-def test_a_retry_of_what_was_sent_before_the_anchor_is_not_sent_again_much_later() -> None:
+def test_a_retry_of_an_event_before_the_position_is_not_sent_again_much_later() -> None:
     made = returning(Cursor(Anchor(7, "abcdef")))
     made.replayed(entry(1, 8))
     made.caught_up(5001)
@@ -483,14 +483,14 @@ def test_a_retry_of_what_was_sent_before_the_anchor_is_not_sent_again_much_later
     made.lost()
     made.bound(9000, Anchor(5000, "BBBBBB"))
     made.found()
-    # The publisher had no confirm of e1, and repeated it behind the watermark.
+    # The publisher got no confirm of e1, and published it again after the watermark.
     for offset, number in enumerate([1, *range(2, 1000), 1000], 101):
         made.replayed(entry(number, offset))
     made.caught_up(9001)
     assert [frame.json["id"] for frame in frames(made)] == ["e1000"]
 
 
-def test_a_newer_anchor_needs_fewer_names() -> None:
+def test_a_newer_position_needs_fewer_names() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
     made.offer(make_event(1), 1001)
@@ -501,7 +501,7 @@ def test_a_newer_anchor_needs_fewer_names() -> None:
     made.offer(make_event(3), 12_000)
     made.prove(WATERMARK)
     frames(made)
-    # e2 came so shortly before that it may stand behind.
+    # e2 arrived shortly before the watermark, so it may be after it in the log.
     assert cursor_of(made) == Cursor(WATERMARK, (make_event(2).digest, make_event(3).digest))
 
 
@@ -516,7 +516,7 @@ def test_a_watermark_that_was_never_written_here_is_not_taken() -> None:
 
 
 @pytest.mark.contract("5.49")
-def test_what_falls_out_of_the_names_is_added_up_by_queue() -> None:
+def test_events_that_fall_out_of_the_names_are_summed_by_queue() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
     for number in range(MAX_DIGESTS + 4):
@@ -527,7 +527,7 @@ def test_what_falls_out_of_the_names_is_added_up_by_queue() -> None:
     assert len(cursor.digests) == MAX_DIGESTS
 
 
-def test_what_was_sent_since_a_watermark_is_known_when_it_becomes_the_anchor() -> None:
+def test_events_sent_since_a_watermark_are_known_when_it_becomes_the_position() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
     for number in range(100):
@@ -545,7 +545,7 @@ def test_what_was_sent_since_a_watermark_is_known_when_it_becomes_the_anchor() -
 
 @pytest.mark.contract("5.54")
 @pytest.mark.parametrize(("count", "taken"), [(20, False), (MANY_BEHIND, True)])
-def test_a_watermark_with_events_near_it_is_left_out_while_that_can_be_afforded(count: int, taken: bool) -> None:
+def test_a_watermark_with_events_near_it_is_used_only_after_very_many_events(count: int, taken: bool) -> None:
     made = session(has_log=True, max_events=2 * MANY_BEHIND, max_bytes=10**8)
     made.bound(1000, Anchor(10, "AAAAAA"))
     made.watermark(WATERMARK, 9000)
@@ -556,7 +556,7 @@ def test_a_watermark_with_events_near_it_is_left_out_while_that_can_be_afforded(
     assert (cursor_of(made).anchor == WATERMARK) is taken
 
 
-def test_a_watermark_is_forgotten_with_the_queues() -> None:
+def test_a_watermark_is_forgotten_when_the_queues_are_lost() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
     made.watermark(WATERMARK, 9000)
@@ -569,7 +569,7 @@ def test_a_watermark_is_forgotten_with_the_queues() -> None:
 
 
 @pytest.mark.contract("5.52")
-def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is() -> None:
+def test_events_of_the_tail_read_are_not_sent_again_however_many_they_are() -> None:
     made = session(has_log=True, max_events=3000)
     made.bound(1000, WATERMARK)
     for number in range(2000):
@@ -580,7 +580,7 @@ def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is()
     while made.take():
         pass
     assert made.delivered == 2000, "each once"
-    for number in range(1500, 2000):  # The live queue may be behind the log just as well.
+    for number in range(1500, 2000):  # The live queue may also be behind the log.
         made.offer(make_event(number), 1600)
     while made.take():
         pass
@@ -593,18 +593,18 @@ def test_what_the_log_gives_a_second_late_is_not_sent_again_however_much_it_is()
     for number in range(6000, 9000):
         made.offer(make_event(number), 2000)
         made.take()
-    assert len(made._recent) == RECENT_IDS, "what was remembered meanwhile is forgotten again"
+    assert len(made._recent) == RECENT_IDS, "the ids that were remembered meanwhile are forgotten"
     made.offer_tail(make_event(1), 2001)
-    assert made.take() == b"", "nothing comes from the log any more"
+    assert made.take() == b"", "the tail read is over"
 
 
-def test_who_has_just_caught_up_is_not_ended_for_what_came_meanwhile() -> None:
-    """What waits from the log and what was held are one backlog once the log has been read."""
+def test_a_client_that_has_just_caught_up_is_not_ended_for_buffered_events() -> None:
+    """When the log has been read, its events that wait and the buffered events are one backlog."""
     made = returning(Cursor(Anchor(7, "abcdef")), max_events=10)
     for number in range(6):
         assert made.replayed(entry(number, 10 + number))
         made.offer(make_event(100 + number), 5001)
-    assert made.caught_up(5002) == Step(WriteWatermark()), "the rest stands in the log"
+    assert made.caught_up(5002) == Step(WriteWatermark()), "the rest is in the log"
     made.extend(Anchor(200, "TOCKTO"))
     frames(made)
     for number in range(6):
@@ -614,14 +614,14 @@ def test_who_has_just_caught_up_is_not_ended_for_what_came_meanwhile() -> None:
     assert [frame.json["id"] for frame in frames(made)] == [f"e{100 + number}" for number in range(6)]
 
 
-# Events that come as entries of the log.
+# Events that arrive as entries of the log.
 
 
 def logged(number: int) -> Anchor:
     return Anchor(number, f"{number:06}")
 
 
-def test_an_event_that_comes_as_an_entry_is_the_position_of_its_cursor() -> None:
+def test_an_event_that_arrives_as_an_entry_is_the_position_of_its_cursor() -> None:
     made = live()
     made.offer(make_event(1), 2000, anchor=logged(300))
     made.offer(make_event(2), 2000, anchor=logged(305))
@@ -702,7 +702,7 @@ def test_until_its_gap_is_sent_an_unreadable_event_stays_after_the_position() ->
     assert Cursor.parse(frames(made)[-1].id) == Cursor(logged(321), passed=(make_event(3).digest,))
 
 
-def test_entries_that_come_while_the_log_is_read_follow_it() -> None:
+def test_entries_that_arrive_while_the_log_is_read_follow_it() -> None:
     made = returning(Cursor(Anchor(7, "abcdef")))
     made.offer(make_event(50), 5000, anchor=logged(150))
     assert made.replayed(entry(1, 8))
@@ -712,7 +712,7 @@ def test_entries_that_come_while_the_log_is_read_follow_it() -> None:
 
 
 @pytest.mark.contract("5.53")
-def test_a_retry_of_what_the_cursor_names_is_not_sent_again() -> None:
+def test_a_retry_of_an_event_that_the_cursor_names_is_not_sent_again() -> None:
     made = returning(Cursor(Anchor(7, "abcdef"), (make_event(1).digest,)))
     assert made.replayed(entry(1, 8))
     assert made.caught_up(5001) == Step()
@@ -722,7 +722,7 @@ def test_a_retry_of_what_the_cursor_names_is_not_sent_again() -> None:
 
 
 @pytest.mark.contract("2.27", "2.30")
-def test_a_client_is_told_once_that_nothing_can_arrive_and_when_it_can_again() -> None:
+def test_a_client_gets_one_status_when_nothing_can_arrive_and_one_when_events_can_arrive_again() -> None:
     made = live()
     made.heartbeat()
     assert made.take() == sse.HEARTBEAT
@@ -730,7 +730,7 @@ def test_a_client_is_told_once_that_nothing_can_arrive_and_when_it_can_again() -
     made.heartbeat()
     assert made.take() == b'event: bridge.status\ndata: {"receiving":false}\n\n'
     made.heartbeat()
-    assert made.take() == sse.HEARTBEAT, "it is said once"
+    assert made.take() == sse.HEARTBEAT, "the status is sent once"
     made.bound(2000, None)
     back, gap = frames(made)
     assert (back.event, back.json) == ("bridge.status", {"receiving": True})
@@ -738,7 +738,7 @@ def test_a_client_is_told_once_that_nothing_can_arrive_and_when_it_can_again() -
 
 
 @pytest.mark.contract("2.27")
-def test_queues_that_are_back_before_a_heartbeat_are_not_worth_a_word() -> None:
+def test_queues_that_are_back_before_a_heartbeat_cause_no_status() -> None:
     made = live()
     made.lost()
     made.bound(2000, None)
@@ -751,7 +751,7 @@ def test_events_from_before_the_log_was_bound_again_are_a_gap(complete_from: int
     assert made.bound(5000, WATERMARK, complete_from=complete_from).gap == gap
 
 
-def test_queues_that_are_lost_again_before_a_heartbeat_are_not_worth_a_word_either() -> None:
+def test_queues_that_are_lost_again_before_a_heartbeat_cause_no_status_either() -> None:
     made = live()
     made.lost()
     made.heartbeat()
@@ -775,7 +775,7 @@ def test_the_backlog_takes_as_many_bytes_as_it_says(*, bound_first: bool, spare:
 
 
 BIG = 40_000
-"""Bytes of an event of which `take` returns two at once."""
+"""The size of an event. `take` returns two such events at once."""
 
 
 @pytest.mark.parametrize(("limit", "count"), [("max_events", 4), ("max_bytes", 4 * len(make_event(1, size=BIG).named))])
@@ -791,12 +791,12 @@ def test_a_read_that_stopped_goes_on_when_half_of_the_backlog_was_taken(limit: s
     assert made.wants_more
 
 
-def test_a_place_at_the_watermark_itself_is_in_this_log() -> None:
+def test_a_position_at_the_watermark_itself_is_in_this_log() -> None:
     made = session(has_log=True, last_event_id=str(Cursor(WATERMARK)))
     assert made.bound(5000, WATERMARK) == Step(Replay(100, 100, "TICKTI"))
 
 
-def test_after_a_loss_the_log_is_read_from_behind_what_still_waits() -> None:
+def test_after_a_loss_the_log_is_read_from_after_the_entries_that_still_wait() -> None:
     made = returning(Cursor(Anchor(7, "abcdef")))
     made.replayed(entry(1, 8))
     made.lost()
@@ -809,14 +809,14 @@ def test_an_ended_stream_does_not_stop_the_read_of_others() -> None:
     assert made.replayed(entry(1, 8))
 
 
-def test_a_goodbye_has_a_cursor_only_before_ready() -> None:
+def test_a_bye_has_a_cursor_only_before_ready() -> None:
     made = session()
     made.end("drain", 5)
-    assert b"id:" not in made.take(), "the client came with none"
+    assert b"id:" not in made.take(), "the client had no cursor"
     made = returning(Cursor(Anchor(7, "abcdef")))
     frames(made)
     made.end("drain", 5)
-    assert b"id:" not in made.take(), "it would take the client back to where it came with"
+    assert b"id:" not in made.take(), "it would move the client back to its first cursor"
 
 
 def test_only_events_that_were_taken_no_longer_count() -> None:
@@ -832,7 +832,7 @@ def test_only_events_that_were_taken_no_longer_count() -> None:
     assert repr(made) == "<Session ended backlog=0 delivered=2>"
 
 
-def test_a_watermark_between_two_events_does_not_part_them() -> None:
+def test_a_watermark_between_two_events_does_not_separate_them() -> None:
     made = session(has_log=True)
     made.bound(1000, Anchor(10, "AAAAAA"))
     made.offer(make_event(1), 2000)
@@ -860,8 +860,8 @@ def test_when_events_arrived_is_known_while_they_wait_and_when_they_are_taken() 
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_a_count_that_the_log_does_not_confirm_leaves_the_cursor(is_shared: bool) -> None:
     wrong, right = unnamed(1, 2, 4), unnamed(101)
-    told = (right, wrong) if is_shared else (wrong, right)
-    made = returning(Cursor(Anchor(7, "abcdef"), (), told))
+    claimed = (right, wrong) if is_shared else (wrong, right)
+    made = returning(Cursor(Anchor(7, "abcdef"), (), claimed))
     for number, offset in [(1, 8), (2, 9), (3, 10), (101, 11)]:
         made.replayed(Entry(offset, "abcdef", make_event(number), shared=is_shared != (number == 101)))
     made.caught_up(5001)
@@ -1032,7 +1032,7 @@ def test_a_live_stream_has_one_gap_in_five_seconds_for_events_that_cannot_be_rea
 
 
 @pytest.mark.parametrize("sent_with", ["heartbeat", "position"])
-def test_a_gap_that_waits_is_sent_with_the_next_word_to_a_quiet_client(sent_with: str) -> None:
+def test_a_gap_that_waits_is_sent_with_the_next_heartbeat_or_position(sent_with: str) -> None:
     made = live()
     made.unreadable(2000)
     made.unreadable(3000)

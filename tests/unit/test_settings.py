@@ -1,4 +1,4 @@
-"""Every fault is named, no secret is shown."""
+"""The error names every fault, and shows no secret."""
 
 import os
 
@@ -45,7 +45,7 @@ def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.contract("2.4")
 def test_without_any_key_it_does_not_start() -> None:
     assert "BRIDGE_JWT_SECRET or BRIDGE_JWKS" in faults()[0]
-    assert load(BrokerSettings).exchange == "events"  # Publishing needs none.
+    assert load(BrokerSettings).exchange == "events"  # Publishing needs no key.
 
 
 @pytest.mark.contract("8.1")
@@ -78,7 +78,7 @@ def test_all_faults_are_named_with_what_was_given(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.contract("2.4")
-def test_no_secret_stands_in_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_fault_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, JWT_SECRET="short-s3cret", AMQP_URL="http://user:s3cret@host/")
     text = "\n".join(faults())
     assert "at least 32 bytes" in text
@@ -87,7 +87,7 @@ def test_no_secret_stands_in_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("origin", ["*", "https://a.example/", "a.example", "https://a b", "null"])
-def test_origins_are_origins(monkeypatch: pytest.MonkeyPatch, origin: str) -> None:
+def test_a_text_that_is_not_an_origin_is_refused(monkeypatch: pytest.MonkeyPatch, origin: str) -> None:
     set_all(monkeypatch, JWT_SECRET=SECRET, ALLOWED_ORIGINS=origin)
     if origin != "https://a b":
         assert faults()
@@ -99,7 +99,7 @@ def test_origins_are_split_and_compared_without_case(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.contract("6.28")
-def test_a_port_that_a_scheme_implies_is_no_part_of_an_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_a_scheme_implies_is_not_part_of_an_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, JWT_SECRET=SECRET, ALLOWED_ORIGINS="https://a.example:443,http://b:80,http://c:443")
     assert load(Settings).allowed_origins == ("https://a.example", "http://b", "http://c:443")
 
@@ -131,7 +131,7 @@ def test_a_bind_address(text: str, parsed: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", ":", "8080", ":8080", "::1:80", "a:b", "a:99999", "a:-1", "a:٣"])
-def test_no_bind_address(text: str) -> None:
+def test_a_text_that_is_not_a_bind_address(text: str) -> None:
     with pytest.raises(ValueError, match="host:port"):
         parse_bind(text)
 

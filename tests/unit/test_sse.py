@@ -1,4 +1,4 @@
-"""The bytes of each frame, to the letter of docs/contract.md."""
+"""The bytes of each frame, exactly as in docs/contract.md."""
 
 import pytest
 

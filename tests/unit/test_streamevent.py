@@ -26,14 +26,14 @@ def test_the_frame_has_a_type_unless_the_stream_wants_none() -> None:
     assert frame.event == "message"
 
 
-def test_the_text_is_had_back_from_the_frame() -> None:
+def test_the_text_can_be_read_from_the_frame() -> None:
     assert event().text == TEXT
 
 
 @pytest.mark.parametrize(
     ("key", "audience"), [("user.42.test.done", "user:42"), ("group.a.test.done", "group:a"), ("all.test.done", "all")]
 )
-def test_with_its_audience(key: str, audience: str) -> None:
+def test_a_frame_with_its_audience(key: str, audience: str) -> None:
     made = event(key=key)
     for named in (True, False):
         (frame,) = Decoder().feed(made.with_audience(named=named))
@@ -65,5 +65,5 @@ def test_source_and_id_together_are_the_identity() -> None:
     assert make_event(1, size=9).identity == make_event(1).identity, "whatever else the event has"
 
 
-def test_what_a_person_sees() -> None:
+def test_an_event_is_shown_by_its_id_and_type() -> None:
     assert repr(event()) == "<StreamEvent e1 test.done>"

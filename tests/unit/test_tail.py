@@ -1,4 +1,4 @@
-"""The feed `log`: the position of the reader, and when streams hear of it. The broker's answers are put in by hand."""
+"""The feed `log`: the position of the reader, and its calls to streams. The tests give the broker's answers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Log:
 
 
 class Consumer:
-    """A consumer of the log that delivers these entries at once, and then fails when it is told to."""
+    """A consumer of the log. It delivers these entries at once, and fails when the test sets `ends`."""
 
     entries: tuple[tuple[int, str, bytes], ...] = ()
     starts: list[int | str]
@@ -103,7 +103,7 @@ def subscribe(made: Tail) -> list[str]:
 
 
 async def read(made: Tail, *entries: tuple[int, str, bytes]) -> None:
-    """One connection, until it is lost."""
+    """Reads these entries on one connection, until it is lost."""
     got.clear()
     Consumer.entries = entries
     Consumer.ends.set()
@@ -131,7 +131,9 @@ async def test_after_a_loss_it_continues_with_the_last_entry_that_it_read(made: 
 
 
 @pytest.mark.parametrize("first", [(8, b"another"), (11, b"next")])
-async def test_a_log_with_another_entry_there_is_an_interruption(made: Tail, first: tuple[int, bytes]) -> None:
+async def test_a_log_with_another_entry_at_the_position_is_an_interruption(
+    made: Tail, first: tuple[int, bytes]
+) -> None:
     await read(made, (7, "user.42.x", BODY), (8, "user.42.y", b"next"))
     heard = subscribe(made)
     await read(made, (first[0], "user.42.y", first[1]), (12, "all.x", b"new"))
@@ -154,7 +156,7 @@ async def test_the_news_of_a_deleted_exchange_is_an_interruption(made: Tail, new
     assert (made.reached is None) == bool(lost)
 
 
-async def test_a_log_that_was_made_again_is_an_interruption(made: Tail, log: Log) -> None:
+async def test_a_log_that_was_declared_again_is_an_interruption(made: Tail, log: Log) -> None:
     await read(made, (7, "user.42.x", BODY))
     log.found = Anchor(0, "AAAAAA")
     await read(made)
@@ -198,7 +200,7 @@ async def test_a_client_with_a_cursor_waits_until_all_that_was_published_is_read
     assert len(found) == 3, "it has been read already"
 
 
-async def test_a_closed_stream_hears_nothing(made: Tail) -> None:
+async def test_a_closed_stream_gets_no_call(made: Tail) -> None:
     heard: list[str] = []
     subscription = made.subscribe(
         [],

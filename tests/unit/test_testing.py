@@ -1,4 +1,4 @@
-"""The fakes for users' tests are the real publishers, but for the broker."""
+"""The fakes for users' tests behave as the real publishers do, without a broker."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ USER = Audience.user("42")
 
 
 class Fake(Protocol):
-    """Both forms, called alike."""
+    """Both fakes, with one way to call them."""
 
     fake: FakePublisher | FakeBlockingPublisher
 
@@ -157,7 +157,7 @@ async def test_the_same_id_twice_is_seen_once(made: Fake) -> None:
         (Audience.everyone(), DONE),
     ]
     assert [event.event["data"]["job_id"] for event in made.fake.repeats] == ["other"]
-    assert len(made.fake.seen_by("42")) == 1, "a stream shows an id once, whatever audience it came by"
+    assert len(made.fake.seen_by("42")) == 1, "a stream shows an id once, for any audience"
     made.fake.clear()
     assert made.fake.repeats == []
     await made.call("to_user", "42", DONE, id="one")
@@ -219,7 +219,7 @@ async def test_a_timeout_has_the_id_to_publish_again_with(made: Fake) -> None:
     assert len(made.fake.repeats) == 1
 
 
-async def test_failures_come_in_the_order_of_the_calls_and_can_be_cleared(made: Fake) -> None:
+async def test_failures_are_raised_in_the_order_of_the_calls_and_can_be_cleared(made: Fake) -> None:
     made.fake.fail_next(after=1)
     made.fake.fail_next(PublishForbidden, after=1)
     outcomes: list[str] = []
@@ -267,7 +267,7 @@ async def test_many_are_recorded_in_order(made: Fake) -> None:
     assert ids(made) == [f"e-{number}" for number in range(600)]
 
 
-async def test_an_asynchronous_iterable_is_taken() -> None:
+async def test_an_asynchronous_iterable_is_accepted() -> None:
     async def some() -> AsyncIterator[Item]:
         for item in items(3):
             yield item
@@ -278,7 +278,7 @@ async def test_an_asynchronous_iterable_is_taken() -> None:
 
 
 @pytest.mark.parametrize("arrived", [False, True])
-async def test_a_batch_that_fails_says_how_far_it_came(made: Fake, arrived: bool) -> None:
+async def test_a_batch_that_fails_says_which_events_are_confirmed(made: Fake, arrived: bool) -> None:
     made.fake.fail_next(PublishTimeout, after=100, arrived=arrived)
     with pytest.raises(PublishTimeout, match=r"event 100 .*id e-100\).*\[100 before it are confirmed\]") as caught:
         await made.call("publish_many", items(600))
@@ -310,7 +310,7 @@ async def test_a_bad_event_leaves_all_before_it_confirmed(made: Fake) -> None:
     assert len(ids(made)) == 3
 
 
-async def test_what_the_iterable_raises_says_how_many_are_confirmed(made: Fake) -> None:
+async def test_an_error_of_the_iterable_says_how_many_events_are_confirmed(made: Fake) -> None:
     def broken() -> Iterator[Item]:
         yield from items(3)
         raise LookupError("the database went away")
@@ -321,7 +321,7 @@ async def test_what_the_iterable_raises_says_how_many_are_confirmed(made: Fake) 
     assert caught.value.__notes__ == ["publish_many: 3 events are confirmed"]
 
 
-# Open and closed, loops and threads, as the real ones
+# Open and close, event loops and threads, as with the real publishers
 
 
 async def test_it_opens_and_closes(made: Fake) -> None:
@@ -358,7 +358,7 @@ def test_another_event_loop_is_refused() -> None:
         run(lambda: fake.to_all(DONE))
 
 
-def test_threads_share_one_and_iterables_run_in_the_callers() -> None:
+def test_threads_share_one_fake_and_an_iterable_runs_in_the_callers_thread() -> None:
     threads = set()
 
     def some() -> Iterator[Item]:
@@ -376,7 +376,7 @@ def test_threads_share_one_and_iterables_run_in_the_callers() -> None:
     assert threads == {threading.current_thread()}
 
 
-def test_a_bad_construction_raises_as_the_real_one() -> None:
+def test_bad_arguments_raise_as_with_the_real_one() -> None:
     for make in (FakePublisher, FakePublisher.blocking):
         with pytest.raises(ValueError, match="source"):
             make(source="")
@@ -384,7 +384,7 @@ def test_a_bad_construction_raises_as_the_real_one() -> None:
             make("http://example.com")
 
 
-# What a program's suite loads
+# Imports of a program's tests
 
 
 @pytest.mark.contract("4.18")

@@ -1,4 +1,4 @@
-"""What RabbitMQ's words for a difference say, and whether it matters. The words are those of 3.10.8 and 4.3.6."""
+"""The bridge reads RabbitMQ's message about a difference, and judges it. The texts are of RabbitMQ 3.10.8 and 4.3.6."""
 
 import pytest
 from pamqp.common import FieldTable
@@ -50,7 +50,7 @@ def test_a_difference(
 @pytest.mark.parametrize(
     "text", ["", "RESOURCE_LOCKED - cannot obtain exclusive access", "PRECONDITION_FAILED - invalid arg 'x-max-age'"]
 )
-def test_words_for_something_else(text: str) -> None:
+def test_a_message_about_something_else(text: str) -> None:
     assert read_difference(text) is None
 
 
@@ -72,7 +72,7 @@ def test_words_for_something_else(text: str) -> None:
         (fits_log, "durable", "'false'", False),
     ],
 )
-def test_what_fits(fits: Fits, name: str, current: str, good: bool) -> None:
+def test_a_difference_that_fits_or_not(fits: Fits, name: str, current: str, good: bool) -> None:
     difference = read_difference(words(name, "none", current))
     assert difference is not None
     assert fits(difference) is good

@@ -1,4 +1,4 @@
-"""Which deliveries get a span, and what is in it. Spans go to a collector on loopback."""
+"""Some deliveries get a span: when, and with which attributes. Spans go to a collector on loopback."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def test_an_event_of_the_log_has_a_span_without_a_length(collector: Collector) -
         f',"data":{{"traceparent":"{SAMPLED}"}}',
     ],
 )
-def test_an_event_without_a_sampled_context_has_none(collector: Collector, members: str) -> None:
+def test_an_event_without_a_sampled_context_has_no_span(collector: Collector, members: str) -> None:
     assert spans(collector, (event(members), clock.now_ms())) == []
 
 
-def test_a_tracestate_that_is_no_text_does_no_harm(collector: Collector) -> None:
+def test_a_tracestate_that_is_not_a_text_is_ignored(collector: Collector) -> None:
     (span,) = spans(collector, (event(f',"traceparent":"{SAMPLED}","tracestate":true'), clock.now_ms()))
     assert span.trace_state == ""

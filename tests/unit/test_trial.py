@@ -1,4 +1,4 @@
-"""Samples fit the schema that they were made for, wherever a sample can be guessed at all."""
+"""A sample fits the schema that it was made for, if a sample can be guessed at all."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_members_are_left_out_given_and_each_option_is_tried() -> None:
     assert {sample["other"] for sample in made[1:]} == {"a", "b", "c"}
 
 
-def test_there_is_a_limit() -> None:
+def test_the_number_of_samples_is_limited() -> None:
     wide = {f"m{n}": {"anyOf": [{"type": "string"}, {"type": "null"}]} for n in range(100)}
     assert len(list(samples({"type": "object", "properties": wide}))) == MAX_SAMPLES
 
 
-def test_what_cannot_be_guessed_gives_none() -> None:
+def test_a_schema_that_cannot_be_guessed_has_no_sample() -> None:
     endless = {
         "$ref": "#/$defs/A",
         "$defs": {"A": {"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#/$defs/A"}}}},

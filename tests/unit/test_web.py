@@ -1,4 +1,4 @@
-"""The HTTP routes, by real requests on loopback: what is answered before the first byte of a stream."""
+"""The HTTP routes, with real requests on loopback: their answers before the first byte of a stream."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_an_event_reaches_the_stream_of_its_user() -> None:
         assert (await stream.next_event())["id"] == "e1"
 
 
-async def test_a_head_of_a_stream_opens_none() -> None:
+async def test_a_head_request_opens_no_stream() -> None:
     async with site() as here:
         answer = await here.client.head("/events", headers=bearer())
         assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream")
@@ -73,7 +73,7 @@ async def test_a_refusal_is_a_status_with_a_problem_document(
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.headers["cache-control"] == "no-store"
         assert answer.json()["type"] == f"urn:bridge:problem:{code}"
-        assert here.queues.made == [], "the broker was asked for nothing"
+        assert here.queues.made == [], "the broker got no request"
 
 
 async def test_a_challenge_names_the_fault_of_a_token() -> None:
@@ -84,7 +84,7 @@ async def test_a_challenge_names_the_fault_of_a_token() -> None:
         assert 'error="invalid_token"' in bad.headers["www-authenticate"]
 
 
-async def test_a_token_whose_groups_are_elsewhere_is_refused_with_what_to_set() -> None:
+async def test_a_token_whose_groups_are_elsewhere_is_refused_with_the_setting_to_change() -> None:
     claims = {"sub": "42", "exp": time.time() + 3600, "_claim_names": {"groups": "src1"}}
     token = jwt.encode(claims, SECRET, "HS256")
     async with site() as here:
@@ -122,7 +122,7 @@ async def test_a_page_of_an_allowed_origin_may_read_answers_and_errors() -> None
 async def test_a_page_of_the_bridges_own_host_needs_no_permission() -> None:
     async with site() as here:
         answer = await here.client.get("/events", headers={"Origin": here.url})
-        assert answer.status_code == 401, "the origin is its own, the token is missing"
+        assert answer.status_code == 401, "the origin is allowed, the token is missing"
 
 
 async def test_files_and_documents_are_served_with_validators() -> None:
@@ -253,6 +253,6 @@ async def test_a_stream_counts_until_its_socket_is_gone() -> None:
         async with here.stream() as stream:
             await stream.ready()
             assert len(here.hub) == 1
-            assert len(here.entrance) == 0, "a stream is no guest"
+            assert len(here.entrance) == 0, "a stream is not a guest"
         await until(lambda: len(here.hub) == 0)
         assert here.queues.made[0].is_closed

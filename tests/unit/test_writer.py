@@ -1,4 +1,4 @@
-"""What streams write and when they end, and why a stream ended, as it is logged and counted."""
+"""Streams write to their clients, and end. The bridge logs and counts the reason."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_reason_of_an_end(reason: str, case: dict[str, Any]) -> None:
 
 
 class Transport(asyncio.Transport):
-    """Keeps what is asked of it."""
+    """Records whether it was aborted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Transport(asyncio.Transport):
 
 
 def test_a_stream_with_a_fault_is_aborted_without_a_further_byte() -> None:
-    """Its client resumes by its cursor; a byte more might move the cursor past what the fault swallowed."""
+    """The client resumes with its cursor. One more byte could move the cursor past the event that the fault lost."""
     anything: Any = None
     transport = Transport()
     stream = _Stream(Streams(anything, Metrics(), WriteBatch(), stall_seconds=STALL_SECONDS), transport, chunked=True)
@@ -75,7 +75,7 @@ def test_a_stream_with_a_fault_is_aborted_without_a_further_byte() -> None:
 # Real sockets, in this process.
 
 
-async def test_events_that_come_in_one_packet_leave_in_one_write() -> None:
+async def test_events_that_arrive_in_one_packet_leave_in_one_write() -> None:
     async with site() as here, here.stream() as stream:
         await stream.ready()
         (connection,) = here.hub._connections
@@ -97,7 +97,7 @@ async def test_events_that_come_in_one_packet_leave_in_one_write() -> None:
         assert await stream.ids(10) == [f"e{number}" for number in range(10)]
 
 
-async def test_a_stream_that_has_expired_says_so_and_ends() -> None:
+async def test_a_stream_that_has_expired_ends_with_a_bye() -> None:
     async with site() as here, here.stream() as stream:
         await stream.ready()
         (connection,) = here.hub._connections
@@ -116,7 +116,7 @@ async def test_a_quiet_stream_gets_heartbeats() -> None:
         await stream.comments(2)
 
 
-async def test_one_streams_fault_is_that_streams_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_of_one_stream_ends_only_that_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     take = Session.take
 
     def fail(session: Session) -> bytes:
@@ -147,12 +147,12 @@ async def test_nothing_is_written_to_a_peer_that_does_not_read() -> None:
         written.serve(time.monotonic())
         assert connection.session.has_output
         written._timer.cancel()
-        written._on_time()  # All that it can do is end.
+        written._on_time()  # It writes nothing while the peer does not read.
         written.resume_writing()
         assert (await stream.next_event())["id"] == "e1"
 
 
-async def test_a_stream_over_the_limit_is_told_busy_and_opens_nothing() -> None:
+async def test_a_stream_over_the_limit_gets_busy_and_opens_no_queue() -> None:
     async with site(max_connections_per_user=1) as here, here.stream() as stream:
         await stream.ready()
         async with here.stream() as second:
@@ -172,7 +172,7 @@ async def test_a_drain_says_goodbye_to_each_stream() -> None:
             assert [frame.json["reason"] for frame in await late.rest()] == ["drain"]
 
 
-async def test_what_a_client_says_to_a_stream_is_ignored_and_its_end_is_its_end() -> None:
+async def test_bytes_from_a_client_are_ignored_and_its_close_ends_the_stream() -> None:
     async with site() as here:
         async with here.stream() as stream:
             await stream.ready()
@@ -191,5 +191,5 @@ async def test_a_traced_stream_reports_what_it_has_written() -> None:
         await stream.ready()
         here.queues.made[0].on_delivery(KEY, BODY)
         await stream.next_event()
-    told = [(event.id, number) for events, number in spans for event, _ in events]
-    assert told == [("e1", 1)]
+    reported = [(event.id, number) for events, number in spans for event, _ in events]
+    assert reported == [("e1", 1)]
