@@ -39,11 +39,12 @@ _RFC3339 = re.compile(
     r"(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII,
 )
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _JSON_TYPE = re.compile(
-    rf"(?:application|text)/(?:[!#$%&'*.^_`|~0-9a-z-]++\+)*+json"
-    rf'(?:[ \t]*;(?:[ \t]*{_TOKEN}=(?:{_TOKEN}|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"))?)*+[ \t]*',
-    re.IGNORECASE,
+    rf"{_TOKEN}/(?:[!#$%&'*+.^_`|~0-9A-Za-z-]*\+)?json"
+    rf"(?:[ \t]*;(?:[ \t]*{_TOKEN}=(?:{_TOKEN}|\"(?:[^\"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*\"))?)*"
+    r"[ \t]*",
+    re.IGNORECASE | re.ASCII,
 )
 """A media type of JSON (CloudEvents JSON event format 1.0.2, section 3.1). Parameters: RFC 9110, section 8.3.1."""
 _PARENT = r"-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"

@@ -42,8 +42,8 @@ MUTANTS = [
     Mutant(
         "buffered-is-dropped",
         "bridge/service/streams/session.py",
-        "        buffered, self._buffered, self._buffered_bytes = self._buffered, OrderedDict(), 0\n",
-        "        buffered, self._buffered, self._buffered_bytes = OrderedDict(), OrderedDict(), 0\n",
+        "        buffered, self._buffered, self._buffered_bytes = self._buffered, {}, 0\n",
+        "        buffered, self._buffered, self._buffered_bytes = {}, {}, 0\n",
         "live events that arrive while the log is read are lost",
         WORLD,
     ),

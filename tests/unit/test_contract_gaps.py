@@ -268,6 +268,7 @@ async def test_a_head_request_checks_the_query_as_get_does(query: str) -> None:
 @pytest.mark.parametrize(
     "written",
     [
+        "application/json",
         "application/json; charset=utf-8",
         "application/json;charset=utf-8",
         'application/json ;\tcharset="utf-8"; profile="a;\\"b"',
@@ -276,6 +277,9 @@ async def test_a_head_request_checks_the_query_as_get_does(query: str) -> None:
         "text/json",
         "application/vnd.acme.job+json; v=2",
         "application/problem+json",
+        "model/gltf+json",
+        "image/json",
+        'application/json; a="\\\u00e9"',
     ],
 )
 def test_the_data_may_have_any_type_of_json(written: str) -> None:
@@ -288,7 +292,8 @@ def test_the_data_may_have_any_type_of_json(written: str) -> None:
 @pytest.mark.parametrize(
     "written",
     ["application/jsonp", "application/json charset=utf-8", "application/json; charset", "json", "text/plain", "",
-     "application/xml; a=json", "application/json; a=\"", "application/+jsonx", "image/json", "application/json, a/b"],
+     "application/xml; a=json", "application/json; a=\"", "application/+jsonx", "application/json, a/b", "/json",
+     "json/",     "application/j\u017fon", "app\u0131ication/json", "application/vnd.\u212a+json", "application/json; a=\"\x01\""],
 )  # fmt: skip
 def test_another_type_of_the_data_is_refused(written: str) -> None:
     event = {"specversion": "1.0", "id": "e", "source": "/t", "type": "job.completed", "datacontenttype": written}
