@@ -75,13 +75,14 @@ class _Recording:
 
     @property
     def published(self) -> list[Published]:
-        """A copy of the list of confirmed events, in order. The same id for the same audience is the same event: the
-        list has it once, as a page shows it once."""
+        """A copy of the list of confirmed events, in order. The same `source` and `id` for the same audience are the
+        same event: the list has it once, as a page shows it once."""
         return list(self._record.published)
 
     @property
     def repeats(self) -> list[Published]:
-        """The events that `published` leaves out: their id was already published for the same audience."""
+        """The events that `published` leaves out: their `source` and `id` were already published for the same
+        audience."""
         return list(self._record.repeats)
 
     def find(
@@ -104,13 +105,13 @@ class _Recording:
         ]
 
     def seen_by(self, user: Id, *groups: Id) -> list[Published]:
-        """The events that a page of this user shows: events for the user, for these groups and for everybody. An id
-        that was published to several of them is in the list once."""
+        """The events that a page of this user shows: events for the user, for these groups and for everybody. An
+        event that was published to several of them is in the list once."""
         audiences = {Audience.user(as_text(user)), *(Audience.group(as_text(group)) for group in groups)}
-        seen: dict[str, Published] = {}
+        seen: dict[tuple[str, str], Published] = {}
         for event in self._record.published:
             if event.audience in audiences or event.audience.kind == "all":
-                seen.setdefault(event.id, event)
+                seen.setdefault((event.event["source"], event.id), event)
         return list(seen.values())
 
     def clear(self) -> None:
@@ -257,7 +258,7 @@ class _Record:
     def __init__(self) -> None:
         self.published: list[Published] = []
         self.repeats: list[Published] = []
-        self._ids: set[tuple[Audience, str]] = set()
+        self._keys: set[tuple[Audience, str, str]] = set()
         self._plan: deque[_Failure | None] = deque()
         """One entry for each future publish; None means confirmed. Publishes beyond the end are confirmed."""
 
@@ -266,7 +267,7 @@ class _Record:
 
     def clear(self) -> None:
         self.published, self.repeats = [], []
-        self._ids.clear()
+        self._keys.clear()
         self._plan.clear()
 
     def take(self, message: Message) -> _Failure | None:
@@ -279,8 +280,9 @@ class _Record:
     def add(self, message: Message) -> None:
         assert isinstance(message, _MessageWithEvent), "made by this module's writer"
         made = _read(message)
-        is_repeat = (made.audience, made.id) in self._ids
-        self._ids.add((made.audience, made.id))
+        key = made.audience, made.event["source"], made.id
+        is_repeat = key in self._keys
+        self._keys.add(key)
         (self.repeats if is_repeat else self.published).append(made)
 
 

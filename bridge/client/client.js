@@ -708,7 +708,7 @@ class Subscription {
   #enter(/** @type {string} */ identity) {
     this.#become(identity);
     this.#restore(identity);
-    this.key = `${this.base}:${identity}`;
+    this.key = `${this.base}:${identity}:2`; // 2: these tabs name events by source and id.
     try {
       this.#channel = new BroadcastChannel(this.key);
     } catch {

@@ -164,6 +164,14 @@ async def test_the_same_id_twice_is_seen_once(made: Fake) -> None:
     assert len(made.fake.published) == 1
 
 
+@pytest.mark.contract("4.17")
+async def test_the_same_id_of_two_sources_is_two_events(made: Fake) -> None:
+    for source in ("/workers/a", "/workers/b"):
+        await made.call("to_user", "42", DONE, id="1", source=source)
+    assert [event.event["source"] for event in made.fake.published] == ["/workers/a", "/workers/b"]
+    assert (made.fake.repeats, len(made.fake.seen_by("42"))) == ([], 2)
+
+
 class Wide(JobCompleted):
     more: str = "than the bridge knows"
 
