@@ -279,6 +279,13 @@ async def close(connection: aio_pika.abc.AbstractConnection) -> None:
             await connection.close()
 
 
+def loss_error(cause: BaseException | None) -> BrokerUnavailable:
+    """The error for a lost connection. `cause` is what the library's close callback was given."""
+    found = translate(cause or BrokerUnavailable("the connection was closed"), "consuming")
+    kind = LimitReached if isinstance(found, LimitReached) else BrokerUnavailable
+    return kind(f"connection lost: {found}")
+
+
 async def while_open(connection: aio_pika.abc.AbstractConnection, work: Coroutine[Any, Any, None]) -> None:
     """Awaits `work`, and cancels it when the connection is lost: `work` may wait for something else at that moment.
 
@@ -288,6 +295,9 @@ async def while_open(connection: aio_pika.abc.AbstractConnection, work: Coroutin
         BrokerUnavailable: the connection was lost.
         Exception: `work` raised it.
     """
+    if not connection.connected.is_set():
+        work.close()
+        raise BrokerUnavailable("connection lost: before it was used")
     lost: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
 
     def on_closed(_: object, error: BaseException | None) -> None:
@@ -300,8 +310,7 @@ async def while_open(connection: aio_pika.abc.AbstractConnection, work: Coroutin
         either: set[asyncio.Future[Any]] = {task, lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            error = translate(lost.result() or BrokerUnavailable("the connection was closed"), "consuming")
-            raise BrokerUnavailable(f"connection lost: {error}")
+            raise loss_error(lost.result())
     finally:
         lost.cancel()
         task.cancel()

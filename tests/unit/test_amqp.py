@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiormq.exceptions import ChannelPreconditionFailed
+from aiormq.exceptions import ChannelPreconditionFailed, ConnectionNotAllowed
 from yarl import URL
 
 from bridge import amqp
@@ -52,7 +52,9 @@ def test_a_failed_connection_may_be_collected_in_any_thread() -> None:
 
 
 def unclosed() -> Any:
-    return SimpleNamespace(close_callbacks=set())
+    connected = asyncio.Event()
+    connected.set()
+    return SimpleNamespace(close_callbacks=set(), connected=connected)
 
 
 async def for_ever(ended: list[str]) -> None:
@@ -77,6 +79,20 @@ async def test_work_ends_when_its_connection_is_lost(error: BaseException | None
     with pytest.raises(amqp.BrokerUnavailable, match=words):
         await waiting
     assert ended == ["ended"]
+
+
+async def test_work_does_not_begin_on_a_lost_connection() -> None:
+    connection, ended = unclosed(), list[str]()
+    connection.connected.clear()
+    with pytest.raises(amqp.BrokerUnavailable, match="connection lost"):
+        await amqp.while_open(connection, for_ever(ended))
+    assert ended == []
+
+
+def test_a_loss_by_a_limit_is_told_apart() -> None:
+    limit = ConnectionNotAllowed("NOT_ALLOWED - vhost: connection limit (1) is reached")
+    assert type(amqp.loss_error(limit)) is amqp.LimitReached
+    assert type(amqp.loss_error(None)) is amqp.BrokerUnavailable
 
 
 async def test_a_cancel_ends_the_work_first() -> None:

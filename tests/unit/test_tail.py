@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,3 +215,34 @@ async def test_a_closed_stream_gets_no_call(made: Tail) -> None:
     subscription.close()
     await read(made, (7, "user.42.x", BODY))
     assert heard == []
+
+
+async def test_a_lost_connection_ends_the_wait_for_an_entry(
+    made: Tail, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log does not answer, for example because its own connection was cut too."""
+    asked, closed = asyncio.Event(), asyncio.Event()
+    connected = asyncio.Event()
+    connected.set()
+    connection: Any = SimpleNamespace(close_callbacks=set(), connected=connected)
+
+    @contextlib.asynccontextmanager
+    async def connect() -> AsyncIterator[Any]:
+        try:
+            yield connection
+        finally:
+            closed.set()
+
+    async def declare(_: Any) -> None: ...
+
+    log.found = None  # So that the reader asks for an entry.
+    monkeypatch.setattr(log, "write_watermark", lambda _: asked.set())
+    monkeypatch.setattr(made, "_connection", connect)
+    monkeypatch.setattr(made, "declare_topology", declare)
+    running = asyncio.create_task(made.run())
+    await asked.wait()
+    for on_closed in connection.close_callbacks:
+        on_closed(connection, ConnectionResetError("cut"))
+    await closed.wait()
+    assert "connection lost" in str(made.last_error)
+    running.cancel()

@@ -388,10 +388,15 @@ class EventLog:
             if body == mine and not seen.done():
                 seen.set_result(offset)
 
+        def on_failure() -> None:
+            if not seen.done():
+                seen.set_exception(BrokerUnavailable("the reader of the log was lost"))
+                seen.exception()  # If sending fails first, this one is not reported.
+
         try:
             async with (
                 asyncio.timeout(WATERMARK_TIMEOUT_SECONDS),
-                LogConsumer(await self._connect(), self._name, "next", on_entry),
+                LogConsumer(await self._connect(), self._name, "next", on_entry, on_failure),
             ):
                 await self._sender.send(
                     mine,

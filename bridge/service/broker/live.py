@@ -395,7 +395,7 @@ class _ConnectionEpoch:
             failed = next((task for task in done if task is not watch), None)
             if failed is not None and not self._closed.is_set():
                 await failed
-            raise self._loss_error()
+            raise amqp.loss_error(self._cause)
         finally:
             for task in (watch, *owners):
                 task.cancel()
@@ -404,11 +404,6 @@ class _ConnectionEpoch:
     def _on_closed(self, _: object, error: BaseException | None) -> None:
         self._cause = error
         self._closed.set()
-
-    def _loss_error(self) -> BrokerUnavailable:
-        found = amqp.translate(self._cause or BrokerUnavailable("the connection was closed"), "consuming")
-        kind = LimitReached if isinstance(found, LimitReached) else BrokerUnavailable
-        return kind(f"connection lost: {found}")
 
     async def cause_of(self, error: BrokerError) -> BrokerError:
         """RabbitMQ's reason for closing the connection, if that made a command fail; otherwise `error`.
@@ -420,7 +415,7 @@ class _ConnectionEpoch:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSED_SECONDS):
                 await self._closed.wait()
-        return error if self._cause is None else self._loss_error()
+        return error if self._cause is None else amqp.loss_error(self._cause)
 
     def attach(self, subscription: QueueSubscription) -> None:
         self.shared.on_groups_changed(subscription.groups)
