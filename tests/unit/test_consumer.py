@@ -84,7 +84,7 @@ class Connection:
         self.deliveries = Deliveries(max_body=1_000_000)
         self.bodies: list[bytes] = []
         self.deliveries.take(CHANNEL, lambda tag, key, body, offset: self.bodies.append(body))
-        self.reader = consumer._LibraryReader(self.deliveries, contextlib.nullcontext())
+        self.reader = consumer._LibraryReader(self.deliveries, contextlib.nullcontext(), pauses=True)
         self.clock = Clock()
         self.socket = Transport()
         self.reader._clock = self.clock  # type: ignore[assignment]

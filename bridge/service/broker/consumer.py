@@ -111,8 +111,9 @@ class _LibraryReader(asyncio.StreamReader):
     of them (`gathering`).
     """
 
-    def __init__(self, deliveries: Deliveries, write_batch: Batch) -> None:
+    def __init__(self, deliveries: Deliveries, write_batch: Batch, *, pauses: bool) -> None:
         super().__init__()
+        self._pauses = pauses
         self._deliveries = deliveries
         self._write_batch = write_batch
         self._clock = asyncio.get_running_loop()
@@ -143,7 +144,7 @@ class _LibraryReader(asyncio.StreamReader):
             super().feed_data(passed)
 
     def _on_delivered(self, now: float, count: int, size: int) -> None:
-        if self._gathering.is_due(now):
+        if self._pauses and self._gathering.is_due(now):
             self._gathering.measure(now, time.thread_time())
         in_succession = now - self._delivered_at < SUCCESSION_SECONDS
         # While queues are made, each command waits for the answer to the one before it. A pause would delay them all.
@@ -182,14 +183,15 @@ class _LibraryReader(asyncio.StreamReader):
 
 
 class _Transport(TransportFactory):
-    def __init__(self, write_batch: Batch, max_body: int) -> None:
+    def __init__(self, write_batch: Batch, max_body: int, *, pauses: bool) -> None:
         self._write_batch = write_batch
+        self._pauses = pauses
         self.deliveries = Deliveries(max_body=max_body)
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         context = await kwargs.pop("ssl_context_provider").get_context() if url.scheme == "amqps" else None
         loop = asyncio.get_running_loop()
-        reader = _LibraryReader(self.deliveries, self._write_batch)
+        reader = _LibraryReader(self.deliveries, self._write_batch, pauses=self._pauses)
         protocol = asyncio.StreamReaderProtocol(reader)
         assert url.host is not None, "parse_urls requires a host"
         port = url.port or (5671 if context else 5672)
@@ -202,23 +204,27 @@ class ConsumingConnection(amqp.BrokerConnection):
     """A connection whose deliveries are cut out before the library reads them, so that no delivery can break it."""
 
     @classmethod
-    async def open(cls, addresses: Sequence[str], *, name: str, write_batch: Batch, max_body: int) -> Self:
+    async def open(
+        cls, addresses: Sequence[str], *, name: str, write_batch: Batch, max_body: int, pauses: bool = False
+    ) -> Self:
         """Connects like `amqp.connect`. Message properties are not read, so no publisher can break the connection.
 
         Args:
             write_batch: entered and left around the callbacks of all deliveries of one packet.
             max_body: limit of a body in bytes; callbacks get a `Cut` of a larger one.
+            pauses: whether reading pauses while the process is busy (`gathering`). It saves nothing for a stream, which
+                RabbitMQ delivers in chunks.
 
         Raises:
             amqp.BrokerError: as `amqp.connect` raises it.
         """
-        connection = await amqp.connect(addresses, name=name, make=lambda url: cls(url, write_batch, max_body))
+        connection = await amqp.connect(addresses, name=name, make=lambda url: cls(url, write_batch, max_body, pauses))
         assert isinstance(connection, cls), "`make` returns this class"
         return connection
 
-    def __init__(self, url: URL, write_batch: Batch, max_body: int) -> None:
+    def __init__(self, url: URL, write_batch: Batch, max_body: int, pauses: bool) -> None:
         super().__init__(url)
-        transport = _Transport(write_batch, max_body)
+        transport = _Transport(write_batch, max_body, pauses=pauses)
         self.deliveries = transport.deliveries
         # aio_pika passes only the arguments that a URL can contain, and this one is aiormq's.
         self.kwargs["transport_factory"] = transport

@@ -171,6 +171,7 @@ class ConsumingFeed:
             name=f"bridge {self.instance} consumer",
             write_batch=self._write_batch,
             max_body=self._max_body,
+            pauses=not self.needs_log,
         )
         try:
             yield connection

@@ -1,13 +1,13 @@
 """How long reading pauses after deliveries, so that the next read returns more of them.
 
-Pure. While the process has time, an event leaves at once. A pause saves CPU only if it is long: after a short one the
-caches are cold, and one wake-up costs as much as it saves (figures in docs/decisions/07). So there is no pause, or one
-of at least `LEAST_SECONDS`. It begins at `ON_SHARE` of a processor and ends at `OFF_SHARE`, which are far apart: the
-pause itself halves the process's share, and must not end because of that.
+Pure. While the event loop's thread has time, an event leaves at once. A pause saves CPU time only if it is long: after
+a short one the caches are cold, and one wake-up costs as much as it saves (figures in docs/decisions/07). So there is
+no pause, or one of at least `LEAST_SECONDS`. It begins at `ON_SHARE` of a processor and ends at `OFF_SHARE`, which are
+far apart: the pause itself reduces the thread's share, and must not end because of that.
 
-For example, at 6,000 events a second the process uses 0.41 of a processor without a pause. The pause begins. Now the
-process uses 0.27, which is above `OFF_SHARE`, so the pause stays. At 2,000 events a second it uses 0.17 without a
-pause, and no pause begins.
+For example, at 6,000 events a second the thread uses 0.41 of a processor without a pause. The pause begins. Now the
+thread uses 0.27, which is above `OFF_SHARE`, so the pause stays. At 2,000 events a second it uses 0.17 without a pause,
+and no pause begins.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ MOST_SECONDS = 0.016
 """One frame of a screen."""
 
 ON_SHARE = 0.30
-OFF_SHARE = 0.15
-"""Shares of one processor that the process uses."""
+OFF_SHARE = 0.12
+"""Shares of one processor that the event loop's thread uses."""
 
 FULL_SHARE = 0.60
 """From this share on the pause has `MOST_SECONDS`."""
