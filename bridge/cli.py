@@ -158,7 +158,7 @@ def _need_tracing(loaded: Settings) -> None:
 @click.option("--data", help="The event's data as JSON.")
 @click.option("--file", "file", type=click.File("r", encoding="utf-8"), help="One event per line; - is standard input.")
 @click.option("--source", default="/bridge/cli", show_default=True, help="The publishing program (CloudEvents source).")
-@click.option("--id", "event_id", help="The event's id. To publish an event again, pass the same id.")
+@click.option("--id", "event_id", help="The event's id. To publish an event again, pass the same id and source.")
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for RabbitMQ's confirm.")
 @_runs
 async def publish(

@@ -7,7 +7,7 @@ PublishError
 ├─ EventRefused         a page would not get the event as it was passed: fix the event. Nothing was sent
 ├─ ExchangeMissing      the exchange does not exist: start the bridge once, or fix the exchange's name
 ├─ PublishForbidden     RabbitMQ refuses the user, or refuses this user the audience or the type
-└─ PublishTimeout       not confirmed in time: publish again with the same id
+└─ PublishTimeout       not confirmed in time: publish again with the same source and id
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class PublishTimeout(PublishError):
 
     Causes: RabbitMQ cannot be reached, an alarm blocks publishers, or RabbitMQ answers each try with a nack.
 
-    The event may have arrived anyway. Publish it again with `id=error.id`: the same id is the same event, and a stream
-    that has just shown it does not show it again.
+    The event may have arrived anyway. Publish it again with `id=error.id`: the same source and id are the same event,
+    and a stream that has just shown it does not show it again.
     """
 
 

@@ -1118,7 +1118,7 @@ class Subscription {
     else if (name === "bridge.gap") this.#wait({ kind: "gap", reason: JSON.parse(data).reason });
     if (id !== null) this.#cursor = id;
     const event = name.startsWith("bridge.") ? null : JSON.parse(data);
-    const key = event && identify(event);
+    const key = event && keyOf(event);
     if (!key || this.#recent.has(key) || (this.#remember(key), !this.wants(event.type))) {
       if (!this.#waiting.length) this.#handed = this.#cursor;
       return;
@@ -1304,13 +1304,13 @@ function readKept(key) {
 }
 
 /** Two sources may use the same id. @param {{source: string, id: string}} event */
-function identify({ source, id }) {
+function keyOf({ source, id }) {
   return `${id} ${source}`;
 }
 
 /** @param {Block} block */
 function eventKey(block) {
-  return block.name.startsWith("bridge.") ? null : identify(JSON.parse(block.data));
+  return block.name.startsWith("bridge.") ? null : keyOf(JSON.parse(block.data));
 }
 
 /** @param {any} state */

@@ -158,7 +158,7 @@ class Metrics:
         )
         self.events_duplicate = Counter(
             "bridge_events_duplicate_total",
-            "Events not written because the stream had just got the same id",
+            "Events not written because the stream had just got them",
             registry=self.registry,
         )
         self.events_invalid = Counter(

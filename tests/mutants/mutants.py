@@ -40,6 +40,14 @@ MUTANTS = [
         WORLD,
     ),
     Mutant(
+        "an-event-is-its-id",
+        "bridge/service/streams/cursor.py",
+        '    key = blake2b(f"{event_id} {source}".encode(), digest_size=16).digest()\n',
+        "    key = blake2b(event_id.encode(), digest_size=16).digest()\n",
+        "two workers that count their jobs from 1 suppress each other's events",
+        WORLD,
+    ),
+    Mutant(
         "buffered-is-dropped",
         "bridge/service/streams/session.py",
         "        buffered, self._buffered, self._buffered_bytes = self._buffered, {}, 0\n",
@@ -50,7 +58,7 @@ MUTANTS = [
     Mutant(
         "buffered-is-not-compared",
         "bridge/service/streams/session.py",
-        "        self._unbuffer(event.identity)\n        if was_sent or",
+        "        self._unbuffer(event.key)\n        if was_sent or",
         "        if was_sent or",
         "with more than 512 buffered events, events from the log come again from the live queue",
         SESSION,

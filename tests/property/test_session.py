@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -33,6 +34,7 @@ from bridge.routing import TypeFilter
 from bridge.service.streams.cursor import Anchor, digest
 from bridge.service.streams.progress import Entry
 from bridge.service.streams.session import ReadTail, Replay, Session, State, Step, WriteWatermark
+from bridge.service.streams.streamevent import StreamEvent
 from tests.decoder import Decoder, Frame
 from tests.events import make_event
 
@@ -40,6 +42,7 @@ PUBLISHERS = 3
 AUDIENCES = ("user", "group", "other user")
 MINE = ("user", "group")
 MAX_EVENTS = 12
+SOURCES = ("/a", "/b")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class Published:
     audience: str
     is_new: bool = False
     """Of a type that only newer replicas can read."""
+
+
+def event_of(number: int) -> StreamEvent:
+    """Two sources use the same ids: the events 6 and 7 are both e3."""
+    return make_event(number // 2, source=SOURCES[number % 2])
+
+
+def number_of(event: dict[str, Any]) -> int:
+    return 2 * int(event["id"][1:]) + SOURCES.index(event["source"])
 
 
 @dataclass
@@ -140,7 +152,7 @@ class World(RuleBasedStateMachine):
         if event.is_new and not self.is_new:
             self.session.unreadable(self.now_ms)
             return
-        self.session.offer(make_event(event.number), self.now_ms, shared=event.audience != "user")
+        self.session.offer(event_of(event.number), self.now_ms, shared=event.audience != "user")
 
     @precondition(lambda self: bool(self.waiting()))
     @rule(data=st.data())
@@ -238,7 +250,7 @@ class World(RuleBasedStateMachine):
             if isinstance(item, Published) and item.audience in MINE and item.is_new and not self.is_new:
                 self.session.unreadable(self.now_ms, logged=True)
             elif isinstance(item, Published) and item.audience in MINE:
-                entry = Entry(offset, self.check(offset), make_event(item.number), item.audience != "user")
+                entry = Entry(offset, self.check(offset), event_of(item.number), item.audience != "user")
                 if not self.session.replayed(entry):
                     assert not self.session.wants_more, "it stopped, but wants more"
                     return
@@ -270,7 +282,7 @@ class World(RuleBasedStateMachine):
             if isinstance(item, Published) and item.audience in MINE and item.is_new and not self.is_new:
                 self.session.unreadable(self.now_ms)
             elif isinstance(item, Published) and item.audience in MINE:
-                self.session.offer_tail(make_event(item.number), self.now_ms, shared=item.audience != "user")
+                self.session.offer_tail(event_of(item.number), self.now_ms, shared=item.audience != "user")
             self.tail += 1
 
     @precondition(lambda self: self.tail is not None)
@@ -347,7 +359,7 @@ class World(RuleBasedStateMachine):
             assert any(isinstance(item, Published) and item.is_new for item in self.log)
             self.state_at = self.count
         elif not frame.event.startswith("bridge."):
-            self.got.append(int(frame.json["id"][1:]))
+            self.got.append(number_of(frame.json))
 
     # The most important cases take several steps, which chance seldom puts in a row.
 
@@ -581,7 +593,7 @@ class LogWorld(RollingWorld):
         if item.is_new and not self.is_new:
             self.session.unreadable(self.now_ms)
         else:
-            event, anchor = make_event(item.number), Anchor(self.read_at, self.check(self.read_at))
+            event, anchor = event_of(item.number), Anchor(self.read_at, self.check(self.read_at))
             self.session.offer(event, self.now_ms, shared=item.audience != "user", anchor=anchor)
 
     @property

@@ -293,7 +293,8 @@ def test_the_data_may_have_any_type_of_json(written: str) -> None:
     "written",
     ["application/jsonp", "application/json charset=utf-8", "application/json; charset", "json", "text/plain", "",
      "application/xml; a=json", "application/json; a=\"", "application/+jsonx", "application/json, a/b", "/json",
-     "json/",     "application/j\u017fon", "app\u0131ication/json", "application/vnd.\u212a+json", "application/json; a=\"\x01\""],
+     "json/", "application/j\u017fon", "app\u0131ication/json", "application/vnd.\u212a+json",
+     "application/json; a=\"\x01\""],
 )  # fmt: skip
 def test_another_type_of_the_data_is_refused(written: str) -> None:
     event = {"specversion": "1.0", "id": "e", "source": "/t", "type": "job.completed", "datacontenttype": written}
@@ -473,7 +474,7 @@ async def test_the_bridges_own_entries_go_to_the_logs_queue_directly(
     readers: list[Any] = []
 
     class Reading:
-        def __init__(self, _: Any, stream: str, offset: str, on_entry: Any) -> None:
+        def __init__(self, _: Any, stream: str, offset: str, on_entry: Any, __: Any) -> None:
             readers.append((stream, offset, on_entry))
 
         async def __aenter__(self) -> None: ...
@@ -513,6 +514,34 @@ async def test_the_bridges_own_entries_go_to_the_logs_queue_directly(
         await hub.write_watermarks()
     assert pauses == [10.0] * 4
     assert len(log._watermark_waiters) == 2
+
+
+async def test_a_lost_reader_ends_the_wait_for_a_watermark(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: list[Any] = []
+
+    class Reading:
+        def __init__(self, *given: Any) -> None:
+            readers.append(given[-1])
+
+        async def __aenter__(self) -> None: ...
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+    async def send(_: bytes, **__: Any) -> None:
+        readers[0]()
+        readers[0]()
+
+    async def connect() -> None: ...
+
+    async def newest() -> Anchor:
+        return Anchor(7, "AAAAAA")
+
+    monkeypatch.setattr(eventlog, "LogConsumer", Reading)
+    monkeypatch.setattr(eventlog, "WATERMARK_TIMEOUT_SECONDS", 1e6)
+    monkeypatch.setattr(log, "_connect", connect)
+    monkeypatch.setattr(log, "newest", newest)
+    monkeypatch.setattr(log._sender, "send", send)
+    assert await log._write_watermark() == Anchor(7, "AAAAAA")
 
 
 # The numbers. Other tests check the behaviour, often with these constants. These tests check the values.

@@ -15,8 +15,9 @@ from bridge.service.streams.cursor import (
     Unnamed,
     digest,
     echo,
-    identify,
+    hash_event,
 )
+from tests.service import ROOT
 
 
 @pytest.mark.contract("2.36")
@@ -76,9 +77,9 @@ def test_a_sum_has_at_most_twelve_digits() -> None:
 def test_names_and_numbers_do_not_change_with_a_version() -> None:
     """Clients keep cursors. With another hash, each client would get all its events after the position again."""
     assert digest(b"e1") == "vpIO2p"
-    identity, name, number = identify("/a", "e1")
-    assert identity.hex() == "cb68e5d06d0d685ec18cbdcecb876c45"
-    assert (name, number) == (urlsafe_b64encode(identity).decode()[:6], int.from_bytes(identity[-6:], "big"))
+    key, name, number = hash_event("/a", "e1")
+    assert key.hex() == "cb68e5d06d0d685ec18cbdcecb876c45"
+    assert (name, number) == (urlsafe_b64encode(key).decode()[:6], int.from_bytes(key[-6:], "big"))
 
 
 @pytest.mark.parametrize(
@@ -108,3 +109,12 @@ def test_a_digest_depends_on_the_content() -> None:
 def test_any_other_text_is_refused(text: str) -> None:
     with pytest.raises(InvalidCursor):
         Cursor.parse(text)
+
+
+def test_the_cursor_of_the_worked_example_is_right() -> None:
+    def values(*ids: str) -> int:
+        return sum(hash_event("/workers/a", each)[2] for each in ids) & VALUE_MASK
+
+    names = "".join(hash_event("/workers/a", f"a{number}")[1] for number in (4, 5))
+    cursor = f"3 . 64 . AzBLnL . 3:{values('a1', 'a2', 'a3'):x} . 1:{values('b1'):x} . {names}…"
+    assert cursor in (ROOT / "docs/join.md").read_text()

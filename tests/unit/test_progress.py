@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bridge.service.streams.cursor import MAX_DIGESTS, NONE, VALUE_MASK, Anchor, Cursor, Unnamed
+from bridge.service.streams.cursor import DIGEST_CHARS, MAX_DIGESTS, NONE, VALUE_MASK, Anchor, Cursor, Unnamed
 from bridge.service.streams.progress import (
     MANY_BEHIND,
     NEAR_MS,
@@ -49,6 +49,14 @@ def test_the_last_sixteen_are_named_and_the_others_are_summed_by_queue() -> None
     assert cursor.unnamed == (Unnamed(2, total(1, 3)), Unnamed(2, total(2, 4)))
     assert progress.sent_behind == 20
     assert Cursor.parse(progress.text(0)) == cursor
+
+
+def test_only_the_last_sixteen_passed_events_are_remembered() -> None:
+    progress = Progress(FIRST)
+    for number in range(1, 1_001):
+        progress.move(entry(number) if number % 2 else Passed(make_event(number), False))
+        assert len(progress._passed) <= MAX_DIGESTS * DIGEST_CHARS, "it would grow with each event"
+    assert progress.cursor(0).passed == names(*range(985, 1_001))
 
 
 def test_a_cursor_without_a_log_has_the_time() -> None:

@@ -54,7 +54,7 @@ def test_a_text_that_would_break_the_frame_is_refused(text: bytes) -> None:
 
 def names(source: str, event_id: str) -> tuple[bytes, str, int]:
     made = StreamEvent(Event(id=event_id, source=source, type="test.done", text=TEXT))
-    return made.identity, made.digest, made.value
+    return made.key, made.digest, made.value
 
 
 @pytest.mark.contract("1.10")
@@ -62,7 +62,7 @@ def test_source_and_id_together_are_the_identity() -> None:
     one = names("/workers/a", "1")
     for another in (names("/workers/a", "2"), names("/workers/b", "1"), names("/workers/a1", "")):
         assert all(mine != its for mine, its in zip(one, another, strict=True))
-    assert make_event(1, size=9).identity == make_event(1).identity, "whatever else the event has"
+    assert make_event(1, size=9).key == make_event(1).key, "whatever else the event has"
 
 
 def test_an_event_is_shown_by_its_id_and_type() -> None:

@@ -104,12 +104,12 @@ BySource = tuple[Unnamed | None, Unnamed | None]
 which."""
 
 
-def identify(source: str, event_id: str) -> tuple[bytes, str, int]:
-    """The identity of an event: 128 bits of a hash of `source` and `id`. Its name in cursors, which is the first 36 of
-    these bits. And its number in sums, which is the last 48."""
+def hash_event(source: str, event_id: str) -> tuple[bytes, str, int]:
+    """Hashes what identifies an event. Returns its key (128 bits), its digest in cursors (the first 36 of these bits),
+    and its number in sums (the last 48)."""
     # An id contains no space, so no other pair has the same text.
-    identity = blake2b(f"{event_id} {source}".encode(), digest_size=16).digest()
-    return identity, _name(identity[:5]), int.from_bytes(identity[-VALUE_BITS // 8 :], "big")
+    key = blake2b(f"{event_id} {source}".encode(), digest_size=16).digest()
+    return key, _name(key[:5]), int.from_bytes(key[-VALUE_BITS // 8 :], "big")
 
 
 def encode_unnamed(unnamed: Unnamed | None) -> str:

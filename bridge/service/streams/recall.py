@@ -30,12 +30,12 @@ class Recall:
     In every other case the bridge treats none as sent. A publisher's retry is in the log twice and counts once.
     """
 
-    __slots__ = ("_identities", "_owed", "_sums", "_unsent", "_values", "entries", "is_sent", "size")
+    __slots__ = ("_keys", "_owed", "_sums", "_unsent", "_values", "entries", "is_sent", "size")
 
     def __init__(self, unnamed: BySource) -> None:
         known = [each if each is not None and each.count <= RECALL_EVENTS else None for each in unnamed]
         self._owed = known
-        self._identities: set[bytes] = set()
+        self._keys: set[bytes] = set()
         self._sums = [0, 0]
         self._values: tuple[dict[int, None], dict[int, None]] = ({}, {})
         self._unsent: tuple[set[int], set[int]] = (set(), set())
@@ -57,9 +57,9 @@ class Recall:
         self.size += len(entry.event.named)
         shared, event = entry.shared, entry.event
         owed, values = self._owed[shared], self._values[shared]
-        if named or event.identity in self._identities or self.is_sent[shared] is not None or owed is None:
+        if named or event.key in self._keys or self.is_sent[shared] is not None or owed is None:
             return
-        self._identities.add(event.identity)
+        self._keys.add(event.key)
         values[event.value] = None
         self._sums[shared] = (self._sums[shared] + event.value) & VALUE_MASK
         more = len(values) - owed.count

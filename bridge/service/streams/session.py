@@ -41,7 +41,7 @@ from bridge.service.streams.sse import EndReason, GapReason
 from bridge.service.streams.streamevent import StreamEvent
 
 RECENT_IDS = 512
-"""Remembered ids, by which an event that arrives twice is dropped. A publisher without a confirm repeats an event
+"""Remembered events: one that arrives twice is dropped. A publisher without a confirm repeats an event
 within its deadline. The window counts events, so it costs a quiet connection nothing."""
 
 OVERLAP_IDS = 20_000
@@ -159,7 +159,7 @@ class Step:
 
 _NOTHING = Step()
 _NO_NAMES: frozenset[str] = frozenset()
-_NO_IDENTITIES: frozenset[bytes] = frozenset()  # One for all: an empty frozenset takes 216 bytes.
+_NO_KEYS: frozenset[bytes] = frozenset()  # One for all: an empty frozenset takes 216 bytes.
 
 
 class Session:
@@ -244,7 +244,7 @@ class Session:
         self.delivered = 0
         """Events returned by `take`."""
         self.duplicates = 0
-        """Events not sent because their id had just been sent."""
+        """Events not sent because they had just been sent."""
         self.unreadable_gaps = 0
         """Gaps `not-readable` since the shell last set this to 0."""
         self.oldest_ms: int | None = None
@@ -268,10 +268,10 @@ class Session:
         self._recent: dict[bytes, None] = {}
 
         # Kept back: live events while the log is read, and events of the tail read while older ones may arrive live.
-        self._buffered: dict[bytes, Entry | Live] = {}  # By the event's identity.
+        self._buffered: dict[bytes, Entry | Live] = {}  # By the event's key.
         self._buffered_bytes = 0
         self._buffer_overflowed = False
-        self._pending: dict[bytes, Live] | None = None  # By the event's identity.
+        self._pending: dict[bytes, Live] | None = None  # By the event's key.
 
         # The read of the log.
         self._replay: Replay | None = None
@@ -280,7 +280,7 @@ class Session:
         self._recall: Recall | None = None
         self._sent_by_cursor = _NO_NAMES
         """Digests of the events that the cursor names as sent."""
-        self._recent_before_log = _NO_IDENTITIES
+        self._recent_before_log = _NO_KEYS
         self._overlapping = False
         """Whether an event may arrive by the log and by the live queue."""
 
@@ -492,10 +492,10 @@ class Session:
     def _take_entry(self, entry: Entry, *, was_sent: bool, fits: bool = False) -> bool:
         event = entry.event
         # An event that the log gives is not sent again from the buffer, however many events come between the two.
-        self._unbuffer(event.identity)
-        if was_sent or event.identity in self._recent_before_log:
+        self._unbuffer(event.key)
+        if was_sent or event.key in self._recent_before_log:
             self.duplicates += 1
-            self._recent[event.identity] = None  # A publisher's retry may yet arrive live.
+            self._recent[event.key] = None  # A publisher's retry may yet arrive live.
             self._append(Passed(event, entry.shared))
             return True
         waiting = self._backlog_events
@@ -564,8 +564,8 @@ class Session:
             return
         if self._pending is None:
             self.offer(event, now_ms, shared=shared)
-        elif event.identity not in self._recent:
-            self._pending[event.identity] = Live(event, now_ms, shared)
+        elif event.key not in self._recent:
+            self._pending[event.key] = Live(event, now_ms, shared)
             if len(self._pending) > self._max_events:
                 item = self._pending.pop(next(iter(self._pending)))
                 self.offer(item.event, item.received_ms, shared=item.shared)
@@ -613,8 +613,8 @@ class Session:
         With `anchor`, the event is this entry of the log, and every event before it in the log was offered before it.
         While the stream is not attached such an event is not needed: `bound` names an entry that is not before it.
 
-        An event whose id was offered a short while ago is the same event: a publisher's retry, or one that arrived by
-        two of the connection's audiences. It is dropped. A backlog over its limit ends the stream as `slow`.
+        An event whose `source` and `id` were offered a short while ago is the same event: a publisher's retry, or one
+        that arrived by two of the connection's audiences. It is dropped. A backlog over its limit ends the stream as `slow`.
         """
         if self.state is State.ENDED:
             return
@@ -633,8 +633,8 @@ class Session:
             self._admit(event, item)
             if self._is_over(self._backlog_events, self._backlog_bytes):
                 self.end("slow", self._retry_ms)
-        elif event.identity not in self._buffered:
-            self._buffered[event.identity] = item
+        elif event.key not in self._buffered:
+            self._buffered[event.key] = item
             self._buffered_bytes += len(event.named)
             # Counted together with the backlog, which the buffer joins later: it must not end the stream then.
             while self._buffered and self._is_over(
@@ -646,8 +646,8 @@ class Session:
                 self._buffer_overflowed = True  # The log has the event, and is read past it.
                 self._unbuffer(next(iter(self._buffered)))
 
-    def _unbuffer(self, identity: bytes) -> None:
-        if (item := self._buffered.pop(identity, None)) is not None:
+    def _unbuffer(self, key: bytes) -> None:
+        if (item := self._buffered.pop(key, None)) is not None:
             self._buffered_bytes -= len(item.event.named)
 
     def _clear_buffer(self) -> None:
@@ -659,10 +659,10 @@ class Session:
         return events > self._max_events or (size > self._max_bytes and events > 1)
 
     def _admit(self, event: StreamEvent, item: Entry | Live) -> None:
-        if event.identity in self._recent:
+        if event.key in self._recent:
             self.duplicates += 1
             return
-        self._recent[event.identity] = None
+        self._recent[event.key] = None
         # Two for each event, so that after an overlap those that may still be on their way are forgotten last.
         excess = len(self._recent) - (OVERLAP_IDS if self._overlapping else RECENT_IDS)
         for _ in range(min(2, excess)) if excess > 0 else ():

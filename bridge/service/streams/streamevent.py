@@ -10,13 +10,13 @@ import json
 from bridge.event import Event
 from bridge.routing import split_key
 from bridge.service.streams import sse
-from bridge.service.streams.cursor import identify
+from bridge.service.streams.cursor import hash_event
 
 
 class StreamEvent:
     """A validated event with its bytes on the wire. Immutable."""
 
-    __slots__ = ("_key", "_unnamed_at", "digest", "id", "identity", "named", "type", "value")
+    __slots__ = ("_routing_key", "_unnamed_at", "digest", "id", "key", "named", "type", "value")
 
     def __init__(self, event: Event, key: str = "") -> None:
         """
@@ -26,11 +26,11 @@ class StreamEvent:
         Raises:
             ValueError: the event's text holds CR, LF or NUL, which no JSON encoder writes.
         """
-        self._key = key
+        self._routing_key = key
         self.id = event.id
         self.type = event.type
-        self.identity, self.digest, self.value = identify(event.source, event.id)
-        """`identity`: the same for each publication of this event. `digest`: how a cursor names an event that was sent.
+        self.key, self.digest, self.value = hash_event(event.source, event.id)
+        """`key`: the same for each publication of this event. `digest`: how a cursor names an event that was sent.
         `value`: a cursor has the sum of these for events that it does not name."""
         line = sse.encode_type(event.type)
         self.named = line + sse.encode_data(event.text)
@@ -44,7 +44,7 @@ class StreamEvent:
 
     def with_audience(self, *, named: bool) -> bytes:
         """The frame for `audience=true`: the event has one more attribute. Not cached: few streams ask for it."""
-        audience = json.dumps(str(split_key(self._key)[0]), ensure_ascii=False).encode()
+        audience = json.dumps(str(split_key(self._routing_key)[0]), ensure_ascii=False).encode()
         text = b'%b,"audience":%b}' % (self.text[:-1], audience)
         return (sse.encode_type(self.type) if named else b"") + sse.encode_data(text)
 
