@@ -614,7 +614,8 @@ class Session:
         While the stream is not attached such an event is not needed: `bound` names an entry that is not before it.
 
         An event whose `source` and `id` were offered a short while ago is the same event: a publisher's retry, or one
-        that arrived by two of the connection's audiences. It is dropped. A backlog over its limit ends the stream as `slow`.
+        that arrived by two of the connection's audiences. It is dropped. A backlog over its limit ends the stream as
+        `slow`.
         """
         if self.state is State.ENDED:
             return
