@@ -139,6 +139,10 @@ class PublicSettings(BrokerSettings):
     )
 
 
+_ORIGIN_HOST = re.compile(r"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+"""The host of an origin as a browser writes it: a name in ASCII (IDNA), or an address; then a port."""
+
+
 class Settings(PublicSettings):
     """All settings of the service."""
 
@@ -232,8 +236,12 @@ class Settings(PublicSettings):
                 parts.scheme not in ("http", "https")
                 or not parts.netloc
                 or origin != f"{parts.scheme}://{parts.netloc}"
+                or not _ORIGIN_HOST.fullmatch(parts.netloc)
             ):
-                raise ValueError(f"{origin!r} is not an origin: write https://app.example.com, without a path")
+                raise ValueError(
+                    f"{origin!r} is not an origin: write https://app.example.com, without a path; "
+                    "put commas between several"
+                )
         return tuple(normal_origin(origin) for origin in value)
 
 

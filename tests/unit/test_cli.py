@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from structlog.testing import capture_logs
 
 from bridge import cli
+from bridge.service.http.auth import Authenticator
 from bridge.testing import FakePublisher
 from deploy.local.node import free_ports
 from tests.service import SECRET, mint
@@ -46,6 +48,9 @@ def test_a_token_has_the_claims_and_the_signature_that_the_service_reads() -> No
     assert done.exit_code == 0
     claims = jwt.decode(done.stdout.strip(), SECRET, ["HS256"])
     assert (claims["sub"], claims["groups"]) == ("42", ["ops", "dev"])
+    reader = Authenticator(secret=SECRET)
+    subscriber = asyncio.run(reader.authenticate_any([done.stdout.strip()], time.time()))
+    assert (subscriber.user, subscriber.groups) == ("42", ("ops", "dev"))
 
 
 def test_no_token_without_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
