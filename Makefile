@@ -1,6 +1,8 @@
 # One-word commands, the same here and in CI. Each sets up the programs that it needs: see deploy/local/ensure.
 VENV ?= .venv
 READY := $(VENV)/.ready
+# One worker more than processors: the tests wait for RabbitMQ and browsers half of the time.
+WORKERS ?= $(shell expr $$(nproc) + 1 \& $$(nproc) \< 4 \| 4)
 
 .PHONY: help demo test unit coverage chaos leaks soak browser-chaos proxies rollout mutants mutation attacks bench image test-slow check \
 	format exports lock clean
@@ -23,16 +25,16 @@ test: $(READY) check $(if $(TESTS),,coverage) ## every test, on private RabbitMQ
 	@deploy/local/ensure proxies
 	@$(MAKE) --no-print-directory $(NODE)/.ready
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) SUITE_FEED=$(or $(FEED),queues) \
-		$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
+		$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 
 coverage: $(READY) ## branch coverage of the unit tests, against the floors of tests/coverage_floor.py
 	@mkdir -p .run
-	@$(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 \
+	@$(VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) \
 		--cov=bridge --cov-branch --cov-report=json:.run/coverage.json tests/unit
 	@$(VENV)/bin/python -m tests.coverage_floor .run/coverage.json
 
 unit: $(READY) ## the unit tests alone; needs only the virtual environment
-	@$(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 tests/unit
+	@$(VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) tests/unit
 
 # npm packages of the tests: validators, and clients of other projects. See tests/node/__init__.py.
 NODE := .run/node
