@@ -382,3 +382,14 @@ def test_the_client_is_as_small_as_the_page_says() -> None:
     assert said is not None
     served = gzip.compress((BRIDGE / "client" / "client.js").read_bytes())
     assert len(served) <= int(said[1]) * 1024
+
+
+def test_the_way_of_an_event_in_contributing_names_what_exists() -> None:
+    rows = re.findall(r"^\| `((?:broker|streams)/\w+\.py)` \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert len(rows) >= 8
+    for file, names in rows:
+        source = (BRIDGE / "service" / file).read_text()
+        for name in re.findall(r"`([\w.]+)`", names):
+            owner, _, method = name.partition(".")
+            (made,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == owner]
+            assert not method or any(getattr(node, "name", "") == method for node in ast.iter_child_nodes(made)), name
