@@ -287,6 +287,7 @@ async def test_queues_end_with_their_streams(
     assert await service.metric("bridge_connections") == 0
 
 
+@pytest.mark.queues
 async def test_streams_that_end_while_they_are_opened_leave_no_queue(
     service: Service, vhost: Vhost, connect: OpenStream, eventually: Eventually
 ) -> None:

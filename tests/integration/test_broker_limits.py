@@ -45,6 +45,7 @@ def limit(vhost: Vhost, what: str, value: int | None) -> None:
 
 
 @pytest.mark.contract("5.35")
+@pytest.mark.queues
 async def test_a_new_stream_beyond_the_limit_of_queues_is_busy(
     start: StartService, connect: OpenStream, vhost: Vhost
 ) -> None:
@@ -83,6 +84,7 @@ async def test_at_the_start_the_bridge_waits_while_queues_are_at_their_limit(sta
 
 
 @pytest.mark.contract("5.35")
+@pytest.mark.queues
 async def test_an_open_stream_waits_for_its_queue(start: StartService, connect: OpenStream, vhost: Vhost) -> None:
     service = await start(deadlines=SOON)
     streams = {str(user): await connect(service, str(user)) for user in range(30)}
@@ -100,6 +102,7 @@ async def test_an_open_stream_waits_for_its_queue(start: StartService, connect: 
         await assert_gets(vhost, stream, user, "live")
 
 
+@pytest.mark.queues
 async def test_without_its_shared_queue_a_bridge_is_not_ready(start: StartService, vhost: Vhost) -> None:
     service = await start(deadlines=SOON, BROKER_GRACE_SECONDS="0")
     limit(vhost, "max-queues", 0)
@@ -199,6 +202,7 @@ def node_limits(node: Node) -> Iterator[None]:
 
 @pytest.mark.any_rabbitmq  # RabbitMQ 3.10 has neither limit.
 @pytest.mark.usefixtures("node_limits")
+@pytest.mark.queues
 async def test_the_limit_of_queues_of_a_whole_cluster(
     start: StartService, connect: OpenStream, vhost: Vhost, node: Node
 ) -> None:

@@ -574,10 +574,7 @@ class _ChannelWorker:
             async with amqp.translating("making a live queue"):
                 if self._setup is None or self._setup.is_closed:
                     self._setup = await amqp.open_channel(self._epoch.connection)
-                arguments = self._epoch.dropped.arguments
-                await self._setup.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
-                for key in subscription.keys:
-                    await self._setup.queue_bind(queue, self._broker.exchange, key)
+                await self._declare(self._setup, queue, subscription.keys)
         except BrokerError as error:
             if not self._epoch.connection.connected.is_set():
                 raise
@@ -607,6 +604,26 @@ class _ChannelWorker:
             self._epoch.check(subscription)
             if not subscription.wanted:
                 await self._detach(subscription, consumer)
+
+    async def _declare(self, setup: AbstractChannel, queue: str, keys: Sequence[str]) -> None:
+        """Declares and binds a live queue in one round trip: RabbitMQ answers the last command only. It carries out the
+        commands of a channel in order, and a refusal closes the channel.
+
+        Raises:
+            BrokerError: the reason for which RabbitMQ closed the channel. A later command finds it closed already.
+        """
+        *others, last = keys
+        try:
+            arguments = self._epoch.dropped.arguments
+            await setup.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments, nowait=True)
+            for key in others:
+                await setup.queue_bind(queue, self._broker.exchange, key, nowait=True)
+            await setup.queue_bind(queue, self._broker.exchange, last)
+        except Exception:
+            closing = setup.closing
+            if closing.done() and not closing.cancelled() and (cause := closing.exception()) is not None:
+                raise amqp.translate(cause, "making a live queue") from cause
+            raise
 
     def _refuse(self, subscription: QueueSubscription, error: LimitReached | None) -> None:
         """Reports the limit, and asks again after a pause. The hub ends a new stream; other streams wait."""
