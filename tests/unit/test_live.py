@@ -1,4 +1,4 @@
-"""The number of channel workers of a connection, and the groups to which the shared queue is bound."""
+"""The number of channel workers, the groups to which the shared queue is bound, and the commands for a live queue."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiormq.exceptions import ChannelPreconditionFailed
 
 from bridge.amqp import LimitReached
 from bridge.service.broker.live import (
@@ -16,6 +17,7 @@ from bridge.service.broker.live import (
     CHANNELS_BESIDE_WORKERS,
     CHANNELS_OF_A_WORKER,
     Broker,
+    _ChannelWorker,
     _Shared,
     count_channel_workers,
     describe_channels,
@@ -163,3 +165,47 @@ async def test_a_group_is_kept_until_its_last_subscription_closes() -> None:
 
 
 def _nothing() -> None: ...
+
+
+# A live queue is declared and bound in one round trip.
+
+
+class Setup:
+    """A channel that RabbitMQ may close after the commands so far."""
+
+    def __init__(self) -> None:
+        self.commands: list[tuple[str, bool]] = []
+        self.closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def queue_declare(self, queue: str, *, nowait: bool, **_: Any) -> None:
+        self.commands.append((queue, nowait))
+
+    async def queue_bind(self, queue: str, exchange: str, key: str, *, nowait: bool = False) -> None:
+        if self.closing.done():
+            raise RuntimeError("the channel is closed")
+        self.commands.append((key, nowait))
+
+
+async def declare(setup: Setup, *keys: str) -> None:
+    epoch: Any = SimpleNamespace(broker=SimpleNamespace(exchange="events"), dropped=SimpleNamespace(arguments={}))
+    await _ChannelWorker(epoch)._declare(setup, "bridge.live.1", keys)  # type: ignore[arg-type]
+
+
+async def test_rabbitmq_answers_the_last_command_only() -> None:
+    setup = Setup()
+    await declare(setup, "user.42.job.#", "user.42.billing.#")
+    assert setup.commands == [("bridge.live.1", True), ("user.42.job.#", True), ("user.42.billing.#", False)]
+    setup = Setup()
+    await declare(setup, "user.42.#")
+    assert setup.commands == [("bridge.live.1", True), ("user.42.#", False)]
+
+
+async def test_the_reason_of_a_refusal_is_that_of_the_closed_channel() -> None:
+    setup = Setup()
+    setup.closing.set_exception(ChannelPreconditionFailed("PRECONDITION_FAILED - queue limit in vhost is reached"))
+    with pytest.raises(LimitReached, match="limit in vhost is reached"):
+        await declare(setup, "user.42.#")
+    setup = Setup()
+    setup.closing.cancel()
+    with pytest.raises(RuntimeError):
+        await declare(setup, "user.42.#")
