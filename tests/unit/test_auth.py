@@ -268,7 +268,7 @@ async def test_a_strangers_key_id_does_not_keep_a_rotated_key_out(key_server: Ke
 
 
 @pytest.mark.contract("6.5")
-async def test_strangers_cannot_spend_more_than_the_budget_nor_have_anybody_refused(key_server: KeyServer) -> None:
+async def test_strangers_cannot_exceed_the_budget_or_cause_refusals_of_others(key_server: KeyServer) -> None:
     key_server.document = {"keys": [public(EC, "old")]}
     authenticator = Authenticator(jwks=url(key_server))
     await authenticator.start()
@@ -316,7 +316,7 @@ async def test_a_token_whose_claims_do_not_fit_costs_nothing(key_server: KeyServ
 
 
 @pytest.mark.contract("6.6")
-async def test_what_is_forgotten_is_busy_and_never_refused(
+async def test_a_forgotten_token_is_busy_and_never_refused(
     key_server: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "MAX_REMEMBERED", 2)
@@ -413,7 +413,7 @@ async def test_without_an_answer_from_the_key_set_no_token_is_refused(key_server
      ({"keys": {}}, "not a JSON Web Key Set"), ({"jwks_uri": "https://idp/keys"}, "set BRIDGE_JWKS to 'https://idp/keys'"),
      ({"keys": []}, "no usable key for RS256"), (b"[" * 100_000, "not JSON"), (b" " * 1_000_001, "larger than")],
 )  # fmt: skip
-async def test_an_answer_that_is_no_key_set_keeps_the_last_good_one(
+async def test_an_answer_that_is_not_a_key_set_keeps_the_last_good_one(
     key_server: KeyServer, answer: Any, why: str
 ) -> None:
     key_server.document = {"keys": [public(EC, "e")]}
@@ -434,7 +434,7 @@ async def test_a_byte_order_mark_before_a_key_set(key_server: KeyServer) -> None
 
 
 @pytest.mark.contract("6.4", "6.8")
-async def test_a_slow_endpoint_delays_nobody_whose_key_is_known(
+async def test_a_slow_endpoint_delays_no_token_whose_key_is_known(
     key_server: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key_server.document = {"keys": [public(EC, "e")]}

@@ -218,7 +218,7 @@ async def test_a_reader_that_leaves_while_it_waits_is_freed(log: EventLog, asks:
     assert kept() is None
 
 
-async def test_one_user_who_is_always_expected_makes_nobody_wait(log: EventLog) -> None:
+async def test_a_user_who_is_always_expected_delays_no_other(log: EventLog) -> None:
     log.expect("attacker", 20)
     far = replay(log, 50_000, "42")
     assert begin(log) == [far], f"it does not wait for {WINDOW_SECONDS} s"

@@ -12,7 +12,7 @@ from bridge.service.logs import REPEATED_LINE_SECONDS, RareLine, summarise_rare_
 from tests.patience import PATIENCE
 
 
-def test_a_line_that_anybody_can_cause_is_rare_and_counts_the_others() -> None:
+def test_a_line_that_any_client_can_cause_is_rare_and_counts_the_others() -> None:
     now = 0.0
     line = RareLine("token not judged", structlog.get_logger().error, lambda: now)
     with capture_logs() as lines:
@@ -26,7 +26,7 @@ def test_a_line_that_anybody_can_cause_is_rare_and_counts_the_others() -> None:
     ]
 
 
-def test_those_left_out_are_counted_by_a_fact() -> None:
+def test_lines_that_are_left_out_are_counted_by_a_fact() -> None:
     line = RareLine("refused", structlog.get_logger().warning, lambda: 0.0, by="reason", burst=2)
     with capture_logs() as lines:
         for number in range(10):

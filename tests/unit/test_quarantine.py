@@ -65,7 +65,7 @@ def test_a_flood_of_one_reason_hides_no_other(flooded: Flooded) -> None:
 
 
 @pytest.mark.contract("5.21")
-def test_what_waits_is_bounded_in_number_and_in_bytes(flooded: Flooded) -> None:
+def test_waiting_messages_are_bounded_in_number_and_in_bytes(flooded: Flooded) -> None:
     kept = sum(flooded.put(100_000, reason=reason) for reason in ("malformed", "schema", "too-large"))
     assert kept == MAX_PENDING
     flooded.take_all()

@@ -71,7 +71,7 @@ def test_an_event_of_one_queue_only_is_not_kept(reads: list[bytes]) -> None:
 
 
 @pytest.mark.contract("5.25")
-def test_a_refused_entry_is_read_and_put_aside_once_for_all_clients(reads: list[bytes]) -> None:
+def test_a_refused_entry_is_read_and_quarantined_once_for_all_clients(reads: list[bytes]) -> None:
     reader, refused, metrics = make()
     for _ in range(200):
         assert isinstance(reader.read_logged(UNKNOWN_KEY, UNKNOWN), UnknownType)
