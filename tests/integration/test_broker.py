@@ -305,7 +305,7 @@ async def test_streams_that_end_while_they_are_opened_leave_no_queue(
     assert await stream.ids(1) == ["e1"]
 
 
-@pytest.mark.parametrize("queue", ["events.invalid", "events.log"])
+@pytest.mark.parametrize("queue", ["events.invalid", pytest.param("events.log", marks=pytest.mark.queues)])
 async def test_streams_do_not_wait_for_a_queue_that_does_not_answer(
     vhost: Vhost, node: Node, start: StartService, connect: OpenStream, eventually: Eventually, queue: str
 ) -> None:
