@@ -84,6 +84,10 @@ async def test_a_user_without_budget_waits_with_heartbeats_while_others_are_serv
     )
     cursor = await cursor_of(service, connect, "attacker")
     await fill(vhost, 60_000)
+    # With the feed log, a new stream's position is where this process has read to.
+    reader = await connect(service, "reader")
+    await vhost.publish(f"user.reader.{DONE}", cloudevent("read"))
+    assert await reader.ids(1) == ["read"]
     near = await cursor_of(service, connect, "42")
     await vhost.publish_all([(f"user.{user}.{DONE}", cloudevent(f"for-{user}")) for user in ("attacker", "42")])
     first = await come_back(service, connect, "attacker", cursor)
