@@ -80,6 +80,9 @@ class World(RuleBasedStateMachine):
     reads_log = False
     """Whether the replica's feed is the log."""
 
+    repeats = False
+    """Whether an event may come twice from the beginning on."""
+
     def queue_of(self, publisher: int, audience: str) -> Key:
         return 0, audience
 
@@ -103,7 +106,7 @@ class World(RuleBasedStateMachine):
         self.since: int | None = None  # From this offset on the client must get everything.
         self.got: list[int] = []
         self.newest = 0
-        self.may_repeat = False
+        self.may_repeat = self.repeats
         self.is_new = True
         self.state_at = 0  # The state that the page fetched last has all events up to this number.
         self.open()
@@ -527,22 +530,16 @@ def test_an_event_of_the_tail_read_waits_for_live_events_from_before_the_waterma
 class CrossingWorld(World):
     """A queue for each publisher and audience: live order is any order."""
 
+    repeats = True
+
     def queue_of(self, publisher: int, audience: str) -> Key:
         return publisher, audience
-
-    @initialize()
-    def begin(self) -> None:
-        super().begin()
-        self.may_repeat = True
 
 
 class RollingWorld(World):
     """Replicas of two versions. The newer one can read more types."""
 
-    @initialize()
-    def begin(self) -> None:
-        super().begin()
-        self.may_repeat = True
+    repeats = True
 
     @precondition(lambda self: self.count % 5 == 0)
     @rule()
@@ -562,12 +559,12 @@ class LogWorld(RollingWorld):
     """The feed `log`: its reader takes every entry in the log's order. No event comes twice, except a publisher's."""
 
     reads_log = True
+    repeats = False
 
     @initialize()
     def begin(self) -> None:
         self.read_at = -1  # The last entry that the replica's reader has read.
         super().begin()
-        self.may_repeat = False
 
     def queue_of(self, publisher: int, audience: str) -> Key:
         return THE_LOG if self.reads_log else super().queue_of(publisher, audience)
@@ -647,10 +644,7 @@ class LogWorld(RollingWorld):
 class MixedWorld(LogWorld):
     """A fleet of both feeds, as while an installation changes its feed."""
 
-    @initialize()
-    def begin(self) -> None:
-        super().begin()
-        self.may_repeat = True
+    repeats = True
 
     @precondition(lambda self: self.count % 5 == 0)
     @rule()

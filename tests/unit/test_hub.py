@@ -1,4 +1,4 @@
-"""The hub serves all streams at once. There is no broker: the tests call the hub's callbacks."""
+"""The hub serves all streams at once. No broker runs: the tests call the hub's callbacks."""
 
 from __future__ import annotations
 
