@@ -57,7 +57,7 @@ _log = structlog.get_logger("bridge.broker")
 class Outage:
     """The log lines of one outage: one for each new cause, and for the attempts 1, 2, 4, 8, and so on.
 
-    An outage of an hour has some 700 attempts, and a dozen lines.
+    An outage of an hour has some 7,000 attempts, and a dozen lines.
     """
 
     def __init__(self) -> None:
