@@ -75,12 +75,16 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
+        self._writers.add(writer)
         try:
             target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
             writer.transport.abort()
             return
-        self._writers |= {writer, target_writer}
+        if writer.is_closing():  # `cut` was called while the target was being connected.
+            target_writer.transport.abort()
+            return
+        self._writers.add(target_writer)
         self._clients.append(writer)
         for source, target in [(reader, target_writer), (target_reader, writer)]:
             task = asyncio.create_task(self._pump(source, target))

@@ -60,7 +60,12 @@ class Vhost:
         return f"amqp://{user}:{password}@127.0.0.1:{port}/{self.name}"
 
     def _call(self, method: str, path: str, **body: Any) -> Any:
-        response = self._api.request(method, path, json=body or None)
+        try:
+            response = self._api.request(method, path, json=body or None)
+        except (httpx.RemoteProtocolError, httpx.NetworkError):
+            # RabbitMQ closes a connection that was idle for a minute, also when the next request is on its way. Each
+            # of these requests may be made twice.
+            response = self._api.request(method, path, json=body or None)
         if response.status_code != 404:
             response.raise_for_status()
         return response.json() if response.content and response.status_code == 200 else None
