@@ -69,6 +69,7 @@ async def test_each_user_can_do_its_work(
     assert await service.metric("bridge_quarantine_dropped_total") == 0
 
 
+@pytest.mark.queues
 async def test_the_bridge_warns_if_the_log_may_be_unbound(
     rights: Vhost, start: StartService, connect: OpenStream
 ) -> None:
@@ -225,6 +226,7 @@ async def test_no_user_can_do_more(channels: Channels) -> None:
             assert "ACCESS_REFUSED" in (await refusal(channels, user, action) or ""), f"{user} could {what}"
 
 
+@pytest.mark.queues
 async def test_a_bridge_cannot_read_the_live_queues_of_another(
     rights: Vhost, start: StartService, connect: OpenStream, channels: Channels
 ) -> None:

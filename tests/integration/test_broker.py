@@ -360,6 +360,7 @@ async def test_refused_credentials_stop_the_start(vhost: Vhost, node: Node, star
     assert "s3cret" not in service.text
 
 
+@pytest.mark.queues
 async def test_a_right_that_every_stream_needs_stops_the_start(vhost: Vhost, node: Node, start: StartService) -> None:
     maker = await start()
     await maker.stop()
@@ -375,6 +376,7 @@ async def test_a_right_that_every_stream_needs_stops_the_start(vhost: Vhost, nod
         vhost.delete_user("bridge-test")
 
 
+@pytest.mark.queues
 async def test_few_rights_are_enough_and_a_missing_one_is_named(
     vhost: Vhost, node: Node, start: StartService, connect: OpenStream
 ) -> None:

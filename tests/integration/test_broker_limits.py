@@ -124,6 +124,7 @@ def channel_max(node: Node) -> Iterator[None]:
     node.ctl("eval", "application:set_env(rabbit, channel_max, 2047).")
 
 
+@pytest.mark.queues
 @pytest.mark.contract("5.34")
 @pytest.mark.usefixtures("channel_max")
 async def test_a_bridge_needs_few_channels(start: StartService, connect: OpenStream, vhost: Vhost, node: Node) -> None:
@@ -218,6 +219,7 @@ async def test_the_limit_of_queues_of_a_whole_cluster(
     await assert_gets(vhost, await connect(service, "2"), "2", "e-2")
 
 
+@pytest.mark.queues
 @pytest.mark.any_rabbitmq
 @pytest.mark.usefixtures("node_limits")
 async def test_a_bridge_works_with_the_channels_of_its_node(
