@@ -25,7 +25,7 @@ from bridge.catalogue.load import Catalogue, InvalidCatalogue, load_catalogue
 from bridge.event import EventData, InvalidEvent
 from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.roundtrip import zoneless_times
-from bridge.routing import Audience, RoutingError
+from bridge.routing import Audience, RoutingError, split_key
 
 if TYPE_CHECKING:
     from bridge.service.broker.quarantine import RefusedMessage
@@ -399,10 +399,19 @@ def _read_export(file: IO[str]) -> dict[str, Any]:
 
 
 @main.command()
+@click.option("--sample", type=click.File("rb"), help="Say what the bridge would do with this message; see below.")
+@click.option("--routing-key", help="The sample's routing key, if the file has only its body.")
 @_runs
-async def check() -> None:
-    """Check the settings, the catalogue, the keys, RabbitMQ and the rights, and say how to fix each fault."""
+async def check(sample: IO[bytes] | None, routing_key: str | None) -> None:
+    """Check the settings, the catalogue, the keys, RabbitMQ and the rights, and say how to fix each fault.
+
+    With --sample, only say what the bridge would do with the messages in a file, and connect to nothing. The file has
+    messages as JSON from RabbitMQ's management (`rabbitmqadmin get`, or the page of a queue), or one message's body.
+    """
     _need_server()
+    if sample is not None:
+        _check_sample(sample, routing_key)
+        return
     from bridge.service import descriptors
     from bridge.service.broker import live, topology
     from bridge.service.http.auth import Authenticator, InvalidKeySet
@@ -446,6 +455,36 @@ async def check() -> None:
             _passed(step)
     except BrokerError as error:
         _failed(str(error))
+
+
+def _check_sample(file: IO[bytes], routing_key: str | None) -> None:
+    from bridge.service.captured import read_captured
+    from bridge.service.forms import read_message
+
+    loaded = _broker_settings()
+    catalogue = _catalogue(loaded.schemas)
+    try:
+        samples = read_captured(file.read(), routing_key)
+    except ValueError as error:
+        _fail(BAD_INPUT, f"{file.name}: {error}")
+    refused = False
+    for number, (key, body) in enumerate(samples, 1):
+        try:
+            event = read_message(
+                body,
+                key,
+                catalogue,
+                max_bytes=loaded.max_event_bytes,
+                exchange=loaded.exchange,
+                offset=0 if loaded.feed == "log" else None,
+            )
+        except InvalidEvent as error:
+            refused = True
+            click.echo(f"  !! message {number}, {key}: refused as {error.reason}: {error.detail}")
+        else:
+            audience = split_key(key)[0]
+            _passed(f"message {number}, {key}: shown to {audience} as {event.text.decode()}")
+    sys.exit(1 if refused else 0)
 
 
 def _passed(what: str) -> None:
@@ -502,6 +541,7 @@ async def replay_refused(limit: int) -> None:
             models=catalogue,
             max_bytes=loaded.max_event_bytes,
             limit=limit,
+            gives_ids=loaded.feed == "log",
         )
         async for message, error in messages:
             if error is None:

@@ -74,7 +74,7 @@ _HEAD_AS_WRITTEN = re.compile(
 )
 """An envelope up to its data, byte for byte as `_read_attributes` would write it."""
 
-Reason = Literal["malformed", "not-a-cloudevent", "unknown-type", "schema", "type-mismatch", "too-large"]
+Reason = Literal["malformed", "not-a-cloudevent", "unknown-type", "schema", "type-mismatch", "too-large", "no-id"]
 
 
 class EventData(BaseModel):
@@ -169,8 +169,13 @@ class SchemaViolation(InvalidEvent):
     depends_on_catalogue = True
 
 
+class NoId(InvalidEvent):
+    reason = "no-id"
+    depends_on_catalogue = True  # A bridge with the feed `log` may accept it.
+
+
 REASONS: tuple[Reason, ...] = tuple(
-    error.reason for error in (Malformed, NotACloudEvent, UnknownType, SchemaViolation, TypeMismatch, TooLarge)
+    error.reason for error in (Malformed, NotACloudEvent, UnknownType, SchemaViolation, TypeMismatch, TooLarge, NoId)
 )
 
 
@@ -204,7 +209,21 @@ def read_event(body: bytes, routing_key: str, models: Models, *, max_bytes: int 
         max_bytes: the largest body that is accepted.
 
     Raises:
-        InvalidEvent: one of its six subclasses. Any other exception is a bug in this module.
+        InvalidEvent: one of its subclasses. Any other exception is a bug in this module.
+    """
+    check_size(body, max_bytes)
+    try:
+        return read_as_written(body, routing_key, models) or _read(body, routing_key, models)
+    except RecursionError:
+        raise Malformed("the JSON is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise Malformed(_LONE_SURROGATE) from None  # The model itself made it.
+
+
+def check_size(body: bytes, max_bytes: int) -> None:
+    """
+    Raises:
+        TooLarge: the body has more bytes, or it is a `Cut`.
     """
     if isinstance(body, Cut):
         raise TooLarge(
@@ -212,15 +231,9 @@ def read_event(body: bytes, routing_key: str, models: Models, *, max_bytes: int 
         )
     if len(body) > max_bytes:
         raise TooLarge(f"the body has {len(body)} bytes, the limit is {max_bytes}")
-    try:
-        return _read_as_written(body, routing_key, models) or _read(body, routing_key, models)
-    except RecursionError:
-        raise Malformed("the JSON is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise Malformed(_LONE_SURROGATE) from None  # The model itself made it.
 
 
-def _read_as_written(body: bytes, routing_key: str, models: Models) -> Event | None:
+def read_as_written(body: bytes, routing_key: str, models: Models) -> Event | None:
     """A fast path: the event of a body that the bridge would write again byte for byte. The SDK publishes such bodies.
 
     Returns None for any other body, valid or not. Everything is still checked: the pattern checks the attributes, and
@@ -253,7 +266,7 @@ def _read_as_written(body: bytes, routing_key: str, models: Models) -> Event | N
 
 
 def _read(body: bytes, routing_key: str, models: Models) -> Event:
-    envelope = _parse(body)
+    envelope = parse_object(body)
     head = _read_attributes(envelope)
     event_type = envelope["type"]
     model = models.get(event_type)
@@ -305,7 +318,14 @@ def _decode(text: str) -> object:
     return _DECODER.decode(text)
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body (RFC 8259), read strictly.
+
+    Raises:
+        Malformed: it is not JSON, or parsers read it in different ways.
+        NotACloudEvent: it is JSON, but not an object.
+        RecursionError: it is nested too deeply.
+    """
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -438,7 +458,7 @@ def _check_type_in_key(event_type: str, routing_key: str) -> None:
 
 
 class _Envelope(BaseModel, Generic[_Data]):
-    """Validates only the data of an envelope: `_parse` and `_read_attributes` have checked the rest."""
+    """Validates only the data of an envelope: `parse_object` and `_read_attributes` have checked the rest."""
 
     data: _Data
 
@@ -466,7 +486,7 @@ def _revalidate(body: bytes, model: type[EventData]) -> bytes:
     """The data as JSON, written again by its model. Members that the model does not declare are dropped.
 
     Args:
-        body: the whole body, which `_parse` has checked.
+        body: the whole body, which `parse_object` has checked.
 
     Raises:
         SchemaViolation: the model refuses the data, or its code raised an error.
@@ -543,7 +563,7 @@ def write_event(attributes: Mapping[str, str], event_type: str, data: bytes) -> 
     Raises:
         ValueError: an attribute is not Unicode text.
     """
-    # In the bridge's order, so that the bridge can take its fast path (`_read_as_written`).
+    # In the bridge's order, so that the bridge can take its fast path (`read_as_written`).
     given = {"specversion": SPECVERSION, **attributes, "type": event_type}
     envelope = {name: given[name] for name in _ORDER if name in given} | given
     return b'%b,"data":%b}' % (_JSON.encode(envelope)[:-1].encode(), data)

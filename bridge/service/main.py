@@ -150,6 +150,8 @@ class _Service:
             reader=EventReader(
                 catalogue,
                 max_event_bytes=settings.max_event_bytes,
+                exchange=settings.exchange,
+                gives_ids=settings.feed == "log",
                 metrics=metrics,
                 quarantine=self.quarantine,
             ),

@@ -90,7 +90,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class BrokerSettings(BaseSettings):
-    """The settings that `bridge publish`, `bridge schemas diff` and `bridge quarantine` read."""
+    """The settings that `bridge publish`, `schemas diff`, `quarantine` and `check --sample` read."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", env_ignore_empty=False, frozen=True)
 
@@ -106,6 +106,9 @@ class BrokerSettings(BaseSettings):
     )
     log_max_bytes: Annotated[int, Field(ge=1_000_000)] = Field(
         1_000_000_000, description="the log's size limit in bytes"
+    )
+    feed: Annotated[Literal["queues", "log"], BeforeValidator(_lower)] = Field(
+        "queues", description="where live events come from: a queue for each stream, or the log, read once a process"
     )
     schemas: str = Field("schemas", min_length=1, description="package of the event catalogue")
     max_event_bytes: Annotated[int, Field(ge=1024)] = Field(
@@ -146,9 +149,6 @@ _ORIGIN_HOST = re.compile(r"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5
 class Settings(PublicSettings):
     """All settings of the service."""
 
-    feed: Annotated[Literal["queues", "log"], BeforeValidator(_lower)] = Field(
-        "queues", description="where live events come from: a queue for each stream, or the log, read once a process"
-    )
     bind: Bind = Field("127.0.0.1:8080", description="public address")
     internal_bind: Bind = Field("127.0.0.1:9090", description="address of probes and metrics, never exposed")
     jwt_secret: SecretStr | None = Field(None, description="key for HS256 tokens, at least 32 bytes")

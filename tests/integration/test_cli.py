@@ -302,6 +302,22 @@ async def test_quarantine_is_listed_and_replayed(service: Service, vhost: Vhost,
     assert [row["reason"] for row in rows] == ["malformed", "schema"]
 
 
+@pytest.mark.contract("3.22")
+async def test_check_says_what_becomes_of_a_sample(tmp_path: Path) -> None:
+    file = tmp_path / "message.json"
+    file.write_text(json.dumps({"job_id": "r-7", "duration_seconds": 1}))
+    done = await run("check", "--sample", str(file), "--routing-key", "user.42.job.completed")
+    assert (done.code, "refused as no-id" in done.out) == (1, True)
+    done = await run("check", "--sample", str(file), "--routing-key", "user.42.job.completed", FEED="log")
+    assert (done.code, "shown to user:42 as {" in done.out) == (0, True)
+    done = await run("check", "--sample", str(file))
+    assert (done.code, "--routing-key" in done.err) == (2, True)
+    captured = {"payload": file.read_text(), "routing_key": "all.job.completed", "properties": {"message_id": "7"}}
+    file.write_text(json.dumps([captured, captured | {"properties": []}]))
+    done = await run("check", "--sample", str(file))
+    assert (done.code, done.out.count("ok message 1"), done.out.count("!! message 2")) == (1, 1, 1)
+
+
 async def test_help_of_every_command() -> None:
     for command in [[], ["serve"], ["publish"], ["listen"], ["token"], ["schemas", "export"], ["check"],
                     ["quarantine", "list"], ["quarantine", "replay"]]:  # fmt: skip

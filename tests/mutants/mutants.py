@@ -331,7 +331,7 @@ MUTANTS = [
     Mutant(
         "the-cache-gives-nothing-back",
         "bridge/service/streams/reader.py",
-        "            self._cache_bytes -= len(body)\n",
+        "            self._cache_bytes -= len(key[1])\n",
         "",
         "after 4 MB of events the cache keeps nothing, and each event is read once for each queue",
         "tests/unit/test_reader.py",

@@ -94,7 +94,14 @@ class Site:
         self.write_batch = WriteBatch()
         quarantine = Quarantine([], queue="q", on_dropped=lambda: None)
         self.hub = Hub(
-            reader=EventReader(catalogue, max_event_bytes=65_536, metrics=self.metrics, quarantine=quarantine),
+            reader=EventReader(
+                catalogue,
+                max_event_bytes=65_536,
+                exchange="events",
+                gives_ids=False,
+                metrics=self.metrics,
+                quarantine=quarantine,
+            ),
             limits=self.settings,
             metrics=self.metrics,
             make_feed=lambda _: broker,

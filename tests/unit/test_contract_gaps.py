@@ -16,6 +16,7 @@ from uuid import UUID
 
 import pytest
 from click.testing import CliRunner
+from pamqp.commands import Basic
 from pydantic import SecretStr
 from quart import Quart
 
@@ -74,7 +75,7 @@ class Replayed:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, body: bytes, **headers: Any) -> None:
         self.sent: list[bytes] = []
         self.taken = 0
-        properties = SimpleNamespace(headers={"x-routing-key": "all.job.completed", **headers})
+        properties = Basic.Properties(headers={"x-routing-key": "all.job.completed", **headers})
         self._message = SimpleNamespace(
             body=body, delivery=None, delivery_tag=1, routing_key="q", header=SimpleNamespace(properties=properties)
         )
@@ -188,7 +189,9 @@ def test_two_cut_bodies_with_the_same_beginning_are_one_message_published_twice(
             self.sizes.append(body.size)
 
     kept: Any = Kept()
-    reader = EventReader({}, max_event_bytes=65_536, metrics=Metrics(), quarantine=kept)
+    reader = EventReader(
+        {}, max_event_bytes=65_536, exchange="events", gives_ids=False, metrics=Metrics(), quarantine=kept
+    )
     one, other = Cut(b"x" * 4_096, 200_000), Cut(b"x" * 4_096, 300_000)
     for queue in (0, 1):
         reader.read("all.x", one, via=queue)

@@ -20,9 +20,9 @@ from bridge.event import (
     TooLarge,
     TypeMismatch,
     UnknownType,
-    _read_as_written,
     describe_faults,
     encode_data,
+    read_as_written,
     read_event,
     shorten,
     write_event,
@@ -241,7 +241,7 @@ def test_times_are_sent_as_they_were_written(time: str) -> None:
 )  # fmt: skip
 def test_a_leap_second_is_the_last_one_of_a_month_in_utc(time: str, valid: bool) -> None:
     compact = WRITTEN.replace(b'"test.done"', b'"test.done","time":"%b"' % time.encode())
-    assert (_read_as_written(compact, "user.42.test.done", MODELS) is not None) is valid
+    assert (read_as_written(compact, "user.42.test.done", MODELS) is not None) is valid
     for body in (envelope(time=time), compact):
         if valid:
             assert json.loads(read(body).text)["time"] == time
@@ -434,7 +434,7 @@ def test_an_event_of_the_sdk_is_sent_without_a_change() -> None:
         },
         data,
     )
-    event = _read_as_written(body, "user.42.test.done", MODELS)
+    event = read_as_written(body, "user.42.test.done", MODELS)
     assert event is not None, "it takes the slow path, which costs three times as much"
     assert event.text == body == line_of(read(body))
 
@@ -486,7 +486,7 @@ WRITTEN = (
 )
 def test_only_the_form_that_the_sdk_writes_takes_the_fast_path(old: bytes, new: bytes, reason: str | None) -> None:
     body = WRITTEN.replace(old, new)
-    event = _read_as_written(body, "user.42.test.done", MODELS)
+    event = read_as_written(body, "user.42.test.done", MODELS)
     assert (event is not None) == (body == WRITTEN)
     if reason is None:
         assert read(body).id == "e"

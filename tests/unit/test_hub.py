@@ -87,7 +87,9 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
     log: Any = Log()
     broker: Any = Broker()
     metrics = Metrics()
-    reader = EventReader({}, max_event_bytes=65_536, metrics=metrics, quarantine=quarantine)
+    reader = EventReader(
+        {}, max_event_bytes=65_536, exchange="events", gives_ids=False, metrics=metrics, quarantine=quarantine
+    )
     limits: Any = Limits()
     hub = Hub(reader=reader, limits=limits, metrics=metrics, make_feed=lambda _: broker, log=log)
     session = new_session()

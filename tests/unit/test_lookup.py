@@ -89,6 +89,8 @@ def look_up(log: Any = None) -> LookUp:
         log=lambda: log,
         models=CATALOGUE,
         max_event_bytes=65_536,
+        exchange="events",
+        gives_ids=False,
     )
 
 

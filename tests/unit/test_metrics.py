@@ -18,6 +18,8 @@ async def test_whether_the_log_answers_is_known_before_a_client_returns() -> Non
         reader=EventReader(
             {},
             max_event_bytes=1_000,
+            exchange="events",
+            gives_ids=False,
             metrics=metrics,
             quarantine=Quarantine([], queue="q", on_dropped=lambda: None),
         ),

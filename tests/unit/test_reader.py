@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from bridge.event import EventData, Malformed, SchemaViolation, UnknownType, read_event
+from bridge.event import EventData, Malformed, SchemaViolation, UnknownType
+from bridge.service.forms import read_message
 from bridge.service.metrics import Metrics
 from bridge.service.streams.reader import CACHE_BYTES, CACHE_EVENTS, REFUSALS, EventReader
 from bridge.service.streams.streamevent import StreamEvent
@@ -41,16 +42,23 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     def count(body: bytes, *args: Any, **options: Any) -> Any:
         found.append(body)
-        return read_event(body, *args, **options)
+        return read_message(body, *args, **options)
 
-    monkeypatch.setattr("bridge.service.streams.reader.read_event", count)
+    monkeypatch.setattr("bridge.service.streams.reader.read_message", count)
     return found
 
 
 def make() -> tuple[EventReader, list[bytes], Metrics]:
     quarantine: Any = Quarantine()
     metrics = Metrics()
-    reader = EventReader({"test.done": Done}, max_event_bytes=65_536, metrics=metrics, quarantine=quarantine)
+    reader = EventReader(
+        {"test.done": Done},
+        max_event_bytes=65_536,
+        exchange="events",
+        gives_ids=False,
+        metrics=metrics,
+        quarantine=quarantine,
+    )
     return reader, quarantine.bodies, metrics
 
 
@@ -114,7 +122,7 @@ def test_the_cache_gives_its_bytes_back(reads: list[bytes]) -> None:
     for pad in pads * 2:
         reader.read(KEY, body("test.done") + pad, via=1)
     assert len(reads) == 4, "there is room for one of the two"
-    assert reader._cache_bytes == sum(len(kept) for _, kept in reader._cache)
+    assert reader._cache_bytes == sum(len(key[1]) for key in reader._cache)
     reads.clear()
     # After the large ones there is room for many small ones again.
     for _ in range(2):
@@ -128,7 +136,7 @@ def test_after_a_fault_of_the_bridge_there_is_a_gap_and_the_message_is_quarantin
 ) -> None:
     """If the reader raised, each client that resumes would fail at this message again."""
     reader, refused, _ = make()
-    monkeypatch.setattr("bridge.service.streams.reader.read_event", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("bridge.service.streams.reader.read_message", lambda *_, **__: 1 / 0)
     for event in (reader.read(KEY, body("test.done"), via=1), reader.read_logged(KEY, body("test.done", 2))):
         assert isinstance(event, SchemaViolation)
         assert event.depends_on_catalogue, "pages are sent `not-readable`"

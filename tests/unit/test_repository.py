@@ -34,6 +34,7 @@ LAYERS = [
     ["catalogue.facts"],
     ["catalogue.load"],
     ["catalogue.exports"],
+    ["service.broker.properties"],
     [
         "service.health",
         "service.clock",
@@ -42,6 +43,8 @@ LAYERS = [
         "service.http.claims",
         "service.broker.deliveries",
         "service.broker.gathering",
+        "service.forms",
+        "service.captured",
     ],
     ["service.logs", "service.http.requesthead"],
     ["service.streams.sse", "service.streams.cursor", "service.streams.deadlines"],
@@ -65,7 +68,7 @@ LAYERS = [
 PURE = [
     *("routing", "event", "trial", "catalogue.dialects", "catalogue.evolution", "catalogue.exports"),
     *("service.health", "service.broker.deliveries", "service.budgets", "service.broker.scans"),
-    "service.broker.gathering",
+    *("service.broker.gathering", "service.broker.properties", "service.forms", "service.captured"),
     *("service.http.claims", "service.http.headers", "service.http.openapi", "service.http.requesthead"),
     *("service.streams.sse", "service.streams.cursor", "service.streams.deadlines"),
     *("service.streams.streamevent", "service.streams.progress", "service.streams.recall", "service.streams.session"),

@@ -6,7 +6,7 @@ frames, two tasks, a queue.
 
 The returned frames contain no message properties. The library decodes every property, and closes the connection if one
 is invalid, for example a timestamp in nanoseconds or a header name that is not UTF-8. RabbitMQ accepts both from any
-publisher. The bridge needs no property, so two things change in returned frames:
+publisher. `properties.py` reads those of deliveries. The library needs none, so two things change in returned frames:
 
 - A content header has only the body's size, and the offset that RabbitMQ adds for a stream.
 - A routing key that is not UTF-8 has `?` in place of each byte that is not ASCII.
@@ -25,6 +25,7 @@ import struct
 from collections.abc import Callable
 
 from bridge.event import Cut
+from bridge.service.broker.properties import STRUCTURED, decode_short, with_properties
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _KINDS = (_METHOD, _BODY, _HEADER, 8)  # 8 is the heartbeat (4.2.7).
@@ -83,20 +84,21 @@ class _Unreadable(Exception):
 
 
 Sink = Callable[[bytes, str, bytes, int | None], None]
-"""Called with the consumer's tag, the routing key, the body, and the offset if the queue is a stream."""
+"""Called with the consumer's tag, the routing key, the body, and the offset if the queue is a stream. The body is a
+`MessageBody` if its properties may say what its form is."""
 
 
 class _Incomplete:
     """A delivery that has not arrived completely."""
 
-    __slots__ = ("delivery_tag", "is_cut", "key", "missing", "offset", "parts", "room", "size", "tag")
+    __slots__ = ("delivery_tag", "header", "is_cut", "key", "missing", "parts", "room", "size", "tag")
 
     def __init__(self, tag: bytes, delivery_tag: int, key: bytes) -> None:
         self.tag = tag
         self.delivery_tag = delivery_tag
         self.key = key
         self.size = self.missing = -1  # -1 until the content header arrives.
-        self.offset: int | None = None
+        self.header = b""
         self.is_cut = False
         self.room = 0
         """Bytes of a cut body that may still be kept."""
@@ -113,7 +115,7 @@ class _Incomplete:
     @property
     def body(self) -> bytes:
         body = b"".join(self.parts)
-        return Cut(body, self.size) if self.is_cut else body
+        return Cut(body, self.size) if self.is_cut else with_properties(body, self.header)
 
 
 class Deliveries:
@@ -320,8 +322,13 @@ class Deliveries:
                 and data[header_end - 1] == _FRAME_END == data[body_end - 1]
                 and (not body_size or _FRAME.unpack_from(data, header_end) == (_BODY, channel, body_size))
             ):
-                offset = _offset(data[end + 7 : header_end - 1]) if length > _LEAST_HEADER_BYTES else None
                 body = data[header_end + 7 : body_end - 1] if body_size else b""
+                offset = None
+                if length > _LEAST_HEADER_BYTES:
+                    header = data[end + 7 : header_end - 1]
+                    offset = _offset(header)
+                    if header[15:43] != STRUCTURED:  # Nearly always it is, and needs nothing more.
+                        body = with_properties(body, header)
                 self._call_sink(channel, tag, delivery_tag, key, body, offset)
                 return body_end
         self._incomplete[channel] = _Incomplete(tag, delivery_tag, key)
@@ -345,7 +352,7 @@ class Deliveries:
             delivery.missing = delivery.size
             delivery.is_cut = delivery.size > self.max_body
             delivery.room = min(KEPT_BYTES, self.max_body)
-            delivery.offset = _offset(payload)
+            delivery.header = payload
         elif kind == _BODY and size <= delivery.missing:
             delivery.add(payload)
         else:
@@ -355,7 +362,8 @@ class Deliveries:
     def _finish_if_complete(self, channel: int, delivery: _Incomplete) -> None:
         if delivery.missing == 0:
             del self._incomplete[channel]
-            self._call_sink(channel, delivery.tag, delivery.delivery_tag, delivery.key, delivery.body, delivery.offset)
+            offset = _offset(delivery.header)
+            self._call_sink(channel, delivery.tag, delivery.delivery_tag, delivery.key, delivery.body, offset)
 
     def _call_sink(
         self, channel: int, tag: bytes, delivery_tag: int, key: bytes, body: bytes, offset: int | None
@@ -368,7 +376,7 @@ class Deliveries:
         try:
             text = key.decode()
         except UnicodeDecodeError:
-            text = _decode_key(key)
+            text = decode_short(key)
         try:
             sink(tag, text, body, offset)
         except Exception as fault:  # noqa: BLE001
@@ -389,13 +397,6 @@ def _for_library(kind: int, channel: int, payload: bytes) -> bytes:
 def _offset(payload: bytes) -> int | None:
     found = _stream_offset(payload)
     return None if found is None else int.from_bytes(found, "big", signed=True)
-
-
-def _decode_key(key: bytes) -> str:
-    try:
-        return key.decode("utf-8")
-    except UnicodeDecodeError:
-        return "".join(chr(byte) if byte < 0x80 else "?" for byte in key)
 
 
 def _without_properties(payload: bytes) -> bytes:
@@ -452,4 +453,4 @@ def _with_readable_key(payload: bytes) -> bytes:
         key = payload[at + 1 : at + 1 + payload[at]]
     except IndexError:
         return payload  # The payload is too short; the library reports the error.
-    return payload[: at + 1] + _decode_key(key).encode() + payload[at + 1 + len(key) :]
+    return payload[: at + 1] + decode_short(key).encode() + payload[at + 1 + len(key) :]

@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 from bridge import amqp
 from bridge.amqp import BrokerUnavailable, NotFound
-from bridge.event import Cut, InvalidEvent, Models, read_event
+from bridge.event import Cut, InvalidEvent, Models
 from bridge.routing import Audience, RoutingError, TypeFilter, split_key
 from bridge.service.broker.consumer import Consumer, ConsumingConnection
 from bridge.service.broker.eventlog import EventLog
 from bridge.service.broker.quarantine import RefusedMessage, peek
+from bridge.service.forms import read_message
 from bridge.service.streams.cursor import Anchor
 
 SCAN_ENTRIES = 20_000
@@ -137,6 +138,7 @@ class LookUp:
         log: returns the event log, or None without a log.
         models: the catalogue's models; an entry that they refuse is shown with the reason.
         max_event_bytes: limit of a body in bytes; of a larger one only the beginning is returned.
+        exchange, gives_ids: see `EventReader`.
     """
 
     def __init__(
@@ -148,7 +150,11 @@ class LookUp:
         log: Callable[[], EventLog | None],
         models: Models,
         max_event_bytes: int,
+        exchange: str,
+        gives_ids: bool,
     ) -> None:
+        self._exchange = exchange
+        self._gives_ids = gives_ids
         self._addresses = addresses
         self._quarantine = quarantine
         self._log_name = log_name
@@ -258,7 +264,14 @@ class LookUp:
 
     def _shown_entry(self, offset: int, routing_key: str, body: bytes) -> dict[str, Any]:
         try:
-            read_event(body, routing_key, self._models, max_bytes=self._max_event_bytes)
+            read_message(
+                body,
+                routing_key,
+                self._models,
+                max_bytes=self._max_event_bytes,
+                exchange=self._exchange,
+                offset=offset if self._gives_ids else None,
+            )
             refused = None
         except InvalidEvent as error:
             refused = {"reason": error.reason, "detail": error.detail}

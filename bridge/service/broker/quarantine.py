@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 from pamqp.commands import Basic
@@ -19,11 +21,16 @@ from pamqp.common import FieldTable
 
 from bridge import amqp
 from bridge.amqp import BrokerError, BrokerUnavailable, Unroutable
-from bridge.event import Cut, InvalidEvent, Models, TooLarge, read_event
+from bridge.event import CONTENT_TYPE, Cut, InvalidEvent, Models, TooLarge
 from bridge.sender import Sender
 from bridge.service.broker import topology
+from bridge.service.broker.properties import NO_PROPERTIES, MessageBody, Properties, Value, properties_of
 from bridge.service.budgets import Budget
+from bridge.service.forms import read_message
 from bridge.service.logs import RareLine
+
+if TYPE_CHECKING:
+    from aiormq.abc import DeliveredMessage
 
 MAX_PENDING = 1_000
 MAX_PENDING_BYTES = 33_554_432
@@ -71,7 +78,8 @@ class Quarantine:
         self._not_kept = RareLine("message not quarantined", _log.error, clock, by="reason")
 
     def put(self, body: bytes, *, routing_key: str, reason: str, detail: str) -> None:
-        """Accepts a refused message and returns at once. The body is kept unchanged; of a `Cut`, the beginning."""
+        """Accepts a refused message and returns at once. The body is kept unchanged, with the properties of a
+        `MessageBody`; of a `Cut`, the beginning."""
         if self._pending.full() or self._pending_bytes + len(body) > MAX_PENDING_BYTES:
             self._drop(routing_key, reason, f"{self._pending.qsize()} messages ({self._pending_bytes} bytes) wait")
         elif not self._budgets[reason].take(self._clock()):
@@ -92,7 +100,7 @@ class Quarantine:
             headers: FieldTable = {"x-reason": reason, "x-detail": detail, "x-routing-key": routing_key}
             if isinstance(body, Cut):
                 headers["x-size"] = body.size
-            properties = Basic.Properties(delivery_mode=2, headers=headers)
+            properties = _write_properties(properties_of(body), headers)
             next_pause = amqp.pauses()
             while True:
                 try:
@@ -181,12 +189,19 @@ async def peek(
 
 
 async def replay(
-    addresses: Sequence[str], *, queue: str, exchange: str, models: Models, max_bytes: int, limit: int
+    addresses: Sequence[str],
+    *,
+    queue: str,
+    exchange: str,
+    models: Models,
+    max_bytes: int,
+    limit: int,
+    gives_ids: bool = False,
 ) -> AsyncIterator[tuple[RefusedMessage, InvalidEvent | None]]:
     """Publishes messages again that the catalogue now accepts. Yields each message, with the error if it is refused.
 
-    A message keeps its id. It leaves the queue after RabbitMQ has confirmed it on the exchange. A message that is still
-    refused stays in the queue.
+    A message keeps its id, if it has one (`gives_ids`: it needs none, see `EventReader`). It leaves the queue after
+    RabbitMQ has confirmed it on the exchange. A message that is still refused stays in the queue.
 
     Raises:
         BrokerError: messages not yet replayed stay in the queue.
@@ -196,16 +211,21 @@ async def replay(
         async for message, take in _get(addresses, queue, limit):
             try:
                 _check_is_whole(message.body)
-                event = read_event(message.body, message.routing_key, models, max_bytes=max_bytes)
+                event = read_message(
+                    message.body,
+                    message.routing_key,
+                    models,
+                    max_bytes=max_bytes,
+                    exchange=exchange,
+                    offset=0 if gives_ids else None,  # It gets another one.
+                )
             except InvalidEvent as error:
                 yield message, error
                 continue
-            properties = Basic.Properties(
-                content_type="application/cloudevents+json",
-                message_id=event.id,
-                message_type=event.type,
-                delivery_mode=2,
-            )
+            found = properties_of(message.body)
+            if found == NO_PROPERTIES:  # A structured event.
+                found = Properties(content_type=CONTENT_TYPE, message_id=event.id, type=event.type)
+            properties = _write_properties(found, {})
             await sender.send(
                 message.body,
                 exchange=exchange,
@@ -231,6 +251,46 @@ def _check_is_whole(body: bytes) -> None:
         )
 
 
+def _write_properties(found: Properties, headers: FieldTable) -> Basic.Properties:
+    """The properties of a message that is published again.
+
+    Args:
+        headers: of the bridge's own, beside those of the message.
+    """
+    return Basic.Properties(
+        content_type=found.content_type or None,
+        content_encoding=found.content_encoding or None,
+        message_id=found.message_id or None,
+        # The library writes no time before 1970.
+        timestamp=datetime.datetime.fromisoformat(found.time) if found.time and (found.timestamp or 0) >= 0 else None,
+        message_type=found.type or None,
+        app_id=found.app_id or None,
+        delivery_mode=2,
+        headers={**dict(found.headers), **headers},
+    )
+
+
+def _body(message: DeliveredMessage) -> bytes:
+    """The body of a message from the quarantine, with the properties that the refused message had."""
+    found = message.header.properties
+    time = found.timestamp
+    headers: list[tuple[str, Value]] = [
+        (name, value)
+        for name, value in (found.headers or {}).items()
+        if isinstance(value, str | bool | int) and not name.startswith("x-")
+    ]
+    properties = Properties(
+        content_type=found.content_type or "",
+        content_encoding=found.content_encoding or "",
+        message_id=found.message_id or "",
+        timestamp=None if time is None else int(time.timestamp()),
+        type=found.message_type or "",
+        app_id=found.app_id or "",
+        headers=tuple(sorted(headers)),
+    )
+    return message.body if properties == NO_PROPERTIES else MessageBody(message.body, properties)
+
+
 async def _get(
     addresses: Sequence[str], queue: str, limit: int
 ) -> AsyncGenerator[tuple[RefusedMessage, Callable[[], Awaitable[None]]]]:
@@ -250,7 +310,7 @@ async def _get(
             tag = message.delivery_tag or 0
             size = headers.get("x-size")
             refused = RefusedMessage(
-                Cut(message.body, size) if isinstance(size, int) else message.body,
+                Cut(message.body, size) if isinstance(size, int) else _body(message),
                 str(headers.get("x-routing-key", message.routing_key or "")),
                 str(headers.get("x-reason", "")),
                 str(headers.get("x-detail", "")),

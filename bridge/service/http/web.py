@@ -242,6 +242,8 @@ def create_app(
             log=lambda: hub.log,
             models=catalogue,
             max_event_bytes=settings.max_event_bytes,
+            exchange=settings.exchange,
+            gives_ids=settings.feed == "log",
         )
         _add_development(app, authenticator, settings, catalogue, publisher, look_up)
     return app

@@ -463,7 +463,7 @@ class Connection:
             self._carry_out(self.session.not_found(reason))
 
     def read(self, offset: int, check: str, routing_key: str, body: bytes) -> bool:
-        event = self._hub.reader.read_logged(routing_key, body)
+        event = self._hub.reader.read_logged(routing_key, body, offset)
         if not isinstance(event, StreamEvent):
             if event.depends_on_catalogue and self._wants(routing_key):
                 self.unreadable(logged=True)
@@ -777,7 +777,7 @@ class Hub:
         members = self._by_audience("all." if kind == "all" else f"{kind}.{rest.partition('.')[0]}.")
         if not members:
             return
-        event = self.reader.read(routing_key, body, via=0, only=len(members) == 1)
+        event = self.reader.read(routing_key, body, via=0, offset=offset, only=len(members) == 1)
         if not isinstance(event, StreamEvent):
             if event.depends_on_catalogue:
                 self._report_unreadable(routing_key, everyone=True)

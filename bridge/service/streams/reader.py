@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from bridge.event import Cut, InvalidEvent, Models, SchemaViolation, read_event
+from bridge.event import Cut, InvalidEvent, Models, SchemaViolation
+from bridge.service.broker.properties import NO_PROPERTIES, MessageBody, Properties
 from bridge.service.broker.quarantine import Quarantine
+from bridge.service.forms import offset_id, read_message
 from bridge.service.logs import RareLine
 from bridge.service.metrics import Metrics
 from bridge.service.streams.streamevent import StreamEvent
@@ -29,6 +31,15 @@ REFUSED_LINES = 50
 """Refused messages with a log line each. After these, one line in ten seconds counts the others."""
 
 _log = structlog.get_logger("bridge.reader")
+
+_Key = tuple[str, bytes] | tuple[str, bytes, Properties]
+
+
+def _key(routing_key: str, body: bytes) -> _Key:
+    """What the event of a message depends on."""
+    if isinstance(body, MessageBody) and body.properties != NO_PROPERTIES:
+        return routing_key, body, body.properties
+    return routing_key, body
 
 
 @dataclass(slots=True)
@@ -60,53 +71,76 @@ class EventReader:
     Args:
         models: the event catalogue.
         max_event_bytes: a larger body is refused unread.
+        exchange: where the messages come from.
+        gives_ids: whether the offset of an entry of the log is the id of an event that has none.
     """
 
-    def __init__(self, models: Models, *, max_event_bytes: int, metrics: Metrics, quarantine: Quarantine) -> None:
+    def __init__(
+        self,
+        models: Models,
+        *,
+        max_event_bytes: int,
+        exchange: str,
+        gives_ids: bool,
+        metrics: Metrics,
+        quarantine: Quarantine,
+    ) -> None:
         self._models = models
         self._max_event_bytes = max_event_bytes
+        self._exchange = exchange
+        self._gives_ids = gives_ids
         self._metrics = metrics
         self._quarantine = quarantine
-        self._cache: OrderedDict[tuple[str, bytes], StreamEvent | InvalidEvent] = OrderedDict()
+        self._cache: OrderedDict[_Key, StreamEvent | InvalidEvent] = OrderedDict()
         self._cache_bytes = 0
         self._refusals: OrderedDict[tuple[str, bytes], _RefusalCount] = OrderedDict()
         self._refused = RareLine("message refused", _log.warning, by="reason", burst=REFUSED_LINES)
 
-    def read(self, routing_key: str, body: bytes, *, via: int, only: bool = False) -> StreamEvent | InvalidEvent:
+    def read(
+        self, routing_key: str, body: bytes, *, via: int, offset: int | None = None, only: bool = False
+    ) -> StreamEvent | InvalidEvent:
         """The event of a message, or why it is refused. Read once, however many queues of this process deliver it.
 
         Args:
             via: number of the queue. A refused message goes to quarantine once for all queues that deliver it. If the
                 same queue delivers it again, it was published again.
+            offset: of the entry of the log that delivers it; None for a message of a queue.
             only: no other queue delivers it, so it is not cached.
         """
         self._metrics.events_received.value += 1
-        key = (routing_key, body)
+        key = _key(routing_key, body)
         event = None if only else self._cache.get(key)
         if event is None:
-            event = self._read(routing_key, body)
+            event = self._read(routing_key, body, offset)
             if not only:
-                self._remember(key, event)
+                self._remember(key, event, offset)
         if not isinstance(event, StreamEvent) and self._refusal(routing_key, body).is_new(via):
             self._refuse(routing_key, body, event)
         return event
 
-    def read_logged(self, routing_key: str, body: bytes) -> StreamEvent | InvalidEvent:
+    def read_logged(self, routing_key: str, body: bytes, offset: int | None = None) -> StreamEvent | InvalidEvent:
         """The same for an entry of the log. A refused entry goes to quarantine if this process has not seen it live."""
-        key = (routing_key, body)
+        key = _key(routing_key, body)
         event = self._cache.get(key)
         if event is None:
-            event = self._read(routing_key, body)
-            self._remember(key, event)
+            event = self._read(routing_key, body, offset)
+            self._remember(key, event, offset)
             if not isinstance(event, StreamEvent):
                 self._metrics.log_unreadable.labels(event.reason).inc()
                 if self._refusal(routing_key, body).is_new_in_log():
                     self._refuse(routing_key, body, event)
         return event
 
-    def _read(self, routing_key: str, body: bytes) -> StreamEvent | InvalidEvent:
+    def _read(self, routing_key: str, body: bytes, offset: int | None) -> StreamEvent | InvalidEvent:
         try:
-            event = read_event(body, routing_key, self._models, max_bytes=self._max_event_bytes)
+            event = read_message(
+                body,
+                routing_key,
+                self._models,
+                max_bytes=self._max_event_bytes,
+                exchange=self._exchange,
+                offset=offset if self._gives_ids else None,
+            )
             return StreamEvent(event, routing_key)
         except InvalidEvent as error:
             return type(error)(error.detail)  # Kept in the cache, so without its traceback.
@@ -117,19 +151,24 @@ class EventReader:
 
     def _refusal(self, routing_key: str, body: bytes) -> _RefusalCount:
         # By a digest: the body may be as large as the broker takes.
-        digested = (routing_key, hashlib.blake2b(body, digest_size=16).digest())
+        hashed = hashlib.blake2b(body, digest_size=16)
+        if isinstance(body, MessageBody):
+            hashed.update(repr(body.properties).encode("utf-8", "backslashreplace"))
+        digested = (routing_key, hashed.digest())
         refusal = self._refusals.setdefault(digested, _RefusalCount())
         if len(self._refusals) > REFUSALS:
             self._refusals.popitem(last=False)
         return refusal
 
-    def _remember(self, key: tuple[str, bytes], value: StreamEvent | InvalidEvent) -> None:
-        """Adds a key that is not in the cache."""
+    def _remember(self, key: _Key, value: StreamEvent | InvalidEvent, offset: int | None) -> None:
+        """Adds a key that is not in the cache. An event whose id is an offset is another one in each entry."""
+        if offset is not None and isinstance(value, StreamEvent) and value.id == offset_id(offset):
+            return
         self._cache[key] = value
         self._cache_bytes += len(key[1])
         while len(self._cache) > CACHE_EVENTS or self._cache_bytes > CACHE_BYTES:
-            (_, body), _ = self._cache.popitem(last=False)
-            self._cache_bytes -= len(body)
+            key, _ = self._cache.popitem(last=False)
+            self._cache_bytes -= len(key[1])
 
     def _refuse(self, routing_key: str, body: bytes, error: InvalidEvent) -> None:
         self._metrics.events_invalid.labels(error.reason).inc()
