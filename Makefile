@@ -23,6 +23,7 @@ test: $(READY) check $(if $(TESTS),,coverage) ## every test, on private RabbitMQ
 	@deploy/local/ensure kubectl
 	@deploy/local/ensure promtool
 	@deploy/local/ensure proxies
+	@deploy/local/ensure php
 	@$(MAKE) --no-print-directory $(NODE)/.ready
 	@SUITE_RABBITMQ_ROOT=$$(deploy/local/ensure rabbitmq4 2>/dev/null) SUITE_FEED=$(or $(FEED),queues) \
 		$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TESTS)

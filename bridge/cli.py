@@ -443,6 +443,8 @@ async def check(sample: IO[bytes] | None, routing_key: str | None) -> None:
         except InvalidKeySet as error:
             _failed(str(error))
         _passed(f"key set {loaded.jwks}")
+    if loaded.auth_url is not None:
+        await _check_login(loaded)
     try:
         async for step in topology.rehearse(
             loaded.addresses,
@@ -455,6 +457,26 @@ async def check(sample: IO[bytes] | None, routing_key: str | None) -> None:
             _passed(step)
     except BrokerError as error:
         _failed(str(error))
+
+
+async def _check_login(loaded: Settings) -> None:
+    from bridge.service.http.claims import TryAgain
+    from bridge.service.http.login import ApplicationLogin, LoginForbidden, NotLoggedIn
+
+    assert loaded.auth_url is not None, "the caller checks it"
+    login = ApplicationLogin(
+        loaded.auth_url, forwarded=(), timeout=loaded.auth_timeout_seconds, remember_seconds=0, concurrency=1
+    )
+    try:
+        user = (await login.ask([])).user
+    except (NotLoggedIn, LoginForbidden) as refusal:
+        _passed(f"the application refuses a request without a login: {refusal}")
+    except TryAgain as error:
+        _failed(f"BRIDGE_AUTH_URL: {error}")
+    else:
+        _failed(f"BRIDGE_AUTH_URL: the application takes a request without a login for {user!r}; it must answer 401")
+    finally:
+        await login.close()
 
 
 def _check_sample(file: IO[bytes], routing_key: str | None) -> None:

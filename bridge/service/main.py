@@ -28,6 +28,7 @@ from bridge.service.health import Status, why_not_ready
 from bridge.service.http.auth import Authenticator, InvalidKeySet
 from bridge.service.http.entrance import listen
 from bridge.service.http.http1 import host
+from bridge.service.http.login import ApplicationLogin
 from bridge.service.http.web import create_app, create_internal_app
 from bridge.service.logs import summarise_rare_lines
 from bridge.service.metrics import Metrics
@@ -116,6 +117,18 @@ class _Service:
             user_claim=settings.jwt_user_claim,
             groups_claim=settings.jwt_groups_claim,
         )
+        self.login = (
+            ApplicationLogin(
+                settings.auth_url,
+                forwarded=settings.auth_headers,
+                timeout=settings.auth_timeout_seconds,
+                remember_seconds=settings.auth_cache_seconds,
+                concurrency=settings.auth_concurrency,
+                on_answer=metrics.record_login,
+            )
+            if settings.auth_url is not None
+            else None
+        )
         self.quarantine = Quarantine(
             settings.addresses, queue=settings.quarantine, on_dropped=metrics.quarantine_dropped.inc
         )
@@ -184,6 +197,7 @@ class _Service:
             write_batch=self.write_batch,
             publisher=self.publisher,
             tracing=self.tracing,
+            login=self.login,
         )
         self.internal = create_internal_app(why_not_ready=self._why_not_ready, metrics=metrics)
 
@@ -299,6 +313,8 @@ class _Service:
         await asyncio.gather(asyncio.wait(connected, timeout=STOP_SECONDS), self.quarantine.close())
         if self.publisher is not None:
             await self.publisher.close()
+        if self.login is not None:
+            await self.login.close()
         quarantine.cancel()
         end_internal.set()
         await _finish(internal)

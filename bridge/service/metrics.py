@@ -30,6 +30,7 @@ CLOSE_REASONS = (*END_REASONS, "client", "stalled", "error")
 """Why a stream ended: the reason of its `bridge.bye`, or `client` (it disconnected), `stalled`, `error` (a bug)."""
 
 REPLAY_OUTCOMES = ("complete", "gap")
+LOGIN_OUTCOMES = ("accepted", "remembered", "refused", "unavailable")
 
 GuestEnd = Literal["header-timeout", "idle", "answer-timeout", "room"]
 """Why the bridge ended a connection that is not a stream: three deadlines, or room for others (`http.entrance`)."""
@@ -220,6 +221,18 @@ class Metrics:
             registry=self.registry,
         )
         self.log_answers.set(math.nan)
+        self.logins = Counter(
+            "bridge_logins_total",
+            "Requests judged by the application, by outcome",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.login_seconds = Histogram(
+            "bridge_login_seconds",
+            "Seconds until the application answered whose a request is",
+            buckets=_ATTACH_BUCKETS,
+            registry=self.registry,
+        )
         # Create all label values at the start: a rate over a series that appears with its first event misses it.
         for reason in CLOSE_REASONS:
             self.streams_ended.labels(reason)
@@ -228,7 +241,15 @@ class Metrics:
         for reason in REASONS:
             self.events_invalid.labels(reason)
             self.log_unreadable.labels(reason)
+        for login in LOGIN_OUTCOMES:
+            self.logins.labels(login)
         for gap in GAP_REASONS:
             self.gaps.labels(gap)
         for outcome in REPLAY_OUTCOMES:
             self.replays.labels(outcome)
+
+    def record_login(self, outcome: str, seconds: float) -> None:
+        """A request was judged by the application."""
+        self.logins.labels(outcome).inc()
+        if outcome != "remembered":
+            self.login_seconds.observe(seconds)

@@ -145,6 +145,13 @@ class PublicSettings(BrokerSettings):
 _ORIGIN_HOST = re.compile(r"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 """The host of an origin as a browser writes it: a name in ASCII (IDNA), or an address; then a port."""
 
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_CONNECTION_HEADERS = {
+    *("connection", "content-length", "host", "keep-alive", "proxy-authorization", "proxy-connection", "te"),
+    *("trailer", "transfer-encoding", "upgrade"),
+}
+"""Headers of the connection, not of the user's request (RFC 9110, section 7.6.1)."""
+
 
 class Settings(PublicSettings):
     """All settings of the service."""
@@ -161,6 +168,17 @@ class Settings(PublicSettings):
     jwt_groups_claim: str = Field(
         "groups", max_length=256, description="claim with the groups, in the same form; empty = no groups are read"
     )
+    auth_url: str | None = Field(
+        None, description="address of your application that says whose a request is, for sessions without tokens"
+    )
+    auth_headers: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("Cookie", "Authorization", "Origin"), description="headers of a request that `auth_url` gets, joined by commas"
+    )
+    auth_timeout_seconds: Seconds = Field(3, description="limit of a question to `auth_url`; after it, `busy`")
+    auth_cache_seconds: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = Field(
+        5, description="how long an answer of `auth_url` is used for further requests with the same headers"
+    )
+    auth_concurrency: Count = Field(50, description="the most questions to `auth_url` at once")
     allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="origins of pages on other hosts, joined by commas"
     )
@@ -206,7 +224,7 @@ class Settings(PublicSettings):
             secrets = sorted({amqp.credentials(address) for address in self.addresses})
         return hashlib.sha256("\0".join(["identity", *secrets]).encode()).digest()
 
-    @field_validator("jwt_secret", "jwks", "jwt_audience", "jwt_issuer", "openings_per_user", mode="before")
+    @field_validator("jwt_secret", "jwks", "jwt_audience", "jwt_issuer", "auth_url", "openings_per_user", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
@@ -220,9 +238,27 @@ class Settings(PublicSettings):
             )
         return value
 
-    @field_validator("allowed_origins", mode="before")
+    @field_validator("auth_url")
     @classmethod
-    def _split_origins(cls, value: object) -> object:
+    def _check_auth_url(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            # `port` raises ValueError for what is not a port.
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or parts.fragment:
+                raise ValueError("must be an address, for example http://app:8000/bridge-login")
+        return value
+
+    @field_validator("auth_headers")
+    @classmethod
+    def _check_auth_headers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not _HEADER_NAME.fullmatch(name) or name.lower() in _CONNECTION_HEADERS:
+                raise ValueError(f"{name[:60]!r} is not a header that can be passed on: remove it")
+        return value
+
+    @field_validator("allowed_origins", "auth_headers", mode="before")
+    @classmethod
+    def _split_list(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("allowed_origins")
@@ -260,11 +296,11 @@ def load(kind: type[Kind]) -> Kind:
         settings = kind()
     except ValidationError as error:
         faults += [_describe(kind, fault) for fault in error.errors(include_url=False, include_context=False)]
-    if issubclass(kind, Settings) and not any(_given(name) for name in ("JWT_SECRET", "JWKS")):
+    if issubclass(kind, Settings) and not any(_given(name) for name in ("JWT_SECRET", "JWKS", "AUTH_URL")):
         # Checked here, because pydantic checks several fields together only after each of them is valid.
         faults.append(
-            "BRIDGE_JWT_SECRET or BRIDGE_JWKS: set one of the two; without one, tokens cannot be verified "
-            "(for development: export BRIDGE_JWT_SECRET=$(openssl rand -hex 32))"
+            "BRIDGE_JWT_SECRET, BRIDGE_JWKS or BRIDGE_AUTH_URL: set one of them; without one, the bridge cannot know "
+            "whose a request is (for development: export BRIDGE_JWT_SECRET=$(openssl rand -hex 32))"
         )
     if isinstance(settings, Settings) and settings.feed == "log" and not settings.log:
         faults.append("BRIDGE_FEED: 'log' reads the event log: set BRIDGE_LOG to its name, or BRIDGE_FEED to 'queues'")

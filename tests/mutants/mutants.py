@@ -291,8 +291,8 @@ MUTANTS = [
     Mutant(
         "expiry-is-far-away",
         "bridge/service/streams/hub.py",
-        "            expires_at=now + (request.subscriber.expires_at - time.time()),\n",
-        "            expires_at=now + 1e12,\n",
+        "    expires_at = now + (subscriber.expires_at - time.time())\n",
+        "    expires_at = now + 1e12\n",
         "a stream continues after its token has expired",
         "tests/unit/test_hub.py",
     ),

@@ -68,3 +68,21 @@ def test_draws_in_the_middle_and_at_the_end() -> None:
     assert deadlines.drain_retry_ms(10, 0.5) == 5_000
     assert deadlines.retry_ms(3, 0.25) == 2_250
     assert deadlines.lifetime(3600, 0.5) == 3240
+
+
+def test_a_login_is_renewed_in_the_last_part_of_its_time() -> None:
+    assert [deadlines.renewal_at(100.0, 700.0, draw) for draw in (0.0, 1.0)] == [695.0, 690.0]
+    assert [deadlines.renewal_at(100.0, 104.0, draw) for draw in (0.0, 1.0)] == [103.5, 103.0]
+
+
+def test_a_renewal_is_due_once_and_again_after_a_pause() -> None:
+    due = Deadlines(0.0, heartbeat_seconds=15.0, ends_at=100.0, expires_at=50.0, renew_at=5.0)
+    assert due.deadline() == 5.0
+    assert [due.is_renewal(now) for now in (4.9, 5.0, 5.9, 6.0)] == [False, True, False, True]
+    due.renewed(expires_at=90.0, renew_at=80.0)
+    assert (due.end, due.is_renewal(79.0)) == (90.0, False)
+
+
+def test_a_token_is_never_renewed() -> None:
+    due = Deadlines(0.0, heartbeat_seconds=15.0, ends_at=100.0, expires_at=50.0)
+    assert not due.is_renewal(49.9)

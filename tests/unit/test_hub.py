@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from structlog.testing import capture_logs
 from bridge.routing import TypeFilter
 from bridge.service.broker.quarantine import Quarantine
 from bridge.service.http.auth import Subscriber
+from bridge.service.http.claims import TryAgain
+from bridge.service.http.login import LoginForbidden, NotLoggedIn
 from bridge.service.metrics import Metrics
 from bridge.service.streams.cursor import Anchor
 from bridge.service.streams.deadlines import POSITION_SECONDS, Deadlines
@@ -333,6 +336,54 @@ def test_a_stream_ends_with_its_token() -> None:
     assert connection.session.end_reason == "expired"
     connection.advance(3_000.0)
     assert connection.session.end_reason == "expired", "the first reason stays"
+
+
+async def renew(connection: Connection, answer: Subscriber | Exception) -> None:
+    """The application gives this answer shortly before the login expires."""
+
+    async def ask() -> Subscriber:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    connection.request = replace(connection.request, renew=ask)
+    connection.advance(1_990.0)
+    assert connection._renewing is not None
+    await connection._renewing
+    assert connection._renewing is None
+
+
+@pytest.mark.contract("6.46")
+async def test_a_login_that_is_still_valid_keeps_the_stream_open() -> None:
+    connection = due(renew_at=1_990.0)
+    await renew(connection, Subscriber("42", (), time.time() + 1e6))
+    connection.advance(2_000.0)
+    assert connection.session.end_reason is None
+    assert connection.deadlines.end == 3_000.0
+
+
+@pytest.mark.contract("6.46")
+@pytest.mark.parametrize(
+    "answer", [Subscriber("43", (), 1e12), Subscriber("42", ("ops",), 1e12), NotLoggedIn(), LoginForbidden()]
+)
+async def test_another_login_or_none_ends_the_stream_at_once(answer: Subscriber | Exception) -> None:
+    connection = due(renew_at=1_990.0)
+    await renew(connection, answer)
+    assert connection.session.end_reason == "expired"
+
+
+@pytest.mark.contract("6.46")
+async def test_without_an_answer_a_stream_asks_again_and_ends_with_its_login() -> None:
+    connection = due(renew_at=1_990.0)
+    await renew(connection, TryAgain("away"))
+    assert connection.session.end_reason is None
+    connection.advance(1_990.5)
+    assert connection._renewing is None, "there is a pause"
+    connection.advance(1_991.5)
+    assert connection._renewing is not None
+    connection.advance(2_000.0)
+    assert connection.session.end_reason == "expired"
+    connection.cancel_renewal()
 
 
 def test_a_stream_ends_with_its_age() -> None:

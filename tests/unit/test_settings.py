@@ -44,7 +44,7 @@ def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.contract("2.4")
 def test_without_any_key_it_does_not_start() -> None:
-    assert "BRIDGE_JWT_SECRET or BRIDGE_JWKS" in faults()[0]
+    assert "BRIDGE_JWT_SECRET, BRIDGE_JWKS or BRIDGE_AUTH_URL" in faults()[0]
     assert load(BrokerSettings).exchange == "events"  # Publishing needs no key.
 
 
@@ -56,6 +56,20 @@ def test_the_feed_from_the_log_needs_a_log(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     set_all(monkeypatch, LOG="events.log")
     assert load(Settings).feed == "log"
+
+
+@pytest.mark.contract("6.40")
+def test_a_login_by_the_application_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, AUTH_URL="http://app:8000/bridge-login", AUTH_HEADERS="cookie, X-Tenant")
+    loaded = load(Settings)
+    assert (loaded.auth_url, loaded.auth_headers) == ("http://app:8000/bridge-login", ("cookie", "X-Tenant"))
+    for url in ("app:8000", "ftp://app/", "http:///x", "http://app:x/", "http://app/#a"):
+        set_all(monkeypatch, AUTH_URL=url)
+        assert faults()[0].startswith("BRIDGE_AUTH_URL: ")
+    set_all(monkeypatch, AUTH_URL="http://app/")
+    for headers in ("Host", "a b", "content-length", "é"):
+        set_all(monkeypatch, AUTH_HEADERS=headers)
+        assert "is not a header that can be passed on" in faults()[0]
 
 
 def test_all_faults_are_named_with_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

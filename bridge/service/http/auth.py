@@ -79,6 +79,11 @@ class Authenticator:
             await self._keys.start(strict=strict)
 
     @property
+    def reads_tokens(self) -> bool:
+        """Whether it has a secret or a key set."""
+        return self._secret is not None or self._keys is not None
+
+    @property
     def missing_keys(self) -> str | None:
         """Why no key set has been read yet. None once one has been read, or if none is configured."""
         return None if self._keys is None else self._keys.missing

@@ -205,7 +205,8 @@ _ALWAYS = {
 }
 _UNKNOWN_TOKEN = {
     "401": _problem(
-        "There is no token, or it is not valid: `missing-token`, `invalid-token`, `expired-token`.",
+        "There is no token, or it is not valid: `missing-token`, `invalid-token`, `expired-token`. Or the application "
+        "knows no user: `not-logged-in`.",
         WWW_Authenticate="The challenge (RFC 6750, section 3).",
     )
 }
@@ -317,7 +318,7 @@ def _events(security: list[dict[str, Any]]) -> dict[str, Any]:
             **_UNKNOWN_TOKEN,
             "403": _problem(
                 "The page's origin or the user may have no stream: `origin-not-allowed`, `id-too-long`, `invalid-id`, "
-                "`groups-elsewhere`."
+                "`groups-elsewhere`, `forbidden-by-application`."
             ),
             "406": _problem("`Accept` does not admit text/event-stream."),
             **_ALWAYS,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Set
+from collections.abc import AsyncGenerator, Awaitable, Callable, Set
+from functools import partial
 from importlib.resources import files
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from bridge.service.broker.lookup import MAX_ANSWERS, LogQuestion, LookUp
 from bridge.service.health import CHECKS
 from bridge.service.http.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
 from bridge.service.http.headers import admits_stream, allowed_headers, bearer_token, is_own_origin, normal_origin
+from bridge.service.http.login import ApplicationLogin, LoginForbidden, NotLoggedIn
 from bridge.service.http.openapi import openapi
 from bridge.service.logs import RareLine
 from bridge.service.metrics import Metrics
@@ -137,10 +139,12 @@ def create_app(
     write_batch: WriteBatch,
     publisher: Publisher | None = None,
     tracing: Tracing | None = None,
+    login: ApplicationLogin | None = None,
 ) -> Quart:
     """The public application.
 
     Args:
+        login: asks the application whose a request is. None: only tokens count.
         publisher: publishes the console's samples. None: the console may not publish.
         tracing: makes spans of deliveries. None: tracing is off.
     """
@@ -194,7 +198,9 @@ def create_app(
         if not admits_stream(request.headers.getlist("Accept")):
             raise Problem(406, "not-acceptable", "`Accept` does not admit text/event-stream: add it, or omit Accept")
         try:
-            subscriber = await _authenticate(authenticator, settings)
+            subscriber, renew = await _authenticate(authenticator, login, settings)
+        except LoginForbidden as error:
+            raise Problem(403, error.code, str(error)) from None
         except GroupsElsewhere as error:
             no_groups.log(error=str(error))
             raise Problem(403, error.code, str(error)) from None
@@ -203,7 +209,7 @@ def create_app(
             metrics.streams_ended.labels("busy").inc()
             bye = sse.encode_bye("busy", deadlines.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
             return _stream_response(bye, UNKNOWN_IDENTITY)
-        stream_request = _read_stream_request(subscriber, subscriber.identity(identity_key))
+        stream_request = _read_stream_request(subscriber, subscriber.identity(identity_key), renew)
         if request.method == "HEAD":
             return _stream_response([], stream_request.identity)
         return _stream_response(_hand_over(request.scope, streams, stream_request), stream_request.identity)
@@ -245,7 +251,7 @@ def create_app(
             exchange=settings.exchange,
             gives_ids=settings.feed == "log",
         )
-        _add_development(app, authenticator, settings, catalogue, publisher, look_up)
+        _add_development(app, authenticator, login, settings, catalogue, publisher, look_up)
     return app
 
 
@@ -278,6 +284,7 @@ def _add_console(app: Quart, *, development: bool) -> None:
 def _add_development(
     app: Quart,
     authenticator: Authenticator,
+    login: ApplicationLogin | None,
     settings: Settings,
     catalogue: Catalogue,
     publisher: Publisher,
@@ -296,8 +303,8 @@ def _add_development(
 
     async def check_token() -> None:
         try:
-            await _authenticate(authenticator, settings)
-        except GroupsElsewhere as error:
+            await _authenticate(authenticator, login, settings)
+        except (GroupsElsewhere, LoginForbidden) as error:
             raise Problem(403, error.code, str(error)) from None
         except TryAgain as error:
             raise Problem(503, "keys-unavailable", str(error)) from None
@@ -499,16 +506,31 @@ def _check_origin(settings: Settings) -> None:
     )
 
 
-async def _authenticate(authenticator: Authenticator, settings: Settings) -> Subscriber:
-    """Returns the subscriber of the request's tokens.
+Renew = Callable[[], Awaitable[Subscriber]]
+
+
+async def _authenticate(
+    authenticator: Authenticator, login: ApplicationLogin | None, settings: Settings
+) -> tuple[Subscriber, Renew | None]:
+    """Returns the subscriber of the request's tokens, or of its session with the application, and how to renew that.
+
+    A request with a token is judged by its token, if the bridge reads tokens; any other one by the application.
 
     Raises:
-        Problem: 401, with a challenge (RFC 6750, section 3).
+        Problem: 401, with a challenge (RFC 9110, section 11.6.1; RFC 6750, section 3).
         GroupsElsewhere: the token is valid but leaves out its groups.
-        TryAgain: the token cannot be judged now.
+        LoginForbidden: the application refuses the user.
+        TryAgain: the request cannot be judged now.
     """
+    tokens = _find_tokens(settings)
     try:
-        return await authenticator.authenticate_any(_find_tokens(settings), time.time())
+        if login is None or (tokens and authenticator.reads_tokens):
+            return await authenticator.authenticate_any(tokens, time.time()), None
+        headers = login.pick(request.headers.items())
+        return await login.ask(headers), partial(login.ask, headers, again=True)
+    except NotLoggedIn as error:
+        # No scheme of browsers: with one of theirs they would ask for a password.
+        raise Problem(401, error.code, str(error), {"WWW-Authenticate": 'Session realm="bridge"'}) from None
     except InvalidToken as error:
         challenge = 'Bearer realm="bridge"'
         if error.code != "missing-token":
@@ -533,7 +555,7 @@ def _find_tokens(settings: Settings) -> list[str]:
     return [token for token in request.args.getlist("access_token") if token][:1] if settings.query_token else []
 
 
-def _read_stream_request(subscriber: Subscriber, identity: str) -> StreamRequest:
+def _read_stream_request(subscriber: Subscriber, identity: str, renew: Renew | None) -> StreamRequest:
     """Reads the subscription request in the query.
 
     Raises:
@@ -562,7 +584,7 @@ def _read_stream_request(subscriber: Subscriber, identity: str) -> StreamRequest
         keys = types.binding_keys(audience)
     except KeyTooLong as error:
         raise Problem(400, "invalid-types", f"a pattern is too long together with this user's id: {error}") from None
-    return StreamRequest(subscriber, identity, types, named, _last_event_id(), keys, audience_shown)
+    return StreamRequest(subscriber, identity, types, named, _last_event_id(), keys, audience_shown, renew)
 
 
 def _flag(name: str, *, default: str) -> bool:

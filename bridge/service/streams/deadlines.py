@@ -6,6 +6,8 @@ caller converts a token's expiry to that clock. A `retry:` is in milliseconds.
 
 from __future__ import annotations
 
+import math
+
 POSITION_SECONDS = 60.0
 """A client without events is sent its position this often, so that its cursor does not age out of the log."""
 
@@ -38,15 +40,36 @@ def drain_at(index: int, count: int, drain_seconds: float, draw: float) -> float
     return drain_seconds * (index + draw) / count
 
 
+RENEWAL_SECONDS = 10.0
+RENEWAL_SHARE = 0.25
+"""Before a login expires, the application is asked again: at most this long before, and this share of its time."""
+
+RENEWAL_PAUSE_SECONDS = 1.0
+"""Pause between two questions, until the login expires."""
+
+
+def renewal_at(now: float, expires_at: float, draw: float) -> float:
+    """When a login is renewed: in the last part of its time, and not at the same moment as others."""
+    before = min(RENEWAL_SECONDS, RENEWAL_SHARE * (expires_at - now))
+    return expires_at - before * (0.5 + 0.5 * draw)
+
+
 class Deadlines:
     """The deadlines of one stream."""
 
-    __slots__ = ("_ends_at", "_expires_at", "_last_byte", "_last_event", "heartbeat_seconds")
+    __slots__ = ("_ends_at", "_expires_at", "_last_byte", "_last_event", "_renew_at", "heartbeat_seconds")
 
-    def __init__(self, now: float, *, heartbeat_seconds: float, ends_at: float, expires_at: float) -> None:
+    def __init__(
+        self, now: float, *, heartbeat_seconds: float, ends_at: float, expires_at: float, renew_at: float = math.inf
+    ) -> None:
+        """
+        Args:
+            renew_at: when to ask whether the login is still valid.
+        """
         self.heartbeat_seconds = heartbeat_seconds
         self._ends_at = ends_at
         self._expires_at = expires_at
+        self._renew_at = renew_at
         self._last_byte = now
         self._last_event = now
 
@@ -57,6 +80,18 @@ class Deadlines:
     def moved(self, now: float) -> None:
         """The client's cursor moved, or could not move. It is checked again after `POSITION_SECONDS`."""
         self._last_event = now
+
+    def renewed(self, *, expires_at: float, renew_at: float) -> None:
+        """The login is still valid."""
+        self._expires_at = expires_at
+        self._renew_at = renew_at
+
+    def is_renewal(self, now: float) -> bool:
+        """Whether to ask now whether the login is still valid. It is True once, and again after a pause."""
+        if now < self._renew_at:
+            return False
+        self._renew_at = now + RENEWAL_PAUSE_SECONDS
+        return True
 
     def is_expired(self, now: float) -> bool:
         return now >= self._expires_at
@@ -76,5 +111,7 @@ class Deadlines:
         return min(self._ends_at, self._expires_at)
 
     def deadline(self) -> float:
-        """The first moment at which any of the four can be due."""
-        return min(self._last_byte + self.heartbeat_seconds, self._last_event + POSITION_SECONDS, self.end)
+        """The first moment at which any of the five can be due."""
+        return min(
+            self._last_byte + self.heartbeat_seconds, self._last_event + POSITION_SECONDS, self.end, self._renew_at
+        )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import math
 import random
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, get_args
@@ -26,6 +27,7 @@ from bridge.service import clock
 from bridge.service.broker.eventlog import EventLog, OnWatermark, Request
 from bridge.service.budgets import Budgets
 from bridge.service.http.auth import Subscriber
+from bridge.service.http.claims import Refusal, TryAgain
 from bridge.service.metrics import Metrics
 from bridge.service.streams import deadlines
 from bridge.service.streams.cursor import Anchor, digest
@@ -210,6 +212,9 @@ class StreamRequest:
     """Binding keys of the live queue."""
     audience: bool = False
     """Whether each event carries the attribute `audience`."""
+    renew: Callable[[], Awaitable[Subscriber]] | None = None
+    """Asks whether the login is still valid, shortly before it expires. None: a token's expiry cannot change. It raises
+    `Refusal`."""
 
 
 class Connection:
@@ -226,6 +231,7 @@ class Connection:
         "_hub",
         "_paused_at",
         "_prefix",
+        "_renewing",
         "_request",
         "_waits_since",
         "_watermarks_seen",
@@ -262,6 +268,7 @@ class Connection:
         self._epoch = 0
         """Counts how often its queues were lost or bound. An answer to an earlier epoch's request is dropped."""
         self._request: Request | None = None
+        self._renewing: asyncio.Task[None] | None = None
         self._paused_at: int | None = None
         self._expected = False
         self._watermarks_seen = hub.watermarks
@@ -332,6 +339,10 @@ class Connection:
         if log is not None and replay is not self._expected:
             self._expected = replay
             log.expect(self.request.subscriber.user, 1 if replay else -1)
+
+    def cancel_renewal(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
 
     def forget(self) -> None:
         """Drops every request to the log, and the answers that are on their way."""
@@ -510,6 +521,8 @@ class Connection:
         session, due = self.session, self.deadlines
         if session.state is State.ENDED:
             return
+        if due.is_renewal(now) and self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew(), name="renew-login")
         if due.is_expired(now):
             session.end("expired", self._hub.retry_ms())
         elif due.is_rotated(now):
@@ -527,6 +540,26 @@ class Connection:
                 session.heartbeat()
         elif due.heartbeat_due(now):
             session.heartbeat()
+
+    async def _renew(self) -> None:
+        """Asks whether the login is still valid. Another user, or other groups, are another stream."""
+        renew = self.request.renew
+        assert renew is not None, "only then is a renewal due"
+        with self._contained():
+            try:
+                renewed = await renew()
+            except TryAgain as error:
+                _log.warning("login not renewed", stream=self.subscription.number, error=str(error))
+            except Refusal:
+                self.session.end("expired", self._hub.retry_ms())
+            else:
+                before = self.request.subscriber
+                if renewed.user == before.user and set(renewed.groups) == set(before.groups):
+                    self.deadlines.renewed(**_login_deadlines(renewed))
+                else:
+                    self.session.end("expired", self._hub.retry_ms())
+            finally:
+                self._renewing = None
 
     def read_on(self) -> None:
         """Bytes were taken. A read of the log that stopped goes on once the client has read most of its backlog."""
@@ -627,7 +660,7 @@ class Hub:
             now,
             heartbeat_seconds=self._limits.heartbeat_seconds,
             ends_at=now + deadlines.lifetime(self._limits.max_age_seconds, random.random()),
-            expires_at=now + (request.subscriber.expires_at - time.time()),
+            **_login_deadlines(request.subscriber, renews=request.renew is not None),
         )
         connection = Connection(self, request, session, own_deadlines, wake, now)
         self._connections[connection] = None
@@ -662,6 +695,7 @@ class Hub:
         """Forgets a connection whose socket is gone."""
         connection.subscription.close()
         connection.forget()
+        connection.cancel_renewal()
         connection.expect(False)
         del self._connections[connection]
         own, *shared = connection.prefixes
@@ -847,6 +881,14 @@ class Hub:
     def _say_goodbye(connection: Connection, retry_ms: int) -> None:
         connection.session.end("drain", retry_ms)
         connection.wake()
+
+
+def _login_deadlines(subscriber: Subscriber, *, renews: bool = True) -> dict[str, float]:
+    """When the login expires and is renewed, by the monotonic clock."""
+    now = time.monotonic()
+    expires_at = now + (subscriber.expires_at - time.time())
+    renew_at = deadlines.renewal_at(now, expires_at, random.random()) if renews else math.inf
+    return {"expires_at": expires_at, "renew_at": renew_at}
 
 
 def _is_shared(routing_key: str) -> bool:
