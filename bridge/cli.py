@@ -1,4 +1,4 @@
-"""The command line: `bridge serve`, `publish`, `listen`, `token`, `schemas`, `check`, `quarantine`.
+"""The command line: `bridge serve`, `publish`, `listen`, `token`, `schemas`, `check`, `kick`, `who`, `quarantine`.
 
 Exit codes: 0 success; 1 failure of RabbitMQ or the network; 2 invalid input or settings. `publish` needs only the SDK's
 dependencies. A command that needs the server's dependencies reports it if they are missing.
@@ -7,9 +7,11 @@ dependencies. A command that needs the server's dependencies reports it if they 
 from __future__ import annotations
 
 import asyncio
+import getpass
 import json
 import os
 import random
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -28,6 +30,7 @@ from bridge.roundtrip import zoneless_times
 from bridge.routing import Audience, RoutingError, split_key
 
 if TYPE_CHECKING:
+    from bridge.service.broker.control import ControlClient
     from bridge.service.broker.quarantine import RefusedMessage
     from bridge.service.settings import BrokerSettings, Kind, PublicSettings, Settings
 
@@ -516,6 +519,69 @@ def _passed(what: str) -> None:
 def _failed(what: str) -> NoReturn:
     click.echo(f"  !! {what}")
     sys.exit(1)
+
+
+# kick, who
+
+
+@main.command()
+@click.option("--user", required=True, help="The user's id.")
+@click.option("--session", help="Only this stream, as `bridge who` names it.")
+@click.option("--reason", default="", help="Why, for the bridge's log.")
+@click.option("--until", help="Also refuse tokens issued before: now, 2026-01-31T12:00:00Z, or seconds since 1970.")
+@_runs
+async def kick(user: str, session: str | None, reason: str, until: str | None) -> None:
+    """End a user's streams on every replica. With --until, the user cannot come back with an older token."""
+    client, by = _control_client(), f"{getpass.getuser()}@{socket.gethostname()}"
+    from bridge.service.broker.control import read_moment
+
+    try:
+        moment = None if until is None else read_moment(until, time.time())
+    except ValueError as error:
+        _fail(BAD_INPUT, f"--until: {error}")
+    try:
+        kicked = await client.kick(user, by=by, session=session, reason=reason, until=moment)
+    except BrokerError as error:
+        _fail(1, str(error))
+    for replica, ended in sorted(kicked.replicas.items()):
+        click.echo(f"replica {replica}: {ended} ended")
+    if not kicked.replicas:
+        _fail(1, "no replica has answered; those that are cut off end the streams when they are back")
+
+
+@main.command()
+@click.option("--user", help="Show this user's streams. Without it, list the users.")
+@click.option("--after", default="", help="List the users after this one.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 1000))
+@_runs
+async def who(user: str | None, after: str, limit: int) -> None:
+    """Print who is connected, one user or one stream per line, and on standard error which replicas have answered."""
+    client = _control_client()
+    try:
+        if user is None:
+            page = await client.users(after=after, limit=limit)
+            rows, replicas, further = page.users, page.replicas, page.further
+        else:
+            found = await client.streams(user)
+            rows, replicas, further = found.streams, found.replicas, False
+    except BrokerError as error:
+        _fail(1, str(error))
+    for row in rows:
+        click.echo(json.dumps(row, ensure_ascii=False))
+    click.echo(f"{len(replicas)} replica(s) answered: {', '.join(replicas)}", err=True)
+    if further:
+        click.echo(f"more: --after {rows[-1]['user']}", err=True)
+    sys.exit(0 if replicas else 1)
+
+
+def _control_client() -> ControlClient:
+    _need_server()
+    from bridge.service.broker.control import ControlClient
+
+    loaded = _broker_settings()
+    if not loaded.control:
+        _fail(BAD_INPUT, "BRIDGE_CONTROL is empty: the replicas take no orders")
+    return ControlClient(loaded.addresses, exchange=loaded.control)
 
 
 # quarantine

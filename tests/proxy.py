@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from types import TracebackType
+from typing import Any
 
 
 class Proxy:
@@ -23,7 +24,7 @@ class Proxy:
         """Forward at most this many bytes in one TCP segment; None for as many as there are."""
         self._writers: set[asyncio.StreamWriter] = set()
         self._clients: list[asyncio.StreamWriter] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
         self.accepted = 0
@@ -40,6 +41,7 @@ class Proxy:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # Connections that were reset are closed by the loop's next turn.
 
     async def open(self) -> None:
         """Accepts connections; also again, after `refuse`."""
@@ -76,9 +78,12 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         self._writers.add(writer)
+        connecting = asyncio.create_task(asyncio.open_connection("127.0.0.1", self._target))
+        self._tasks.add(connecting)
+        connecting.add_done_callback(self._tasks.discard)
         try:
-            target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:
+            target_reader, target_writer = await connecting
+        except (OSError, asyncio.CancelledError):
             writer.transport.abort()
             return
         if writer.is_closing():  # `cut` was called while the target was being connected.

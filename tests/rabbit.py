@@ -97,6 +97,10 @@ class Vhost:
         self._call("DELETE", f"users/{user}")
 
     def queues(self) -> list[str]:
+        """Without the control stream, which every bridge declares."""
+        return [name for name in self.all_queues() if name != "bridge.control"]
+
+    def all_queues(self) -> list[str]:
         return [queue["name"] for queue in self._call("GET", f"queues/{self.name}?columns=name")]
 
     def count(self, queue: str) -> int:

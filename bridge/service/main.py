@@ -19,6 +19,7 @@ from bridge.amqp import BrokerError
 from bridge.catalogue.load import Catalogue
 from bridge.publisher import Publisher
 from bridge.service import descriptors
+from bridge.service.broker.control import Control, ControlClient
 from bridge.service.broker.eventlog import EventLog
 from bridge.service.broker.live import Broker
 from bridge.service.broker.quarantine import Quarantine
@@ -188,6 +189,21 @@ class _Service:
             metrics.log_waiting_for_budget.set_function(lambda: log.waiting_for_budget)
             metrics.log_entries.set_function(lambda: log.entries_read)
             metrics.log_answers.set(1)  # Until a stream needs the log for the first time.
+        self.control = (
+            Control(
+                settings.addresses,
+                exchange=settings.control,
+                max_age=settings.control_max_age,
+                instance=feed.instance,
+                streams=self.hub,
+                on_kick=self._on_kick,
+            )
+            if settings.control
+            else None
+        )
+        if self.control is not None:
+            control = self.control
+            metrics.control_answers.set_function(lambda: control.connected)
         self.public = create_app(
             hub=self.hub,
             authenticator=self.authenticator,
@@ -198,8 +214,20 @@ class _Service:
             publisher=self.publisher,
             tracing=self.tracing,
             login=self.login,
+            control=self.control,
         )
-        self.internal = create_internal_app(why_not_ready=self._why_not_ready, metrics=metrics)
+        key = settings.internal_key
+        self.internal = create_internal_app(
+            why_not_ready=self._why_not_ready,
+            metrics=metrics,
+            control=ControlClient(settings.addresses, exchange=settings.control) if settings.control else None,
+            key=None if key is None else key.get_secret_value(),
+        )
+
+    def _on_kick(self, user: str, ended: int) -> None:
+        self.metrics.kicked.inc(ended)
+        if self.login is not None:
+            self.login.forget(user)
 
     def _make_feed(self, hub: Hub) -> Feed:
         settings = self.settings
@@ -286,6 +314,8 @@ class _Service:
             connected.add(asyncio.create_task(self.log.run(), name="log"))
             if self.hub.feed.overlaps:
                 connected.add(asyncio.create_task(self.hub.write_watermarks(), name="watermarks"))
+        if self.control is not None:
+            connected.add(asyncio.create_task(self.control.run(), name="control"))
         stopping = asyncio.create_task(stop.wait(), name="stop")
         # Almost all objects that exist now live as long as the process: exclude them from further garbage collection.
         gc.collect()

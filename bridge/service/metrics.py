@@ -221,6 +221,13 @@ class Metrics:
             registry=self.registry,
         )
         self.log_answers.set(math.nan)
+        self.kicked = Counter("bridge_kicked_total", "Streams that operators have ended", registry=self.registry)
+        self.control_answers = Gauge(
+            "bridge_control_answers",
+            "1 while orders to all replicas reach this one; 0 while they do not; NaN without control",
+            registry=self.registry,
+        )
+        self.control_answers.set(math.nan)
         self.logins = Counter(
             "bridge_logins_total",
             "Requests judged by the application, by outcome",

@@ -90,7 +90,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class BrokerSettings(BaseSettings):
-    """The settings that `bridge publish`, `schemas diff`, `quarantine` and `check --sample` read."""
+    """The settings that `bridge publish`, `schemas diff`, `quarantine`, `kick`, `who` and `check --sample` read."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", env_ignore_empty=False, frozen=True)
 
@@ -113,6 +113,10 @@ class BrokerSettings(BaseSettings):
     schemas: str = Field("schemas", min_length=1, description="package of the event catalogue")
     max_event_bytes: Annotated[int, Field(ge=1024)] = Field(
         MAX_EVENT_BYTES, description="largest message body, in bytes"
+    )
+
+    control: LogName = Field(
+        "bridge.control", description="exchange, and stream, for orders to all replicas; empty = no control"
     )
 
     @property
@@ -206,6 +210,12 @@ class Settings(PublicSettings):
     backlog_bytes: Annotated[int, Field(ge=1024)] = Field(
         1_048_576, description="the most bytes that wait for one client"
     )
+    control_max_age: Annotated[str, Field(pattern=r"^[1-9][0-9]*[YMDhms]$")] = Field(
+        "30D", description="how long a revocation is kept; not shorter than your tokens live"
+    )
+    internal_key: SecretStr | None = Field(
+        None, description="bearer key for /users on the internal address; unset = no key is needed"
+    )
     tracing: bool = Field(False, description="whether deliveries of traced events become spans (OpenTelemetry)")
     broker_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         30, description="how long RabbitMQ may be away before /readyz answers 503"
@@ -224,7 +234,16 @@ class Settings(PublicSettings):
             secrets = sorted({amqp.credentials(address) for address in self.addresses})
         return hashlib.sha256("\0".join(["identity", *secrets]).encode()).digest()
 
-    @field_validator("jwt_secret", "jwks", "jwt_audience", "jwt_issuer", "auth_url", "openings_per_user", mode="before")
+    @field_validator(
+        "jwt_secret",
+        "jwks",
+        "jwt_audience",
+        "jwt_issuer",
+        "auth_url",
+        "internal_key",
+        "openings_per_user",
+        mode="before",
+    )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value

@@ -17,6 +17,7 @@ from bridge import Publisher
 from bridge.samples.jobs import JobCompleted
 from tests.conftest import Eventually, OpenStream, StartService
 from tests.deploy.manifests import KUBERNETES, Manifest, of_kind, render
+from tests.integration.test_cli import run
 from tests.rabbit import Vhost, cloudevent
 from tests.service import ROOT, SAMPLES, SECRET, bare_environment
 
@@ -87,6 +88,22 @@ async def test_the_bridge_warns_if_the_log_may_be_unbound(
     assert await stream.ids(1) == ["live"]
 
 
+@pytest.mark.contract("9.7")
+async def test_an_operator_can_list_users_and_end_streams(
+    rights: Vhost, start: StartService, connect: OpenStream
+) -> None:
+    service = await start(amqp_url=bridge_url(rights))
+    await service.logged("control stream read")
+    stream = await connect(service, "42")
+    url = url_of(rights, "bridge-operator")
+    done = await run("who", amqp_url=url)
+    assert (done.code, json.loads(done.out)) == (0, {"user": "42", "streams": 1}), done.err
+    assert (await run("kick", "--user", "42", "--until", "now", amqp_url=url)).code == 0
+    assert (await stream.until("bridge.bye")).json["reason"] == "revoked"
+    refused = await run("kick", "--user", "42", amqp_url=url_of(rights, "worker-jobs"))
+    assert (refused.code, "ACCESS_REFUSED" in refused.err) == (1, True)
+
+
 async def test_bridge_check_accepts_the_rights(rights: Vhost) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bridge", "check",
@@ -155,6 +172,13 @@ REFUSED: dict[str, list[tuple[str, Action]]] = {
         ("read other exchanges", bind_own("#", "amq.topic")),
         ("write to other exchanges", publish("user.42.job.completed", "amq.topic")),
     ],
+    "bridge-operator": [
+        ("publish an event", publish("user.42.job.completed")),
+        ("write without an exchange", publish("events.log", "")),
+        ("read the log", lambda c: c.basic_consume("events.log", _nothing, arguments={"x-stream-offset": "first"})),
+        ("make a queue like the bridge's", lambda c: c.queue_declare("bridge.live.mine")),
+        ("delete the control exchange", lambda c: c.exchange_delete("bridge.control")),
+    ],
     "worker-jobs": [
         ("publish a billing event", publish("user.42.billing.notice")),
         ("publish to a group", publish("group.ops.job.completed")),
@@ -162,6 +186,7 @@ REFUSED: dict[str, list[tuple[str, Action]]] = {
         ("publish with a longer key", publish("user.42.x.job.completed")),
         ("write into the log without the exchange", publish("events.log", "")),
         ("write into the quarantine", publish("events.invalid", "")),
+        ("end a user's streams", publish("kick", "bridge.control")),
         ("make a queue", lambda c: c.queue_declare("mine")),
         ("make a queue with a name like the bridge's", lambda c: c.queue_declare("bridge.mine")),
         ("bind a queue to the exchange", lambda c: c.queue_bind("events.invalid", "events", "user.42.#")),

@@ -368,7 +368,7 @@ async def test_the_header_wins_over_the_query(service: Service, connect: OpenStr
         ("malformed", "user.42.job.completed", b"[" * 30_000 + b"]" * 30_000),
         ("malformed", "user.42.job.completed", json.dumps(cloudevent("s")).encode().replace(b"r-7", rb"\ud800")),
         ("malformed", "user.42.job.completed", json.dumps(cloudevent("d")).encode().replace(b'"id"', b'"id":"x","id"')),
-        ("not-a-cloudevent", "user.42.job.completed", b'{"hello": "world"}'),
+        ("not-a-cloudevent", "user.42.job.completed", b'["hello"]'),
         ("unknown-type", "user.42.no.such.type", json.dumps(cloudevent("u", "no.such.type")).encode()),
         ("schema", "user.42.job.completed", json.dumps(cloudevent("s", duration_seconds="long")).encode()),
         ("type-mismatch", "user.42.job.failed", json.dumps(cloudevent("m")).encode()),

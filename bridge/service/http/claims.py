@@ -12,7 +12,7 @@ import hmac
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 NOT_BEFORE_LEEWAY_SECONDS = 30.0
@@ -50,6 +50,12 @@ class ExpiredToken(InvalidToken):
     code = "expired-token"
 
 
+class RevokedToken(InvalidToken):
+    """The token was issued before the moment until which the user's tokens are refused."""
+
+    code = "revoked-token"
+
+
 class GroupsElsewhere(Refusal):
     """403: the token is valid, but its groups must be fetched from the identity provider."""
 
@@ -66,11 +72,13 @@ class NotYetValid(TryAgain):
 
 @dataclass(frozen=True, slots=True)
 class Subscriber:
-    """The user and the groups of a valid token. `expires_at` is in seconds since 1970."""
+    """The user and the groups of a valid token. Times are in seconds since 1970."""
 
     user: str
     groups: tuple[str, ...]
     expires_at: float
+    issued_at: float | None = field(default=None, compare=False)
+    """None if the token does not say it."""
 
     def identity(self, key: bytes) -> str:
         """An opaque name for the events that this subscriber may see. It is equal for the same user and the same groups
@@ -178,7 +186,10 @@ class ClaimsReader:
         user = _identifier(claim_at(claims, self.user))
         if not user:
             raise InvalidToken(f"the claim {self.user!r} (the user id) is missing or is not text")
-        return Subscriber(user, self._read_groups(claims), expires_at)
+        issued_at = claims.get("iat")
+        return Subscriber(
+            user, self._read_groups(claims), expires_at, float(issued_at) if _is_time(issued_at) else None
+        )
 
     def _check_destination(self, claims: dict[str, Any]) -> None:
         # The message does not contain the expected value: only a token with the right claims may cause a reading of the

@@ -89,6 +89,11 @@ class ApplicationLogin:
         """The headers of a request that the application gets."""
         return [(name, value) for name, value in headers if name.lower() in self._forwarded]
 
+    def forget(self, user: str) -> None:
+        """Drops what is remembered of a user."""
+        for key in [key for key, (subscriber, _) in self._answers.items() if subscriber.user == user]:
+            del self._answers[key]
+
     async def ask(self, headers: Headers, *, again: bool = False) -> Subscriber:
         """The subscriber of a request. Requests with the same headers share one question.
 

@@ -7,6 +7,7 @@ with a stream that has only `bridge.bye` (docs/contract.md, "GET /events").
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
 import time
@@ -27,9 +28,11 @@ from bridge.catalogue import exports
 from bridge.catalogue.load import Catalogue
 from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.routing import MAX_PATTERNS, Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
+from bridge.service.broker.control import MOST_USERS, Control, ControlClient, read_moment
 from bridge.service.broker.lookup import MAX_ANSWERS, LogQuestion, LookUp
 from bridge.service.health import CHECKS
 from bridge.service.http.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
+from bridge.service.http.claims import RevokedToken
 from bridge.service.http.headers import admits_stream, allowed_headers, bearer_token, is_own_origin, normal_origin
 from bridge.service.http.login import ApplicationLogin, LoginForbidden, NotLoggedIn
 from bridge.service.http.openapi import openapi
@@ -140,10 +143,12 @@ def create_app(
     publisher: Publisher | None = None,
     tracing: Tracing | None = None,
     login: ApplicationLogin | None = None,
+    control: Control | None = None,
 ) -> Quart:
     """The public application.
 
     Args:
+        control: knows which tokens were revoked. None: no token is.
         login: asks the application whose a request is. None: only tokens count.
         publisher: publishes the console's samples. None: the console may not publish.
         tracing: makes spans of deliveries. None: tracing is off.
@@ -198,7 +203,7 @@ def create_app(
         if not admits_stream(request.headers.getlist("Accept")):
             raise Problem(406, "not-acceptable", "`Accept` does not admit text/event-stream: add it, or omit Accept")
         try:
-            subscriber, renew = await _authenticate(authenticator, login, settings)
+            subscriber, renew = await _authenticate(authenticator, login, control, settings)
         except LoginForbidden as error:
             raise Problem(403, error.code, str(error)) from None
         except GroupsElsewhere as error:
@@ -251,7 +256,7 @@ def create_app(
             exchange=settings.exchange,
             gives_ids=settings.feed == "log",
         )
-        _add_development(app, authenticator, login, settings, catalogue, publisher, look_up)
+        _add_development(app, authenticator, login, control, settings, catalogue, publisher, look_up)
     return app
 
 
@@ -285,6 +290,7 @@ def _add_development(
     app: Quart,
     authenticator: Authenticator,
     login: ApplicationLogin | None,
+    control: Control | None,
     settings: Settings,
     catalogue: Catalogue,
     publisher: Publisher,
@@ -303,7 +309,7 @@ def _add_development(
 
     async def check_token() -> None:
         try:
-            await _authenticate(authenticator, login, settings)
+            await _authenticate(authenticator, login, control, settings)
         except (GroupsElsewhere, LoginForbidden) as error:
             raise Problem(403, error.code, str(error)) from None
         except TryAgain as error:
@@ -390,9 +396,22 @@ def _private(value: object) -> Response:
     return response
 
 
-def create_internal_app(*, why_not_ready: Callable[[Set[str]], str | None], metrics: Metrics) -> Quart:
-    """The internal application: probes and metrics."""
+def create_internal_app(
+    *,
+    why_not_ready: Callable[[Set[str]], str | None],
+    metrics: Metrics,
+    control: ControlClient | None = None,
+    key: str | None = None,
+) -> Quart:
+    """The internal application: probes, metrics, and who is connected.
+
+    Args:
+        control: asks all replicas. None: there are no routes for users.
+        key: the bearer key that these routes need. None: they need none.
+    """
     app = _bare_app("bridge.internal")
+    if control is not None:
+        _add_users(app, control, key)
 
     @app.get("/livez")
     async def livez() -> Response:
@@ -416,6 +435,54 @@ def create_internal_app(*, why_not_ready: Callable[[Set[str]], str | None], metr
         return Response(generate_latest(metrics.registry), content_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _add_users(app: Quart, control: ControlClient, key: str | None) -> None:
+    @app.errorhandler(Problem)
+    async def refuse(problem: Problem) -> Response:
+        return problem.response()
+
+    def check_key() -> None:
+        if key is None:
+            return
+        given = bearer_token(request.headers.getlist("Authorization")) or ""
+        if not hmac.compare_digest(given.encode(), key.encode()):
+            challenge = {"WWW-Authenticate": 'Bearer realm="bridge.internal"'}
+            raise Problem(401, "internal-key", "send BRIDGE_INTERNAL_KEY as Authorization: Bearer", challenge)
+
+    @app.errorhandler(BrokerError)
+    async def fail(error: BrokerError) -> Response:
+        return _problem(503, "broker-unavailable", str(error), {"Retry-After": "5"})
+
+    @app.get("/users")
+    async def list_users() -> Response:
+        check_key()
+        found = await control.users(
+            after=request.args.get("after", ""), limit=_number("limit", 100, largest=MOST_USERS)
+        )
+        return _private({"replicas": found.replicas, "users": found.users, "further": found.further})
+
+    @app.get("/users/<path:user>/streams")
+    async def show_streams(user: str) -> Response:
+        check_key()
+        found = await control.streams(user)
+        return _private({"replicas": found.replicas, "streams": found.streams})
+
+    @app.delete("/users/<path:user>/streams")
+    async def end_streams(user: str) -> Response:
+        check_key()
+        try:
+            until = read_moment(request.args["until"], time.time()) if "until" in request.args else None
+        except ValueError as error:
+            raise Problem(400, "invalid-until", str(error)) from None
+        kicked = await control.kick(
+            user,
+            by=f"http {request.remote_addr}",
+            session=request.args.get("session"),
+            reason=request.args.get("reason", ""),
+            until=until,
+        )
+        return _private({"replicas": kicked.replicas, "ended": sum(kicked.replicas.values())})
 
 
 def _bare_app(name: str) -> Quart:
@@ -510,7 +577,7 @@ Renew = Callable[[], Awaitable[Subscriber]]
 
 
 async def _authenticate(
-    authenticator: Authenticator, login: ApplicationLogin | None, settings: Settings
+    authenticator: Authenticator, login: ApplicationLogin | None, control: Control | None, settings: Settings
 ) -> tuple[Subscriber, Renew | None]:
     """Returns the subscriber of the request's tokens, or of its session with the application, and how to renew that.
 
@@ -525,7 +592,10 @@ async def _authenticate(
     tokens = _find_tokens(settings)
     try:
         if login is None or (tokens and authenticator.reads_tokens):
-            return await authenticator.authenticate_any(tokens, time.time()), None
+            subscriber = await authenticator.authenticate_any(tokens, time.time())
+            if control is not None:
+                await _check_revocations(control, subscriber)
+            return subscriber, None
         headers = login.pick(request.headers.items())
         return await login.ask(headers), partial(login.ask, headers, again=True)
     except NotLoggedIn as error:
@@ -536,6 +606,18 @@ async def _authenticate(
         if error.code != "missing-token":
             challenge += f', error="invalid_token", error_description="{_quotable(str(error))}"'
         raise Problem(401, error.code, str(error), {"WWW-Authenticate": challenge}) from None
+
+
+async def _check_revocations(control: Control, subscriber: Subscriber) -> None:
+    """
+    Raises:
+        RevokedToken: the token was issued before the user's tokens were revoked.
+        TryAgain: the process has just started, and does not know yet what was revoked.
+    """
+    if not await control.wait_until_known():
+        raise TryAgain("the control stream has not been read yet, so it is not known which tokens were revoked")
+    if control.revocations.refuses(subscriber.user, subscriber.issued_at):
+        raise RevokedToken("the token was revoked: log in again")
 
 
 def _quotable(text: str) -> str:

@@ -22,7 +22,7 @@ from typing import Literal, Protocol, get_args
 import structlog
 
 from bridge.amqp import BrokerError
-from bridge.routing import Audience, RoutingError, TypeFilter, split_key
+from bridge.routing import Audience, InvalidId, RoutingError, TypeFilter, split_key
 from bridge.service import clock
 from bridge.service.broker.eventlog import EventLog, OnWatermark, Request
 from bridge.service.budgets import Budgets
@@ -134,6 +134,10 @@ class Feed(Protocol):
     @property
     def connects(self) -> int:
         """Connections since the start, the first included."""
+
+    @property
+    def instance(self) -> str:
+        """The process's name, another one at each start."""
 
     @property
     def last_error(self) -> BrokerError | None: ...
@@ -710,6 +714,47 @@ class Hub:
         if not self._connections:
             self._empty.set()
         self._metrics.connections.set(len(self._connections))
+
+    # What the control exchange orders.
+
+    def end_streams(self, user: str, session: str | None) -> int:
+        """Ends a user's streams, or the one of this session, with `revoked`. Returns how many."""
+        ended = 0
+        for connection in self._streams_of(user):
+            if connection.session.state is not State.ENDED and session in (None, self._session_name(connection)):
+                connection.session.end("revoked", self.retry_ms())
+                connection.wake()
+                ended += 1
+        return ended
+
+    def describe_streams(self, user: str) -> list[dict[str, object]]:
+        """A user's streams, for an operator."""
+        now, now_ms = time.monotonic(), clock.now_ms()
+        return [
+            {
+                "session": self._session_name(connection),
+                "opened": (now_ms / 1000) - (now - connection.opened_at),
+                "types": list(connection.request.types.patterns),
+                "groups": list(connection.request.subscriber.groups),
+                "events": connection.session.delivered,
+            }
+            for connection in self._streams_of(user)
+        ]
+
+    def list_users(self, after: str, limit: int) -> list[dict[str, object]]:
+        """Users with streams, in the order of their ids, from the first after `after` on."""
+        counts = {connections[0].session.user: len(connections) for connections in self._by_user.values()}
+        found = sorted(user for user in counts if user > after)[:limit]
+        return [{"user": user, "streams": counts[user]} for user in found]
+
+    def _streams_of(self, user: str) -> list[Connection]:
+        try:
+            return list(self._by_user.get(Audience.user(user).prefix, ()))
+        except InvalidId:
+            return []
+
+    def _session_name(self, connection: Connection) -> str:
+        return f"{self.feed.instance}.{connection.subscription.number}"
 
     def retry_ms(self) -> int:
         return deadlines.retry_ms(self._limits.retry_seconds, random.random())

@@ -1,0 +1,126 @@
+"""Orders to the replicas: how they are written and read, and what a replica does. No broker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from bridge.service.broker.control import FRESH_SECONDS, Control, Order, read_moment, read_order
+
+KICK = Order("kick", "1", 5.0, user="42", session="a.1", reason="r", by="me", until=4.0, reply="bridge.reply.x")
+
+
+class Streams:
+    def __init__(self) -> None:
+        self.ended: list[tuple[str, str | None]] = []
+
+    def end_streams(self, user: str, session: str | None) -> int:
+        self.ended.append((user, session))
+        return 2
+
+    def describe_streams(self, user: str) -> list[dict[str, Any]]:
+        return [{"session": "a.1", "user": user}]
+
+    def list_users(self, after: str, limit: int) -> list[dict[str, Any]]:
+        return [{"user": after, "streams": limit}]
+
+
+def make(monkeypatch: pytest.MonkeyPatch) -> tuple[Control, Streams, list[dict[str, Any]], list[tuple[str, int]]]:
+    """A replica's side, its streams, its answers, and the kicks that it reported."""
+    streams, kicks = Streams(), list[tuple[str, int]]()
+    control = Control(
+        [],
+        exchange="c",
+        max_age="1D",
+        instance="a",
+        streams=streams,
+        on_kick=lambda user, ended: kicks.append((user, ended)),
+    )
+    answers: list[dict[str, Any]] = []
+    monkeypatch.setattr(control, "_answer", lambda order, **answer: answers.append({"reply": order.reply, **answer}))
+    return control, streams, answers, kicks
+
+
+def test_an_order_is_read_as_it_was_written() -> None:
+    assert read_order(KICK.write()) == KICK
+    users = Order("users", "2", 1.5, after="z", limit=7)
+    assert read_order(users.write()) == users
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "other"}, {"kind": None}, {"user": ""}, {"user": None}, {"user": 42}, {"at": None}, {"at": "1"},
+        {"at": True}, {"until": "x"}, {"until": 1e300}, {"session": 1}, {"reply": []}, {"limit": 0}, {"limit": 1001},
+        {"limit": True}, {"by": None},
+    ],
+)  # fmt: skip
+def test_what_is_no_order_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"'|object|Expecting|No|order"):
+        read_order(json.dumps({**json.loads(KICK.write()), **change}).encode())
+
+
+@given(st.binary(max_size=60) | st.recursive(st.none() | st.text(), st.lists).map(lambda v: json.dumps(v).encode()))
+def test_any_bytes_are_an_order_or_a_value_error(body: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        assert isinstance(read_order(body), Order)
+
+
+def test_a_kick_ends_streams_and_refuses_older_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    control, streams, answers, kicks = make(monkeypatch)
+    order = Order("kick", "1", time.time(), user="42", until=100.0, reply="q")
+    control._on_entry(0, "kick", order.write())
+    assert (streams.ended, kicks) == ([("42", None)], [("42", 2)])
+    assert answers == [{"reply": "q", "ended": 2}]
+    assert control.revocations.refuses("42", 99.0)
+
+
+def test_an_entry_is_carried_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    control, streams, _, _ = make(monkeypatch)
+    for offset in (3, 3, 2, 4):
+        control._on_entry(offset, "kick", KICK.write())
+    assert len(streams.ended) == 2
+
+
+def test_an_old_order_is_carried_out_and_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    control, streams, answers, _ = make(monkeypatch)
+    old = time.time() - FRESH_SECONDS - 1
+    control._on_entry(0, "kick", Order("kick", "1", old, user="42", reply="q").write())
+    control._on_entry(1, "who", Order("who", "2", old, user="42", reply="q").write())
+    assert (len(streams.ended), answers) == (1, [])
+
+
+def test_questions_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    control, _, answers, _ = make(monkeypatch)
+    now = time.time()
+    control._on_entry(0, "who", Order("who", "1", now, user="42", reply="q").write())
+    control._on_entry(1, "users", Order("users", "2", now, after="z", limit=3, reply="p").write())
+    assert answers == [
+        {"reply": "q", "streams": [{"session": "a.1", "user": "42"}]},
+        {"reply": "p", "users": [{"user": "z", "streams": 3}]},
+    ]
+
+
+def test_a_hello_of_another_replica_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    control, _, _, _ = make(monkeypatch)
+    control._hello = "mine"
+    control._on_entry(0, "hello", Order("hello", "other", 1.0).write())
+    assert not control._changed.is_set()
+    control._on_entry(1, "hello", Order("hello", "mine", 1.0).write())
+    assert control._changed.is_set()
+
+
+def test_moments() -> None:
+    assert read_moment("now", 100.0) == 100.0
+    assert read_moment("42.5", 100.0) == 42.5
+    assert read_moment("1970-01-01T00:01:00Z", 100.0) == 60.0
+    assert read_moment("1970-01-01T01:01:00+01:00", 100.0) == 60.0
+    for text in ("soon", "1970-01-01T00:00:00", "", "200", "nan", "inf"):
+        with pytest.raises(ValueError, match=r"is not a moment|is in the future"):
+            read_moment(text, 100.0)
