@@ -83,6 +83,13 @@ def test_a_body_that_is_declared_as_structured_must_be_one() -> None:
         read(DATA, content_type="application/cloudevents+json; charset=utf-8", message_id="1")
 
 
+def test_the_member_specversion_deeper_in_the_body_makes_no_structured_event() -> None:
+    event = read(b'{"job_id":"r-7","more":{"specversion":"1.0"}}', message_id="1")
+    assert (event.id, event.type) == ("1", "test.done")
+    with pytest.raises(SchemaViolation):
+        read(b'{"more":"\\"specversion\\""}', message_id="1")
+
+
 def test_the_member_specversion_may_be_written_with_an_escape() -> None:
     assert read(structured().replace(b"specversion", b"specv\\u0065rsion")).id == "1"
 
@@ -220,7 +227,7 @@ def test_the_limit_is_that_of_the_body() -> None:
 @pytest.mark.contract("1.31")
 def test_a_batch_is_refused() -> None:
     with pytest.raises(NotACloudEvent, match="batch"):
-        read(b"[]", content_type="application/cloudevents-batch+json; charset=utf-8")
+        read(b"[%b]" % structured(), content_type="application/cloudevents-batch+json; charset=utf-8")
 
 
 @pytest.mark.contract("1.33")
