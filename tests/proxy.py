@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from types import TracebackType
 from typing import Any
@@ -37,11 +38,15 @@ class Proxy:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.refuse()
-        self.cut()
-        for task in self._tasks:
+        await asyncio.sleep(0)  # A connection that was just accepted is served from the loop's next turn on.
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # Connections that were reset are closed by the loop's next turn.
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.cut()
+        for writer in self._writers:  # The loop closes a connection that was reset in a later turn.
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
     async def open(self) -> None:
         """Accepts connections; also again, after `refuse`."""
@@ -78,12 +83,13 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         self._writers.add(writer)
-        connecting = asyncio.create_task(asyncio.open_connection("127.0.0.1", self._target))
-        self._tasks.add(connecting)
-        connecting.add_done_callback(self._tasks.discard)
+        serving = asyncio.current_task()
+        assert serving is not None, "a server's callback is a task"
+        self._tasks.add(serving)
+        serving.add_done_callback(self._tasks.discard)
         try:
-            target_reader, target_writer = await connecting
-        except (OSError, asyncio.CancelledError):
+            target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
             writer.transport.abort()
             return
         if writer.is_closing():  # `cut` was called while the target was being connected.

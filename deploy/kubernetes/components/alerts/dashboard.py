@@ -292,6 +292,39 @@ ROWS = (
         ),
     ),
     Row(
+        "Logins and control",
+        (
+            Panel(
+                "Requests judged by the application",
+                "With BRIDGE_AUTH_URL. `refused`: nobody is logged in. `remembered`: without a question. Normal is no "
+                "`unavailable`: the application is away, or answers what the bridge cannot use.",
+                ((rate("bridge_logins_total", "outcome"), "{{outcome}}"),),
+                unit="cps",
+                stacked=True,
+            ),
+            Panel(
+                "The application's answer",
+                "How long a question to the application takes. Each new stream waits for it.",
+                (
+                    (quantile(0.99, "bridge_login_seconds"), "p99"),
+                    (quantile(0.5, "bridge_login_seconds"), "p50"),
+                    (mean("bridge_login_seconds"), "mean"),
+                ),
+                unit="s",
+            ),
+            Panel(
+                "Orders reach the pod",
+                "1 while `bridge kick` and `bridge who` reach a pod. A pod at 0 carries a kick out when it is back.",
+                ((gauge("bridge_control_answers"), "{{pod}}"),),
+            ),
+            Panel(
+                "Streams ended by operators",
+                "With `bridge kick`, in each step of the graph. The pods' logs say who did it, and why.",
+                ((f"sum (increase(bridge_kicked_total{{{OURS}}}{RATE}))", "kicked"),),
+            ),
+        ),
+    ),
+    Row(
         "Latency",
         (
             Panel(
