@@ -8,6 +8,9 @@ import ssl
 from types import TracebackType
 from typing import Any
 
+TURNS = 10
+"""Turns of the loop in which asyncio makes a connection's transport and calls the server's callback; it needs four."""
+
 
 class Proxy:
     """Forwards to `127.0.0.1:target`. `stall` keeps connections open and forwards no byte; `cut` resets them all.
@@ -25,7 +28,8 @@ class Proxy:
         """Forward at most this many bytes in one TCP segment; None for as many as there are."""
         self._writers: set[asyncio.StreamWriter] = set()
         self._clients: list[asyncio.StreamWriter] = []
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._serving: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
         self.accepted = 0
@@ -38,7 +42,9 @@ class Proxy:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.refuse()
-        await asyncio.sleep(0)  # A connection that was just accepted is served from the loop's next turn on.
+        self.cut()
+        # Not cancelled: asyncio logs an error for each callback of a server that is.
+        await asyncio.gather(*self._serving, return_exceptions=True)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -56,6 +62,13 @@ class Proxy:
     async def refuse(self) -> None:
         """Accepts no new connection; open ones stay open."""
         if self._server is not None:
+            # asyncio drops a connection, and leaves it open, if its server is closed between the two steps in which
+            # the connection is accepted. So first it accepts no more, and finishes those that it has.
+            loop = asyncio.get_running_loop()
+            for listener in self._server.sockets:
+                loop.remove_reader(listener.fileno())
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
             self._server.close()
             self._server = None
 
@@ -85,8 +98,8 @@ class Proxy:
         self._writers.add(writer)
         serving = asyncio.current_task()
         assert serving is not None, "a server's callback is a task"
-        self._tasks.add(serving)
-        serving.add_done_callback(self._tasks.discard)
+        self._serving.add(serving)
+        serving.add_done_callback(self._serving.discard)
         try:
             target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
