@@ -14,7 +14,7 @@ from hypothesis import given
 
 from bridge.amqp import AccessRefused, BrokerUnavailable
 from bridge.service.broker.control import (
-    FRESH_SECONDS,
+    CLOCK_SECONDS,
     START_SECONDS,
     Control,
     ControlClient,
@@ -29,9 +29,11 @@ KICK = Order("kick", "1", 5.0, user="42", session="a.1", reason="r", by="me", un
 class Streams:
     def __init__(self) -> None:
         self.ended: list[tuple[str, str | None]] = []
+        self.opened_before: list[float | None] = []
 
-    def end_streams(self, user: str, session: str | None) -> int:
+    def end_streams(self, user: str, session: str | None, opened_before: float | None) -> int:
         self.ended.append((user, session))
+        self.opened_before.append(opened_before)
         return 2
 
     def describe_streams(self, user: str) -> list[dict[str, Any]]:
@@ -52,6 +54,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> tuple[Control, Streams, list[dict[s
         streams=streams,
         on_kick=lambda user, ended: kicks.append((user, ended)),
     )
+    control.connected = True
     answers: list[dict[str, Any]] = []
     monkeypatch.setattr(control, "_answer", lambda order, **answer: answers.append({"reply": order.reply, **answer}))
     return control, streams, answers, kicks
@@ -98,12 +101,18 @@ def test_an_entry_is_carried_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(streams.ended) == 2
 
 
-def test_an_old_order_is_carried_out_and_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.contract("9.4")
+def test_an_order_that_is_read_late_or_again_means_the_streams_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     control, streams, answers, _ = make(monkeypatch)
-    old = time.time() - FRESH_SECONDS - 1
-    control._on_entry(0, "kick", Order("kick", "1", old, user="42", reply="q").write())
-    control._on_entry(1, "who", Order("who", "2", old, user="42", reply="q").write())
-    assert (len(streams.ended), answers) == (1, [])
+    control.connected = False
+    control._on_entry(0, "kick", Order("kick", "1", 100.0, user="42", reply="q").write())
+    control._on_entry(1, "who", Order("who", "2", 100.0, user="42", reply="q").write())
+    assert (streams.opened_before, answers) == ([100.0 + CLOCK_SECONDS], [])
+    control._hello = "mine"
+    control._on_entry(2, "hello", Order("hello", "mine", 1.0).write())
+    control._on_entry(3, "kick", Order("kick", "3", 100.0, user="42", reply="q").write())
+    assert streams.opened_before[1:] == [None], "the clock of whoever gave it may be wrong"
+    assert answers == [{"reply": "q", "ended": 2}]
 
 
 def test_questions_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,6 +348,8 @@ def test_a_users_streams_are_listed_and_ended() -> None:
     assert hub.list_users("", 10) == [{"user": "42", "streams": 1}]
     assert hub.list_users("42", 10) == []
     assert hub.describe_streams("43") == hub.describe_streams("") == []
+    assert described["opened"] == pytest.approx(time.time() - time.monotonic() + connection.opened_at, abs=60)
+    assert hub.end_streams("42", None, described["opened"] - 60) == 0, "it was opened later"
     assert hub.end_streams("43", None) == hub.end_streams("42", "abc.2") == 0
     assert hub.end_streams("42", "abc.1") == 1
     assert connection.session.end_reason == "revoked"

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 ANSWER_SECONDS = 0.5
 """How long a question waits for the replicas' answers."""
 
-FRESH_SECONDS = 30.0
-"""An older question is not answered: whoever asked has gone. Clocks of two machines may differ by as much."""
+CLOCK_SECONDS = 30.0
+"""The clocks of two machines may differ by this much."""
 
 START_SECONDS = 30.0
 """If the stream cannot be read for this long after the first connection, streams are opened without it."""
@@ -96,7 +96,7 @@ class Order:
 def read_order(body: bytes) -> Order:
     """
     Raises:
-        ValueError: it is no order. The message says why.
+        ValueError: it cannot be read as an order. The message says why.
     """
     try:
         value = json.loads(body)
@@ -157,8 +157,12 @@ def _is_number(value: object) -> bool:
 class LocalStreams(Protocol):
     """What a replica does with its streams."""
 
-    def end_streams(self, user: str, session: str | None) -> int:
-        """Ends a user's streams, or the one of this session. Returns how many."""
+    def end_streams(self, user: str, session: str | None, opened_before: float | None) -> int:
+        """Ends a user's streams, or the one of this session. Returns how many.
+
+        Args:
+            opened_before: only streams that were opened before this moment (seconds since 1970).
+        """
 
     def describe_streams(self, user: str) -> list[dict[str, Any]]: ...
     def list_users(self, after: str, limit: int) -> list[dict[str, Any]]: ...
@@ -203,7 +207,7 @@ class Control:
         self._known = asyncio.Event()
         """Set once it is known which tokens were revoked, or that it cannot be known."""
         self.connected = False
-        """Whether orders arrive."""
+        """Whether orders arrive, and all that were given before have been read."""
 
     async def wait_until_known(self) -> bool:
         """Waits until it is known which tokens were revoked, `WAIT_SECONDS` at most. False: it is not known yet."""
@@ -265,7 +269,6 @@ class Control:
                 if not self._known.is_set():
                     _log.info("control stream read", revocations=len(self.revocations))
                 self._known.set()
-                self.connected = True
                 while True:
                     self._changed.clear()
                     await consumer.idle(HELLO_SECONDS, self._changed)
@@ -318,10 +321,11 @@ class Control:
             return
         if order.kind == "hello":
             if order.id == self._hello:
+                self.connected = True
                 self._changed.set()
         elif order.kind == "kick":
             self._kick(order)
-        elif self._is_awaited(order):
+        elif self.connected:  # The programs that asked earlier have ended.
             if order.kind == "who":
                 self._answer(order, streams=self._streams.describe_streams(order.user))
             else:
@@ -330,9 +334,11 @@ class Control:
     def _kick(self, order: Order) -> None:
         if order.until is not None and not self.revocations.revoke(order.user, order.until):
             _log.error("a revocation was forgotten", users=len(self.revocations))
-        ended = self._streams.end_streams(order.user, order.session)
+        # An order may be read again, or late. Then it means the streams of its time, and not those of today.
+        opened_before = None if self.connected else order.at + CLOCK_SECONDS
+        ended = self._streams.end_streams(order.user, order.session, opened_before)
         self._on_kick(order.user, ended)
-        if self._known.is_set():  # Not for what is read at the start.
+        if self.connected or ended:
             _log.warning(
                 "kicked",
                 user=order.user,
@@ -342,22 +348,19 @@ class Control:
                 reason=order.reason[:200],
                 by=order.by[:200],
             )
-        if self._is_awaited(order):
+        if self.connected:
             self._answer(order, ended=ended)
 
-    @staticmethod
-    def _is_awaited(order: Order) -> bool:
-        return order.reply is not None and abs(time.time() - order.at) <= FRESH_SECONDS
-
     def _answer(self, order: Order, **answer: Any) -> None:
-        assert order.reply is not None, "only an order that is awaited is answered"
+        if order.reply is None:
+            return
         body = json.dumps({"id": order.id, "replica": self._instance, **answer}).encode()
         task = asyncio.create_task(self._reply(order.reply, body), name="control-answer")
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
 
     async def _reply(self, queue: str, body: bytes) -> None:
-        with contextlib.suppress(BrokerError):  # Whoever asked may have gone.
+        with contextlib.suppress(BrokerError):  # The program that asked may have ended.
             await self._sender.send(
                 body, exchange="", routing_key=queue, properties=Basic.Properties(), timeout=SEND_SECONDS
             )

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import structlog
 
@@ -717,23 +717,28 @@ class Hub:
 
     # What the control exchange orders.
 
-    def end_streams(self, user: str, session: str | None) -> int:
-        """Ends a user's streams, or the one of this session, with `revoked`. Returns how many."""
+    def end_streams(self, user: str, session: str | None, opened_before: float | None = None) -> int:
+        """Ends a user's streams, or the one of this session, with `revoked`. Returns how many.
+
+        Args:
+            opened_before: only streams that were opened before this moment (seconds since 1970).
+        """
         ended = 0
         for connection in self._streams_of(user):
+            if opened_before is not None and self._opened(connection) >= opened_before:
+                continue
             if connection.session.state is not State.ENDED and session in (None, self._session_name(connection)):
                 connection.session.end("revoked", self.retry_ms())
                 connection.wake()
                 ended += 1
         return ended
 
-    def describe_streams(self, user: str) -> list[dict[str, object]]:
+    def describe_streams(self, user: str) -> list[dict[str, Any]]:
         """A user's streams, for an operator."""
-        now, now_ms = time.monotonic(), clock.now_ms()
         return [
             {
                 "session": self._session_name(connection),
-                "opened": (now_ms / 1000) - (now - connection.opened_at),
+                "opened": self._opened(connection),
                 "types": list(connection.request.types.patterns),
                 "groups": list(connection.request.subscriber.groups),
                 "events": connection.session.delivered,
@@ -741,7 +746,7 @@ class Hub:
             for connection in self._streams_of(user)
         ]
 
-    def list_users(self, after: str, limit: int) -> list[dict[str, object]]:
+    def list_users(self, after: str, limit: int) -> list[dict[str, Any]]:
         """Users with streams, in the order of their ids, from the first after `after` on."""
         counts = {connections[0].session.user: len(connections) for connections in self._by_user.values()}
         found = sorted(user for user in counts if user > after)[:limit]
@@ -752,6 +757,11 @@ class Hub:
             return list(self._by_user.get(Audience.user(user).prefix, ()))
         except InvalidId:
             return []
+
+    @staticmethod
+    def _opened(connection: Connection) -> float:
+        """When a stream was opened, in seconds since 1970."""
+        return time.time() - (time.monotonic() - connection.opened_at)
 
     def _session_name(self, connection: Connection) -> str:
         return f"{self.feed.instance}.{connection.subscription.number}"
