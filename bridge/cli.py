@@ -454,6 +454,7 @@ async def check(sample: IO[bytes] | None, routing_key: str | None) -> None:
             exchange=loaded.exchange,
             quarantine=loaded.quarantine,
             log=loaded.log_stream,
+            control=(loaded.control, loaded.control_max_age) if loaded.control else None,
             makes_queues=loaded.feed == "queues",
             describe_channels=live.describe_channels,
         ):

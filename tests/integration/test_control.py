@@ -12,7 +12,7 @@ from tests.client import Stream
 from tests.conftest import OpenStream, StartService
 from tests.integration.test_cli import run
 from tests.rabbit import Vhost, cloudevent
-from tests.service import mint
+from tests.service import SECRET, mint
 
 
 async def bye(stream: Stream) -> str:
@@ -152,3 +152,19 @@ async def test_without_control_there_are_no_orders(start: StartService, vhost: V
     done = await run("who", amqp_url=vhost.url, CONTROL="")
     assert (done.code, "BRIDGE_CONTROL is empty" in done.err) == (2, True)
     assert "bridge.control" not in vhost.all_queues()
+
+
+@pytest.mark.contract("9.4")
+async def test_another_age_of_revocations_needs_no_other_stream(
+    start: StartService, vhost: Vhost, connect: OpenStream
+) -> None:
+    """RabbitMQ refuses to declare a stream again with other arguments."""
+    first = await start()
+    await first.logged("control stream read")
+    second = await start(CONTROL_MAX_AGE="60D")
+    await second.logged("control stream read")
+    stream = await connect(second)
+    done = await run("check", amqp_url=vhost.url, JWT_SECRET=SECRET, CONTROL_MAX_AGE="90D")
+    assert (done.code, "ok control stream 'bridge.control'. It fits, and differs: x-max-age" in done.out) == (0, True)
+    assert (await run("kick", "--user", "42", amqp_url=vhost.url)).code == 0
+    assert await bye(stream) == "revoked"

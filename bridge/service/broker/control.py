@@ -25,11 +25,11 @@ from bridge.amqp import AccessRefused, BrokerError, BrokerUnavailable, TopologyM
 from bridge.sender import Sender
 from bridge.service.broker.consumer import Batch, ConsumingConnection
 from bridge.service.broker.eventlog import LogConsumer
+from bridge.service.broker.topology import declare_control
 from bridge.service.revocations import Revocations
 
 if TYPE_CHECKING:
     from aiormq.abc import DeliveredMessage
-    from pamqp.common import FieldTable
 
 ANSWER_SECONDS = 0.5
 """How long a question waits for the replicas' answers."""
@@ -45,10 +45,6 @@ WAIT_SECONDS = 3.0
 
 HELLO_SECONDS = 10.0
 """Limit of the wait for the message that a replica writes itself. After it, the stream is read from its beginning."""
-
-MAX_STREAM_BYTES = 50_000_000
-SEGMENT_BYTES = 1_000_000
-"""Limits of the control stream. RabbitMQ removes old messages in whole segments."""
 
 MOST_USERS = 1_000
 """The most users in one answer."""
@@ -259,7 +255,7 @@ class Control:
         )
         try:
             self._reached_at = self._reached_at or time.monotonic()
-            await self._declare(connection)
+            await declare_control(connection, self._exchange, self._max_age)
             self._changed.clear()
             self._hello = secrets.token_hex(8)
             start: int | str = self._next - 1 if self._next else "first"
@@ -285,20 +281,6 @@ class Control:
         if not self._changed.is_set():
             self._next = 0
             raise BrokerUnavailable(f"the control stream gave nothing within {HELLO_SECONDS:g} s")
-
-    async def _declare(self, connection: Any) -> None:
-        arguments: FieldTable = {
-            "x-queue-type": "stream",
-            "x-max-age": self._max_age,
-            "x-max-length-bytes": MAX_STREAM_BYTES,
-            "x-stream-max-segment-size-bytes": SEGMENT_BYTES,
-        }
-        async with amqp.translating(f"declaring the control exchange {self._exchange!r} and its stream"):
-            channel = await amqp.open_channel(connection)
-            await channel.exchange_declare(self._exchange, exchange_type="topic", durable=True)
-            await channel.queue_declare(self._exchange, durable=True, arguments=arguments)
-            await channel.queue_bind(self._exchange, self._exchange, "#")
-            await channel.close()
 
     async def _send(self, order: Order) -> None:
         await self._sender.send(

@@ -238,6 +238,51 @@ async def declare_log(connection: aio_pika.abc.AbstractConnection, log: LogSetti
         return declared
 
 
+CONTROL_BYTES = 50_000_000
+CONTROL_SEGMENT_BYTES = 1_000_000
+"""Limits of the control stream. RabbitMQ removes old messages in whole segments."""
+
+
+async def declare_control(connection: aio_pika.abc.AbstractConnection, name: str, max_age: str) -> Declared:
+    """Declares the control exchange and the stream of the same name, and binds them.
+
+    A stream with other limits fits, as after a change of `BRIDGE_CONTROL_MAX_AGE`: RabbitMQ keeps a stream's arguments.
+
+    Raises:
+        BrokerError: one of them does not exist and cannot be made, or does not fit.
+    """
+    arguments: FieldTable = {
+        "x-queue-type": "stream",
+        "x-max-age": max_age,
+        "x-max-length-bytes": CONTROL_BYTES,
+        "x-stream-max-segment-size-bytes": CONTROL_SEGMENT_BYTES,
+    }
+
+    async def declare(channel: AbstractChannel, *, passive: bool) -> None:
+        await channel.exchange_declare(name, exchange_type="topic", durable=True, passive=passive)
+        await channel.queue_declare(name, durable=True, arguments=arguments, passive=passive)
+        if not passive:
+            await channel.queue_bind(name, name, "#")
+
+    async def bind(channel: AbstractChannel, *, passive: bool) -> None:
+        await channel.queue_bind(name, name, "#")
+
+    what = f"control exchange and stream {name!r}"
+    try:
+        return await _declare(connection, declare, what, "a durable topic exchange, bound to a stream with '#'")
+    except TopologyMismatch as error:
+        declared = _judge(
+            what,
+            await _find_differences(connection, name, arguments),
+            fits_log,
+            error,
+            "They must be a durable topic exchange and a durable stream. Keep them, and set another name in "
+            "BRIDGE_CONTROL",
+        )
+        await _on_new_channel(connection, bind, f"binding {what}")
+        return declared
+
+
 def _judge(what: str, found: list[Difference | None], fits: Fits, error: TopologyMismatch, advice: str) -> Declared:
     """Decides whether the bridge can work with the differences.
 
@@ -341,14 +386,16 @@ async def rehearse(
     exchange: str,
     quarantine: str,
     log: LogSettings | None,
+    control: tuple[str, str] | None = None,
     makes_queues: bool = True,
     describe_channels: Callable[[int], str],
 ) -> AsyncIterator[str]:
     """Tries each step of the bridge's work with RabbitMQ once, and yields a line for each step that succeeds.
 
-    Exchange, quarantine and log remain, as after a start of the bridge. Cancelling closes the connection.
+    Exchange, quarantine, log and control remain, as after a start of the bridge. Cancelling closes the connection.
 
     Args:
+        control: name and maximal age of the control stream; None without one.
         makes_queues: whether the feed declares a queue for each stream (`BRIDGE_FEED=queues`).
         describe_channels: describes a number of channels in one line, or raises a BrokerError if it is too small.
 
@@ -373,6 +420,8 @@ async def rehearse(
                 answer = await channel.basic_consume(log.name, _ignore, arguments={"x-stream-offset": "next"})
                 await channel.basic_cancel(answer.consumer_tag or "")
             yield _describe(f"log {log.name!r}: a stream that can be read", declared)
+        if control is not None:
+            yield _describe(f"control stream {control[0]!r}", await declare_control(connection, *control))
         if not makes_queues:
             channel = await amqp.open_channel(connection, confirms=True)
             async with amqp.translating(f"publishing to {quarantine!r} (right to write to amq.default)"):
