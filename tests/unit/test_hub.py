@@ -338,6 +338,14 @@ def test_a_stream_ends_with_its_token() -> None:
     assert connection.session.end_reason == "expired", "the first reason stays"
 
 
+@pytest.mark.contract("9.3")
+def test_a_login_that_is_revoked_before_its_stream_is_counted_opens_none() -> None:
+    hub, _, connection = make()
+    with pytest.raises(StreamRefused) as refused:
+        hub.attach(replace(connection.request, is_revoked=lambda: True), lambda: None)
+    assert (refused.value.reason, refused.value.cause) == ("revoked", "revoked")
+
+
 @pytest.mark.contract("9.2")
 def test_a_users_streams_are_listed_and_ended() -> None:
     hub, _, connection = make()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -189,8 +190,10 @@ async def test_requests_with_the_same_headers_share_a_question_and_its_answer(ap
             await asyncio.sleep(0.001)  # The server's thread sends no signal.
         application.may_answer.set()
         assert {one.user for one in await asyncio.gather(*asked)} == {"ann"}
-        await login.ask([("cookie", "a=1")])
+        remembered = await login.ask([("cookie", "a=1")])
         assert len(application.asked) == 1
+        assert remembered.issued_at is not None
+        assert remembered.issued_at <= time.time(), "when it was asked, so that an order after it makes it old"
         await login.ask([("cookie", "a=1")], again=True)
         await login.ask([("cookie", "b=1")])
         assert len(application.asked) == 3

@@ -78,7 +78,7 @@ class Subscriber:
     groups: tuple[str, ...]
     expires_at: float
     issued_at: float | None = field(default=None, compare=False)
-    """None if the token does not say it."""
+    """When the token was issued, or the application was asked. None if the token does not say it."""
 
     def identity(self, key: bytes) -> str:
         """An opaque name for the events that this subscriber may see. It is equal for the same user and the same groups

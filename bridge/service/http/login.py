@@ -13,6 +13,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Literal
 
@@ -124,10 +125,10 @@ class ApplicationLogin:
             task.exception()  # The request may be gone; then nothing else reads it.
 
     async def _ask(self, key: bytes, headers: Headers) -> Subscriber:
-        begun = time.monotonic()
+        begun, asked_at = time.monotonic(), time.time()
         outcome: Outcome = "unavailable"
         try:
-            subscriber = await self._fetch(headers)
+            subscriber = replace(await self._fetch(headers), issued_at=asked_at)
             outcome = "accepted"
         except TryAgain:
             raise

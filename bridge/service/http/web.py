@@ -214,7 +214,9 @@ def create_app(
             metrics.streams_ended.labels("busy").inc()
             bye = sse.encode_bye("busy", deadlines.busy_retry_ms(time.time() % 1), cursor=echo(_last_event_id()))
             return _stream_response(bye, UNKNOWN_IDENTITY)
-        stream_request = _read_stream_request(subscriber, subscriber.identity(identity_key), renew)
+        stream_request = _read_stream_request(
+            subscriber, subscriber.identity(identity_key), renew, partial(_is_revoked, control, subscriber)
+        )
         if request.method == "HEAD":
             return _stream_response([], stream_request.identity)
         return _stream_response(_hand_over(request.scope, streams, stream_request), stream_request.identity)
@@ -597,7 +599,10 @@ async def _authenticate(
                 await _check_revocations(control, subscriber)
             return subscriber, None
         headers = login.pick(request.headers.items())
-        return await login.ask(headers), partial(login.ask, headers, again=True)
+        renew = partial(login.ask, headers, again=True)
+        subscriber = await login.ask(headers)
+        # An answer to a question from before the order may be of a session that the application has ended since.
+        return await renew() if _is_revoked(control, subscriber) else subscriber, renew
     except NotLoggedIn as error:
         # No scheme of browsers: with one of theirs they would ask for a password.
         raise Problem(401, error.code, str(error), {"WWW-Authenticate": 'Session realm="bridge"'}) from None
@@ -616,8 +621,12 @@ async def _check_revocations(control: Control, subscriber: Subscriber) -> None:
     """
     if not await control.wait_until_known():
         raise TryAgain("the control stream has not been read yet, so it is not known which tokens were revoked")
-    if control.revocations.refuses(subscriber.user, subscriber.issued_at):
+    if _is_revoked(control, subscriber):
         raise RevokedToken("the token was revoked: log in again")
+
+
+def _is_revoked(control: Control | None, subscriber: Subscriber) -> bool:
+    return control is not None and control.revocations.refuses(subscriber.user, subscriber.issued_at)
 
 
 def _quotable(text: str) -> str:
@@ -637,7 +646,9 @@ def _find_tokens(settings: Settings) -> list[str]:
     return [token for token in request.args.getlist("access_token") if token][:1] if settings.query_token else []
 
 
-def _read_stream_request(subscriber: Subscriber, identity: str, renew: Renew | None) -> StreamRequest:
+def _read_stream_request(
+    subscriber: Subscriber, identity: str, renew: Renew | None, is_revoked: Callable[[], bool]
+) -> StreamRequest:
     """Reads the subscription request in the query.
 
     Raises:
@@ -666,7 +677,9 @@ def _read_stream_request(subscriber: Subscriber, identity: str, renew: Renew | N
         keys = types.binding_keys(audience)
     except KeyTooLong as error:
         raise Problem(400, "invalid-types", f"a pattern is too long together with this user's id: {error}") from None
-    return StreamRequest(subscriber, identity, types, named, _last_event_id(), keys, audience_shown, renew)
+    return StreamRequest(
+        subscriber, identity, types, named, _last_event_id(), keys, audience_shown, is_revoked=is_revoked, renew=renew
+    )
 
 
 def _flag(name: str, *, default: str) -> bool:

@@ -72,7 +72,7 @@ LEAST_OPENINGS = 60
 USERS_KEPT = 20_000
 """Users whose openings are remembered, about 6 MB. Users that have opened nothing for a while are not among them."""
 
-Cause = Literal["drain", "connections", "connections-per-user", "openings-per-user"]
+Cause = Literal["drain", "revoked", "connections", "connections-per-user", "openings-per-user"]
 """Why a stream is refused before RabbitMQ is asked for anything."""
 
 CAUSES: tuple[Cause, ...] = get_args(Cause)
@@ -216,6 +216,8 @@ class StreamRequest:
     """Binding keys of the live queue."""
     audience: bool = False
     """Whether each event carries the attribute `audience`."""
+    is_revoked: Callable[[], bool] = bool
+    """Whether the login was revoked meanwhile: asked when the stream is counted, so that no order can miss it."""
     renew: Callable[[], Awaitable[Subscriber]] | None = None
     """Asks whether the login is still valid, shortly before it expires. None: a token's expiry cannot change. It raises
     `Refusal`."""
@@ -640,12 +642,14 @@ class Hub:
         """
         now = time.monotonic()
         user = request.subscriber.user
-        if (cause := self._why_not(user, now)) is not None:
+        if (cause := self._why_not(request, now)) is not None:
             self._metrics.streams_refused.labels(cause).inc()
             if cause == "drain":
                 raise StreamRefused(
                     "drain", deadlines.drain_retry_ms(self._limits.drain_seconds, random.random()), cause
                 )
+            if cause == "revoked":
+                raise StreamRefused("revoked", self.retry_ms(), cause)
             raise StreamRefused("busy", deadlines.busy_retry_ms(random.random()), cause)
         session = Session(
             user=user,
@@ -685,9 +689,12 @@ class Hub:
         )
         return connection
 
-    def _why_not(self, user: str, now: float) -> Cause | None:
+    def _why_not(self, request: StreamRequest, now: float) -> Cause | None:
+        user = request.subscriber.user
         if self.draining:
             return "drain"
+        if request.is_revoked():
+            return "revoked"
         if len(self._connections) >= self._limits.max_connections:
             return "connections"
         if len(self._by_user.get(Audience.user(user).prefix, ())) >= self._limits.max_connections_per_user:
