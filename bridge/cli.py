@@ -542,6 +542,8 @@ async def kick(user: str, session: str | None, reason: str, until: str | None) -
         _fail(BAD_INPUT, f"--until: {error}")
     try:
         kicked = await client.kick(user, by=by, session=session, reason=reason, until=moment)
+    except ValueError as error:
+        _fail(BAD_INPUT, str(error), "no stream was ended")
     except BrokerError as error:
         _fail(1, str(error))
     for replica, ended in sorted(kicked.replicas.items()):
@@ -565,6 +567,8 @@ async def who(user: str | None, after: str, limit: int) -> None:
         else:
             found = await client.streams(user)
             rows, replicas, further = found.streams, found.replicas, False
+    except ValueError as error:
+        _fail(BAD_INPUT, str(error))
     except BrokerError as error:
         _fail(1, str(error))
     for row in rows:

@@ -215,3 +215,11 @@ async def test_a_missing_right_is_no_reason_to_wait(monkeypatch: pytest.MonkeyPa
     assert await control.wait_until_known()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_no_replica_could_read_is_refused_before_it_is_sent() -> None:
+    client = ControlClient([], exchange="c")
+    with pytest.raises(ValueError, match="'user' is missing"):
+        await client.kick("", by="me")
+    with pytest.raises(ValueError, match="shorten the reason"):
+        await client.kick("42", by="me", reason="x" * 200_000)

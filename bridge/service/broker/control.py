@@ -400,6 +400,7 @@ class ControlClient:
         """Ends a user's streams on every replica. With `until`, tokens issued before it are refused from now on.
 
         Raises:
+            ValueError: the replicas would not read the order. The message says why.
             BrokerError: the order was not given, or perhaps not.
         """
         answers = await self._ask("kick", user=user, by=by, session=session, reason=reason, until=until)
@@ -441,6 +442,10 @@ class ControlClient:
                 if isinstance(answer, dict) and answer.get("id") == asked.id:
                     answers.append(answer)
 
+        body = asked.write()
+        read_order(body)  # A replica could only log what is wrong with it.
+        if len(body) > MAX_ORDER_BYTES:
+            raise ValueError(f"the order has {len(body)} bytes, the limit is {MAX_ORDER_BYTES}: shorten the reason")
         connection = await amqp.connect(self._addresses, name="bridge control client")
         try:
             channel = await amqp.open_channel(connection, confirms=True)
@@ -452,7 +457,7 @@ class ControlClient:
                 await channel.basic_consume(asked.reply, on_answer, no_ack=True)
                 # Mandatory: if no replica has made the stream yet, nobody would get it.
                 await channel.basic_publish(
-                    asked.write(),
+                    body,
                     exchange=self._exchange,
                     routing_key=kind,
                     properties=Basic.Properties(delivery_mode=2, content_type="application/json"),

@@ -205,8 +205,8 @@ _ALWAYS = {
 }
 _UNKNOWN_TOKEN = {
     "401": _problem(
-        "There is no token, or it is not valid: `missing-token`, `invalid-token`, `expired-token`. Or the application "
-        "knows no user: `not-logged-in`.",
+        "The token is missing or not valid: `missing-token`, `invalid-token`, `expired-token`, `revoked-token`. Or the "
+        "application knows no user: `not-logged-in`.",
         WWW_Authenticate="The challenge (RFC 6750, section 3).",
     )
 }
