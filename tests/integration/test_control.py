@@ -124,6 +124,10 @@ async def test_a_kick_reaches_a_replica_that_was_cut_off(
         assert (done.code, "no replica has answered" in done.err) == (1, True)
         await proxy.open()
         assert await bye(stream) == "revoked"
+        await service.logged("control restored")
+        proxy.cut()
+        await service.logged("control restored", count=2)
+        assert [line["event"] for line in service.lines].count("control interrupted") >= 2, "each outage has its line"
 
 
 @pytest.mark.any_rabbitmq

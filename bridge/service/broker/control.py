@@ -197,6 +197,8 @@ class Control:
         self._hello = ""
         self._changed = asyncio.Event()
         """Set when the replica's own message arrives, and when the consumer is lost."""
+        self._outage = ""
+        """The last cause of the outage; empty while orders arrive."""
         self._reached_at: float | None = None
         """When RabbitMQ was reached for the first time (monotonic)."""
         self.revocations = Revocations()
@@ -216,34 +218,34 @@ class Control:
     async def run(self) -> None:
         """Reads until it is cancelled. Cancelling it closes the connections."""
         next_pause = amqp.pauses(amqp.RECONNECT_SECONDS)
-        outage = ""
         try:
             while True:
                 try:
                     await self._read()
                 except (AccessRefused, TopologyMismatch) as error:
-                    if str(error) != outage:
-                        outage = str(error)
-                        _log.error("no control", error=outage, detail="the bridge serves, but no replica can be told "
-                                   "to end streams, and no revocation is known")  # fmt: skip
+                    if self._is_new_cause(error):
+                        _log.error("no control", error=str(error), detail="the bridge serves without orders, and "
+                                   "knows no revocation")  # fmt: skip
                     self._known.set()  # Waiting does not help, and streams do not need it.
                 except BrokerError as error:
-                    if str(error) != outage:
-                        outage = str(error)
-                        _log.warning("control interrupted", error=outage)
+                    if self._is_new_cause(error):
+                        _log.warning("control interrupted", error=str(error))
                     late = self._reached_at is not None and time.monotonic() > self._reached_at + START_SECONDS
                     if late and not self._known.is_set():
-                        _log.error("no control", error=outage, detail="streams are opened all the same; a token that "
-                                   "was revoked may be accepted")  # fmt: skip
+                        _log.error("no control", error=str(error), detail="streams are opened all the same; a "
+                                   "revoked token may be accepted")  # fmt: skip
                         self._known.set()
-                else:
-                    outage = ""
                 await asyncio.sleep(next_pause())
         finally:
             for task in self._answers:
                 task.cancel()
             await asyncio.gather(*self._answers, return_exceptions=True)
             await self._sender.close()
+
+    def _is_new_cause(self, error: BrokerError) -> bool:
+        """Whether the outage has another cause than at the attempt before: each cause has one log line."""
+        is_new, self._outage = str(error) != self._outage, str(error)
+        return is_new
 
     async def _read(self) -> None:
         """
@@ -264,7 +266,10 @@ class Control:
                 await self._wait_for_hello(consumer)
                 if not self._known.is_set():
                     _log.info("control stream read", revocations=len(self.revocations))
+                elif self._outage:
+                    _log.info("control restored")
                 self._known.set()
+                self._outage = ""
                 while True:
                     self._changed.clear()
                     await consumer.idle(HELLO_SECONDS, self._changed)
