@@ -86,7 +86,7 @@ class LiveQueues:
 class Site:
     """One service on loopback."""
 
-    def __init__(self, catalogue: Catalogue, tracing: Any, **settings: Any) -> None:
+    def __init__(self, catalogue: Catalogue, tracing: Any, control: Any, login: Any, **settings: Any) -> None:
         self.settings = Settings(**{"jwt_secret": SECRET, "schemas": "bridge.samples", **settings})
         self.metrics = Metrics()
         self.queues = LiveQueues()
@@ -120,6 +120,8 @@ class Site:
             metrics=self.metrics,
             write_batch=self.write_batch,
             tracing=tracing,
+            control=control,
+            login=login,
             publisher=self.publisher if self.settings.console == "development" else None,
         )
         self.ended: list[str] = []
@@ -158,13 +160,19 @@ async def serving(app: Quart, *, guests: int = 100, ended: list[str]) -> AsyncIt
 
 
 @contextlib.asynccontextmanager
-async def site(catalogue: Catalogue = CATALOGUE, tracing_with: Any = None, **settings: Any) -> AsyncIterator[Site]:
+async def site(
+    catalogue: Catalogue = CATALOGUE,
+    tracing_with: Any = None,
+    control_with: Any = None,
+    login_with: Any = None,
+    **settings: Any,
+) -> AsyncIterator[Site]:
     """
     Args:
-        tracing_with: used instead of `Tracing`.
+        tracing_with, control_with, login_with: used instead of `Tracing`, `Control` and `ApplicationLogin`.
         settings: by their names in `Settings`.
     """
-    made = Site(catalogue, tracing_with, **settings)
+    made = Site(catalogue, tracing_with, control_with, login_with, **settings)
     async with (
         serving(made.app, ended=made.ended) as (made.url, made.entrance),
         httpx.AsyncClient(base_url=made.url, timeout=PATIENCE) as made.client,

@@ -13,9 +13,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from bridge.amqp import BrokerUnavailable
-from bridge.service.broker.control import Kicked, Users, UserStreams
+from bridge.service.broker.control import Control, Kicked, Users, UserStreams
+from bridge.service.http.claims import Subscriber
 from bridge.service.http.web import IDENTITY, UNKNOWN_IDENTITY, create_internal_app, problem_document
 from bridge.service.metrics import Metrics
+from bridge.service.revocations import Revocations
 from deploy.local.node import free_ports
 from tests.client import Stream
 from tests.service import SECRET, mint
@@ -237,6 +239,77 @@ async def test_probes_and_metrics() -> None:
         assert "bridge_connections " in (await client.get("/metrics")).text
         failed = await client.get("/readyz")  # The list is empty: the function raises.
         assert (failed.status_code, failed.json()["type"]) == (500, "urn:bridge:problem:internal-error")
+
+
+class RevokedLater(Revocations):
+    """An order arrives after this many questions whether a token is refused."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self._left = after
+
+    def refuses(self, user: str, issued_at: float | None) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+def controlled(revocations: Revocations) -> Control:
+    streams: Any = None
+    control = Control([], exchange="c", max_age="1D", instance="a", streams=streams)
+    control.revocations = revocations
+    control._known.set()
+    return control
+
+
+@pytest.mark.contract("9.3")
+async def test_a_token_that_is_revoked_is_refused() -> None:
+    revocations = Revocations()
+    revocations.revoke("42", time.time() + 60)
+    async with site(control_with=controlled(revocations)) as here:
+        answer = await here.client.get("/events", headers=bearer())
+        assert (answer.status_code, answer.json()["type"]) == (401, "urn:bridge:problem:revoked-token")
+        async with here.stream("43") as stream:
+            await stream.ready()
+
+
+@pytest.mark.contract("9.3")
+async def test_a_token_that_is_revoked_while_its_stream_opens_opens_none() -> None:
+    async with site(control_with=controlled(RevokedLater(1))) as here, here.stream() as stream:
+        assert (await stream.next()).json == {"reason": "revoked"}
+        assert (stream.status, len(here.hub)) == (200, 0)
+
+
+@pytest.mark.contract("9.4")
+async def test_until_the_revocations_are_read_the_answer_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.service.broker.control.WAIT_SECONDS", 0.01)
+    control = controlled(Revocations())
+    control._known.clear()
+    async with site(control_with=control) as here, here.stream() as stream:
+        assert (await stream.next()).json == {"reason": "busy"}
+
+
+class Application:
+    """Stands for the questions to the application. Its first answer is of a question from long ago."""
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def pick(self, _: object) -> list[tuple[str, str]]:
+        return []
+
+    async def ask(self, _: object, *, again: bool = False) -> Subscriber:
+        self.asked.append(again)
+        return Subscriber("ann", (), time.time() + 600, issued_at=time.time() if again else 1.0)
+
+
+@pytest.mark.contract("9.3")
+async def test_an_answer_from_before_an_order_is_asked_for_again() -> None:
+    revocations, application = Revocations(), Application()
+    revocations.revoke("ann", 2.0)
+    async with site(control_with=controlled(revocations), login_with=application) as here:
+        async with Stream(here.url, None) as stream:
+            assert (await stream.ready()).json["user"] == "ann"
+        assert application.asked == [False, True]
 
 
 class Asked:
