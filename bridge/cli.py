@@ -485,10 +485,10 @@ async def _check_login(loaded: Settings) -> None:
 
 def _check_sample(file: IO[bytes], routing_key: str | None) -> None:
     from bridge.service.captured import read_captured
-    from bridge.service.forms import read_message
+    from bridge.service.forms import MessageReader
 
     loaded = _broker_settings()
-    catalogue = _catalogue(loaded.schemas)
+    messages = MessageReader.of(_catalogue(loaded.schemas), loaded)
     try:
         samples = read_captured(file.read(), routing_key)
     except ValueError as error:
@@ -496,14 +496,7 @@ def _check_sample(file: IO[bytes], routing_key: str | None) -> None:
     refused = False
     for number, (key, body) in enumerate(samples, 1):
         try:
-            event = read_message(
-                body,
-                key,
-                catalogue,
-                max_bytes=loaded.max_event_bytes,
-                exchange=loaded.exchange,
-                offset=0 if loaded.feed == "log" else None,
-            )
+            event = messages.read(body, key, 0)  # 0 stands for the offset in the log.
         except InvalidEvent as error:
             refused = True
             click.echo(f"  !! message {number}, {key}: refused as {error.reason}: {error.detail}")
@@ -622,19 +615,17 @@ async def replay_refused(limit: int) -> None:
     """
     _need_server()
     from bridge.service.broker.quarantine import replay
+    from bridge.service.forms import MessageReader
 
     loaded = _broker_settings()
-    catalogue = _catalogue(loaded.schemas)
+    readable = MessageReader.of(_catalogue(loaded.schemas), loaded)
     sent = left = 0
     try:
         messages: AsyncIterator[tuple[RefusedMessage, InvalidEvent | None]] = replay(
             loaded.addresses,
             queue=loaded.quarantine,
-            exchange=loaded.exchange,
-            models=catalogue,
-            max_bytes=loaded.max_event_bytes,
+            messages=readable,
             limit=limit,
-            gives_ids=loaded.feed == "log",
         )
         async for message, error in messages:
             if error is None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 from bridge.event import (
     SPECVERSION,
@@ -36,6 +38,53 @@ _BATCH = "application/cloudevents-batch"
 _MARKS = frozenset({"specversion", "id", "source", "type"})
 _ENVELOPE = frozenset({"id", "source", "type", "data"})
 _PAGE = "see docs/messages.md"
+
+
+class FormSettings(Protocol):
+    """The settings that say how a message is read (see bridge.service.settings)."""
+
+    @property
+    def max_event_bytes(self) -> int: ...
+    @property
+    def exchange(self) -> str: ...
+    @property
+    def feed(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReader:
+    """Reads messages as one bridge does.
+
+    Args:
+        models: the catalogue, event type to model.
+        max_bytes: the largest body that is accepted.
+        exchange: where the messages come from.
+        gives_ids: whether the offset of an entry of the log is the id of an event that has none.
+    """
+
+    models: Models
+    max_bytes: int
+    exchange: str
+    gives_ids: bool = False
+
+    @classmethod
+    def of(cls, models: Models, settings: FormSettings) -> Self:
+        """As a bridge with these settings."""
+        return cls(models, settings.max_event_bytes, settings.exchange, settings.feed == "log")
+
+    def read(self, body: bytes, routing_key: str, offset: int | None = None) -> Event:
+        """As `read_message`.
+
+        Args:
+            offset: of the message's entry in the log; None for a message of a queue.
+
+        Raises:
+            InvalidEvent
+        """
+        given = offset if self.gives_ids else None
+        return read_message(
+            body, routing_key, self.models, max_bytes=self.max_bytes, exchange=self.exchange, offset=given
+        )
 
 
 def read_message(

@@ -25,6 +25,7 @@ from bridge.service.broker.live import Broker
 from bridge.service.broker.quarantine import Quarantine
 from bridge.service.broker.tail import Tail
 from bridge.service.descriptors import INTERNAL_CONNECTIONS, Plan, TooFewDescriptors
+from bridge.service.forms import MessageReader
 from bridge.service.health import Status, why_not_ready
 from bridge.service.http.auth import Authenticator, InvalidKeySet
 from bridge.service.http.entrance import listen
@@ -161,14 +162,7 @@ class _Service:
             )
         )
         self.hub = Hub(
-            reader=EventReader(
-                catalogue,
-                max_event_bytes=settings.max_event_bytes,
-                exchange=settings.exchange,
-                gives_ids=settings.feed == "log",
-                metrics=metrics,
-                quarantine=self.quarantine,
-            ),
+            reader=EventReader(MessageReader.of(catalogue, settings), metrics=metrics, quarantine=self.quarantine),
             limits=settings,
             metrics=metrics,
             make_feed=self._make_feed,

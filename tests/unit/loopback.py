@@ -12,6 +12,7 @@ from quart import Quart
 
 from bridge.catalogue.load import Catalogue, load_catalogue
 from bridge.service.broker.quarantine import Quarantine
+from bridge.service.forms import MessageReader
 from bridge.service.http.auth import Authenticator
 from bridge.service.http.entrance import Entrance, listen
 from bridge.service.http.http1 import host
@@ -94,14 +95,7 @@ class Site:
         self.write_batch = WriteBatch()
         quarantine = Quarantine([], queue="q", on_dropped=lambda: None)
         self.hub = Hub(
-            reader=EventReader(
-                catalogue,
-                max_event_bytes=65_536,
-                exchange="events",
-                gives_ids=False,
-                metrics=self.metrics,
-                quarantine=quarantine,
-            ),
+            reader=EventReader(MessageReader(catalogue, 65_536, "events"), metrics=self.metrics, quarantine=quarantine),
             limits=self.settings,
             metrics=self.metrics,
             make_feed=lambda _: broker,

@@ -33,6 +33,7 @@ from bridge.service import main as service_main
 from bridge.service.broker import deliveries, eventlog, lookup, quarantine, scans, topology
 from bridge.service.broker.eventlog import EventLog
 from bridge.service.broker.scans import cost
+from bridge.service.forms import MessageReader
 from bridge.service.http import auth, entrance, headers, keys, web
 from bridge.service.http.auth import Authenticator, mint
 from bridge.service.http.entrance import Entrance, Guest, Phase, listen
@@ -111,7 +112,7 @@ async def test_a_cut_message_is_never_replayed(monkeypatch: pytest.MonkeyPatch, 
     event = {"specversion": "1.0", "id": "e", "source": "/t", "type": "job.completed"}
     body = json.dumps({**event, "data": {"job_id": "r-7", "duration_seconds": 1}}).encode()
     queue = Replayed(monkeypatch, body, **headers)
-    options: dict[str, Any] = {"queue": "q", "exchange": "e", "models": SAMPLE, "max_bytes": 1_000_000, "limit": 10}
+    options: dict[str, Any] = {"queue": "q", "messages": MessageReader(SAMPLE, 1_000_000, "e"), "limit": 10}
     ((_, error),) = [each async for each in quarantine.replay(["amqp://nobody/"], **options)]
     if headers:
         assert isinstance(error, TooLarge)
@@ -189,9 +190,7 @@ def test_two_cut_bodies_with_the_same_beginning_are_one_message_published_twice(
             self.sizes.append(body.size)
 
     kept: Any = Kept()
-    reader = EventReader(
-        {}, max_event_bytes=65_536, exchange="events", gives_ids=False, metrics=Metrics(), quarantine=kept
-    )
+    reader = EventReader(MessageReader({}, 65_536, "events"), metrics=Metrics(), quarantine=kept)
     one, other = Cut(b"x" * 4_096, 200_000), Cut(b"x" * 4_096, 300_000)
     for queue in (0, 1):
         reader.read("all.x", one, via=queue)

@@ -23,7 +23,8 @@ from bridge.event import (
     UnknownType,
 )
 from bridge.service.broker.properties import MessageBody, Properties
-from bridge.service.forms import PREFIXES, offset_id, read_message
+from bridge.service.forms import PREFIXES, MessageReader, offset_id, read_message
+from bridge.service.settings import BrokerSettings
 
 KEY = "user.42.test.done"
 DATA = b'{"job_id": "r-7", "share": 0.50}'
@@ -176,6 +177,18 @@ def test_plain_json_without_an_id() -> None:
     event = read(DATA, offset=17)
     assert (event.id, event.source) == (offset_id(17), "events")
     assert NoId.depends_on_catalogue, "a bridge with the other feed may show it"
+
+
+@pytest.mark.contract("1.30")
+def test_only_a_bridge_with_the_feed_log_gives_ids() -> None:
+    log, queues = (
+        MessageReader.of({"test.done": Done}, BrokerSettings(feed=feed, exchange="jobs")) for feed in ("log", "queues")
+    )
+    event = log.read(DATA, KEY, 3)
+    assert (event.id, event.source) == ("offset:3", "jobs")
+    for reader, offset in ((queues, 3), (log, None)):
+        with pytest.raises(NoId):
+            reader.read(DATA, KEY, offset)
 
 
 @pytest.mark.parametrize("message_id", ["a b", "x" * 129, "é", "?"])

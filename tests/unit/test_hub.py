@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from bridge.routing import TypeFilter
 from bridge.service.broker.quarantine import Quarantine
+from bridge.service.forms import MessageReader
 from bridge.service.http.auth import Subscriber
 from bridge.service.http.claims import TryAgain
 from bridge.service.http.login import LoginForbidden, NotLoggedIn
@@ -90,9 +91,7 @@ def make(quarantine: Any = NOTHING) -> tuple[Hub, Log, Connection]:
     log: Any = Log()
     broker: Any = Broker()
     metrics = Metrics()
-    reader = EventReader(
-        {}, max_event_bytes=65_536, exchange="events", gives_ids=False, metrics=metrics, quarantine=quarantine
-    )
+    reader = EventReader(MessageReader({}, 65_536, "events"), metrics=metrics, quarantine=quarantine)
     limits: Any = Limits()
     hub = Hub(reader=reader, limits=limits, metrics=metrics, make_feed=lambda _: broker, log=log)
     session = new_session()

@@ -13,6 +13,7 @@ from bridge.routing import Audience, TypeFilter
 from bridge.service.broker import lookup
 from bridge.service.broker.lookup import LogQuestion, LookUp, Matches
 from bridge.service.broker.quarantine import RefusedMessage
+from bridge.service.forms import MessageReader
 from bridge.service.streams.cursor import Anchor
 from deploy.local.node import free_ports
 from tests.unit.loopback import BODY, CATALOGUE, KEY, until
@@ -87,10 +88,7 @@ def look_up(log: Any = None) -> LookUp:
         quarantine="q",
         log_name="log",
         log=lambda: log,
-        models=CATALOGUE,
-        max_event_bytes=65_536,
-        exchange="events",
-        gives_ids=False,
+        messages=MessageReader(CATALOGUE, 65_536, "events"),
     )
 
 

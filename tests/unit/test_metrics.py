@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bridge.service.broker.live import Broker
 from bridge.service.broker.quarantine import Quarantine
+from bridge.service.forms import MessageReader
 from bridge.service.metrics import Metrics
 from bridge.service.settings import LogSettings, Settings
 from bridge.service.streams.cursor import Anchor
@@ -16,10 +17,7 @@ async def test_whether_the_log_answers_is_known_before_a_client_returns() -> Non
     metrics = Metrics()
     hub = Hub(
         reader=EventReader(
-            {},
-            max_event_bytes=1_000,
-            exchange="events",
-            gives_ids=False,
+            MessageReader({}, 1_000, "events"),
             metrics=metrics,
             quarantine=Quarantine([], queue="q", on_dropped=lambda: None),
         ),

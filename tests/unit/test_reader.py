@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bridge.event import EventData, Malformed, SchemaViolation, UnknownType
-from bridge.service.forms import read_message
+from bridge.service.forms import MessageReader, read_message
 from bridge.service.metrics import Metrics
 from bridge.service.streams.reader import CACHE_BYTES, CACHE_EVENTS, REFUSALS, EventReader
 from bridge.service.streams.streamevent import StreamEvent
@@ -44,7 +44,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         found.append(body)
         return read_message(body, *args, **options)
 
-    monkeypatch.setattr("bridge.service.streams.reader.read_message", count)
+    monkeypatch.setattr("bridge.service.forms.read_message", count)
     return found
 
 
@@ -52,10 +52,7 @@ def make() -> tuple[EventReader, list[bytes], Metrics]:
     quarantine: Any = Quarantine()
     metrics = Metrics()
     reader = EventReader(
-        {"test.done": Done},
-        max_event_bytes=65_536,
-        exchange="events",
-        gives_ids=False,
+        MessageReader({"test.done": Done}, 65_536, "events"),
         metrics=metrics,
         quarantine=quarantine,
     )
@@ -136,7 +133,7 @@ def test_after_a_fault_of_the_bridge_there_is_a_gap_and_the_message_is_quarantin
 ) -> None:
     """If the reader raised, each client that resumes would fail at this message again."""
     reader, refused, _ = make()
-    monkeypatch.setattr("bridge.service.streams.reader.read_message", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("bridge.service.forms.read_message", lambda *_, **__: 1 / 0)
     for event in (reader.read(KEY, body("test.done"), via=1), reader.read_logged(KEY, body("test.done", 2))):
         assert isinstance(event, SchemaViolation)
         assert event.depends_on_catalogue, "pages are sent `not-readable`"

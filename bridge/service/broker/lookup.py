@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 from bridge import amqp
 from bridge.amqp import BrokerUnavailable, NotFound
-from bridge.event import Cut, InvalidEvent, Models
+from bridge.event import Cut, InvalidEvent
 from bridge.routing import Audience, RoutingError, TypeFilter, split_key
 from bridge.service.broker.consumer import Consumer, ConsumingConnection
 from bridge.service.broker.eventlog import EventLog
 from bridge.service.broker.quarantine import RefusedMessage, peek
-from bridge.service.forms import read_message
+from bridge.service.forms import MessageReader
 from bridge.service.streams.cursor import Anchor
 
 SCAN_ENTRIES = 20_000
@@ -136,9 +136,8 @@ class LookUp:
         quarantine: the name of the quarantine.
         log_name: the name of the log.
         log: returns the event log, or None without a log.
-        models: the catalogue's models; an entry that they refuse is shown with the reason.
-        max_event_bytes: limit of a body in bytes; of a larger one only the beginning is returned.
-        exchange, gives_ids: see `EventReader`.
+        messages: reads one message. An entry that it refuses is shown with the reason. Of a body above its limit, only
+            the beginning is returned.
     """
 
     def __init__(
@@ -148,19 +147,13 @@ class LookUp:
         quarantine: str,
         log_name: str,
         log: Callable[[], EventLog | None],
-        models: Models,
-        max_event_bytes: int,
-        exchange: str,
-        gives_ids: bool,
+        messages: MessageReader,
     ) -> None:
-        self._exchange = exchange
-        self._gives_ids = gives_ids
         self._addresses = addresses
         self._quarantine = quarantine
         self._log_name = log_name
         self._log = log
-        self._models = models
-        self._max_event_bytes = max_event_bytes
+        self._messages = messages
         self._one_at_a_time = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -248,7 +241,7 @@ class LookUp:
             self._addresses,
             name="bridge console",
             write_batch=contextlib.nullcontext(),
-            max_body=self._max_event_bytes,
+            max_body=self._messages.max_bytes,
         )
         try:
             consumer = await Consumer.open(connection, on_entry, prefetch=_PREFETCH)
@@ -264,14 +257,7 @@ class LookUp:
 
     def _shown_entry(self, offset: int, routing_key: str, body: bytes) -> dict[str, Any]:
         try:
-            read_message(
-                body,
-                routing_key,
-                self._models,
-                max_bytes=self._max_event_bytes,
-                exchange=self._exchange,
-                offset=offset if self._gives_ids else None,
-            )
+            self._messages.read(body, routing_key, offset)
             refused = None
         except InvalidEvent as error:
             refused = {"reason": error.reason, "detail": error.detail}

@@ -21,12 +21,12 @@ from pamqp.common import FieldTable
 
 from bridge import amqp
 from bridge.amqp import BrokerError, BrokerUnavailable, Unroutable
-from bridge.event import CONTENT_TYPE, Cut, InvalidEvent, Models, TooLarge
+from bridge.event import CONTENT_TYPE, Cut, InvalidEvent, TooLarge
 from bridge.sender import Sender
 from bridge.service.broker import topology
 from bridge.service.broker.properties import NO_PROPERTIES, MessageBody, Properties, Value, properties_of
 from bridge.service.budgets import Budget
-from bridge.service.forms import read_message
+from bridge.service.forms import MessageReader
 from bridge.service.logs import RareLine
 
 if TYPE_CHECKING:
@@ -192,16 +192,13 @@ async def replay(
     addresses: Sequence[str],
     *,
     queue: str,
-    exchange: str,
-    models: Models,
-    max_bytes: int,
+    messages: MessageReader,
     limit: int,
-    gives_ids: bool = False,
 ) -> AsyncIterator[tuple[RefusedMessage, InvalidEvent | None]]:
     """Publishes messages again that the catalogue now accepts. Yields each message, with the error if it is refused.
 
-    A message keeps its id, if it has one (`gives_ids`: it needs none, see `EventReader`). It leaves the queue after
-    RabbitMQ has confirmed it on the exchange. A message that is still refused stays in the queue.
+    A message keeps its id, if it has one. It leaves the queue after RabbitMQ has confirmed it on the exchange. A
+    message that is still refused stays in the queue.
 
     Raises:
         BrokerError: messages not yet replayed stay in the queue.
@@ -211,14 +208,7 @@ async def replay(
         async for message, take in _get(addresses, queue, limit):
             try:
                 _check_is_whole(message.body)
-                event = read_message(
-                    message.body,
-                    message.routing_key,
-                    models,
-                    max_bytes=max_bytes,
-                    exchange=exchange,
-                    offset=0 if gives_ids else None,  # It gets another one.
-                )
+                event = messages.read(message.body, message.routing_key, 0)  # Its entry will have another offset.
             except InvalidEvent as error:
                 yield message, error
                 continue
@@ -228,7 +218,7 @@ async def replay(
             properties = _write_properties(found, {})
             await sender.send(
                 message.body,
-                exchange=exchange,
+                exchange=messages.exchange,
                 routing_key=message.routing_key,
                 properties=properties,
                 timeout=SEND_SECONDS,

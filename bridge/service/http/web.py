@@ -30,6 +30,7 @@ from bridge.publisher import EventRefused, Publisher, PublishError
 from bridge.routing import MAX_PATTERNS, Audience, InvalidId, InvalidPattern, KeyTooLong, RoutingError, TypeFilter
 from bridge.service.broker.control import MOST_USERS, Control, ControlClient, read_moment
 from bridge.service.broker.lookup import MAX_ANSWERS, LogQuestion, LookUp
+from bridge.service.forms import MessageReader
 from bridge.service.health import CHECKS
 from bridge.service.http.auth import Authenticator, GroupsElsewhere, InvalidToken, Subscriber, TryAgain
 from bridge.service.http.claims import RevokedToken
@@ -253,10 +254,7 @@ def create_app(
             quarantine=settings.quarantine,
             log_name=settings.log,
             log=lambda: hub.log,
-            models=catalogue,
-            max_event_bytes=settings.max_event_bytes,
-            exchange=settings.exchange,
-            gives_ids=settings.feed == "log",
+            messages=MessageReader.of(catalogue, settings),
         )
         _add_development(app, authenticator, login, control, settings, catalogue, publisher, look_up)
     return app

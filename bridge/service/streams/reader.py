@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from bridge.event import Cut, InvalidEvent, Models, SchemaViolation
+from bridge.event import Cut, InvalidEvent, SchemaViolation
 from bridge.service.broker.properties import NO_PROPERTIES, MessageBody, Properties
 from bridge.service.broker.quarantine import Quarantine
-from bridge.service.forms import offset_id, read_message
+from bridge.service.forms import MessageReader, offset_id
 from bridge.service.logs import RareLine
 from bridge.service.metrics import Metrics
 from bridge.service.streams.streamevent import StreamEvent
@@ -69,26 +69,11 @@ class _RefusalCount:
 class EventReader:
     """
     Args:
-        models: the event catalogue.
-        max_event_bytes: a larger body is refused unread.
-        exchange: where the messages come from.
-        gives_ids: whether the offset of an entry of the log is the id of an event that has none.
+        messages: reads one message.
     """
 
-    def __init__(
-        self,
-        models: Models,
-        *,
-        max_event_bytes: int,
-        exchange: str,
-        gives_ids: bool,
-        metrics: Metrics,
-        quarantine: Quarantine,
-    ) -> None:
-        self._models = models
-        self._max_event_bytes = max_event_bytes
-        self._exchange = exchange
-        self._gives_ids = gives_ids
+    def __init__(self, messages: MessageReader, *, metrics: Metrics, quarantine: Quarantine) -> None:
+        self._messages = messages
         self._metrics = metrics
         self._quarantine = quarantine
         self._cache: OrderedDict[_Key, StreamEvent | InvalidEvent] = OrderedDict()
@@ -133,15 +118,7 @@ class EventReader:
 
     def _read(self, routing_key: str, body: bytes, offset: int | None) -> StreamEvent | InvalidEvent:
         try:
-            event = read_message(
-                body,
-                routing_key,
-                self._models,
-                max_bytes=self._max_event_bytes,
-                exchange=self._exchange,
-                offset=offset if self._gives_ids else None,
-            )
-            return StreamEvent(event, routing_key)
+            return StreamEvent(self._messages.read(body, routing_key, offset), routing_key)
         except InvalidEvent as error:
             return type(error)(error.detail)  # Kept in the cache, so without its traceback.
         except Exception as error:  # noqa: BLE001
